@@ -1,0 +1,1 @@
+"""Low-rank compression of projection layers on protein embeddings."""
