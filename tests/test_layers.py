@@ -7,8 +7,9 @@ import distil_rank
 
 LEVELS = [
     {"errors"},
-    {"sequences", "low_rank", "moments", "metrics", "latency", "bootstrap"},
+    {"sequences", "moments", "metrics", "latency", "bootstrap"},
     {"esm2", "store", "splits", "solvers"},
+    {"low_rank"},
     {"backbones", "formats", "embed", "teacher"},
     {"data"},
     {"distil", "callbacks", "tracking"},
