@@ -1,0 +1,228 @@
+"""Embeddings on disk: Arrow shards and a manifest that ties them together.
+
+    store/
+      manifest.json           settings, counts, and each file's size and SHA-256
+      proteins-00000.arrow    id, sequence, sha256, length, row, notes; in input order
+      vectors-00000.arrow     row, embedding; the rows of one shard in order
+
+A *row* numbers the distinct sequences in the order of their first appearance; proteins with the same sequence share
+one. A pooled store has one vector for each row, a per-residue store as many as the sequence has residues. A row without
+a vector was skipped.
+
+Arrow IPC rather than safetensors because one format then holds both the vectors and the table of proteins, strings
+included; both kinds of file are memory-mapped, so that opening a store reads almost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from distil_rank.errors import InputError
+
+FORMAT, VERSION = "distil-rank embeddings", 1
+
+
+def write_atomically(path: Path, content: bytes | pa.Table) -> None:
+    """Puts a whole file in place or none: temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            with pa.ipc.new_file(file, content.schema) as writer:
+                writer.write_table(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_table(path: Path) -> pa.Table:
+    """Maps an Arrow file into memory without reading it.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"Expected an Arrow file at {path} but it is missing or damaged; embed again.") from error
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """The `embedding` column as (vectors, dim) float32, without a copy where the table is one record batch."""
+    column = table["embedding"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # no chunk at all, or too many for one array
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    values = column.flatten().to_numpy(zero_copy_only=True)
+    return values.reshape(-1, column.type.list_size)
+
+
+class Store:
+    """A finished store, opened for reading. Nothing is read before it is asked for.
+
+    Attributes:
+        path: The folder.
+        manifest: Backbone, weights' SHA-256, layer, pooling, precision, versions, counts, files.
+        digest: SHA-256 over the settings and every file's SHA-256: equal digests mean equal content.
+        dim: Width of the vectors.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self.dim: int = manifest["dim"]
+        self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Opens a finished store.
+
+        Raises:
+            InputError: the folder is no store, is unfinished, or a file is missing or has another size.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise InputError(f"Expected an embedding store at {path} but it has no manifest.json; make it with embed.")
+        pending = [shard for shard in manifest["shards"] if "sha256" not in shard]
+        if pending:
+            raise InputError(
+                f"Expected a finished store at {path} but {len(pending)} of {len(manifest['shards'])} shards are "
+                f"missing; run the same embed command again."
+            )
+        for file in manifest["proteins"] + manifest["shards"]:
+            found = path / file["file"]
+            size = found.stat().st_size if found.exists() else None
+            if size != file["bytes"]:
+                raise InputError(
+                    f"Expected {file['bytes']} bytes in {found} but got {size if size is not None else 'no file'}; "
+                    f"the store is damaged: delete it and embed again."
+                )
+        return cls(path, manifest)
+
+    def verify(self) -> None:
+        """Reads every file and compares its SHA-256.
+
+        Raises:
+            InputError: a file was changed.
+        """
+        for file in self.manifest["proteins"] + self.manifest["shards"]:
+            if sha256_of(self.path / file["file"]) != file["sha256"]:
+                raise InputError(f"Expected {self.path / file['file']} as it was written but it changed; embed again.")
+
+    @cached_property
+    def _all_proteins(self) -> pa.Table:
+        return pa.concat_tables([read_table(self.path / file["file"]) for file in self.manifest["proteins"]])
+
+    @cached_property
+    def _vector_rows(self) -> np.ndarray:
+        """The row of each stored vector, (vectors,), ascending."""
+        return np.concatenate([self._shard(shard)["row"].to_numpy() for shard in self.manifest["shards"]])
+
+    def _shard(self, shard: dict[str, Any]) -> pa.Table:
+        return read_table(self.path / shard["file"])
+
+    @cached_property
+    def _kept(self) -> np.ndarray:
+        """Which of the proteins have vectors, (proteins,) bool."""
+        return np.isin(self._all_proteins["row"].to_numpy(), self._vector_rows)
+
+    @cached_property
+    def proteins(self) -> pa.Table:
+        """id, sequence, sha256, length, row and notes of each protein that has vectors, in input order."""
+        return self._all_proteins if self._kept.all() else self._all_proteins.filter(pa.array(self._kept))
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The proteins' names, in input order."""
+        return self.proteins["id"].to_pylist()
+
+    @cached_property
+    def sequences(self) -> list[str]:
+        """The cleaned sequences, in input order."""
+        return self.proteins["sequence"].to_pylist()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Residues of each cleaned sequence, (proteins,)."""
+        return self.proteins["length"].to_numpy()
+
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the proteins that have no vectors, because they did not fit into memory."""
+        return self._all_proteins.filter(pa.array(~self._kept))["id"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.proteins)
+
+    @cached_property
+    def _extents(self) -> tuple[np.ndarray, np.ndarray]:
+        """First vector and number of vectors of each protein."""
+        rows = self.proteins["row"].to_numpy()
+        first = np.searchsorted(self._vector_rows, rows, "left")
+        return first, np.searchsorted(self._vector_rows, rows, "right") - first
+
+    def protein_of_row(self) -> np.ndarray:
+        """Which protein each line of `embeddings()` belongs to, (lines,) indices into `ids`."""
+        return np.repeat(np.arange(len(self)), self._extents[1])
+
+    def embeddings(self) -> np.ndarray:
+        """All vectors in the order of `ids`, (lines, dim) float32.
+
+        Memory-mapped and read-only when the store is one shard without repeated sequences; otherwise a copy (see
+        `shards` for what does not fit into memory).
+        """
+        parts = [vectors for _, vectors in self.shards()]
+        vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        first, count = self._extents
+        starts = np.cumsum(count) - count
+        if len(vectors) == count.sum() and np.array_equal(first, starts):
+            return vectors
+        within = np.arange(count.sum()) - np.repeat(starts, count)
+        return vectors[np.repeat(first, count) + within]
+
+    def shards(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Each shard's row numbers, (vectors,), and memory-mapped vectors, (vectors, dim), in order of the rows."""
+        for shard in self.manifest["shards"]:
+            table = self._shard(shard)
+            yield table["row"].to_numpy(), vectors_of(table)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a store, finished or not; None where there is none.
+
+    Raises:
+        InputError: there is one, but not one of ours.
+    """
+    file = path / "manifest.json"
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_bytes())
+        known = manifest["format"] == FORMAT and manifest["version"] == VERSION
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"Expected the manifest of an embedding store in {file} but it cannot be read.") from error
+    if not known:
+        raise InputError(f"Expected {FORMAT} version {VERSION} in {file} but got another; make the store again.")
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
