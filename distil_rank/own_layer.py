@@ -1,0 +1,186 @@
+"""Layers out of other people's files: one projection, or the short tail behind it, from a saved state dict.
+
+Nothing here unpickles: PyTorch files load with `weights_only=True`, safetensors holds plain tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from distil_rank.errors import InputError
+
+# In the order in which Hugging Face itself looks for them.
+HUGGING_FACE_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+NESTED = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, fair-esm
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads every tensor of a saved model by its name.
+
+    Args:
+        path: `.safetensors`, a PyTorch file (`.pt`, `.pth`, `.bin`, `.ckpt`), or a Hugging Face directory, sharded or
+            not.
+
+    Raises:
+        InputError: nothing is there, it is damaged, or it holds anything that would have to be unpickled.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in HUGGING_FACE_FILES if (path / name).exists()), None)
+        if found is None:
+            raise InputError(f"Expected one of {', '.join(HUGGING_FACE_FILES)} in {path} but found none.")
+        path = found
+    if not path.exists():
+        raise InputError(f"Expected a saved model at {path} but there is nothing; check the path.")
+    try:
+        if path.suffix == ".json":
+            return _read_shards(path)
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
+    except InputError:
+        raise
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"Expected plain tensors in {path} but it cannot be read safely ({reason}); save it again as .safetensors."
+        ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if any(Path(name).name != name for name in names):
+        raise InputError(f"Expected shards beside {index} but it names files elsewhere; save the model again.")
+    return {key: value for name in names for key, value in read_state_dict(index.parent / name).items()}
+
+
+def _read_pytorch(path: Path) -> dict[str, Tensor]:
+    with torch.serialization.safe_globals([argparse.Namespace]):  # fair-esm's own files hold one
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    nested = next((key for key in NESTED if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
+    content = content[nested] if nested else content
+    if not isinstance(content, dict):
+        raise InputError(f"Expected a state dict in {path} but got a {type(content).__name__}; save `state_dict()`.")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str = "the model") -> nn.Linear:
+    """Builds the layer that a state dict holds under a name.
+
+    Args:
+        state: tensors by name.
+        key: `classifier.dense`, or its weight `classifier.dense.weight`; None where there is just one matrix.
+        source: what to call the state dict in errors.
+
+    Returns:
+        The layer in its own dtype, with a bias if one lies beside the weight.
+
+    Raises:
+        InputError: no such layer, or it is not a finite floating-point matrix with a fitting bias.
+
+    >>> linear_from_state({"dense.weight": torch.ones(2, 3), "scale": torch.ones(3)}, "dense")
+    Linear(in_features=3, out_features=2, bias=False)
+    """
+    matrices = [name for name, value in state.items() if value.ndim == 2]
+    if key is None:
+        if len(matrices) != 1:
+            raise InputError(
+                f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {_some(matrices)}."
+            )
+        key = matrices[0]
+    prefix = key.removesuffix("weight").removesuffix(".")
+    name = next((name for name in (key, f"{key}.weight") if name in state), None)
+    if name is None:
+        raise InputError(f"Expected a layer {key!r} in {source} but it has none; its matrices: {_some(matrices)}.")
+    weight = state[name]
+    bias = state.get(f"{prefix}.bias" if prefix else "bias") if name.endswith("weight") else None
+    if weight.ndim != 2 or weight.dtype not in FLOATS:
+        raise InputError(
+            f"Expected {name!r} in {source} to be a floating-point (m, n) weight but got"
+            f" {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}; name one of {_some(matrices)}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"Expected a bias of {len(weight)} numbers beside {name!r} in {source} but got {len(bias)}.")
+    if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+        raise InputError(f"Expected finite weights in {name!r} of {source} but found NaN or inf; save it again.")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
+
+
+def load_linear(spec: str) -> nn.Linear:
+    """Reads one linear layer out of a saved model.
+
+    Args:
+        spec: `<file>:<key>`, for example `head.safetensors:classifier.dense` or `my_model/:esm.pooler.dense`; the file
+            is whatever `read_state_dict` reads. The key may be left out where the file holds a single matrix.
+
+    Returns:
+        The layer in its own dtype (float16 and bfloat16 too), with its bias if it has one.
+
+    Raises:
+        InputError: the file or the layer cannot be used; the message names the layers that can.
+    """
+    path, _, key = (spec, "", "") if Path(spec).exists() else spec.rpartition(":")
+    return linear_from_state(read_state_dict(path or spec), key if path and key else None, path or spec)
+
+
+def load_tail(spec: str) -> nn.Sequential:
+    """Reads what stands behind a layer, so that a student can be trained on what comes out at the far end.
+
+    Args:
+        spec: steps separated by commas, each an activation (tanh, relu, gelu, silu, sigmoid) or a layer as in
+            `load_linear`: `tanh,head.safetensors:classifier.out_proj`.
+
+    Returns:
+        The steps, frozen, in evaluation mode.
+
+    Raises:
+        InputError: a step is neither, or its layer cannot be read.
+
+    >>> load_tail("tanh,relu")
+    Sequential(
+      (0): Tanh()
+      (1): ReLU()
+    )
+    """
+    steps = [step.strip() for step in spec.split(",")]
+    for step in steps:
+        if step not in ACTIVATIONS and ":" not in step and not Path(step).exists():
+            raise InputError(
+                f"Expected {', '.join(ACTIVATIONS)} or <file>:<key> as a step of the tail but got {step!r}."
+            )
+    layers = [ACTIVATIONS[step]() if step in ACTIVATIONS else load_linear(step) for step in steps]
+    return nn.Sequential(*layers).eval().requires_grad_(False)
