@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 
 class Moments(NamedTuple):
@@ -32,13 +31,13 @@ class Moments(NamedTuple):
         >>> m.mean.tolist(), m.covariance.tolist(), m.rows
         ([1.0, 1.0], [[1.0, 0.0], [0.0, 0.0]], 2)
         """
-        metric: StreamingMoments | None = None
+        sums: MomentSums | None = None
         for batch in [x] if isinstance(x, Tensor) else x:
-            metric = metric or StreamingMoments(batch.shape[-1]).to(batch.device)
-            metric.update(batch)
-        if metric is None:
+            sums = sums or MomentSums.zeros(batch.shape[-1], batch.device)
+            sums.add(batch)
+        if sums is None:
             raise ValueError("Expected at least one row to take moments of but got none.")
-        return metric.compute()
+        return sums.moments()
 
     def shrunk(self, intensity: float | None = None) -> Moments:
         """Pull the covariance towards a multiple of the identity: `(1 - t) C + t (tr C / d) I`.
@@ -60,40 +59,40 @@ class Moments(NamedTuple):
         return Moments(self.mean, (1 - intensity) * self.covariance + intensity * target, self.rows)
 
 
-class StreamingMoments(Metric):
-    """Accumulate `Moments` batch by batch and across processes.
+class MomentSums(NamedTuple):
+    """Plain float64 sums over rows, from which `Moments` follow; memory is O(d²) whatever the number of rows.
 
-    The state is three plain sums in float64 (rows, values, outer products), so Lightning and torchmetrics add it up
-    over processes for free, and memory is O(d²) whatever the number of rows. Sums about `origin` lose about
-    `log10((mean - origin)² / variance)` of float64's 16 digits: four for the worst dimension of ESM-2 650M
-    with the default origin of zero. For data further off, give an origin (the same in every process).
+    Sums about `origin` lose about `log10((mean - origin)² / variance)` of float64's 16 digits: four for the worst
+    dimension of ESM-2 650M with the default origin of zero. For data further off, give an origin.
+
+    Attributes:
+        rows: `()`, how many.
+        values: `(d,)`, the sum of `x - origin`.
+        outer: `(d, d)`, the sum of `(x - origin)(x - origin)ᵀ`.
+        origin: `(d,)`.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    origin: Tensor
     rows: Tensor
-    sum: Tensor
+    values: Tensor
     outer: Tensor
+    origin: Tensor
 
-    def __init__(self, width: int, origin: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("origin", torch.zeros(width) if origin is None else origin)
-        self.set_dtype(torch.float64)
-        self.add_state("rows", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("sum", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | str | None = None, origin: Tensor | None = None) -> MomentSums:
+        """Sums over no rows yet."""
+        values = torch.zeros(width, dtype=torch.float64, device=device)
+        at = torch.zeros_like(values) if origin is None else origin.to(values)
+        return cls(values.new_zeros(()), values, values.new_zeros(width, width), at)
 
-    def update(self, x: Tensor) -> None:
-        """Add rows `x` of shape `(..., d)`."""
-        x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.dtype) - self.origin
-        self.rows += len(x)
-        self.sum += x.sum(0)
+    def add(self, x: Tensor) -> None:
+        """Add rows `x` of shape `(..., d)`, in place."""
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.values.dtype) - self.origin
+        self.rows.add_(len(x))
+        self.values.add_(x.sum(0))
         self.outer.addmm_(x.T, x)
 
-    def compute(self) -> Moments:
+    def moments(self) -> Moments:
         """Moments of every row so far."""
-        shift = self.sum / self.rows
+        shift = self.values / self.rows
         covariance = self.outer / self.rows - torch.outer(shift, shift)
         return Moments(self.origin + shift, (covariance + covariance.T) / 2, int(self.rows))

@@ -8,7 +8,7 @@ import distil_rank
 LEVELS = [
     {"errors"},
     {"sequences", "moments", "metrics", "latency", "bootstrap"},
-    {"esm2", "store", "splits", "solvers", "own_layer"},
+    {"esm2", "store", "splits", "solvers", "own_layer", "streaming"},
     {"low_rank"},
     {"backbones", "formats", "teacher"},
     {"embed"},

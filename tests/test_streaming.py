@@ -1,0 +1,43 @@
+"""The metric and the plain sums are one computation, and states of several processes add up."""
+
+import subprocess
+import sys
+
+import torch
+from distil_rank.moments import Moments, MomentSums
+from distil_rank.streaming import StreamingMoments
+
+
+def test_the_metric_gives_what_the_plain_sums_give():
+    x = torch.randn(500, 12) * torch.logspace(-2, 1, 12) + 4
+    metric = StreamingMoments(12)
+    for batch in x.split(77):
+        metric.update(batch)
+    got, expected = metric.compute(), Moments.of(x)
+    torch.testing.assert_close(got.mean, x.double().mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.covariance, expected.covariance, rtol=1e-10, atol=1e-12)
+    assert got.rows == expected.rows == 500
+
+
+def test_states_of_two_processes_add_up_about_any_origin():
+    x = torch.randn(400, 6) + 1000
+    origin = torch.full((6,), 1000.0)
+    halves = [StreamingMoments(6, origin), StreamingMoments(6, origin)]
+    for metric, half in zip(halves, x.split(200), strict=True):
+        metric.update(half)
+    first, second = halves
+    for state in ("rows", "sum", "outer"):
+        getattr(first, state).add_(getattr(second, state))
+    torch.testing.assert_close(first.compute().covariance, torch.cov(x.T.double(), correction=0), rtol=1e-9, atol=1e-9)
+
+
+def test_a_far_origin_keeps_the_digits():
+    x = torch.randn(300, 3, dtype=torch.float64) + 1e7
+    sums = MomentSums.zeros(3, origin=x[0])
+    sums.add(x)
+    torch.testing.assert_close(sums.moments().covariance, torch.cov(x.T, correction=0), rtol=1e-9, atol=0)
+
+
+def test_plain_moments_need_no_torchmetrics():
+    code = "import sys; sys.modules['torchmetrics'] = None; import distil_rank.low_rank"
+    subprocess.run([sys.executable, "-c", code], check=True)
