@@ -7,10 +7,12 @@ import distil_rank
 
 LEVELS = [
     {"errors"},
-    {"sequences", "moments", "metrics", "latency", "bootstrap"},
+    {"sequences", "moments", "metrics", "latency", "bootstrap", "digests", "guard"},
     {"esm2", "store", "splits", "solvers", "own_layer", "streaming"},
+    {"fidelity"},
     {"low_rank"},
-    {"backbones", "formats", "teacher"},
+    {"backbones", "formats", "store_writer", "teacher", "int8"},
+    {"embedder"},
     {"embed"},
     {"data"},
     {"distil", "callbacks", "tracking"},
