@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distil_rank.digests import tensor_digest
 from distil_rank.errors import InputError
+from distil_rank.fidelity import nested_r2
+from distil_rank.guard import Guard
 from distil_rank.moments import Moments
 from distil_rank.solvers import Factors, Solver, check_rank, choose_rank, output_spectrum, solve
 
@@ -26,6 +29,10 @@ class LowRankLinear(nn.Module):
         input_mean: whether to keep the mean of the calibration data, `(n,)`. It takes no part in the forward pass;
             `truncate` folds the mean of what it drops into the bias.
 
+    Attributes:
+        guard: estimates the error on each input (`expected_error`); None where nobody made one.
+        provenance: what is known of where the factors come from, in plain JSON values; saved with the layer.
+
     Raises:
         InputError: the rank is out of range.
     """
@@ -34,6 +41,7 @@ class LowRankLinear(nn.Module):
     B: nn.Parameter
     bias: nn.Parameter | None
     input_mean: Tensor | None
+    guard: Guard | None
 
     def __init__(
         self,
@@ -53,6 +61,8 @@ class LowRankLinear(nn.Module):
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
         self.register_buffer("input_mean", torch.zeros(in_features, device=device, dtype=dtype) if input_mean else None)
+        self.guard = None
+        self.provenance: dict[str, Any] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,7 +117,17 @@ class LowRankLinear(nn.Module):
         elif isinstance(rank, str | float):
             rank = choose_rank(torch.linalg.svdvals(linear.weight.detach().double()) ** 2, rank)
         factors = solve(linear.weight, linear.bias, rank, solver, moments)
-        return cls.from_factors(factors, None if moments is None else moments.mean, dtype=linear.weight.dtype)
+        mean = None if moments is None else moments.mean
+        layer = cls.from_factors(factors, mean, dtype=linear.weight.dtype)
+        layer.provenance = {"solver": solver, "teacher_sha256": tensor_digest(linear.weight, linear.bias)}
+        if moments is not None:
+            curve = nested_r2(linear.weight, linear.bias, factors, moments, mean)
+            layer.provenance |= {
+                "moments_sha256": tensor_digest(moments.mean, moments.covariance),
+                "rows": moments.rows,
+                "r2": curve.tolist(),
+            }
+        return layer
 
     @property
     def in_features(self) -> int:
@@ -128,6 +148,29 @@ class LowRankLinear(nn.Module):
         """`(…, n)` → `(…, m)`."""
         return F.linear(F.linear(x, self.A), self.B, self.bias)
 
+    def at_rank(self, x: Tensor, rank: int) -> Tensor:
+        """`truncate(rank)(x)` without a copy, for training several ranks at once."""
+        bias = self._truncated_bias(rank)
+        return F.linear(F.linear(x, self.A[:rank]), self.B[:, :rank], bias)
+
+    def _truncated_bias(self, rank: int) -> Tensor | None:
+        if self.bias is None or self.input_mean is None:
+            return self.bias
+        return self.bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
+
+    def expected_error(self, x: Tensor) -> Tensor:
+        """The estimated squared error on each row as a share of the output's variance: `(…, n)` → `(…,)`.
+
+        It averages to 1 − R² on data like those the student was made for, and grows on others; `guard.flags` says
+        where it is beyond what they showed.
+
+        Raises:
+            InputError: the layer has no guard.
+        """
+        if self.guard is None:
+            raise InputError("Expected a layer with a guard but this one has none; make it with `Guard.of`.")
+        return self.guard(x)
+
     def truncate(self, rank: int) -> Self:
         """The nested student of a lower rank: the first columns of B and rows of A.
 
@@ -139,9 +182,7 @@ class LowRankLinear(nn.Module):
         """
         if not 1 <= rank <= self.rank:
             raise InputError(f"Expected `rank` in [1, {self.rank}], this student's own, but got {rank}.")
-        bias: Tensor | None = self.bias
-        if bias is not None and self.input_mean is not None:
-            bias = bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
+        bias = self._truncated_bias(rank)
         layer = type(self)(
             self.in_features,
             self.out_features,
@@ -153,6 +194,11 @@ class LowRankLinear(nn.Module):
         )
         state = {"A": self.A[:rank], "B": self.B[:, :rank], "bias": bias, "input_mean": self.input_mean}
         layer.load_state_dict({name: value for name, value in state.items() if value is not None})
+        if self.guard is not None:
+            mean = None if self.bias is None else self.input_mean
+            layer.guard = self.guard.without(self.A[rank:], self.B[:, rank:], mean) if rank < self.rank else self.guard
+        curves = ("r2", "r2_held_out")
+        layer.provenance = {key: value[:rank] if key in curves else value for key, value in self.provenance.items()}
         return layer
 
     def to_linear(self) -> nn.Linear:

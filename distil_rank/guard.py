@@ -1,0 +1,113 @@
+"""Tell, without the teacher, on which inputs a student cannot be trusted."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distil_rank.errors import InputError
+
+QUANTILE = 0.99  # a hundredth of the rows that the guard was calibrated on lies beyond its threshold
+
+
+class Guard(nn.Module):
+    """Estimates a student's error on each input row.
+
+    Teacher and student are affine, so the error is too: `e(x) = (W − B A) x + (b − c)`. The guard keeps k random
+    mixtures of its m elements, `S e(x)` with signs `S ∈ {±1/√k}^(k×m)`. Whatever x is, near the calibration data or
+    far off, `‖S e(x)‖²` estimates `‖e(x)‖²` without bias and with a relative standard deviation of at most `√(2/k)`
+    (Achlioptas, J. Comput. Syst. Sci. 66, 2003). It costs k rows beside the student's r + m.
+
+    Attributes:
+        sketch: `S (W − B A)`, `(k, n)`.
+        offset: `S (b − c)`, `(k,)`.
+        scale: mean squared deviation of the teacher's output from its mean over the calibration rows, so that estimates
+            are shares of the variance and average to 1 − R².
+        threshold: the estimate that `QUANTILE` of the calibration rows stay under; None where it is not known.
+    """
+
+    sketch: Tensor
+    offset: Tensor
+
+    def __init__(self, sketch: Tensor, offset: Tensor, scale: float, threshold: float | None = None) -> None:
+        super().__init__()
+        # Not persistent: a state dict with and without a guard is the same.
+        self.register_buffer("sketch", sketch, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+        self.scale, self.threshold = scale, threshold
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, teacher: nn.Linear, student: nn.Module, x: Tensor, size: int = 16) -> Self:
+        """The guard of a student, calibrated on rows that neither was fitted to.
+
+        Args:
+            teacher: the dense layer.
+            student: any affine stand-in for it.
+            x: calibration rows `(N, n)`, N ≥ 2.
+            size: k.
+
+        Raises:
+            InputError: fewer than two rows.
+
+        >>> teacher, x = nn.Linear(8, 6), torch.randn(500, 8)
+        >>> guard = Guard.of(teacher, teacher, x)
+        >>> guard(x).max().item() < 1e-9
+        True
+        """
+        if len(x) < 2:
+            raise InputError(f"Expected at least 2 rows to calibrate a guard on but got {len(x)}.")
+        n = teacher.in_features
+        signs = _signs(size, teacher.out_features).to(x.device)
+        teacher, student = copy.deepcopy(teacher).double(), copy.deepcopy(student).double()
+        probe = torch.cat([x.new_zeros(1, n), torch.eye(n).to(x)]).double()  # an affine map, read off its basis
+        error = (teacher(probe) - student(probe)) @ signs.T
+        target = teacher(x.double())
+        scale = float((target - target.mean(0)).square().sum(1).mean())
+        guard = cls((error[1:] - error[0]).T.float(), error[0].float(), scale if scale > 0 else 1.0)
+        return guard.calibrated(x)
+
+    def calibrated(self, x: Tensor) -> Self:
+        """The same guard with the threshold that these rows give."""
+        threshold = float(torch.quantile(self(x).double(), QUANTILE))
+        return type(self)(self.sketch, self.offset, self.scale, threshold)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The estimated squared error of each row as a share of the output's variance: `(…, n)` → `(…,)`."""
+        return F.linear(x.to(self.sketch), self.sketch, self.offset).square().sum(-1) / self.scale
+
+    def flags(self, x: Tensor) -> Tensor:
+        """Which rows lie beyond the threshold, so that no fidelity is promised for them: `(…, n)` → `(…,)` bool.
+
+        Raises:
+            InputError: the threshold is not known.
+        """
+        if self.threshold is None:
+            raise InputError("Expected a calibrated guard but its threshold is not known; use `guard.calibrated(x)`.")
+        return self(x) > self.threshold
+
+    @torch.no_grad()
+    def without(self, A: Tensor, B: Tensor, mean: Tensor | None) -> Self:
+        """The guard of the student that lost the directions `B A`, whose mean `B A mean` went into the bias.
+
+        Args:
+            A: dropped rows `(k', n)`.
+            B: dropped columns `(m, k')`.
+            mean: `(n,)`, or None where the bias stayed as it was.
+        """
+        signs = _signs(len(self.offset), len(B)).to(B.device)
+        dropped = (signs @ B.double()) @ A.double()
+        offset = self.offset.double() if mean is None else self.offset.double() - dropped @ mean.double()
+        return type(self)((self.sketch.double() + dropped).float(), offset.float(), self.scale)
+
+
+def _signs(size: int, width: int) -> Tensor:
+    """`S`, `(k, m)` float64. From a hash, not a generator: it must be the same in every version of torch."""
+    stream = hashlib.shake_256(b"distil-rank guard").digest((size * width + 7) // 8)
+    bits = torch.frombuffer(bytearray(stream), dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return (bits.flatten()[: size * width].double() * 2 - 1).reshape(size, width) / size**0.5
