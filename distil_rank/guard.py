@@ -92,18 +92,20 @@ class Guard(nn.Module):
         return self(x) > self.threshold
 
     @torch.no_grad()
-    def without(self, A: Tensor, B: Tensor, mean: Tensor | None) -> Self:
-        """The guard of the student that lost the directions `B A`, whose mean `B A mean` went into the bias.
+    def without(self, A: Tensor, B: Tensor, kept_mean: Tensor | None) -> Self:
+        """The guard of the student that lost the directions `B A`.
 
         Args:
-            A: dropped rows `(k', n)`.
+            A: dropped rows `(k', n)`; with none dropped the guard stays as it is.
             B: dropped columns `(m, k')`.
-            mean: `(n,)`, or None where the bias stayed as it was.
+            kept_mean: `A mean`, `(k',)`, whose image under B went into the bias; None where the bias stayed.
         """
-        signs = _signs(len(self.offset), len(B)).to(B.device)
-        dropped = (signs @ B.double()) @ A.double()
-        offset = self.offset.double() if mean is None else self.offset.double() - dropped @ mean.double()
-        return type(self)((self.sketch.double() + dropped).float(), offset.float(), self.scale)
+        if len(A) == 0:
+            return self
+        dropped = _signs(len(self.offset), len(B)).to(B.device) @ B.double()
+        sketch = self.sketch.double() + dropped @ A.double()
+        offset = self.offset.double() - (0 if kept_mean is None else dropped @ kept_mean.double())
+        return type(self)(sketch.float(), offset.float(), self.scale)
 
 
 def _signs(size: int, width: int) -> Tensor:

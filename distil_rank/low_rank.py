@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -195,10 +196,9 @@ class LowRankLinear(nn.Module):
         state = {"A": self.A[:rank], "B": self.B[:, :rank], "bias": bias, "input_mean": self.input_mean}
         layer.load_state_dict({name: value for name, value in state.items() if value is not None})
         if self.guard is not None:
-            mean = None if self.bias is None else self.input_mean
-            layer.guard = self.guard.without(self.A[rank:], self.B[:, rank:], mean) if rank < self.rank else self.guard
-        curves = ("r2", "r2_held_out")
-        layer.provenance = {key: value[:rank] if key in curves else value for key, value in self.provenance.items()}
+            kept_mean = None if bias is None or self.input_mean is None else self.A[rank:] @ self.input_mean
+            layer.guard = self.guard.without(self.A[rank:], self.B[:, rank:], kept_mean)
+        layer.provenance = truncated_provenance(self.provenance, rank)
         return layer
 
     def to_linear(self) -> nn.Linear:
@@ -216,6 +216,11 @@ class LowRankLinear(nn.Module):
         """What `print` shows."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{shape}, bias={self.bias is not None}"
+
+
+def truncated_provenance(provenance: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """What remains true of a student's first `rank` directions."""
+    return {key: value[:rank] if key in ("r2", "r2_held_out") else value for key, value in provenance.items()}
 
 
 def parameter_count(in_features: int, out_features: int, rank: int | None = None, bias: bool = True) -> int:
