@@ -1,0 +1,268 @@
+"""How much of a teacher's function a student keeps.
+
+Pure functions of outputs first; rows are proteins (or residues), columns output dimensions. Sums run in float64. The
+headline is what a constant cannot win: R², the centred cosine, the neighbours kept. Raw cosine is here to be compared.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cosine of each row of the student with the teacher's, ``s·t / (‖s‖ ‖t‖)``; 0 where either is zero.
+
+    Args:
+        student: Outputs, shape (N, m).
+        teacher: Outputs, shape (N, m).
+
+    Returns:
+        Shape (N,), float64.
+
+    >>> cosine(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[6.0, 8.0], [1.0, 0.0]]))
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    _same_shape(student, teacher)
+    return F.cosine_similarity(student.double(), teacher.double(), dim=-1, eps=torch.finfo(torch.float64).tiny)
+
+
+def centred_cosine(student: Tensor, teacher: Tensor, mean: Tensor) -> Tensor:
+    """Cosine of each row after the teacher's mean output is taken from both, so that a constant scores 0.
+
+    Args:
+        student: Outputs, shape (N, m).
+        teacher: Outputs, shape (N, m).
+        mean: The mean of the teacher's outputs over the *training* rows, shape (m,).
+
+    Returns:
+        Shape (N,), float64.
+
+    >>> mean = torch.tensor([9.0, 9.0])
+    >>> centred_cosine(torch.tensor([[9.0, 8.0]]), torch.tensor([[9.0, 10.0]]), mean)
+    tensor([-1.], dtype=torch.float64)
+    """
+    return cosine(student.double() - mean, teacher.double() - mean)
+
+
+def residual(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of each row, ``‖s − t‖²``, shape (N,), float64; what `relative_mse` and `r2` sum up.
+
+    >>> residual(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
+    tensor([5.], dtype=torch.float64)
+    """
+    _same_shape(student, teacher)
+    return (student.double() - teacher).square().sum(-1)
+
+
+def energy(teacher: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Squared length of each row, ``‖t‖²`` or ``‖t − mean‖²``, shape (N,), float64.
+
+    >>> energy(torch.tensor([[3.0, 4.0]])), energy(torch.tensor([[3.0, 4.0]]), mean=torch.tensor([3.0, 3.0]))
+    (tensor([25.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    return (teacher.double() if mean is None else teacher.double() - mean).square().sum(-1)
+
+
+def relative_mse(student: Tensor, teacher: Tensor) -> float:
+    """Squared error relative to the teacher's energy, ``Σ ‖s − t‖² / Σ ‖t‖²``.
+
+    >>> relative_mse(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    0.25
+    """
+    return (residual(student, teacher).sum() / energy(teacher).sum()).item()
+
+
+def r2(student: Tensor, teacher: Tensor, mean: Tensor) -> float:
+    """Share of the teacher's variance kept, ``1 − Σ ‖s − t‖² / Σ ‖t − mean‖²``: 1 is perfect, 0 no better than `mean`.
+
+    Args:
+        student: Outputs, shape (N, m).
+        teacher: Outputs, shape (N, m).
+        mean: The mean of the teacher's outputs over the *training* rows, shape (m,).
+
+    >>> teacher = torch.tensor([[1.0], [3.0]])
+    >>> r2(torch.tensor([[1.0], [2.0]]), teacher, mean=torch.tensor([2.0]))
+    0.5
+    """
+    return (1 - residual(student, teacher).sum() / energy(teacher, mean).sum()).item()
+
+
+def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024) -> Tensor:
+    """Share of each row's k nearest neighbours among the teacher's outputs that are among the student's too.
+
+    ``|kNN_s(i) ∩ kNN_t(i)| / k`` with Euclidean distance, a row not being its own neighbour. Distances do not change
+    when a constant is added, so the overlap judges directions kept, not the bias. With N rows there are at most N − 1
+    neighbours, and k is cut to that. Chance is k / (N − 1).
+
+    Args:
+        student: Outputs, shape (N, m), N ≥ 2.
+        teacher: Outputs, shape (N, m).
+        k: Number of neighbours.
+        chunk: Rows compared at a time; memory grows with chunk x N.
+
+    Returns:
+        Shape (N,), float64.
+
+    >>> teacher = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    >>> knn_overlap(-teacher, teacher, k=1)
+    tensor([1., 1., 1., 1.], dtype=torch.float64)
+    >>> knn_overlap(torch.tensor([[0.0], [1.0], [9.0], [8.0]]), teacher, k=1)
+    tensor([1., 1., 0., 1.], dtype=torch.float64)
+    """
+    _same_shape(student, teacher)
+    rows = len(teacher)
+    if rows < 2 or k < 1:
+        raise ValueError(f"Expected at least 2 rows and 1 neighbour but got {rows} rows and k={k}.")
+    k = min(k, rows - 1)
+    student, teacher = _centred(student), _centred(teacher)  # keeps digits where all rows share a large mean
+    kept = []
+    for start in range(0, rows, chunk):
+        near_student, near_teacher = (_neighbours(outputs, start, start + chunk, k) for outputs in (student, teacher))
+        of_teacher = torch.zeros(len(near_teacher), rows, dtype=torch.bool, device=teacher.device)
+        kept.append(of_teacher.scatter_(1, near_teacher, True).gather(1, near_student).double().mean(1))
+    return torch.cat(kept)
+
+
+def linear_cka(student: Tensor, teacher: Tensor) -> float:
+    """Linear centred kernel alignment, ``‖Sᵀ T‖² / (‖Sᵀ S‖ ‖Tᵀ T‖)`` of column-centred outputs (Kornblith et al. 2019).
+
+    1 when the two differ by a rotation, a scale and a shift only; 0 when either is constant. Goes through the smaller
+    Gram matrices, (m, m) or (N, N).
+
+    Args:
+        student: Outputs, shape (N, m).
+        teacher: Outputs, shape (N, p).
+
+    >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    >>> rotated = teacher @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) + 5
+    >>> f"{linear_cka(rotated, teacher):.6f}"
+    '1.000000'
+    """
+    s, t = _centred(student), _centred(teacher)
+    if any(c.norm() <= 1e-12 * raw.double().norm() for c, raw in ((s, student), (t, teacher))):
+        return 0.0  # what is left is rounding
+    if len(s) < max(s.shape[1], t.shape[1]):
+        gram_s, gram_t = s @ s.T, t @ t.T  # (N, N); their inner product is ‖Sᵀ T‖²
+        return ((gram_s * gram_t).sum() / (gram_s.norm() * gram_t.norm())).item()
+    return ((s.T @ t).square().sum() / ((s.T @ s).norm() * (t.T @ t).norm())).item()
+
+
+def effective_rank(eigenvalues: Tensor) -> float:
+    """Exponential of the entropy of the normalised spectrum, ``exp(−Σ p log p)`` (Roy and Vetterli 2007).
+
+    Args:
+        eigenvalues: Of a covariance, shape (d,), in any order; what rounding left below zero counts as zero.
+
+    >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
+    3.0
+    """
+    spectrum = eigenvalues.double().clamp(min=0)
+    return torch.special.entr(spectrum / spectrum.sum()).sum().exp().item()
+
+
+def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
+    """Class of each test row by ridge regression on one-hot labels, the largest output winning.
+
+    ``min ‖Y − X W‖² / N + ridge ‖W‖²`` with `X` standardised and `Y` centred on the training rows. One solve through
+    the smaller of the Gram matrices, (m, m) or (N, N): the same answer every time, and no step size to tune.
+
+    Args:
+        train_x: Features, shape (N, m).
+        train_labels: Class of each training row, integers from 0, shape (N,).
+        test_x: Features, shape (M, m).
+        ridge: Strength of the penalty, relative to features of unit variance.
+
+    Returns:
+        Predicted classes, shape (M,).
+
+    >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
+    >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))
+    tensor([0, 1])
+    """
+    mean, scale = train_x.double().mean(0), train_x.double().std(0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    x, unseen = ((features.double() - mean) / scale for features in (train_x, test_x))
+    one_hot = F.one_hot(train_labels).double()  # (N, classes)
+    share = one_hot.mean(0)
+    rows, columns = x.shape
+    damping = ridge * rows * torch.eye(min(rows, columns), dtype=x.dtype, device=x.device)
+    if rows < columns:
+        weight = x.T @ torch.linalg.solve(x @ x.T + damping, one_hot - share)
+    else:
+        weight = torch.linalg.solve(x.T @ x + damping, x.T @ (one_hot - share))
+    return (unseen @ weight + share).argmax(1)
+
+
+def probe_agreement(student_classes: Tensor, teacher_classes: Tensor) -> float:
+    """Share of rows to which the probe on the student and the probe on the teacher give the same class.
+
+    >>> probe_agreement(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
+    0.75
+    """
+    _same_shape(student_classes, teacher_classes)
+    return (student_classes == teacher_classes).double().mean().item()
+
+
+class Fidelity(Metric):
+    """Cosine, centred cosine, relative MSE and R² of a student over batches and processes, in float64.
+
+    Args:
+        mean: The mean of the teacher's outputs over the training rows, shape (m,).
+
+    >>> fidelity = Fidelity(mean=torch.tensor([2.0]))
+    >>> fidelity.update(torch.tensor([[1.0]]), torch.tensor([[1.0]]))
+    >>> fidelity.update(torch.tensor([[2.0]]), torch.tensor([[3.0]]))
+    >>> {name: round(value.item(), 2) for name, value in fidelity.compute().items()}
+    {'cosine': 1.0, 'centred_cosine': 0.5, 'relative_mse': 0.1, 'r2': 0.5}
+    """
+
+    full_state_update = False
+    mean: Tensor
+    rows: Tensor
+    cosine: Tensor
+    centred_cosine: Tensor
+    residual: Tensor
+    energy: Tensor
+    variance: Tensor
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.detach().double(), persistent=False)
+        for name in ("rows", "cosine", "centred_cosine", "residual", "energy", "variance"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, student: Tensor, teacher: Tensor) -> None:
+        """Add the rows of a batch, both of shape (N, m)."""
+        student, teacher = student.detach(), teacher.detach()
+        self.rows += len(teacher)
+        self.cosine += cosine(student, teacher).sum()
+        self.centred_cosine += centred_cosine(student, teacher, self.mean).sum()
+        self.residual += residual(student, teacher).sum()
+        self.energy += energy(teacher).sum()
+        self.variance += energy(teacher, self.mean).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means over all rows so far, as float64 scalars."""
+        return {
+            "cosine": self.cosine / self.rows,
+            "centred_cosine": self.centred_cosine / self.rows,
+            "relative_mse": self.residual / self.energy,
+            "r2": 1 - self.residual / self.variance,
+        }
+
+
+def _centred(outputs: Tensor) -> Tensor:
+    return outputs.double() - outputs.double().mean(0)
+
+
+def _neighbours(outputs: Tensor, start: int, stop: int, k: int) -> Tensor:
+    """Indices of the k rows nearest to each of the rows [start, stop), itself left out, shape (rows, k)."""
+    distance = outputs.square().sum(1) - 2 * outputs[start:stop] @ outputs.T  # less a constant of each row, (rows, N)
+    distance.diagonal(offset=start).fill_(torch.inf)
+    return distance.topk(k, largest=False).indices
+
+
+def _same_shape(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:  # broadcasting would give a number, and a wrong one
+        raise ValueError(f"Expected outputs of one shape but got {tuple(student.shape)} and {tuple(teacher.shape)}.")
