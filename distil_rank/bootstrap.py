@@ -103,6 +103,17 @@ def interval(resampled: np.ndarray, level: float = 0.95) -> Interval:
     return Interval(float(low), float(high))
 
 
+def ratio_interval(
+    numerator: ArrayLike, denominator: ArrayLike | None, counts: np.ndarray, level: float = 0.95
+) -> Interval:
+    """`interval` of the `resampled_ratio` of one method.
+
+    >>> ratio_interval([1.0, 1.0, 4.0], [2.0, 2.0, 8.0], resample_counts(proteins=3))
+    Interval(low=0.5, high=0.5)
+    """
+    return interval(resampled_ratio(counts, numerator, denominator), level)
+
+
 def is_tie(resampled: np.ndarray, other: np.ndarray, level: float = 0.95) -> bool:
     """Whether the interval of the paired difference of two methods holds 0.
 
