@@ -92,24 +92,29 @@ class StoreWriter:
         """Keeps other processes from filling the same store; the kernel lets go of it when this one dies.
 
         Raises:
-            InputError: another process holds it, or the folder cannot be made or holds something else.
+            InputError: another process holds it, or the folder cannot be made.
         """
+        path = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            file = path.open("w")
         except OSError as error:
-            raise InputError(
-                f"Expected a folder that can be written at {self.path} but got: {error.strerror}."
-            ) from error
+            raise InputError(f"Expected a folder that can be written at {self.path} but: {error.strerror}.") from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                held = os.path.samestat(os.fstat(file.fileno()), path.stat())  # or the last holder has just removed it
+            except OSError:
+                held = False
+            if not held:
                 raise InputError(
                     f"Expected to be alone in {self.path} but another process is filling it; wait for it, or choose "
                     "another store."
-                ) from error
-            yield
+                )
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def plan(
         self,

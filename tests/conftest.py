@@ -1,0 +1,86 @@
+"""A tiny ESM-2 with random weights, written as each kind of checkpoint that a user may have."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from esm.model.esm2 import ESM2
+from torch import Tensor
+
+LAYERS, DIM, HEADS = 2, 32, 4
+
+
+@dataclass(frozen=True)
+class TinyEsm2:
+    """The model and the files that hold its weights."""
+
+    model: ESM2
+    fair_esm: Path  # a .pt file
+    safetensors: Path  # a Hugging Face folder
+    bin: Path  # another
+
+
+def hugging_face_key(key: str) -> str:
+    """What Hugging Face calls a parameter of fair-esm's."""
+    inner = {
+        "self_attn.q_proj": "attention.self.query",
+        "self_attn.k_proj": "attention.self.key",
+        "self_attn.v_proj": "attention.self.value",
+        "self_attn.out_proj": "attention.output.dense",
+        "self_attn.rot_emb": "attention.self.rotary_embeddings",
+        "self_attn_layer_norm": "attention.LayerNorm",
+        "final_layer_norm": "LayerNorm",
+        "fc1": "intermediate.dense",
+        "fc2": "output.dense",
+    }
+    if not key.startswith("layers."):
+        return {
+            "embed_tokens.weight": "esm.embeddings.word_embeddings.weight",
+            "emb_layer_norm_after.weight": "esm.encoder.emb_layer_norm_after.weight",
+            "emb_layer_norm_after.bias": "esm.encoder.emb_layer_norm_after.bias",
+        }.get(key, key)
+    _, layer, rest = key.split(".", 2)
+    module, _, parameter = rest.rpartition(".")
+    return f"esm.encoder.layer.{layer}.{inner[module]}.{parameter}"
+
+
+@pytest.fixture(scope="session")
+def tiny_esm2(tmp_path_factory: pytest.TempPathFactory) -> TinyEsm2:
+    """ESM-2 of 2 layers, 32 wide, with 4 heads."""
+    folder = tmp_path_factory.mktemp("tiny_esm2")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ESM2(LAYERS, DIM, HEADS).eval()
+        for parameter in model.parameters():  # fresh layer norms and biases would hide a mix-up
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    fair_esm = folder / "esm2_tiny.pt"
+    config = argparse.Namespace(
+        encoder_layers=LAYERS, encoder_embed_dim=DIM, encoder_attention_heads=HEADS, token_dropout=True
+    )
+    prefixed = {f"encoder.sentence_encoder.{key}": value for key, value in state.items() if "lm_head" not in key}
+    prefixed |= {f"encoder.{key}": value for key, value in state.items() if "lm_head" in key}
+    torch.save({"cfg": {"model": config}, "model": prefixed}, fair_esm)
+
+    renamed: dict[str, Tensor] = {
+        hugging_face_key(key): value for key, value in state.items() if "lm_head" not in key and "contact" not in key
+    }
+    hf_config = {
+        "model_type": "esm",
+        "position_embedding_type": "rotary",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "hidden_size": DIM,
+        "token_dropout": True,
+    }
+    for name in ("safetensors", "bin"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(hf_config))
+    safetensors.torch.save_file(renamed, folder / "safetensors" / "model.safetensors")
+    torch.save(renamed, folder / "bin" / "pytorch_model.bin")
+    return TinyEsm2(model, fair_esm, folder / "safetensors", folder / "bin")
