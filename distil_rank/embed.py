@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import platform
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import pyarrow.compute as pc
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from distil_rank.backbones import Backbone, load_backbone
-from distil_rank.embedder import Embedder, Pooling
+from distil_rank.embedder import Pooling
 from distil_rank.errors import InputError
-from distil_rank.sequences import CleaningReport, Protein, iter_proteins
-from distil_rank.store import Store, read_manifest
-from distil_rank.store_writer import Shard, StoreWriter
-
-logger = logging.getLogger(__name__)
-
-Long = Literal["window", "truncate", "error"]
-GATE = 0.999  # cosine to fp32 below which bf16 is not trusted
-MAX_TOKENS = {"cpu": 4096, "cuda": 32768}  # at once; more gains nothing once the device is busy
+from distil_rank.extraction import Extraction, Long, Precision, Request
+from distil_rank.sequences import CleaningReport
+from distil_rank.store import Store
+from distil_rank.store_writer import StoreWriter
 
 
 @dataclass(frozen=True)
@@ -85,11 +72,14 @@ def embed(
     backbone: str = "auto",
     pooling: Pooling = "mean",
     layer: int | None = None,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    precision: Precision = "auto",
     long: Long = "window",
     max_length: int = 1022,
     max_tokens: int | None = None,
     accelerator: Literal["auto", "cpu", "cuda"] = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "ddp",
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store does not have yet.
 
@@ -104,189 +94,48 @@ def embed(
         max_length: Residues that go through the model at once; ESM-2 was trained on 1022.
         max_tokens: Tokens in a batch; by default 4096 on a CPU and 32768 on a GPU.
         accelerator: Where to compute.
+        devices: Processes on each node, one for each device.
+        num_nodes: Nodes, as Lightning counts them under SLURM or torchrun.
+        strategy: How Lightning launches several processes.
 
     Raises:
         InputError: input, store or backbone cannot be used.
     """
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise InputError("Expected a CUDA device but torch finds none; use --accelerator cpu.")
+    request = Request(fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens)
     writer = StoreWriter(store)
-    device = _device(accelerator)
-    report = CleaningReport(str(fasta))
-    with writer.lock():
-        model = _backbone_for(writer, backbone)
-        request = {"pooling": pooling, "layer": layer, "long": long, "max_length": max_length}
-        added = plan(writer, iter_proteins(fasta, report), report, model, request, precision, device, max_tokens)
-        manifest = writer.manifest
-        embedder = make_embedder(model, manifest, device, max_tokens)
-        start = time.perf_counter()
-        computed, residues = compute(writer, writer.pending(), embedder)
+    finished = set(_finished(writer))
+    start = time.perf_counter()
+    if devices == 1 and num_nodes == 1:
+        use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+        extraction = Extraction(request, torch.device("cuda" if use_cuda else "cpu"))
+        with writer.lock():
+            added, report = extraction.plan()
+            start = time.perf_counter()
+            computed, residues = extraction.compute(writer.pending())
+            seconds = time.perf_counter() - start
+            writer.finish()
+    else:
+        from distil_rank.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
+
+        added, report = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
         seconds = time.perf_counter() - start
-        writer.finish()
+        new = [shard for name, shard in _finished(writer).items() if name not in finished]
+        computed = sum(shard["rows"][1] - shard["rows"][0] for shard in new)
+        residues = sum(shard["residues"] for shard in new)
     return _summary(writer, added, computed, residues, seconds, report)
 
 
-def _device(accelerator: str) -> torch.device:
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("Expected a CUDA device but torch finds none; use --accelerator cpu.")
-    use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
-
-
-def _backbone_for(writer: StoreWriter, name: str) -> Backbone:
-    """The model that was asked for; for `auto` the one that the store was made with, if there is one."""
-    known = writer.manifest
-    if name != "auto" or not known:
-        return load_backbone(name)
-    if known["fallback"]:
-        logger.warning("%s (as when the store %s was made)", known["fallback"], writer.path)
-    return load_backbone(known["backbone"])
-
-
-def plan(
-    writer: StoreWriter,
-    proteins: Iterable[Protein],
-    report: CleaningReport,
-    backbone: Backbone,
-    request: dict[str, Any],
-    precision: str,
-    device: torch.device,
-    max_tokens: int | None,
-) -> int:
-    """Adds proteins to the store, decides on the precision, and leaves the shards to compute in the manifest."""
-    known = writer.manifest
-    layer = backbone.num_layers if request["layer"] is None else request["layer"]
-    if not 0 <= layer <= backbone.num_layers:
-        raise InputError(f"Expected a layer from 0 to {backbone.num_layers} of {backbone.name} but got {layer}.")
-    chosen = precision if precision != "auto" else known.get("precision") or _native_precision(device)
-    settings = {
-        "weights_sha256": backbone.sha256,
-        "dim": backbone.dim,
-        **request,
-        "layer": layer,
-        "precision": chosen,
-    }
-    provenance = {
-        "backbone": backbone.name,
-        "fallback": backbone.fallback,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("distil-rank", "torch", "fair-esm", "pyarrow")},
-    }
-    added = writer.plan(_checked(proteins, request, report), settings, provenance, report)
-    logger.info("%s: %s; %s new to the store %s", report.source, report, f"{added:,}", writer.path)
-    if precision == "auto" and chosen == "bf16" and "bf16_cosine" not in known:
-        _gate(writer, backbone, device, max_tokens)
-    return added
-
-
-def _checked(proteins: Iterable[Protein], request: dict[str, Any], report: CleaningReport) -> Iterator[Protein]:
-    for protein in proteins:
-        if request["long"] == "error" and len(protein.sequence) > request["max_length"]:
-            raise InputError(
-                f"Expected at most {request['max_length']} residues in {report.source} but {protein.id} has "
-                f"{len(protein.sequence)}; use --long window or --long truncate."
-            )
-        yield protein
-
-
-def _native_precision(device: torch.device) -> str:
-    """`bf16` where the hardware multiplies it natively."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("amx_tile") else "fp32"
-
-
-def _gate(writer: StoreWriter, backbone: Backbone, device: torch.device, max_tokens: int | None) -> None:
-    """Computes the first batch both ways; goes on in fp32 where bf16 is off."""
-    manifest = writer.manifest
-    shard = writer.pending()[0]
-    results = []
-    for precision in ("fp32", "bf16"):
-        embedder = make_embedder(backbone, {**manifest, "precision": precision}, device, max_tokens)
-        sequences = _texts(writer, shard, manifest)
-        batch = embedder.batches([len(text) for text in sequences.values()])[0]
-        rows = list(sequences)
-        results.append(embedder.embed([sequences[rows[i]] for i in batch]))
-    cosines = [
-        F.cosine_similarity(a.mean(0), b.mean(0), dim=0).item()
-        for a, b in zip(*results, strict=True)
-        if a is not None and b is not None
-    ]
-    worst = min(cosines, default=1.0)
-    facts: dict[str, Any] = {"bf16_cosine": worst}
-    if not worst >= GATE:
-        logger.warning("bf16 reaches a cosine of only %.4f to fp32 on the first batch: going on in fp32", worst)
-        facts["precision"] = "fp32"
-    writer.update(**facts)
-
-
-def make_embedder(
-    backbone: Backbone, manifest: dict[str, Any], device: torch.device, max_tokens: int | None
-) -> Embedder:
-    """The embedder that a store's manifest asks for."""
-    return Embedder(
-        backbone,
-        manifest["pooling"],
-        manifest["precision"],
-        device,
-        manifest["layer"],
-        manifest["max_length"],
-        max_tokens or MAX_TOKENS[device.type],
-    )
-
-
-def _texts(writer: StoreWriter, shard: Shard, manifest: dict[str, Any]) -> dict[int, str]:
-    """Row and what of the sequence goes through the model."""
-    cut = manifest["max_length"] if manifest["long"] == "truncate" else None
-    return {row: text[:cut] for row, text in writer.sequences(shard).items()}
-
-
-def compute(writer: StoreWriter, shards: list[Shard], embedder: Embedder) -> tuple[int, int]:
-    """Computes what is missing of some shards; the next batch is computed while the last one is written.
-
-    Returns:
-        Distinct sequences and residues that went through the model.
-    """
-    manifest = writer.manifest
-    computed = residues = 0
-    total = sum(shard.residues for shard in shards)
-    with (
-        tqdm(total=total, unit="residue", unit_scale=True, disable=None, desc="embed") as bar,
-        ThreadPoolExecutor(max_workers=1) as pool,
-    ):
-        for shard in shards:
-            if writer.is_sealed(shard):
-                bar.update(shard.residues)
-                continue
-            texts = _texts(writer, shard, manifest)
-            rows, done = list(texts), writer.done(shard)
-            writing: Future[None] | None = None
-            for batch in embedder.batches([len(text) for text in texts.values()]):
-                left = [rows[i] for i in batch if rows[i] not in done]
-                if left:
-                    vectors = embedder.embed([texts[row] for row in left])
-                    if writing is not None:
-                        writing.result()
-                    writing = pool.submit(_write, writer, shard, left, vectors)
-                    computed += len(left)
-                    residues += sum(len(texts[row]) for row in left)
-                bar.update(sum(len(texts[rows[i]]) for i in batch))
-            if writing is not None:
-                writing.result()
-            writer.seal(shard)
-    return computed, residues
-
-
-def _write(writer: StoreWriter, shard: Shard, rows: list[int], vectors: list[torch.Tensor | None]) -> None:
-    """Waits for the device and writes, while the next batch is already on its way."""
-    arrays: list[np.ndarray | None] = [None if found is None else found.cpu().numpy() for found in vectors]
-    writer.write_part(shard, rows, arrays)
+def _finished(writer: StoreWriter) -> dict[str, dict[str, Any]]:
+    return {shard["file"]: shard for shard in writer.manifest.get("shards", []) if "sha256" in shard}
 
 
 def _summary(
     writer: StoreWriter, added: int, computed: int, residues: int, seconds: float, report: CleaningReport
 ) -> EmbedSummary:
     store = Store.open(writer.path)
-    manifest = read_manifest(writer.path) or {}
+    manifest = store.manifest
     return EmbedSummary(
         store=str(writer.path),
         proteins=len(store),
@@ -295,7 +144,7 @@ def _summary(
         residues=residues,
         seconds=seconds,
         skipped=len(store.skipped),
-        long=sum(1 for note in store.proteins["notes"].to_pylist() if note),
+        long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
         cleaning=str(report),
         backbone=manifest["backbone"],
         precision=manifest["precision"],

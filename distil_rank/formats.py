@@ -1,4 +1,4 @@
-"""Embeddings in other people's formats: one reader for all of them, and writers for the common ones.
+"""Embeddings in other people's formats: one reader for all of them, and one writer.
 
 Nothing here unpickles: `.pt` files load with `weights_only=True`, NumPy files with `allow_pickle=False`.
 """
@@ -6,17 +6,20 @@ Nothing here unpickles: `.pt` files load with `weights_only=True`, NumPy files w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from distil_rank.errors import InputError
 from distil_rank.store import Store
@@ -267,4 +270,83 @@ READERS: dict[str, Callable[[Path], Embeddings]] = {
     ".pt": _read_pt,
     ".h5": _read_hdf5,
     ".hdf5": _read_hdf5,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_matrix(found: Embeddings, path: str | Path, val_fraction: float = 0.2) -> None:
+    """Writes embeddings in the format that the path's ending names; a path without one is the original's folder.
+
+    `.npz` and `.safetensors` keep ids, sequences, labels and clusters; `.npy` the matrix only; `.h5` one data set for
+    each protein, (d,) or per residue (L, d). A folder gets `embeddings_train.pt` and `embeddings_val.pt`, tensors
+    (N, d), in which no sequence is on both sides.
+
+    Args:
+        found: What to write.
+        path: Where to; replaced if it is there.
+        val_fraction: Share of the proteins in `embeddings_val.pt`.
+
+    Raises:
+        InputError: the ending is unknown, or a name is not unique (`.h5`).
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in WRITERS and suffix:
+        raise InputError(f"Expected a path that ends in {', '.join(WRITERS)} or a folder but got {path.name}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix:
+        WRITERS[suffix](found, path)
+    else:
+        _write_pair(found, path, val_fraction)
+
+
+def _columns(found: Embeddings) -> dict[str, list[str]]:
+    return {name: getattr(found, name) for name in COLUMNS if getattr(found, name) is not None}
+
+
+def _write_npz(found: Embeddings, path: Path) -> None:
+    columns = {name: np.array(values, dtype=np.str_) for name, values in _columns(found).items()}
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, embeddings=found.x, **columns)
+
+
+def _write_npy(found: Embeddings, path: Path) -> None:
+    np.save(path, found.x, allow_pickle=False)
+
+
+def _write_safetensors(found: Embeddings, path: Path) -> None:
+    metadata = {name: json.dumps(values) for name, values in _columns(found).items()}
+    save_file({"embeddings": np.ascontiguousarray(found.x)}, path, metadata=metadata)
+
+
+def _write_hdf5(found: Embeddings, path: Path) -> None:
+    starts = [row for row, name in enumerate(found.ids) if row == 0 or name != found.ids[row - 1]]
+    if len(starts) != len(set(found.ids)):
+        raise InputError(f"Expected each protein once, its residues together, for {path}; rename the repeated ones.")
+    per_residue = found.provenance.get("pooling") == "residue" or len(starts) < len(found.ids)
+    with _h5py().File(path, "w") as file:
+        for start, stop in pairwise([*starts, len(found.ids)]):
+            name = found.ids[start]
+            key = name if not set(name) & set("/\0") and name.strip(".") else f"protein_{start}"  # HDF5 reads paths
+            data = file.create_dataset(key, data=found.x[start:stop] if per_residue else found.x[start])
+            data.attrs["original_id"] = name
+
+
+def _write_pair(found: Embeddings, folder: Path, val_fraction: float) -> None:
+    keys = found.sequences or found.ids
+    share = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 for key in keys]
+    held_out = np.array(share) < val_fraction
+    folder.mkdir(exist_ok=True)
+    for part, rows in (("train", ~held_out), ("val", held_out)):
+        torch.save(torch.from_numpy(found.x[rows]), folder / f"embeddings_{part}.pt")
+
+
+WRITERS: dict[str, Callable[[Embeddings, Path], None]] = {
+    ".npz": _write_npz,
+    ".npy": _write_npy,
+    ".safetensors": _write_safetensors,
+    ".h5": _write_hdf5,
+    ".hdf5": _write_hdf5,
 }

@@ -157,10 +157,9 @@ def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:
             report.counts["nucleotides"] += 1
         return sequence
     counts = report.counts
-    raised = sequence.upper()
-    if raised != sequence:
-        counts["lowercase"] += 1
-        sequence = raised if raised.isascii() else sequence
+    if sequence.isascii():  # upper() makes letters out of some that are none
+        counts["lowercase"] += sequence != sequence.upper()
+        sequence = sequence.upper()
     for kind, pattern in (("digits", _DIGITS), ("gaps", _GAPS)):
         sequence, removed = pattern.subn("", sequence)
         counts[kind] += removed > 0

@@ -13,6 +13,8 @@ LEVELS = [
     {"low_rank"},
     {"backbones", "formats", "store_writer", "teacher", "int8"},
     {"embedder"},
+    {"extraction"},
+    {"multi_device"},
     {"embed"},
     {"data"},
     {"distil", "callbacks", "tracking"},
