@@ -37,7 +37,7 @@ class Embedder:
     Args:
         backbone: The model.
         pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector each.
-        precision: Of weights and activations; pooling sums in fp32.
+        precision: `fp32` or `bf16`, of weights and activations; pooling sums in fp32.
         device: Where to compute.
         layer: Whose hidden states; the last by default.
         window: Residues that go through the model at once; longer sequences go in overlapping windows, and a residue
@@ -49,7 +49,7 @@ class Embedder:
         self,
         backbone: Backbone,
         pooling: Pooling = "mean",
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: str = "fp32",
         device: torch.device | str = "cpu",
         layer: int | None = None,
         window: int | None = None,
