@@ -1,0 +1,161 @@
+"""The command line. Each command's options are the signatures of the functions and classes behind it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from distil_rank.errors import InputError
+
+# Imports of torch, Lightning and MLflow take seconds, so each command brings its own.
+# ruff: noqa: PLC0415
+
+PROG = "distil-rank"
+
+
+def _parser(name: str, description: str | None) -> Any:
+    from jsonargparse import ActionConfigFile
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    parser = LightningArgumentParser(prog=f"{PROG} {name}", description=(description or "").splitlines()[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; give it again to layer another on top.")
+    return parser
+
+
+def _training_parser(name: str, command: Callable[..., Any], student: bool = True) -> Any:
+    """Sections `data`, `teacher`, `distil` and `trainer`, and the command's own options beside them."""
+    from lightning import Trainer
+
+    from distil_rank import pipeline
+    from distil_rank.data import EmbeddingDataModule
+    from distil_rank.distil import DistilModule
+    from distil_rank.experiment import QUIET
+
+    sections = {"data", "teacher", "distil", "trainer", "config", "parent", "experiment"}
+    parser = _parser(name, command.__doc__)
+    parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
+    parser.add_function_arguments(pipeline.train_teacher, "teacher", skip={*sections, "output"})
+    if student:
+        skip = {"teacher", "student", "tail", "output_variance"}
+        parser.add_class_arguments(DistilModule, "distil", instantiate=False, skip=skip)
+        parser.add_function_arguments(command, None, as_group=False, skip=sections)
+    else:
+        parser.add_argument("--output", default="results", help="Folder for results.")
+    fixed = {"logger", "callbacks", "default_root_dir", "enable_checkpointing", "enable_progress_bar"}
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=fixed)
+    parser.set_defaults({f"trainer.{key}": value for key, value in QUIET.items() if key not in fixed})
+    return parser
+
+
+def _run_training(name: str, argv: Sequence[str]) -> int:
+    from distil_rank import pipeline, report
+    from distil_rank.data import EmbeddingDataModule
+
+    command = {"train-teacher": pipeline.train_teacher, "distil": pipeline.distil}
+    command |= {"benchmark": pipeline.benchmark, "sweep": pipeline.sweep}
+    parser = _training_parser(name, command[name], student=name != "train-teacher")
+    parsed = parser.parse_args(list(argv))
+    text = parser.dump(parsed, skip_none=False)
+    options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
+    data = EmbeddingDataModule(**options.pop("data"))
+    if name == "train-teacher":
+        teacher = pipeline.train_teacher(data, **options.pop("teacher"), **options, config=text)
+        print(f"Teacher: {teacher.path}")
+        return 0
+    report.show(command[name](data, **options, config=text))
+    return 0
+
+
+def _train_teacher(argv: Sequence[str]) -> int:
+    """make the dense layer that is to be distilled"""
+    return _run_training("train-teacher", argv)
+
+
+def _distil(argv: Sequence[str]) -> int:
+    """distil one teacher and report what survived"""
+    return _run_training("distil", argv)
+
+
+def _benchmark(argv: Sequence[str]) -> int:
+    """the three teachers of the original, one table"""
+    return _run_training("benchmark", argv)
+
+
+def _sweep(argv: Sequence[str]) -> int:
+    """one teacher at several ranks"""
+    return _run_training("sweep", argv)
+
+
+def _embed(argv: Sequence[str]) -> int:
+    """protein sequences through ESM-2 into a store"""
+    from distil_rank import pipeline, report
+    from distil_rank.embed import embed
+
+    parser = _parser("embed", embed.__doc__)
+    parser.add_function_arguments(embed, None, as_group=False)
+    options = {key: value for key, value in parser.parse_args(list(argv)).as_dict().items() if key != "config"}
+    report.show_embedding(pipeline.embed_tracked(**options))
+    return 0
+
+
+def _ui(argv: Sequence[str]) -> int:
+    """browse the runs in MLflow's own pages"""
+    from distil_rank.ui import serve_ui
+
+    parser = _parser("ui", serve_ui.__doc__)
+    parser.add_function_arguments(serve_ui, None, as_group=False)
+    serve_ui(**{key: value for key, value in parser.parse_args(list(argv)).as_dict().items() if key != "config"})
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "embed": _embed,
+    "train-teacher": _train_teacher,
+    "distil": _distil,
+    "benchmark": _benchmark,
+    "sweep": _sweep,
+    "ui": _ui,
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<14} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join([f"usage: {PROG} [-q | -v] COMMAND [OPTIONS]   (COMMAND --help tells the options)", "", *lines])
+
+
+def configure_output(verbosity: int) -> None:
+    """Say what matters, on standard error: -1 warnings only, 0 the usual, 1 everything that dependencies say too."""
+    level = {-1: logging.WARNING, 1: logging.DEBUG}.get(verbosity, logging.INFO)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("distil_rank").setLevel(level)
+    if verbosity < 1:
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # What a user cannot act on: hints at more loader processes, at deprecations inside Lightning, and the like.
+        warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics|mlflow|torch|esm|jsonargparse|pydantic)\b.*")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; exit code 2 and one line for what the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbosity = (arguments.count("-v") > 0) - (arguments.count("-q") > 0)
+    arguments = [argument for argument in arguments if argument not in ("-v", "-q")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"{PROG}: Expected a command out of {known} but got {arguments[0]!r}.", file=sys.stderr)
+        return 2
+    configure_output(verbosity)
+    try:
+        return COMMANDS[arguments[0]](arguments[1:])
+    except InputError as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: stopped; what was finished is kept.", file=sys.stderr)
+        return 130

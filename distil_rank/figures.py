@@ -1,0 +1,159 @@
+"""The pictures of a report. Every figure is drawn from the report's own dictionary, so it can be drawn again later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart by the colour-blind, and the same for a method in every figure.
+COLOURS = {
+    "constant": "#999999",
+    "svd": "#D55E00",
+    "svd_bias": "#E69F00",
+    "whitened": "#CC79A7",
+    "closed_form": "#000000",
+    "original recipe": "#0072B2",
+    "Distil-Rank": "#009E73",
+}
+NAMES = {"svd": "SVD", "svd_bias": "SVD + bias", "closed_form": "closed form"}
+LOWEST_R2 = -0.25  # a worse R² is drawn as an arrow at the edge, or nothing else could be told apart
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def final_report(report: dict[str, Any], path: Path) -> Path:
+    """One row of panels per teacher: training, ladder, spectrum, and fidelity against rank."""
+    teachers = report["teachers"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(len(teachers), 4, figsize=(16, 3.6 * len(teachers)), squeeze=False)
+        for row, teacher in zip(axes, teachers, strict=True):
+            draw_training(row[0], teacher)
+            draw_ladder(row[1], teacher)
+            draw_spectrum(row[2], teacher)
+            draw_pareto(row[3], teacher)
+        data = report["data"]
+        title = f"{data['backbone']}, {data['rows']['test']} held-out rows, {data['split']}"
+        if data.get("fallback"):
+            title += f"\n{data['fallback']}"
+        figure.suptitle(title, fontsize=10)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+    return path
+
+
+def draw_training(ax: Axes, teacher: dict[str, Any]) -> None:
+    """Share of variance lost on validation while training, against the closed form's as a line."""
+    ax.set_title(f"{teacher['teacher']} teacher, rank {teacher['rank']}: training")
+    for method, curve in teacher["curves"].items():
+        ax.plot(
+            curve["step"],
+            curve["val_residual"],
+            label=NAMES.get(method, method),
+            color=COLOURS[method],
+            marker=".",
+            ms=3,
+        )
+    optimum = teacher["validation_optimum"]
+    ax.axhline(optimum, color=COLOURS["closed_form"], ls="--", lw=1, label="closed form")
+    ax.set(xlabel="optimiser step", ylabel="1 − R² on validation rows", yscale="log")
+    ax.legend()
+
+
+def draw_ladder(ax: Axes, teacher: dict[str, Any]) -> None:
+    """R² of every method with its 95 % interval, and raw cosine beside it as a hollow mark."""
+    ax.set_title("held-out R² (●, 95 % interval) and raw cosine (○)")
+    rows = teacher["ladder"]
+    for y, row in enumerate(reversed(rows)):
+        r2, cosine, colour = row["metrics"]["r2"], row["metrics"]["cosine"]["value"], COLOURS[row["method"]]
+        if r2["value"] < LOWEST_R2:
+            ax.annotate(
+                f"{r2['value']:.2f}", (LOWEST_R2, y), (12, 0), textcoords="offset points", va="center", color=colour,
+                arrowprops={"arrowstyle": "->", "color": colour},
+            )  # fmt: skip
+        else:
+            ax.plot([max(r2["low"], LOWEST_R2), r2["high"]], [y, y], color=colour, lw=2)
+            ax.plot(r2["value"], y, "o", color=colour)
+        ax.plot(cosine, y, "o", mfc="white", mec=colour, ms=5)
+    ax.set_yticks(range(len(rows)), [NAMES.get(row["method"], row["method"]) for row in reversed(rows)])
+    ax.set(xlim=(LOWEST_R2, 1.03), xlabel="held-out fidelity (1 is perfect)")
+
+
+def draw_spectrum(ax: Axes, teacher: dict[str, Any]) -> None:
+    """Singular values of the weight beside the standard deviations of its output: what SVD sees and what there is."""
+    ax.set_title("spectrum, normalised")
+    weight, output = teacher["spectrum"]["singular_values"], teacher["spectrum"]["output_std"]
+    ax.plot(range(1, len(weight) + 1), weight, color=COLOURS["svd"], label="weight (singular values)")
+    ax.plot(range(1, len(output) + 1), output, color=COLOURS["closed_form"], label="output (standard deviations)")
+    ax.axvline(teacher["rank"], color=COLOURS["Distil-Rank"], ls="--", lw=1, label=f"rank {teacher['rank']}")
+    ax.set(xlabel="index", ylabel="value / largest", yscale="log", ylim=(1e-4, 1.5))
+    ax.legend()
+
+
+def draw_pareto(ax: Axes, teacher: dict[str, Any]) -> None:
+    """What each rank keeps: predicted from the training rows, and measured on held-out rows."""
+    ax.set_title("closed form: fidelity against rank")
+    curve = teacher["pareto"]
+    ranks = [point["rank"] for point in curve]
+    ax.plot(ranks, [point["predicted_r2"] for point in curve], color="#999999", ls=":", label="R², predicted")
+    ax.plot(
+        ranks, [point["r2"] for point in curve], color=COLOURS["closed_form"], marker="o", ms=3, label="R², held-out"
+    )
+    ax.fill_between(
+        ranks,
+        [point["r2_low"] for point in curve],
+        [point["r2_high"] for point in curve],
+        color="#000000",
+        alpha=0.12,
+        lw=0,
+    )
+    ax.plot(ranks, [point["knn_overlap"] for point in curve], color="#56B4E9", marker="s", ms=3, label="kNN@10 overlap")
+    ax.axvline(teacher["rank"], color=COLOURS["Distil-Rank"], ls="--", lw=1, label=f"rank {teacher['rank']}, chosen")
+    ax.set(xlabel="rank", ylabel="held-out fidelity", xscale="log", ylim=(0, 1.03))
+    ax.legend(loc="lower right")
+
+
+def sweep(report: dict[str, Any], path: Path) -> Path:
+    """Distil-Rank's held-out R² and neighbours at each rank of a sweep, beside the plain SVD's."""
+    teachers = report["teachers"]
+    ranks = [teacher["rank"] for teacher in teachers]
+
+    def metric(method: str, name: str) -> list[dict[str, float]]:
+        rows = [next(row for row in teacher["ladder"] if row["method"] == method) for teacher in teachers]
+        return [row["metrics"][name] for row in rows]
+
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(6, 4))
+        for method, marker in (("Distil-Rank", "o"), ("original recipe", "^"), ("svd", "v")):
+            r2 = metric(method, "r2")
+            below = [value["value"] - value["low"] for value in r2]
+            above = [value["high"] - value["value"] for value in r2]
+            values = [value["value"] for value in r2]
+            name = f"{NAMES.get(method, method)}, R²"
+            ax.errorbar(
+                ranks, values, (below, above), label=name, color=COLOURS[method], marker=marker, ms=4, capsize=2
+            )
+        knn = [value["value"] for value in metric("Distil-Rank", "knn_overlap")]
+        ax.plot(ranks, knn, label="Distil-Rank, kNN@10 overlap", color="#56B4E9", marker="s", ms=4, ls="--")
+        ax.set(xlabel="rank", ylabel="held-out fidelity", xscale="log", ylim=(LOWEST_R2, 1.03))
+        ax.set_xticks(ranks, [str(rank) for rank in ranks])
+        ax.set_title(f"{teachers[0]['teacher']} teacher, {report['data']['backbone']}")
+        ax.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+    return path
