@@ -1,0 +1,211 @@
+"""Time callables beside one another, fairly.
+
+On a shared machine a single measurement can be off by a factor of a hundred. Candidates therefore take turns, so that
+what slows the machine slows them all; each turn repeats a call until it is long against the clock's resolution; and
+what counts is the median, with the 95th percentile beside it. Autograd is off: a layer in use records no graph.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one candidate, one sample for each turn, in the order in which they were taken."""
+
+    name: str
+    threads: int
+    device: str
+    samples: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        """Median over the turns."""
+        return statistics.median(self.samples)
+
+    @property
+    def p95_s(self) -> float:
+        """The least sample that 95 % of the samples do not exceed."""
+        return sorted(self.samples)[math.ceil(0.95 * len(self.samples)) - 1]
+
+    @property
+    def repeats(self) -> int:
+        """Number of turns."""
+        return len(self.samples)
+
+
+@dataclass(frozen=True)
+class LayerLatency:
+    """A dense layer beside its replacement at one batch size; microseconds per call.
+
+    `ratio` is the ratio of the medians, `paired_ratio` the median of the ratios of neighbouring turns: where the two
+    disagree, the machine was too busy to tell.
+    """
+
+    batch: int
+    threads: int
+    device: str
+    repeats: int
+    dense_us: float
+    dense_p95_us: float
+    student_us: float
+    student_p95_us: float
+    ratio: float
+    paired_ratio: float
+
+
+def time_interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 50,
+    warmup: int = 5,
+    min_time: float = 1e-3,
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Time callables in turns, under `torch.inference_mode`, with as many threads as torch is set to.
+
+    Every other round goes through the candidates backwards, so that none always runs in another's cache.
+
+    Args:
+        candidates: Callables without arguments, by name.
+        repeats: Rounds, each with one turn of each candidate.
+        warmup: Calls of each before anything counts.
+        min_time: Seconds that a turn lasts at least: a call shorter than this is repeated within it.
+        device: Where the work runs; on CUDA the clock is read only once the device is idle.
+
+    Raises:
+        ValueError: If there is no candidate or no repeat.
+
+    >>> timings = time_interleaved({"one": lambda: sum(range(10)), "two": lambda: sum(range(20))}, repeats=3, warmup=1)
+    >>> [(timing.name, timing.repeats, timing.median_s > 0) for timing in timings.values()]
+    [('one', 3, True), ('two', 3, True)]
+    """
+    if not candidates or repeats < 1:
+        raise ValueError(f"Expected a candidate and a repeat but got {len(candidates)} and {repeats}.")
+    device = torch.device(device)
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.inference_mode():
+        calls = {}
+        for name, call in candidates.items():
+            for _ in range(warmup):
+                call()
+            quickest = min(_seconds(call, 1, device) for _ in range(3))  # the least disturbed
+            calls[name] = max(1, math.ceil(min_time / max(quickest, 1e-9)))
+        order = list(candidates)
+        for _ in range(repeats):
+            for name in order:
+                samples[name].append(_seconds(candidates[name], calls[name], device))
+            order.reverse()
+    return {
+        name: Timing(name, threads=torch.get_num_threads(), device=str(device), samples=tuple(taken))
+        for name, taken in samples.items()
+    }
+
+
+def compare_layers(
+    dense: nn.Linear,
+    student: nn.Module,
+    batches: Sequence[int] = (1, 32, 256),
+    threads: int = 1,
+    *,
+    repeats: int = 50,
+    warmup: int = 5,
+    min_time: float = 1e-3,
+) -> list[LayerLatency]:
+    """Time a dense layer beside its replacement on Gaussian rows, on the device and in the type of the dense layer.
+
+    Args:
+        dense: The layer replaced.
+        student: Its replacement.
+        batches: Rows in a call.
+        threads: Of the processor, while timing; what was set before is restored.
+        repeats: Turns of each.
+        warmup: Calls of each before anything counts.
+        min_time: Seconds that a turn lasts at least.
+
+    Returns:
+        One row for each batch size.
+    """
+    weight = dense.weight
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    with torch_threads(threads):
+        for batch in batches:
+            x = torch.randn(batch, dense.in_features, generator=generator).to(weight)
+            timings = time_interleaved(
+                {"dense": partial(dense, x), "student": partial(student, x)},
+                repeats=repeats,
+                warmup=warmup,
+                min_time=min_time,
+                device=weight.device,
+            )
+            rows.append(_row(batch, timings["dense"], timings["student"]))
+    return rows
+
+
+def paired_ratio(slow: Timing, fast: Timing) -> float:
+    """Median of the ratios of samples taken in the same round: the speed-up that a slow minute cannot move.
+
+    >>> slow = Timing("slow", threads=1, device="cpu", samples=(2.0, 200.0, 4.0))
+    >>> paired_ratio(slow, Timing("fast", threads=1, device="cpu", samples=(1.0, 100.0, 1.0)))
+    2.0
+    """
+    return statistics.median(a / b for a, b in zip(slow.samples, fast.samples, strict=True))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads within an operation, and restore what was set.
+
+    >>> before = torch.get_num_threads()
+    >>> with torch_threads(1):
+    ...     torch.get_num_threads()
+    1
+    >>> torch.get_num_threads() == before
+    True
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds per call, over `calls` of them."""
+    _wait(device)
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    _wait(device)
+    return (perf_counter() - start) / calls
+
+
+def _wait(device: torch.device) -> None:
+    """Let a CUDA device finish: calls return before their work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _row(batch: int, dense: Timing, student: Timing) -> LayerLatency:
+    return LayerLatency(
+        batch=batch,
+        threads=dense.threads,
+        device=dense.device,
+        repeats=dense.repeats,
+        dense_us=1e6 * dense.median_s,
+        dense_p95_us=1e6 * dense.p95_s,
+        student_us=1e6 * student.median_s,
+        student_p95_us=1e6 * student.p95_s,
+        ratio=dense.median_s / student.median_s,
+        paired_ratio=paired_ratio(dense, student),
+    )
