@@ -1,1 +1,29 @@
-"""Low-rank compression of projection layers on protein embeddings."""
+"""Low-rank compression of projection layers on protein embeddings.
+
+The names below load on first use: `import distil_rank` alone costs nothing, and none of them brings Lightning or MLflow.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distil_rank.artefact import load, save
+    from distil_rank.compression import compress
+    from distil_rank.low_rank import LowRankLinear
+    from distil_rank.moments import Moments
+
+__all__ = ["LowRankLinear", "Moments", "compress", "load", "save"]
+
+_HOMES = {
+    "LowRankLinear": "low_rank",
+    "Moments": "moments",
+    "compress": "compression",
+    "load": "artefact",
+    "save": "artefact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

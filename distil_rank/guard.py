@@ -91,6 +91,10 @@ class Guard(nn.Module):
             raise InputError("Expected a calibrated guard but its threshold is not known; use `guard.calibrated(x)`.")
         return self(x) > self.threshold
 
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"size={len(self.offset)}, threshold={self.threshold}"
+
     @torch.no_grad()
     def without(self, A: Tensor, B: Tensor, kept_mean: Tensor | None) -> Self:
         """The guard of the student that lost the directions `B A`.
