@@ -81,7 +81,7 @@ class Run:
         self.client.log_batch(self.id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def note(self, markdown: str) -> None:
-        """Describe the run, in Markdown; the user interface shows it on the run's page, a long one up to a line's end."""
+        """Describe the run, in Markdown; the user interface shows it, up to MLflow's limit, on the run's page."""
         if len(markdown) > NOTE_LENGTH:
             self.log_text(markdown, "note.md")
             start = markdown[: NOTE_LENGTH - 100].rpartition("\n")[0]

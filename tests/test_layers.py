@@ -7,7 +7,18 @@ import distil_rank
 
 LEVELS = [
     {"errors"},
-    {"sequences", "moments", "metrics", "latency", "bootstrap", "digests", "guard", "interrupts", "provenance", "run_store"},
+    {
+        "sequences",
+        "moments",
+        "metrics",
+        "latency",
+        "bootstrap",
+        "digests",
+        "guard",
+        "interrupts",
+        "provenance",
+        "run_store",
+    },
     {"esm2", "store", "splits", "solvers", "own_layer", "streaming", "capture"},
     {"fidelity", "agreement"},
     {"low_rank"},
