@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from distil_rank.errors import InputError
@@ -54,9 +55,8 @@ def _run_training(name: str, argv: Sequence[str]) -> int:
     from distil_rank import pipeline, report
     from distil_rank.data import EmbeddingDataModule
 
-    command = {"train-teacher": pipeline.train_teacher, "distil": pipeline.distil}
-    command |= {"benchmark": pipeline.benchmark, "sweep": pipeline.sweep}
-    parser = _training_parser(name, command[name], student=name != "train-teacher")
+    command: Callable[..., Any] = getattr(pipeline, name.replace("-", "_"))
+    parser = _training_parser(name, command, student=name != "train-teacher")
     parsed = parser.parse_args(list(argv))
     text = parser.dump(parsed, skip_none=False)
     options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
@@ -65,7 +65,7 @@ def _run_training(name: str, argv: Sequence[str]) -> int:
         teacher = pipeline.train_teacher(data, **options.pop("teacher"), **options, config=text)
         print(f"Teacher: {teacher.path}")
         return 0
-    report.show(command[name](data, **options, config=text))
+    report.show(command(data, **options, config=text))
     return 0
 
 
@@ -97,7 +97,7 @@ def _embed(argv: Sequence[str]) -> int:
     parser = _parser("embed", embed.__doc__)
     parser.add_function_arguments(embed, None, as_group=False)
     options = {key: value for key, value in parser.parse_args(list(argv)).as_dict().items() if key != "config"}
-    report.show_embedding(pipeline.embed_tracked(**options))
+    report.show_facts("Embeddings", asdict(pipeline.embed(options)))
     return 0
 
 

@@ -208,6 +208,7 @@ class EmbeddingDataModule(LightningDataModule):
             "backbone": provenance.get("backbone", "unknown"),
             "pooling": provenance.get("pooling", "unknown"),
             "fallback": provenance.get("fallback"),
+            "embedding_run": provenance.get("embedding_run"),
         }
 
 

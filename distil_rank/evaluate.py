@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ from distil_rank.low_rank import LowRankLinear, parameter_count
 from distil_rank.moments import Moments
 from distil_rank.solvers import SOLVERS, Solver, solve
 
-CONSTANT = "constant"
+log = logging.getLogger(__name__)
+
 RECIPE = "original recipe"
 OURS = "Distil-Rank"
 NEIGHBOURS = 10
@@ -98,9 +100,7 @@ class HeldOut:
         kept, note = np.arange(len(proteins)), None
         if len(proteins) > MAX_ROWS:
             kept = np.flatnonzero(np.isin(proteins, np.unique(proteins[:MAX_ROWS])))[:MAX_ROWS]
-            note = (
-                f"FEWER ROWS: measured on {len(kept)} of {len(proteins)} held-out rows (neighbours take quadratic time)"
-            )
+            note = f"FEWER ROWS: measured on {len(kept)} of {len(proteins)} held-out rows (kNN is quadratic)"
             log.warning(note)
         proteins = np.unique(proteins[kept], return_inverse=True)[1]
         x = data.rows("test", kept)
@@ -253,7 +253,7 @@ def _estimates(measured: _Measured, bench: _Bench, counts: np.ndarray) -> dict[s
         "cka": Estimate(measured.cka),
     }
     for name, values in measured.means.items():
-        interval = bootstrap.ratio_interval(counts, values)
+        interval = bootstrap.interval(bootstrap.resampled_ratio(counts, values))
         estimates[name] = Estimate(float(values.mean()), interval.low, interval.high)
     return estimates
 

@@ -1,4 +1,4 @@
-"""One teacher, start to finish: solve, train, and measure every rung on the same held-out rows. No tracking, no files."""
+"""One teacher, start to finish: solve, train, and measure every rung on the same held-out rows."""
 
 from __future__ import annotations
 

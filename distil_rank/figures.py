@@ -23,7 +23,7 @@ COLOURS = {
 }
 NAMES = {"svd": "SVD", "svd_bias": "SVD + bias", "closed_form": "closed form"}
 LOWEST_R2 = -0.25  # a worse R² is drawn as an arrow at the edge, or nothing else could be told apart
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,

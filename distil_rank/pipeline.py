@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,14 @@ from torch import nn
 from distil_rank import figures, report
 from distil_rank.callbacks import Progress
 from distil_rank.data import EmbeddingDataModule
+from distil_rank.embed import EmbedSummary
+from distil_rank.embed import embed as extract
 from distil_rank.experiment import QUIET, Experiment, WarmStart, run_experiment
 from distil_rank.moments import Moments
 from distil_rank.own_layer import load_linear, load_tail
 from distil_rank.registry import log_student
 from distil_rank.run_logger import RunLogger
+from distil_rank.store_writer import StoreWriter
 from distil_rank.teacher import TeacherCheck, TeacherModule, check_teacher, random_teacher, spectral_teacher
 from distil_rank.tracking import Run, start_run
 
@@ -31,10 +34,10 @@ log = logging.getLogger(__name__)
 
 MADE_UP = ("denoising", "random", "spectral")
 METHOD_NOTE = (
-    "Intervals are 95 % percentile intervals of a paired bootstrap over held-out proteins (2000 resamples, the same for "
-    "every method). R² and centred cosine are taken about the teacher's mean output on the training rows. kNN@10: share "
-    "of the ten nearest neighbours (Euclidean) among the held-out rows that stay. 'optimum' is R² over the closed form's; "
-    "≈ marks a tie with it: the interval of the paired difference holds zero."
+    "Intervals are 95 % percentile intervals of a paired bootstrap over held-out proteins (2000 resamples, the same "
+    "for every method). R² and centred cosine are taken about the teacher's mean output on the training rows. kNN@10: "
+    "share of the ten nearest neighbours (Euclidean) among the held-out rows that stay. 'optimum' is R² over the "
+    "closed form's; ≈ marks a tie with it: the interval of the paired difference holds zero."
 )
 
 
@@ -47,6 +50,27 @@ class Teacher:
     check: TeacherCheck
     path: Path
     run_id: str
+
+
+def embed(options: dict[str, Any]) -> EmbedSummary:
+    """Extract embeddings as an MLflow run; the store remembers the run, so that later ones can name it.
+
+    Args:
+        options: of `distil_rank.embed.embed`.
+    """
+    name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
+    with start_run("embed", name, params=options, tags={}, system_metrics=True) as run:
+        done = extract(**options)
+        facts = asdict(done)
+        counts = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+        run.log_metrics({**counts, "residues_per_second": done.residues / done.seconds if done.seconds else 0.0})
+        run.log_params({key: facts[key] for key in ("backbone", "precision")})
+        tags = {key: facts[key] for key in ("digest", "cleaning", "backbone", "fallback") if facts[key]}
+        run.set_tags(tags)
+        run.note("\n".join(f"- {key}: {value}" for key, value in facts.items()))
+        if done.computed:
+            StoreWriter(done.store).update(embedding_run=run.id)
+    return done
 
 
 def train_teacher(
@@ -104,8 +128,8 @@ def train_teacher(
             layer = module.layer.cpu()
         else:
             layer = load_linear(kind)
-        denoiser = {"heldout": data.rows("test"), "noise": noise} if kind == "denoising" else {}
-        check = check_teacher(layer, moments, **denoiser, relative=noise_scale == "relative")
+        held_out = data.rows("test") if kind == "denoising" else None
+        check = check_teacher(layer, moments, held_out, noise, relative=noise_scale == "relative")
         figures_of = {key: value for key, value in check.as_dict().items() if isinstance(value, float)}
         run.log_metrics(figures_of)
         if check.warning:

@@ -130,8 +130,8 @@ def notes(report: dict[str, Any]) -> list[str]:
     )
     for teacher in report["teachers"]:
         lines.append(
-            f"{teacher['teacher']}: rank {teacher['rank']} predicted R² {teacher['predicted_r2']:.4f} on the training rows, "
-            f"held-out {teacher['held_out_r2']:.4f}{teacher['rank_note']}. {teacher['training_note']}"
+            f"{teacher['teacher']}: rank {teacher['rank']} predicted R² {teacher['predicted_r2']:.4f} on the training "
+            f"rows, held-out {teacher['held_out_r2']:.4f}{teacher['rank_note']}. {teacher['training_note']}"
         )
         if teacher["check"]["warning"]:
             lines.append(f"WARNING: {teacher['check']['warning']}")
@@ -162,6 +162,12 @@ def show(report: dict[str, Any]) -> None:
     console.print(_table("Plain SVD beside Distil-Rank", *summary_rows(report)))
     for line in notes(report):
         console.print(line, style="bold yellow" if line.startswith(("NOTE", "WARNING")) else None)
+
+
+def show_facts(title: str, facts: dict[str, Any]) -> None:
+    """Print names and values, one a line."""
+    rows = [[name, f"{value:,.4g}" if isinstance(value, float) else str(value)] for name, value in facts.items()]
+    Console(width=WIDTH, highlight=False).print(_table(title, ["", ""], [row for row in rows if row[1] != "None"]))
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:

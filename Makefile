@@ -1,0 +1,66 @@
+# Every target sets itself up: .venv is made on first use, and again when the pins change.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/distil-rank
+
+# What users set: make distil TEACHER=spectral RANK=0.95 DATA=my.npz ARGS="--distil.lr 1e-4"
+FASTA ?= data/sample.fasta.gz
+STORE ?= embeddings
+BACKBONE ?= auto
+POOLING ?= mean
+DATA ?= auto
+SPLIT ?= auto
+TEACHER ?= denoising
+RANK ?= 64
+ARGS ?=
+
+DATA_ARGS = --data.source "$(DATA)" --data.split "$(SPLIT)"
+
+help: ## What there is, in one line each
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Expected Python 3.11 or newer but got $$($(PYTHON) --version); try make PYTHON=python3.12" >&2; exit 2; }
+	@echo "Setting up .venv (once; a minute or two) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "Installing what the tests need ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: .venv/installed ## Install into .venv, with exact versions
+
+embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE= BACKBONE= POOLING=mean|bos|residue)
+	@$(RUN) embed --fasta "$(FASTA)" --store "$(STORE)" --backbone "$(BACKBONE)" --pooling "$(POOLING)" $(ARGS)
+
+train-teacher: .venv/installed ## Make the dense layer (TEACHER=denoising|random|spectral|FILE:KEY DATA=)
+	@$(RUN) train-teacher --teacher.kind "$(TEACHER)" $(DATA_ARGS) $(ARGS)
+
+distil: .venv/installed ## Distil it and report what survived (TEACHER= RANK=64|0.95|auto DATA= SPLIT=)
+	@$(RUN) distil --teacher.kind "$(TEACHER)" --rank "$(RANK)" $(DATA_ARGS) $(ARGS)
+
+benchmark: .venv/installed ## The three teachers of the original, one table (DATA= RANK= SPLIT=)
+	@$(RUN) benchmark --rank "$(RANK)" $(DATA_ARGS) $(ARGS)
+
+sweep: .venv/installed ## One teacher at many ranks, with the Pareto figure (TEACHER= DATA=)
+	@$(RUN) sweep --teacher.kind "$(TEACHER)" $(DATA_ARGS) $(ARGS)
+
+ui: .venv/installed ## Browse the runs in MLflow
+	@$(RUN) ui $(ARGS)
+
+test: .venv/installed-dev ## Run the tests
+	@$(BIN)/python -m pytest -n auto -q $(ARGS)
+
+lint: .venv/installed-dev ## Format check, lint and types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
+	@rm -rf .venv results .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup embed train-teacher distil benchmark sweep ui test lint clean
