@@ -37,7 +37,7 @@ class Embeddings:
         sequences: The amino-acid sequence of each row's protein, when known.
         labels: A class for each row, when given.
         clusters: The sequence cluster of each row, when given.
-        provenance: Where the matrix comes from: file, format, and for a store its whole manifest.
+        provenance: Where the matrix comes from: file, format, and for a store what its manifest tells.
     """
 
     ids: list[str]
@@ -247,11 +247,12 @@ def _read_store(path: Path) -> Embeddings:
     store = Store.open(path)
     owner = store.protein_of_row()
     ids, sequences = store.ids, store.sequences
+    facts = {key: value for key, value in store.manifest.items() if key not in ("proteins", "shards")}
     return Embeddings(
         [ids[i] for i in owner],
         store.embeddings(),
         [sequences[i] for i in owner],
-        provenance={"format": "store", "digest": store.digest, **store.manifest},
+        provenance={**facts, "format": "store", "digest": store.digest},
     )
 
 

@@ -85,7 +85,8 @@ class StoreWriter:
         return self.manifest["dim"]
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+        if manifest != self.manifest:
+            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -158,8 +159,7 @@ class StoreWriter:
             manifest["shards"] += self._cut(name, manifest)
             about = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
             manifest["proteins"].append({**about, **_fingerprint(self.path / name)})
-        if added or not (self.path / "manifest.json").exists():
-            self._write_manifest(manifest)
+        self._write_manifest(manifest)
         return added
 
     def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
