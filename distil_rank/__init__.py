@@ -1,6 +1,6 @@
 """Low-rank compression of projection layers on protein embeddings.
 
-The names below load on first use: `import distil_rank` alone costs nothing, and none of them brings Lightning or MLflow.
+The names below load on first use, so `import distil_rank` costs nothing; none of them brings Lightning or MLflow.
 """
 
 from importlib import import_module

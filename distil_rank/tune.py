@@ -76,7 +76,7 @@ def match_outputs(
     def loss(batch: Any) -> Tensor:
         with torch.no_grad(), installed(model, originals):
             target = output_rows(forward(model, batch), mask(batch))
-        return tail_loss(output_rows(forward(model, batch), mask(batch)), target, outputs)
+        return tail_loss(output_rows(forward(model, batch), mask(batch)), target, outputs).mean()
 
     @torch.no_grad()
     def check() -> float:
