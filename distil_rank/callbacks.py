@@ -15,6 +15,21 @@ from distil_rank.latency import compare_layers
 from distil_rank.metrics import Fidelity
 
 
+class LogLosses(Callback):
+    """Log the training loss and its parts, `train/<name>`, at every `log_every_n_steps` of the trainer.
+
+    `LightningModule.log` would do it at several times the cost of a small student's whole step.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Log one batch."""
+        if trainer.logger is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            losses = {f"train/{name}": float(value) for name, value in outputs.items()}
+            trainer.logger.log_metrics(losses, step=trainer.global_step)
+
+
 class LogFidelity(Callback):
     """Log cosine, centred cosine, relative MSE and R² on validation rows, each epoch, of the student and of baselines.
 

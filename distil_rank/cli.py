@@ -132,10 +132,15 @@ def configure_output(verbosity: int) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("distil_rank").setLevel(level)
     if verbosity < 1:
+        import lightning  # noqa: F401 - sets its own logger up when imported, and would undo this
+
         for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
         # What a user cannot act on: hints at more loader processes, at deprecations inside Lightning, and the like.
-        warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics|mlflow|torch|esm|jsonargparse|pydantic)\b.*")
+        modules = (
+            r"(lightning|lightning_fabric|lightning_utilities|torchmetrics|mlflow|torch|esm|jsonargparse|pydantic)\b"
+        )
+        warnings.filterwarnings("ignore", module=modules)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"{PROG}: Expected a command out of {known} but got {arguments[0]!r}.", file=sys.stderr)
         return 2
-    configure_output(verbosity)
     try:
+        configure_output(verbosity)
         return COMMANDS[arguments[0]](arguments[1:])
     except InputError as error:
         print(f"{PROG}: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +63,8 @@ class EmbeddingDataModule(LightningDataModule):
         fasta: Sequences to extract into `source` first (only what is missing there).
         backbone: ESM-2 model for the extraction (see `distil-rank embed --help`).
         pooling: One vector per protein (`mean`, `bos`) or per residue (`residue`).
+        clusters: Sequence clusters to split by, as MMseqs2 writes them: lines of representative, tab, member. A store
+            with a `clusters.tsv` in its folder brings its own.
         split: How rows are kept apart: `clusters` (ids in the data), `mmseqs` (30 % identity), `exact` duplicates only,
             or `auto`, the strictest that can be had.
         val_fraction: Share of the rows that chooses the epoch.
@@ -84,6 +87,7 @@ class EmbeddingDataModule(LightningDataModule):
         fasta: str | None = None,
         backbone: str = "auto",
         pooling: Literal["mean", "bos", "residue"] = "mean",
+        clusters: str | None = None,
         split: Literal["auto", "mmseqs", "clusters", "exact"] = "auto",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
@@ -93,7 +97,7 @@ class EmbeddingDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
         self.source = source
         self._ready = False
 
@@ -114,6 +118,10 @@ class EmbeddingDataModule(LightningDataModule):
             self.embeddings = synthetic_embeddings(seed=h["seed"])
         else:
             self.embeddings = load_matrix(self.source)
+            own = Path(self.source) / "clusters.tsv"
+            if h["clusters"] is not None or own.exists():
+                clusters = read_clusters(Path(h["clusters"] or own), self.embeddings.ids)
+                self.embeddings = replace(self.embeddings, clusters=clusters)
         data = self.embeddings
         digests = None if data.sequences is not None else _digests(data.x)
         self.split_rows = make_split(
@@ -229,6 +237,25 @@ def given_sides(data: Embeddings, digests: Sequence[bytes]) -> list[str] | None:
         )
     held_out = ["train" if digest in known else "val" if digest[0] % 3 == 0 else "test" for digest in digests[train:]]
     return ["train"] * train + held_out
+
+
+def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
+    """The cluster of each row, out of a table of representative, tab, member.
+
+    Raises:
+        InputError: the table is not one, or a protein is missing from it.
+    """
+    try:
+        lines = path.read_text().splitlines()
+        cluster_of = {member: representative for representative, member in (line.split("\t") for line in lines if line)}
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"Expected lines of representative, tab, member in {path} but cannot read it so: {error}"
+        ) from error
+    missing = [name for name in ids if name not in cluster_of]
+    if missing:
+        raise InputError(f"Expected a cluster for every protein in {path} but {missing[0]} has none; cluster them all.")
+    return [cluster_of[name] for name in ids]
 
 
 def find_source(source: str) -> str:

@@ -76,7 +76,7 @@ class DistilModule(LightningModule):
         tail_kind: Literal["classification", "regression"] = "classification",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["teacher", "student", "tail"])
+        self.save_hyperparameters(ignore=["teacher", "student", "tail"], logger=False)
         self.teacher = teacher.requires_grad_(False)
         self.student = student
         self.tail = None if tail is None else tail.requires_grad_(False).eval()
@@ -107,11 +107,10 @@ class DistilModule(LightningModule):
         scale = self.hparams["output_variance"] if self.hparams["normalise"] else 1.0
         return {"loss": mse / scale + self.hparams["alpha"] * angle, "mse": mse, "one_minus_cosine": angle}
 
-    def training_step(self, x: Tensor, batch_index: int) -> Tensor:
-        """One batch."""
+    def training_step(self, x: Tensor, batch_index: int) -> dict[str, Tensor]:
+        """One batch: the loss to descend and its parts, for whoever watches."""
         losses = {name: rows.mean() for name, rows in self.losses(x).items()}
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
-        return losses["loss"]
+        return {name: value if name == "loss" else value.detach() for name, value in losses.items()}
 
     def validation_step(self, x: Tensor, batch_index: int) -> None:
         """The same loss on held-out rows; its epoch mean chooses the checkpoint."""

@@ -242,8 +242,8 @@ def _average(runs: Sequence[_Measured]) -> _Measured:
 
 def _estimates(measured: _Measured, bench: _Bench, counts: np.ndarray) -> dict[str, Estimate]:
     """Every figure with its interval."""
-    lost = bootstrap.ratio_interval(counts, measured.residual, bench.variance)
-    relative = bootstrap.ratio_interval(counts, measured.residual, bench.energy)
+    lost = bootstrap.ratio_interval(measured.residual, bench.variance, counts)
+    relative = bootstrap.ratio_interval(measured.residual, bench.energy, counts)
     worst = bootstrap.interval(bootstrap.resampled_quantile(counts, measured.means["cosine"], 0.05))
     lost_share = measured.residual.sum() / bench.variance.sum()
     estimates = {

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from distil_rank.callbacks import CurveRecorder, LogFidelity, LogLatency, Progress
+from distil_rank.callbacks import CurveRecorder, LogFidelity, LogLatency, LogLosses, Progress
 from distil_rank.data import EmbeddingDataModule
 from distil_rank.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule, Fit, fit
 from distil_rank.errors import InputError
@@ -129,7 +129,7 @@ def run_experiment(
         recorder = CurveRecorder(mean)
         watchers: list[Callback] = [recorder]
         if number == 0:
-            watchers += [LogFidelity({"svd": solved["svd"]}, mean), latency, Progress("distilling")]
+            watchers += [LogFidelity({"svd": solved["svd"]}, mean), latency, LogLosses(), Progress("distilling")]
         with _checkpoint_folder(checkpoints if number == 0 else None) as folder:
             keeper = ModelCheckpoint(folder, "best", monitor="val/loss", save_last=True)
             run = Trainer(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distil_rank import figures, report
-from distil_rank.callbacks import Progress
+from distil_rank.callbacks import LogLosses, Progress
 from distil_rank.data import EmbeddingDataModule
 from distil_rank.embed import EmbedSummary
 from distil_rank.embed import embed as extract
@@ -124,7 +124,9 @@ def train_teacher(
             std = moments.covariance.diagonal().clamp_min(0).sqrt()
             module = TeacherModule(data.dim, noise, noise_scale, lr, std)
             options = {**QUIET, **(trainer or {}), "max_steps": steps, "enable_checkpointing": False}
-            Trainer(**options, logger=RunLogger(run), callbacks=[Progress("training the teacher")]).fit(module, data)
+            Trainer(**options, logger=RunLogger(run), callbacks=[LogLosses(), Progress("training the teacher")]).fit(
+                module, data
+            )
             layer = module.layer.cpu()
         else:
             layer = load_linear(kind)

@@ -41,7 +41,7 @@ class TeacherModule(LightningModule):
         std: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["std"])
+        self.save_hyperparameters(ignore=["std"], logger=False)
         self.layer = nn.Linear(features, features)
         self.register_buffer("std", torch.ones(features) if std is None else std.float())
 
@@ -54,11 +54,9 @@ class TeacherModule(LightningModule):
         scale = self.std if self.hparams["noise_scale"] == "relative" else 1.0
         return x + self.hparams["noise"] * scale * torch.randn_like(x)
 
-    def training_step(self, x: Tensor, batch_index: int) -> Tensor:
+    def training_step(self, x: Tensor, batch_index: int) -> dict[str, Tensor]:
         """Mean squared error against the clean input."""
-        loss = F.mse_loss(self(self.corrupt(x)), x)
-        self.log("train/loss", loss)
-        return loss
+        return {"loss": F.mse_loss(self(self.corrupt(x)), x)}
 
     def validation_step(self, x: Tensor, batch_index: int) -> None:
         """The same on validation rows."""
