@@ -1,7 +1,9 @@
-"""A tiny ESM-2 with random weights, written as each kind of checkpoint that a user may have."""
+"""What several test files share: a tiny ESM-2 as each kind of checkpoint, and a project with an empty run database."""
 
 import argparse
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,3 +86,27 @@ def tiny_esm2(tmp_path_factory: pytest.TempPathFactory) -> TinyEsm2:
     safetensors.torch.save_file(renamed, folder / "safetensors" / "model.safetensors")
     torch.save(renamed, folder / "bin" / "pytorch_model.bin")
     return TinyEsm2(model, fair_esm, folder / "safetensors", folder / "bin")
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables without runs; making them takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project's root with an empty `mlruns/`; whatever a test leaves in the working directory fails it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root, here = tmp_path / "my project #1", tmp_path / "here"
+    (root / "mlruns").mkdir(parents=True)
+    shutil.copy(empty_database, root / "mlruns")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    yield root
+    assert not list(here.iterdir())
+    assert {path.name for path in root.iterdir()} == {"mlruns"}
