@@ -32,7 +32,7 @@ LEVELS = [
     {"tune", "run_logger", "registry", "ui"},
     {"evaluate", "compression", "artefact", "export"},
     {"report"},
-    {"pipeline", "sweep", "benchmark"},
+    {"pipeline", "sweep", "benchmark", "deploy"},
     {"cli"},
     {"__main__"},
 ]
