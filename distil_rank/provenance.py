@@ -44,8 +44,9 @@ def user() -> str:
 
 
 def command() -> str:
-    """The program that runs, without its folder."""
-    return Path(sys.argv[0]).name or "python"
+    """The program or module that runs, without its folder."""
+    program = Path(sys.argv[0])
+    return program.parent.name if program.name == "__main__.py" else program.name or "python"
 
 
 def _git(*arguments: str) -> str:

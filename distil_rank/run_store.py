@@ -23,7 +23,7 @@ class RunList:
         """The columns, in the form that MLflow's user interface keeps a view in."""
         named = {f"params.`{name}`": name for name in self.params}
         named |= {f"metrics.`{name}`": name for name in self.metrics}
-        widths = {column: max(100, 40 + 7 * len(name)) for column, name in named.items()}  # in pixels
+        widths = {column: max(80, 30 + 7 * len(name)) for column, name in named.items()}  # in pixels
         return json.dumps({"selectedColumns": list(named), "columnOrder": list(named), "columnWidths": widths})
 
 

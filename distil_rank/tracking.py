@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,7 +81,19 @@ class Run:
         self.client.log_batch(self.id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def note(self, markdown: str) -> None:
-        """Describe the run, in Markdown; the user interface shows it, up to MLflow's limit, on the run's page."""
+        """Describe the run, in Markdown, on its page; above it stand links to the runs that this one builds on.
+
+        Those are the runs that its tags `<what>_run` name. What goes beyond MLflow's limit goes to `note.md`.
+        """
+        links = []
+        for tag, other in self.client.get_run(self.id).data.tags.items():
+            if tag.endswith("_run"):
+                with suppress(MlflowException):  # another server's run, or one deleted for good
+                    info = self.client.get_run(other).info
+                    page = f"#/experiments/{info.experiment_id}/runs/{other}"
+                    links.append(f"{tag.removesuffix('_run')} [{info.run_name}]({page})")
+        if links:
+            markdown = f"Builds on {', '.join(links)}.\n\n{markdown}"
         if len(markdown) > NOTE_LENGTH:
             self.log_text(markdown, "note.md")
             start = markdown[: NOTE_LENGTH - 100].rpartition("\n")[0]
@@ -151,7 +163,7 @@ def start_run(
     try:
         client = connect(tracking_uri)
         experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
-        made = client.create_run(experiment_id, run_name=name, tags={**_origin(), **inherited, **tags})
+        made = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
     except MlflowException as error:
         raise InputError(
             f"Expected MLflow to keep runs at {shown(tracking_uri)} but it said: {_first_line(error)}"

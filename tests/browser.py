@@ -45,10 +45,9 @@ class Browser:
         self._until(lambda: len(self._find(selector)) >= at_least, seconds)
         return len(self._find(selector))
 
-    def click(self, words: str) -> None:
-        """Click the first link, tab or button with these words."""
-        xpath = f"//*[self::a or self::button or @role='tab'][contains(., '{words}')]"
-        self.driver.execute_script("arguments[0].click()", self.driver.find_element("xpath", xpath))
+    def link(self, words: str) -> str:
+        """Where the link with these words leads."""
+        return self.driver.find_element("partial link text", words).get_attribute("href")
 
     def screenshot(self, name: str) -> None:
         """Keep a picture, where `DISTIL_RANK_SCREENSHOTS` names a folder for them."""

@@ -52,3 +52,12 @@ def test_a_user_without_a_name(monkeypatch):
 
     monkeypatch.setattr(provenance.getpass, "getuser", getuser)
     assert provenance.user() == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("started", "named"),
+    [("/bin/distil-rank", "distil-rank"), ("/lib/distil_rank/__main__.py", "distil_rank"), ("", "python")],
+)
+def test_the_command_has_a_name(monkeypatch, started, named):
+    monkeypatch.setattr(provenance.sys, "argv", [started])
+    assert provenance.command() == named

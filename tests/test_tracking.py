@@ -126,6 +126,16 @@ def test_a_long_note_goes_on_in_an_artifact(project):
     assert (artifacts / "note.md").read_text() == note
 
 
+def test_a_note_links_to_the_runs_that_it_builds_on(project):
+    with start_run("teacher", "random 8-d", params={}, tags={}, root=project) as made:
+        pass
+    tags = {"teacher_run": made.id, "embedding_run": "of another server"}
+    with start_run("distil", "random r2", params={}, tags=tags, root=project) as run:
+        run.note("**bold**")
+    note = client(project).get_run(run.id).data.tags["mlflow.note.content"]
+    assert note == f"Builds on teacher [random 8-d](#/experiments/{made.experiment_id}/runs/{made.id}).\n\n**bold**"
+
+
 @pytest.mark.parametrize("experiment", RUN_LISTS)
 def test_an_experiment_is_described_and_has_its_columns(project, experiment):
     with start_run(experiment, "one", params={}, tags={}, root=project) as run:
