@@ -23,6 +23,23 @@ OVERLAP = 4  # windows share a quarter of their length, so that each residue has
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """The vectors of some sequences, one behind the other.
+
+    Attributes:
+        vectors: (sum of counts, dim) float32, on the device that computed them.
+        counts: How many of them belong to each sequence: 1, or its residues; 0 if it did not fit into memory.
+    """
+
+    vectors: Tensor
+    counts: list[int]
+
+    def per_sequence(self) -> list[Tensor]:
+        """Views of the vectors, (count, dim) for each sequence."""
+        return list(self.vectors.split(self.counts))
+
+
+@dataclass(frozen=True)
 class _Piece:
     """A stretch of a sequence that goes through the model at once."""
 
@@ -85,25 +102,20 @@ class Embedder:
             room -= tokens
         return groups
 
-    def embed(self, sequences: Sequence[str]) -> list[Tensor | None]:
+    def embed(self, sequences: Sequence[str]) -> Embedded:
         """Embeds sequences.
 
         Args:
             sequences: Cleaned amino acids.
-
-        Returns:
-            For each (1, dim), or (residues, dim) for `pooling="residue"`, float32 on the device; None for a sequence
-            that does not fit into memory even alone.
         """
         pieces = [piece for owner, text in enumerate(sequences) for piece in self._pieces(owner, text)]
-        results: list[Tensor | None] = [
-            torch.zeros(len(text) if self.pooling == "residue" else 1, self.dim, device=self.encoder.device)
-            for text in sequences
-        ]
+        per_residue = self.pooling == "residue"
+        counts = [len(text) if per_residue else 1 for text in sequences]
+        sums = _Sums(torch.zeros(sum(counts), self.dim, device=self.encoder.device), counts, per_residue)
         weights = [self._weights(text) for text in sequences]
         for group in self.batches([len(piece.text) for piece in pieces]):
-            self._add([pieces[i] for i in group], weights, results)
-        return results
+            self._add([pieces[i] for i in group], weights, sums)
+        return sums.result()
 
     def _pieces(self, owner: int, text: str) -> Iterable[_Piece]:
         return (_Piece(owner, start, text[start:stop]) for start, stop in windows(len(text), self.window))
@@ -118,55 +130,76 @@ class Embedder:
             return 1 / counts
         return 1 / (counts * len(text)) if self.pooling == "mean" else torch.full((1,), 1 / len(extents))
 
-    def _add(self, pieces: list[_Piece], weights: list[Tensor], results: list[Tensor | None]) -> None:
-        """Adds what these pieces contribute to their sequences' results."""
-        pieces = [piece for piece in pieces if results[piece.owner] is not None]
+    def _add(self, pieces: list[_Piece], weights: list[Tensor], sums: _Sums) -> None:
+        """Adds what these pieces contribute to their sequences' vectors."""
+        pieces = [piece for piece in pieces if piece.owner not in sums.lost]
         if not pieces:
             return
         try:
-            contributions = self._contributions(pieces, weights)
+            sums.add(pieces, self._contributions(pieces, weights))
+            return
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-        else:
-            for piece, contribution in zip(pieces, contributions, strict=True):
-                result = results[piece.owner]
-                assert result is not None
-                start = piece.start if self.pooling == "residue" else 0
-                result[start : start + len(contribution)] += contribution
-            return
         # Outside the handler, where the failed attempt's tensors are free.
         if self.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(pieces) == 1:
             logger.warning("skipped a sequence: %s residues do not fit into memory", f"{len(pieces[0].text):,}")
-            results[pieces[0].owner] = None
+            sums.lost.add(pieces[0].owner)
             return
         tokens = sum(len(piece.text) + 2 for piece in pieces)
         if tokens // 2 < self.max_tokens:
             self.max_tokens = tokens // 2
             logger.warning("out of memory with %s tokens at once; going on with half of them", f"{tokens:,}")
-        self._add(pieces[: len(pieces) // 2], weights, results)
-        self._add(pieces[len(pieces) // 2 :], weights, results)
+        self._add(pieces[: len(pieces) // 2], weights, sums)
+        self._add(pieces[len(pieces) // 2 :], weights, sums)
 
     @torch.inference_mode()
-    def _contributions(self, pieces: list[_Piece], weights: list[Tensor]) -> list[Tensor]:
+    def _contributions(self, pieces: list[_Piece], weights: list[Tensor]) -> Tensor:
+        """The pieces' weighted sums, (pieces, dim), or weighted residues, (residues, dim), one behind the other."""
         tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)
         hidden = self.encoder(tokens, lengths)  # (T, dim)
-        bounds = np.cumsum([0, *lengths]).tolist()
         if self.pooling == "bos":
-            return [
-                hidden[start : start + 1].float() * weights[piece.owner][0].item()
-                for piece, start in zip(pieces, bounds, strict=False)
-            ]
+            first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=hidden.device)
+            per_piece = torch.cat([weights[piece.owner] for piece in pieces])
+            return hidden[first].float() * per_piece.to(hidden.device)[:, None]
         per_token = torch.cat(
             [F.pad(weights[piece.owner][piece.start : piece.start + len(piece.text)], (1, 1)) for piece in pieces]
         )
-        weighted = hidden.float() * per_token.to(hidden.device)[:, None]
         if self.pooling == "residue":
-            return [weighted[start + 1 : start + length - 1] for start, length in zip(bounds, lengths, strict=False)]
-        sizes = torch.tensor(lengths, device=hidden.device)
-        return list(torch.segment_reduce(weighted, "sum", lengths=sizes, axis=0).split(1))
+            residues = per_token.nonzero()[:, 0]  # all but BOS and EOS
+            return hidden[residues.to(hidden.device)].float() * per_token[residues].to(hidden.device)[:, None]
+        weighted = hidden.float() * per_token.to(hidden.device)[:, None]
+        return torch.segment_reduce(weighted, "sum", lengths=torch.tensor(lengths, device=hidden.device), axis=0)
+
+
+class _Sums:
+    """Vectors of sequences that grow as the contributions of their pieces come in."""
+
+    def __init__(self, vectors: Tensor, counts: list[int], per_residue: bool):
+        self.vectors = vectors
+        self.counts = counts
+        self.per_residue = per_residue
+        self.first = np.cumsum([0, *counts]).tolist()
+        self.lost: set[int] = set()
+
+    def add(self, pieces: list[_Piece], contributions: Tensor) -> None:
+        owners = [piece.owner for piece in pieces]
+        if not self.per_residue and len(set(owners)) == len(owners):  # all at once, where no two go to one place
+            self.vectors[[self.first[owner] for owner in owners]] += contributions
+            return
+        sizes = [len(piece.text) if self.per_residue else 1 for piece in pieces]
+        for piece, part in zip(pieces, contributions.split(sizes), strict=True):
+            start = self.first[piece.owner] + (piece.start if self.per_residue else 0)
+            self.vectors[start : start + len(part)] += part
+
+    def result(self) -> Embedded:
+        if not self.lost:
+            return Embedded(self.vectors, self.counts)
+        counts = [0 if owner in self.lost else count for owner, count in enumerate(self.counts)]
+        parts = [part for owner, part in enumerate(self.vectors.split(self.counts)) if owner not in self.lost]
+        return Embedded(torch.cat(parts) if parts else self.vectors[:0], counts)
 
 
 def windows(length: int, window: int | None) -> list[tuple[int, int]]:

@@ -12,14 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from distil_rank.backbones import Backbone, load_backbone
-from distil_rank.embedder import Embedder, Pooling
+from distil_rank.embedder import Embedded, Embedder, Pooling
 from distil_rank.errors import InputError
 from distil_rank.sequences import CleaningReport, Protein, iter_proteins
 from distil_rank.store_writer import Shard, StoreWriter
@@ -133,8 +131,8 @@ class Extraction:
             both.append(embedder.embed([list(texts.values())[i] for i in first]))
         cosines = [
             F.cosine_similarity(a.mean(0), b.mean(0), dim=0).item()
-            for a, b in zip(*both, strict=True)
-            if a is not None and b is not None
+            for a, b in zip(*(result.per_sequence() for result in both), strict=True)
+            if len(a) and len(a) == len(b)
         ]
         worst = min(cosines, default=1.0)
         facts: dict[str, Any] = {"bf16_cosine": worst}
@@ -197,10 +195,10 @@ class Extraction:
                 for batch in self.embedder.batches([len(text) for text in texts.values()]):
                     left = [rows[i] for i in batch if rows[i] not in done]
                     if left:
-                        vectors = self.embedder.embed([texts[row] for row in left])
+                        result = self.embedder.embed([texts[row] for row in left])
                         if writing is not None:
                             writing.result()
-                        writing = pool.submit(self._write, shard, left, vectors)
+                        writing = pool.submit(self._write, shard, left, result)
                         computed += len(left)
                         residues += sum(len(texts[row]) for row in left)
                     bar.update(sum(len(texts[rows[i]]) for i in batch))
@@ -209,10 +207,9 @@ class Extraction:
                 self.writer.seal(shard)
         return computed, residues
 
-    def _write(self, shard: Shard, rows: list[int], vectors: list[Tensor | None]) -> None:
+    def _write(self, shard: Shard, rows: list[int], result: Embedded) -> None:
         """Waits for the device and writes."""
-        arrays: list[np.ndarray | None] = [None if found is None else found.cpu().numpy() for found in vectors]
-        self.writer.write_part(shard, rows, arrays)
+        self.writer.write_part(shard, rows, result.counts, result.vectors.cpu().numpy())
 
 
 def native_precision(device: torch.device) -> str:

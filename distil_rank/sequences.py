@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from distil_rank.compact_map import CompactMap
 from distil_rank.errors import InputError
 
 ID_COLUMNS = ("id", "accession", "entry", "name", "protein_id", "uniprot", "protein", "header")
@@ -112,7 +113,7 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
         InputError: the file is missing, binary, damaged or no FASTA, a record holds what is no amino acid, or nothing
             is left.
     """
-    seen: dict[str, bytes] = {}  # name → digest of its sequence; the sequences themselves would not fit for UniRef
+    seen = CompactMap()  # name → digest of its sequence
     with _opened(path) as lines:
         suffix = Path(str(path).removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")).suffix.lower()
         delimiter = DELIMITERS.get(suffix)
@@ -125,14 +126,15 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
             if not sequence:
                 report.counts["empty"] += 1
                 continue
-            digest = hashlib.blake2b(sequence.encode(), digest_size=8).digest()
-            if seen.get(name) == digest:
+            digest = int.from_bytes(hashlib.blake2b(sequence.encode(), digest_size=7).digest())
+            known = seen.get(name)
+            if known == digest:
                 report.counts["repeated"] += 1
                 continue
-            if name in seen:
+            if known is not None:
                 report.counts["renamed"] += 1
                 name = _unused(name, seen)
-            seen[name] = digest
+            seen.setdefault(name, digest)
             report.counts["kept"] += 1
             yield Protein(name, sequence)
     if not report.counts["kept"]:
@@ -142,9 +144,9 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
         )
 
 
-def _unused(name: str, seen: dict[str, bytes]) -> str:
+def _unused(name: str, seen: CompactMap) -> str:
     number = 2
-    while f"{name}_{number}" in seen:
+    while seen.get(f"{name}_{number}") is not None:
         number += 1
     return f"{name}_{number}"
 

@@ -20,13 +20,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from distil_rank.compact_map import CompactMap
 from distil_rank.errors import InputError
 from distil_rank.sequences import CleaningReport, Protein
 from distil_rank.store import FORMAT, VERSION, read_manifest, read_table, sha256_of, vectors_of, write_atomically
@@ -79,10 +79,6 @@ class StoreWriter:
     def manifest(self) -> dict[str, Any]:
         """As it is on disk now; empty before `plan`."""
         return read_manifest(self.path) or {}
-
-    @cached_property
-    def _dim(self) -> int:
-        return self.manifest["dim"]
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         if manifest != self.manifest:
@@ -164,27 +160,27 @@ class StoreWriter:
 
     def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
         """Writes the table of the proteins that are new; rows go on from the last one."""
-        row_of: dict[bytes, int] = {}
-        digest_of: dict[str, bytes] = {}
+        row_of, row_of_name = CompactMap(), CompactMap()
         for file in manifest["proteins"]:
             for batch in read_table(self.path / file["file"]).to_batches():
-                digests = batch["sha256"].to_pylist()
-                row_of.update(zip(digests, batch["row"].to_pylist(), strict=True))
-                digest_of.update(zip(batch["id"].to_pylist(), digests, strict=True))
+                columns = (batch[name].to_pylist() for name in ("id", "sequence", "row"))
+                for known_name, known_sequence, known_row in zip(*columns, strict=True):
+                    row_of.setdefault(known_sequence, known_row)
+                    row_of_name.setdefault(known_name, known_row)
         added, buffer = 0, []
         temporary = self.path / f".{name}"
         with temporary.open("wb") as file, pa.ipc.new_file(file, PROTEINS) as writer:
             for protein in proteins:
-                digest = hashlib.sha256(protein.sequence.encode()).digest()
-                known = digest_of.get(protein.id)
-                if known == digest:
+                known = row_of_name.get(protein.id)
+                row = row_of.setdefault(protein.sequence, len(row_of))
+                if known == row:
                     continue
                 if known is not None:
                     raise InputError(
                         f"Expected {protein.id} with the sequence that {self.path} has for it but got another; "
                         "rename it, or choose another store."
                     )
-                row = row_of.setdefault(digest, len(row_of))
+                digest = hashlib.sha256(protein.sequence.encode()).digest()
                 length = len(protein.sequence)
                 note = manifest["long"] if length > manifest["max_length"] else ""
                 buffer.append((protein.id, protein.sequence, digest, length, row, note))
@@ -270,13 +266,19 @@ class StoreWriter:
             rows.update(json.loads(table.schema.metadata[b"rows"]))
         return rows
 
-    def write_part(self, shard: Shard, rows: list[int], vectors: list[np.ndarray | None]) -> None:
-        """Keeps one batch: (k, dim) float32 for each row, or None for one that was skipped."""
+    def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
+        """Keeps one batch.
+
+        Args:
+            shard: Where it belongs.
+            rows: The batch's sequences.
+            counts: How many vectors each has; 0 for one that was skipped.
+            vectors: (sum of counts, dim) float32.
+        """
         folder = self._parts(shard)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [(row, found) for row, found in zip(rows, vectors, strict=True) if found is not None]
-        schema = _vector_schema(self._dim).with_metadata({"rows": json.dumps(rows)})
-        write_atomically(folder / f"{rows[0]}.arrow", _vector_table(kept, schema))
+        table = _vector_table(np.repeat(rows, counts), vectors)
+        write_atomically(folder / f"{rows[0]}.arrow", table.replace_schema_metadata({"rows": json.dumps(rows)}))
 
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them."""
@@ -284,9 +286,7 @@ class StoreWriter:
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         vectors = np.concatenate([vectors_of(part) for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
-        schema = _vector_schema(vectors.shape[1])
-        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors[order].ravel()), vectors.shape[1])
-        write_atomically(self.path / shard.file, pa.Table.from_arrays([pa.array(rows[order]), values], schema=schema))
+        write_atomically(self.path / shard.file, _vector_table(rows[order], vectors[order]))
         shutil.rmtree(self._parts(shard))
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
@@ -323,13 +323,6 @@ def _record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=PROTEINS)
 
 
-def _vector_schema(dim: int) -> pa.Schema:
-    return pa.schema([("row", pa.int64()), ("embedding", pa.list_(pa.float32(), dim))])
-
-
-def _vector_table(kept: list[tuple[int, np.ndarray]], schema: pa.Schema) -> pa.Table:
-    dim = schema.field("embedding").type.list_size
-    rows = np.concatenate([np.full(len(found), row, np.int64) for row, found in kept] or [np.empty(0, np.int64)])
-    values = np.concatenate([found for _, found in kept] or [np.empty((0, dim), np.float32)])
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim)
-    return pa.Table.from_arrays([pa.array(rows), embedding], schema=schema)
+def _vector_table(rows: np.ndarray, vectors: np.ndarray) -> pa.Table:
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    return pa.table({"row": pa.array(rows, pa.int64()), "embedding": embedding})

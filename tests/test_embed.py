@@ -53,7 +53,7 @@ def test_the_store_holds_what_the_embedder_gives(run, fasta, tiny_esm2, pooling)
     run(fasta, pooling=pooling)
     store = Store.open(fasta.parent / "store")
     embedder = Embedder(load_backbone(str(tiny_esm2.fair_esm)), pooling)
-    direct = [embedder.embed([text])[0] for text in store.sequences]
+    direct = [embedder.embed([text]).vectors for text in store.sequences]
     np.testing.assert_allclose(store.embeddings(), torch.cat(direct).numpy(), atol=1e-5)
     assert store.ids == ["a", "b", "c", "d"]
     lengths = store.lengths if pooling == "residue" else np.ones(4, int)
@@ -133,8 +133,8 @@ def test_long_proteins_are_noted(run, fasta, tiny_esm2, long):
     assert store.proteins["notes"].to_pylist() == ["", "", "", long]
     assert store.lengths[3] == 20, "the sequence itself is kept whole"
     embedder = Embedder(load_backbone(str(tiny_esm2.fair_esm)), window=12 if long == "window" else None)
-    expected = embedder.embed(["ACDEFGHIKLMNPQRSTVWY"[: None if long == "window" else 12]])[0]
-    np.testing.assert_allclose(store.embeddings()[3], expected[0].numpy(), atol=1e-5)
+    expected = embedder.embed(["ACDEFGHIKLMNPQRSTVWY"[: None if long == "window" else 12]]).vectors[0]
+    np.testing.assert_allclose(store.embeddings()[3], expected.numpy(), atol=1e-5)
 
 
 def test_truncated_residues_are_told_from_whole_ones(run, fasta):
@@ -229,5 +229,5 @@ def test_any_fasta_ends_in_the_vectors_of_its_proteins(tiny_esm2, tmp_path_facto
         (protein.id, protein.sequence) for protein in proteins
     ]
     embedder = Embedder(load_backbone(str(tiny_esm2.fair_esm)), pooling)
-    expected = torch.cat([found for found in embedder.embed(store.sequences) if found is not None])
+    expected = embedder.embed(store.sequences).vectors
     np.testing.assert_allclose(store.embeddings(), expected.numpy(), atol=1e-5)

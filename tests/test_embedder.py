@@ -28,7 +28,7 @@ def reference(model, text):
 @pytest.mark.parametrize("max_tokens", [4096, 70, 1])
 @pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
 def test_pooling_equals_fair_esm(tiny_esm2, backbone, pooling, max_tokens):
-    results = Embedder(backbone, pooling, max_tokens=max_tokens).embed(SEQUENCES)
+    results = Embedder(backbone, pooling, max_tokens=max_tokens).embed(SEQUENCES).per_sequence()
     for text, result in zip(SEQUENCES, results, strict=True):
         hidden = reference(tiny_esm2.model, text)
         residues = hidden[1:-1]
@@ -67,7 +67,7 @@ def test_windows_cover_everything_with_overlap(length, window):
 @pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
 def test_windows_average_what_overlaps(tiny_esm2, backbone, pooling):
     text, window = "ACDEFGHIKLMNPQRSTVWY" * 2, 16
-    result = Embedder(backbone, pooling, window=window, max_tokens=40).embed([text])[0]
+    result = Embedder(backbone, pooling, window=window, max_tokens=40).embed([text]).vectors
     sums, counts, bos = torch.zeros(len(text), 32), torch.zeros(len(text), 1), []
     for start, stop in windows(len(text), window):
         hidden = reference(tiny_esm2.model, text[start:stop])
@@ -80,8 +80,8 @@ def test_windows_average_what_overlaps(tiny_esm2, backbone, pooling):
 
 
 def test_a_window_that_holds_everything_changes_nothing(backbone):
-    whole = Embedder(backbone).embed(SEQUENCES)
-    for a, b in zip(whole, Embedder(backbone, window=60).embed(SEQUENCES), strict=True):
+    whole = Embedder(backbone).embed(SEQUENCES).per_sequence()
+    for a, b in zip(whole, Embedder(backbone, window=60).embed(SEQUENCES).per_sequence(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -103,11 +103,11 @@ def short_of_memory(embedder, most_tokens):
 
 
 def test_a_batch_that_does_not_fit_is_halved(backbone, caplog):
-    expected = Embedder(backbone).embed(SEQUENCES)
+    expected = Embedder(backbone).embed(SEQUENCES).per_sequence()
     embedder = Embedder(backbone)
     seen = short_of_memory(embedder, 70)
     with caplog.at_level(logging.WARNING):
-        results = embedder.embed(SEQUENCES)
+        results = embedder.embed(SEQUENCES).per_sequence()
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert "out of memory with" in caplog.text
@@ -122,15 +122,18 @@ def test_one_sequence_that_does_not_fit_is_skipped_and_the_rest_goes_on(backbone
     embedder = Embedder(backbone, pooling)
     short_of_memory(embedder, 30)
     with caplog.at_level(logging.WARNING):
-        results = embedder.embed(SEQUENCES)
-    assert [result is None for result in results] == [False, False, True, False, False]
+        results = embedder.embed(SEQUENCES).per_sequence()
+    assert [len(result) for result in results] == ([1, 1, 0, 1, 1] if pooling == "mean" else [10, 1, 0, 9, 3])
+    for text, result in zip(SEQUENCES, results, strict=True):
+        expected = Embedder(backbone, pooling).embed([text]).vectors[: len(result)]
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
     assert "skipped a sequence: 60 residues do not fit into memory" in caplog.text
 
 
 def test_a_long_sequence_of_which_one_window_fails_is_skipped_as_a_whole(backbone):
     embedder = Embedder(backbone, window=20, max_tokens=30)
     short_of_memory(embedder, 21)
-    assert embedder.embed(["MKV" * 20, "MKV"])[0] is None
+    assert embedder.embed(["MKV" * 20, "MKV"]).counts == [0, 1]
 
 
 def test_other_errors_are_not_taken_for_short_memory(backbone, monkeypatch):
@@ -142,7 +145,7 @@ def test_other_errors_are_not_taken_for_short_memory(backbone, monkeypatch):
     broken.device = embedder.encoder.device
     monkeypatch.setattr(embedder, "encoder", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        embedder.embed(SEQUENCES)
+        embedder.embed(SEQUENCES).per_sequence()
 
 
 def test_real_lack_of_memory_is_recognised(backbone):
@@ -156,4 +159,4 @@ def test_real_lack_of_memory_is_recognised(backbone):
             return torch.empty(2**60)
 
     embedder.encoder = Greedy()
-    assert embedder.embed(["MKV"]) == [None]
+    assert embedder.embed(["MKV"]).counts == [0]

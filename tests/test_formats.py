@@ -135,8 +135,8 @@ def test_our_store(tmp_path, pooling):
     with writer.lock():
         writer.plan([Protein("a", "MK"), Protein("b", "MKV")], settings, {}, CleaningReport(""))
         for shard in writer.pending():
-            parts = [X[:2], X[2:5]] if pooling == "residue" else [X[:1], X[1:2]]
-            writer.write_part(shard, [0, 1], parts)
+            counts = [2, 3] if pooling == "residue" else [1, 1]
+            writer.write_part(shard, [0, 1], counts, X[: sum(counts)])
             writer.seal(shard)
         writer.finish()
     found = load_matrix(tmp_path / "s")

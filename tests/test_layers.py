@@ -6,7 +6,7 @@ from pathlib import Path
 import distil_rank
 
 LEVELS = [
-    {"errors"},
+    {"errors", "compact_map"},
     {
         "sequences",
         "moments",

@@ -22,14 +22,16 @@ def make(path, proteins=PROTEINS, settings=SETTINGS, skip=()):
         writer.plan(proteins, settings, {}, CleaningReport("in.fasta"))
         for shard in writer.pending():
             texts = writer.sequences(shard)
-            lengths = [len(text) if settings["pooling"] == "residue" else 1 for text in texts.values()]
-            vectors = [
-                None
-                if text in skip
-                else BY_SEQUENCE[text] + np.arange(n, dtype=np.float32)[:, None] / 10 + np.zeros(4, np.float32)
-                for text, n in zip(texts.values(), lengths, strict=True)
+            counts = [
+                0 if text in skip else len(text) if settings["pooling"] == "residue" else 1 for text in texts.values()
             ]
-            writer.write_part(shard, list(texts), vectors)
+            firsts = [
+                BY_SEQUENCE[text] + i / 10
+                for text, count in zip(texts.values(), counts, strict=True)
+                for i in range(count)
+            ]
+            vectors = np.repeat(np.array(firsts, np.float32)[:, None], 4, axis=1)
+            writer.write_part(shard, list(texts), counts, vectors)
             writer.seal(shard)
         writer.finish()
     return Store.open(path)

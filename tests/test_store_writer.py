@@ -27,7 +27,7 @@ def fill(writer):
         rows = list(writer.sequences(shard))
         for row in rows:
             if row not in writer.done(shard):
-                writer.write_part(shard, [row], [np.full((1, 3), row, np.float32)])
+                writer.write_part(shard, [row], [1], np.full((1, 3), row, np.float32))
         writer.seal(shard)
     writer.finish()
 
@@ -132,7 +132,7 @@ def test_leaves_of_killed_runs_go(tmp_path):
 def test_a_shard_sealed_before_the_kill_is_not_computed_again(tmp_path):
     writer, _ = plan(tmp_path / "s", proteins("MK"))
     (shard,) = writer.pending()
-    writer.write_part(shard, [0], [np.zeros((1, 3), np.float32)])
+    writer.write_part(shard, [0], [1], np.zeros((1, 3), np.float32))
     writer.seal(shard)
     plan(tmp_path / "s", proteins("MK"))  # the next run's first step
     assert writer.pending() == []
