@@ -21,9 +21,20 @@ def _parser(name: str, description: str | None) -> Any:
     from jsonargparse import ActionConfigFile
     from lightning.pytorch.cli import LightningArgumentParser
 
-    parser = LightningArgumentParser(prog=f"{PROG} {name}", description=(description or "").splitlines()[0])
+    summary = (description or "").splitlines()[0]
+    parser = LightningArgumentParser(prog=f"{PROG} {name}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; give it again to layer another on top.")
     return parser
+
+
+def _parse(parser: Any, argv: Sequence[str]) -> Any:
+    """Parsed options; what does not fit is told on one line, without the usage of a hundred options before it."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise InputError(f"{' '.join(str(error).split())} (see `{parser.prog} --help`)") from error
 
 
 def _training_parser(name: str, command: Callable[..., Any], student: bool = True) -> Any:
@@ -57,8 +68,8 @@ def _run_training(name: str, argv: Sequence[str]) -> int:
 
     command: Callable[..., Any] = getattr(pipeline, name.replace("-", "_"))
     parser = _training_parser(name, command, student=name != "train-teacher")
-    parsed = parser.parse_args(list(argv))
-    text = parser.dump(parsed, skip_none=False)
+    parsed = _parse(parser, argv)
+    text = parser.dump(parsed)
     options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
     data = EmbeddingDataModule(**options.pop("data"))
     if name == "train-teacher":
@@ -96,7 +107,7 @@ def _embed(argv: Sequence[str]) -> int:
 
     parser = _parser("embed", embed.__doc__)
     parser.add_function_arguments(embed, None, as_group=False)
-    options = {key: value for key, value in parser.parse_args(list(argv)).as_dict().items() if key != "config"}
+    options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}
     report.show_facts("Embeddings", asdict(pipeline.embed(options)))
     return 0
 
@@ -107,7 +118,7 @@ def _ui(argv: Sequence[str]) -> int:
 
     parser = _parser("ui", serve_ui.__doc__)
     parser.add_function_arguments(serve_ui, None, as_group=False)
-    serve_ui(**{key: value for key, value in parser.parse_args(list(argv)).as_dict().items() if key != "config"})
+    serve_ui(**{key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"})
     return 0
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 from distil_rank.low_rank import LowRankLinear
-from distil_rank.metrics import cosine
 
 # The recipe of the original project, to the letter: options of `DistilModule`, and how long it trains.
 ORIGINAL: dict[str, Any] = {
@@ -103,7 +102,7 @@ class DistilModule(LightningModule):
         if self.tail is not None:
             return {"loss": tail_loss(self.tail(output), self.tail(target), self.hparams["tail_kind"])}
         mse = (output - target).square().mean(-1)
-        angle = 1 - cosine(output, target)
+        angle = 1 - F.cosine_similarity(output, target, dim=-1)
         scale = self.hparams["output_variance"] if self.hparams["normalise"] else 1.0
         return {"loss": mse / scale + self.hparams["alpha"] * angle, "mse": mse, "one_minus_cosine": angle}
 

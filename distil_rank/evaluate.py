@@ -245,10 +245,10 @@ def _estimates(measured: _Measured, bench: _Bench, counts: np.ndarray) -> dict[s
     lost = bootstrap.ratio_interval(measured.residual, bench.variance, counts)
     relative = bootstrap.ratio_interval(measured.residual, bench.energy, counts)
     worst = bootstrap.interval(bootstrap.resampled_quantile(counts, measured.means["cosine"], 0.05))
-    lost_share = measured.residual.sum() / bench.variance.sum()
+    lost_share = float(measured.residual.sum() / bench.variance.sum())
     estimates = {
         "r2": Estimate(1 - lost_share, 1 - lost.high, 1 - lost.low),
-        "relative_mse": Estimate(measured.residual.sum() / bench.energy.sum(), relative.low, relative.high),
+        "relative_mse": Estimate(float(measured.residual.sum() / bench.energy.sum()), relative.low, relative.high),
         "cosine_p5": Estimate(float(np.percentile(measured.means["cosine"], 5)), worst.low, worst.high),
         "cka": Estimate(measured.cka),
     }

@@ -131,7 +131,7 @@ def run_experiment(
         if number == 0:
             watchers += [LogFidelity({"svd": solved["svd"]}, mean), latency, LogLosses(), Progress("distilling")]
         with _checkpoint_folder(checkpoints if number == 0 else None) as folder:
-            keeper = ModelCheckpoint(folder, "best", monitor="val/loss", save_last=True)
+            keeper = ModelCheckpoint(folder, "best", monitor="val/loss", save_last=True, enable_version_counter=False)
             run = Trainer(
                 **{**QUIET, **(trainer or {})},
                 logger=(logger if number == 0 else None) or False,

@@ -228,7 +228,7 @@ def distil(
     ) as run:
         for part in ("train", "val", "test"):
             shape = (about["rows"][part], about["dim"])
-            name = Path(about["source"]).stem
+            name = f"{Path(about['source']).stem} {part}"  # MLflow takes two of one name and digest for the same
             run.log_dataset(shape, name=name, digest=about["digest"], context=part, source=about["source"])
         outcome = run_experiment(
             found.name,

@@ -140,16 +140,17 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown tables, for `report.md` and for the tracking server."""
-    parts = [_markdown_table(*summary_rows(report))]
+    parts = [markdown_table(*summary_rows(report))]
     for teacher in report["teachers"]:
         parts.append(f"### {teacher['teacher']} teacher, rank {teacher['rank']}\n")
-        parts.append(_markdown_table(*ladder_rows(teacher)))
+        parts.append(markdown_table(*ladder_rows(teacher)))
     parts.append("\n".join(f"- {line}" for line in notes(report)) + "\n")
     parts.append(f"{report['method_note']}\n")
     return "\n".join(parts)
 
 
-def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, ready to paste."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

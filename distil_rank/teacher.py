@@ -86,7 +86,7 @@ def spectral_teacher(features: int, decay: float = 100.0, scale: float = 2.0, se
     generator = torch.Generator().manual_seed(seed)
     U, V = (torch.linalg.qr(torch.randn(features, features, generator=generator))[0] for _ in range(2))
     S = scale * torch.exp(-torch.arange(features) / decay)
-    teacher = nn.Linear(features, features)
+    teacher: nn.Linear = nn.utils.skip_init(nn.Linear, features, features)
     with torch.no_grad():
         teacher.weight.copy_(U @ (S[:, None] * V))
         teacher.bias.zero_()
