@@ -32,7 +32,7 @@ def balanced(shards: list[Shard], ranks: int) -> list[list[Shard]]:
 
 
 class _Extractor(LightningModule):
-    """Plans in `setup`, computes a shard for each `predict_step`, finishes in `teardown`."""
+    """Plans in `setup`, computes this rank's shards in `predict_step`, finishes in `teardown`."""
 
     def __init__(self, request: Request):
         super().__init__()
@@ -57,11 +57,11 @@ class _Extractor(LightningModule):
             raise InputError(problem)
 
     def predict_dataloader(self) -> Any:
-        shards = balanced(self.extraction.writer.pending(), self.trainer.world_size)[self.trainer.global_rank]
-        return DataLoader(shards, batch_size=None, collate_fn=lambda shard: shard)  # type: ignore[arg-type]
+        return DataLoader(range(1), batch_size=None)  # type: ignore[arg-type]  # one step, which is never too few
 
-    def predict_step(self, shard: Shard) -> None:
-        self.extraction.compute([shard], progress=False)
+    def predict_step(self, _: Any) -> None:
+        parts = balanced(self.extraction.writer.pending(), self.trainer.world_size)
+        self.extraction.compute(parts[self.trainer.global_rank], progress=self.trainer.is_global_zero)
 
     def teardown(self, stage: str) -> None:
         self.trainer.strategy.barrier("all shards")
@@ -87,6 +87,7 @@ def extract_on_devices(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=False,  # ours counts residues
         use_distributed_sampler=False,  # shards are dealt out by work, not by number
     )
     extractor = _Extractor(request)
