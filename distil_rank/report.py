@@ -93,6 +93,13 @@ def summary_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def title_of(teacher: dict[str, Any]) -> str:
+    """What stands above a ladder."""
+    seeds = max(row["seeds"] for row in teacher["ladder"])
+    trained = f" (trained rows: mean of {seeds} seeds)" if seeds > 1 else ""
+    return f"{teacher['teacher']} teacher, rank {teacher['rank']}{trained}"
+
+
 def ladder_rows(teacher: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Every method on the same held-out rows."""
     head = ["method", "R²", "95 %", *(title for _, title in LADDER_COLUMNS[1:]), "optimum"]
@@ -101,12 +108,12 @@ def ladder_rows(teacher: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         head.append("probe")
     rows = []
     for row in teacher["ladder"]:
-        cells = [row["method"] + (f" (n={row['seeds']})" if row["seeds"] > 1 else "")]
+        cells = [row["method"]]
         for key, _ in LADDER_COLUMNS:
             estimate = row["metrics"][key]
             cells.append(number(estimate["value"]))
             if key == "r2":
-                cells.append(f"[{number(estimate['low'], 2)}, {number(estimate['high'], 2)}]")
+                cells.append(f"[{number(estimate['low'], 3)}, {number(estimate['high'], 3)}]")
         cells.append(f"{100 * row['share_of_optimum']:.1f} %" + (" ≈" if _tie(row) else ""))
         if labelled:
             cells.append(number(row["metrics"]["probe_accuracy"]["value"], 3))
@@ -142,7 +149,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown tables, for `report.md` and for the tracking server."""
     parts = [markdown_table(*summary_rows(report))]
     for teacher in report["teachers"]:
-        parts.append(f"### {teacher['teacher']} teacher, rank {teacher['rank']}\n")
+        parts.append(f"### {title_of(teacher)}\n")
         parts.append(markdown_table(*ladder_rows(teacher)))
     parts.append("\n".join(f"- {line}" for line in notes(report)) + "\n")
     parts.append(f"{report['method_note']}\n")
@@ -159,7 +166,7 @@ def show(report: dict[str, Any]) -> None:
     """Print the tables and notes; colours only where there is a terminal."""
     console = Console(width=min(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH, highlight=False)
     for teacher in report["teachers"]:
-        console.print(_table(f"{teacher['teacher']} teacher, rank {teacher['rank']}", *ladder_rows(teacher)))
+        console.print(_table(title_of(teacher), *ladder_rows(teacher)))
     console.print(_table("Plain SVD beside Distil-Rank", *summary_rows(report)))
     for line in notes(report):
         console.print(line, style="bold yellow" if line.startswith(("NOTE", "WARNING")) else None)

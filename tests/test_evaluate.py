@@ -1,4 +1,4 @@
-"""The ladder: figures against their definitions, intervals that are paired, and a headline that a constant cannot win."""
+"""The ladder: figures against their definitions, paired intervals, and a headline that a constant cannot win."""
 
 import numpy as np
 import pytest
