@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,6 +147,8 @@ def start_run(
 ) -> Iterator[Run]:
     """Open a run; it ends FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED, then with the reason in the tag `error`.
 
+    Of the processes of a distributed command the first one's run is kept; the others' are thrown away when they end.
+
     Args:
         experiment: one of `run_store.RUN_LISTS`, or a new name.
         name: tells the run from its neighbours.
@@ -158,22 +161,24 @@ def start_run(
     Raises:
         InputError: if the tracking server does not answer, or MLflow refuses the place.
     """
-    tracking_uri = default_tracking_uri(root)
     inherited = {"mlflow.parentRunId": parent.id} if parent else {}
-    try:
-        client = connect(tracking_uri)
-        experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
-        made = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
-    except MlflowException as error:
-        raise InputError(
-            f"Expected MLflow to keep runs at {shown(tracking_uri)} but it said: {_first_line(error)}"
-        ) from error
-    run = Run(
-        made.info.run_id, experiment, experiment_id, tracking_uri, root.resolve() / "mlruns" / "lightning", client
-    )
-    with _ended(run), exit_on_signals(signal.SIGTERM), _monitored(run, system_metrics):
-        run.log_params(params)
-        yield run
+    with ExitStack() as stack:
+        tracking_uri = default_tracking_uri(root)
+        if _rank() > 0:
+            tracking_uri = f"sqlite:///{stack.enter_context(tempfile.TemporaryDirectory())}/mlflow.db"
+        try:
+            client = connect(tracking_uri)
+            experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
+            made = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
+        except MlflowException as error:
+            raise InputError(
+                f"Expected MLflow to keep runs at {shown(tracking_uri)} but it said: {_first_line(error)}"
+            ) from error
+        folder = root.resolve() / "mlruns" / "lightning"
+        run = Run(made.info.run_id, experiment, experiment_id, tracking_uri, folder, client)
+        with _ended(run), exit_on_signals(signal.SIGTERM), _monitored(run, system_metrics):
+            run.log_params(params)
+            yield run
 
 
 def connect(tracking_uri: str) -> mlflow.MlflowClient:
@@ -266,6 +271,12 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, location: str | None)
         if found.tags.get(key) != value:
             client.set_experiment_tag(found.experiment_id, key, value)
     return found.experiment_id
+
+
+def _rank() -> int:
+    """Which process of a distributed command this is, by what its launcher (Lightning, torchrun, SLURM) says."""
+    said = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next((rank for rank in said if rank), 0))
 
 
 def _origin() -> dict[str, str]:

@@ -3,6 +3,7 @@ import signal
 import threading
 
 import pytest
+
 from distil_rank.interrupts import exit_on_signals, was_interrupted
 
 

@@ -2,6 +2,7 @@ import subprocess
 from importlib.metadata import version
 
 import pytest
+
 from distil_rank import provenance
 
 

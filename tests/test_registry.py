@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import requests
 import torch
+from mlflow import MlflowClient
+from servers import mlflow_process
+from torch import nn
+
 from distil_rank.registry import log_student, promote_champion
 from distil_rank.run_store import default_tracking_uri
 from distil_rank.tracking import start_run
-from mlflow import MlflowClient
-from torch import nn
-
-from servers import mlflow_process
 
 
 @pytest.fixture

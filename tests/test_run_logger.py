@@ -3,13 +3,14 @@ import signal
 
 import pytest
 import torch
-from distil_rank.run_logger import RunLogger
-from distil_rank.run_store import default_tracking_uri
-from distil_rank.tracking import Run, start_run
 from lightning.pytorch import Callback, LightningModule, Trainer
 from mlflow import MlflowClient
 from torch import nn
 from torch.utils.data import DataLoader
+
+from distil_rank.run_logger import RunLogger
+from distil_rank.run_store import default_tracking_uri
+from distil_rank.tracking import Run, start_run
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
 

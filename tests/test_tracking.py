@@ -8,11 +8,12 @@ from importlib.metadata import version
 
 import mlflow
 import pytest
+from mlflow import MlflowClient
+
 from distil_rank import tracking
 from distil_rank.errors import InputError
 from distil_rank.run_store import RUN_LISTS, VIEW, default_tracking_uri
 from distil_rank.tracking import start_run
-from mlflow import MlflowClient
 
 
 def client(root) -> MlflowClient:
@@ -69,6 +70,18 @@ def test_children_are_nested_in_their_parent(project):
         assert client(project).get_run(parent.id).info.status == "RUNNING"
     nested = client(project).search_runs([parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.id}'")
     assert {run.data.params["rank"] for run in nested} == {"4", "8"}
+
+
+@pytest.mark.parametrize("launcher", [{"LOCAL_RANK": "1"}, {"RANK": "2", "LOCAL_RANK": "0"}, {"SLURM_PROCID": "1"}])
+def test_only_the_first_process_of_a_distributed_command_keeps_its_run(project, monkeypatch, launcher):
+    with monkeypatch.context() as other:
+        for variable, rank in launcher.items():
+            other.setenv(variable, rank)
+        with start_run("embed", "on two devices", params={}, tags={}, root=project) as run:
+            run.log_metrics({"proteins": 3})
+            run.log_text("a: 1", "config.yaml")
+    assert client(project).get_experiment_by_name("embed") is None
+    assert {path.name for path in (project / "mlruns").iterdir()} == {"mlflow.db"}
 
 
 def interrupted_as_lightning_does_it() -> None:

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import Browser, open_browser
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
 from distil_rank.errors import InputError
 from distil_rank.registry import log_student, promote_champion
 from distil_rank.run_logger import RunLogger
 from distil_rank.tracking import start_run
 from distil_rank.ui import free_port, serve_ui
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
-from torch.utils.data import DataLoader
-
-from browser import Browser, open_browser
 
 NOTE = """| method | R² |
 |---|---|
@@ -121,8 +121,8 @@ def served(browser, project) -> Iterator[Served]:
                 break
         yield Served(process, pages)
     finally:
-        process.kill() if process.poll() is None else None
-        process.wait()
+        process.terminate()  # a killed one could not end the server that it started
+        process.wait(60)
 
 
 @pytest.mark.slow
