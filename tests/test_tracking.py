@@ -72,11 +72,27 @@ def test_children_are_nested_in_their_parent(project):
     assert {run.data.params["rank"] for run in nested} == {"4", "8"}
 
 
-@pytest.mark.parametrize("launcher", [{"LOCAL_RANK": "1"}, {"RANK": "2", "LOCAL_RANK": "0"}, {"SLURM_PROCID": "1"}])
-def test_only_the_first_process_of_a_distributed_command_keeps_its_run(project, monkeypatch, launcher):
-    with monkeypatch.context() as other:
-        for variable, rank in launcher.items():
-            other.setenv(variable, rank)
+@pytest.mark.parametrize(
+    ("launcher", "first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "1"}, False),
+    ],
+)
+def test_launchers_say_which_process_is_the_first(monkeypatch, launcher, first):
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, rank in launcher.items():
+        monkeypatch.setenv(variable, rank)
+    assert (tracking._rank() == 0) == first
+
+
+def test_only_the_first_process_of_a_distributed_command_keeps_its_run(project, monkeypatch):
+    with monkeypatch.context() as second:
+        second.setenv("LOCAL_RANK", "1")
         with start_run("embed", "on two devices", params={}, tags={}, root=project) as run:
             run.log_metrics({"proteins": 3})
             run.log_text("a: 1", "config.yaml")
