@@ -32,7 +32,7 @@ RUN_LISTS = {
     "embed": RunList(
         "Protein sequences through ESM-2: what was read, with which weights, and how fast.",
         params=("backbone", "pooling", "precision"),
-        metrics=("proteins", "residues", "seconds"),
+        metrics=("proteins", "computed", "residues_per_second", "seconds"),
     ),
     "teacher": RunList(
         "The dense layers to be compressed: trained denoisers, random and spectral-decay layers, layers of your own.",
