@@ -54,7 +54,7 @@ ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
 
 test: .venv/installed-dev ## Run the tests
-	@$(BIN)/python -m pytest -n auto -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q $(ARGS)  # one worker a core, one thread a worker
 
 lint: .venv/installed-dev ## Format check, lint and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -24,7 +24,7 @@ from distil_rank.embed import embed as extract
 from distil_rank.experiment import QUIET, Experiment, WarmStart, run_experiment
 from distil_rank.moments import Moments
 from distil_rank.own_layer import load_linear, load_tail
-from distil_rank.registry import log_student
+from distil_rank.registry import log_student, promote_champion
 from distil_rank.run_logger import RunLogger
 from distil_rank.store_writer import StoreWriter
 from distil_rank.teacher import TeacherCheck, TeacherModule, check_teacher, random_teacher, spectral_teacher
@@ -59,7 +59,8 @@ def embed(options: dict[str, Any]) -> EmbedSummary:
         options: of `distil_rank.embed.embed`.
     """
     name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
-    with start_run("embed", name, params=options, tags={}, system_metrics=True) as run:
+    asked = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
+    with start_run("embed", name, params=asked, tags={}, system_metrics=True) as run:
         done = extract(**options)
         facts = asdict(done)
         counts = {key: value for key, value in facts.items() if isinstance(value, int | float)}
@@ -288,7 +289,9 @@ def log_outcome(run: Run, data: EmbeddingDataModule, outcome: Experiment, config
     run.log_params({"rank": result["rank"]})
     run.log_metrics(metrics)
     run.log_text(config, "config.yaml")
-    log_student(run, outcome.student, data.rows("test").numpy()[:4], metrics={"r2": metrics["test/r2"]})
+    uri = log_student(run, outcome.student, data.rows("test").numpy()[:4], metrics={"r2": metrics["test/r2"]})
+    teacher, digest = result["teacher"], data.digest()
+    promote_champion(run, uri, r2=metrics["test/r2"], rank=result["rank"], teacher=teacher, data=digest)
 
 
 def benchmark(
@@ -364,7 +367,7 @@ def _together(
     with start_run(
         experiment,
         f"{name} {about['dim']}-d {Path(about['source']).stem}",
-        params={"backbone": about["backbone"]},
+        params={"backbone": about["backbone"], "teacher": " ".join(dict.fromkeys(_kind(child) for child in children))},
         tags=_lineage(about),
     ) as parent:
         results = []
@@ -382,6 +385,10 @@ def _together(
                     {f"rank/{key}": ours[key]["value"] for key in ("r2", "knn_overlap")}, step=result["rank"]
                 )
     return content
+
+
+def _kind(child: dict[str, Any]) -> str:
+    return str((child["teacher"] or {}).get("kind", "denoising"))
 
 
 def _lineage(about: dict[str, Any]) -> dict[str, str]:
