@@ -143,10 +143,14 @@ def configure_output(verbosity: int) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("distil_rank").setLevel(level)
     if verbosity < 1:
-        import lightning  # noqa: F401 - sets its own logger up when imported, and would undo this
+        import lightning  # noqa: F401 - sets its own loggers up when imported
 
-        for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "matplotlib"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "matplotlib"):
+            logger = logging.getLogger(name)
+            logger.setLevel(logging.ERROR)
+            logger.propagate = False
+            for handler in logger.handlers:  # importing mlflow.pytorch sets the levels of loggers back, not these
+                handler.setLevel(logging.ERROR)
         # What a user cannot act on: hints at more loader processes, at deprecations inside Lightning, and the like.
         modules = (
             r"(lightning|lightning_fabric|lightning_utilities|torchmetrics|mlflow|torch|esm|jsonargparse|pydantic)\b"
