@@ -174,8 +174,12 @@ def show(report: dict[str, Any]) -> None:
 
 def show_facts(title: str, facts: dict[str, Any]) -> None:
     """Print names and values, one a line."""
-    rows = [[name, f"{value:,.4g}" if isinstance(value, float) else str(value)] for name, value in facts.items()]
-    Console(width=WIDTH, highlight=False).print(_table(title, ["", ""], [row for row in rows if row[1] != "None"]))
+    console = Console(width=WIDTH, highlight=False)
+    console.print(title, style="bold")
+    for name, value in facts.items():
+        if value is not None:
+            text = f"{value:,.4g}" if isinstance(value, float) else str(value)
+            console.print(f"  {name:<11}{text}", style="bold yellow" if name == "fallback" else None)
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
