@@ -92,7 +92,7 @@ def embed(
         precision: auto is bf16 where the hardware multiplies it natively and it agrees with fp32, otherwise fp32.
         long: What happens to proteins above max_length: overlapping windows, truncation, or an error.
         max_length: Residues that go through the model at once; ESM-2 was trained on 1022.
-        max_tokens: Tokens in a batch; by default 4096 on a CPU and 32768 on a GPU.
+        max_tokens: Tokens in a batch; by default 2048 on a CPU and 32768 on a GPU.
         accelerator: Where to compute.
         devices: Processes on each node, one for each device.
         num_nodes: Nodes, as Lightning counts them under SLURM or torchrun.

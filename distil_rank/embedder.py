@@ -70,7 +70,7 @@ class Embedder:
         device: torch.device | str = "cpu",
         layer: int | None = None,
         window: int | None = None,
-        max_tokens: int = 4096,
+        max_tokens: int = 2048,
     ):
         self.encoder = FusedEncoder(backbone.model, DTYPES[precision], device, layer)
         self.alphabet = backbone.alphabet
@@ -155,7 +155,7 @@ class Embedder:
         self._add(pieces[: len(pieces) // 2], weights, sums)
         self._add(pieces[len(pieces) // 2 :], weights, sums)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _contributions(self, pieces: list[_Piece], weights: list[Tensor]) -> Tensor:
         """The pieces' weighted sums, (pieces, dim), or weighted residues, (residues, dim), one behind the other."""
         tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)

@@ -76,38 +76,46 @@ class FusedEncoder:
         def pair(module: Any) -> tuple[Tensor, Tensor]:
             return cast(module.weight), cast(module.bias)
 
-        self.embedding = cast(model.embed_tokens.weight)
-        self.layers = []
-        for module in model.layers[: self.layer]:
-            attention = module.self_attn
-            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-            self.layers.append(
-                _Layer(
-                    norm1=pair(module.self_attn_layer_norm),
-                    qkv=(cast(*(p.weight for p in projections)), cast(*(p.bias for p in projections))),
-                    out=pair(attention.out_proj),
-                    norm2=pair(module.final_layer_norm),
-                    fc1=pair(module.fc1),
-                    fc2=pair(module.fc2),
-                )
+        head_dim = model.embed_dim // model.attention_heads
+        adjacent = torch.arange(head_dim).view(2, -1).t().flatten()  # the two halves of a rotary pair side by side
+
+        def paired(tensor: Tensor) -> Tensor:
+            """Reorders what a query or key projection gives; attention does not see the order within a head."""
+            return tensor.unflatten(0, (self.heads, head_dim))[:, adjacent].flatten(0, 1)
+
+        def qkv(attention: Any) -> tuple[Tensor, Tensor]:
+            q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+            return (
+                cast(paired(q.weight), paired(k.weight), v.weight),
+                cast(paired(q.bias), paired(k.bias), v.bias),
             )
+
+        self.embedding = cast(model.embed_tokens.weight)
+        self.layers = [
+            _Layer(
+                norm1=pair(module.self_attn_layer_norm),
+                qkv=qkv(module.self_attn),
+                out=pair(module.self_attn.out_proj),
+                norm2=pair(module.final_layer_norm),
+                fc1=pair(module.fc1),
+                fc2=pair(module.fc2),
+            )
+            for module in model.layers[: self.layer]
+        ]
         self.norm_after = pair(model.emb_layer_norm_after) if self.layer == model.num_layers else None
         self.eps: float = model.emb_layer_norm_after.eps
         self.frequencies: Tensor = model.layers[0].self_attn.rot_emb.inv_freq.float().cpu()
 
-    def _rotary(self, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each token's rotation angles, (T, 1, head_dim / 2)."""
-        angles = torch.arange(max(lengths)).float()[:, None] * self.frequencies  # float32, as fair-esm has them
+    def _rotations(self, lengths: list[int]) -> Tensor:
+        """Each token's rotary angles as complex numbers of modulus 1, (T, 1, D / 2); float32, as fair-esm has them."""
+        angles = torch.arange(max(lengths)).float()[:, None] * self.frequencies
         position = torch.cat([torch.arange(length) for length in lengths])
-        index = position.to(self.device)
-        return angles.cos().to(self.device, self.dtype)[index, None], angles.sin().to(self.device, self.dtype)[
-            index, None
-        ]
+        return torch.polar(torch.ones_like(angles), angles).to(self.device)[position.to(self.device), None]
 
     def _norm(self, x: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *parameters, self.eps)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Hidden states of packed sequences.
 
@@ -119,26 +127,42 @@ class FusedEncoder:
             (T, dim) in the encoder's dtype.
         """
         x = F.embedding(tokens.to(self.device), self.embedding) * self.scale  # (T, C)
-        cos, sin = self._rotary(lengths)
-        bounds = list(pairwise(np.cumsum([0, *lengths]).tolist()))
+        rotations = self._rotations(lengths)
+        attend = _attend_each if self.device.type == "cpu" else _attend_at_once
         for layer in self.layers:
-            qkv = F.linear(self._norm(x, layer.norm1), *layer.qkv).unflatten(-1, (3, self.heads, -1))  # (T, 3, H, D)
-            q, k, v = qkv.unbind(1)
-            attended = self._attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, bounds)
+            qkv = F.linear(self._norm(x, layer.norm1), *layer.qkv).unflatten(-1, (3 * self.heads, -1))  # (T, 3 H, D)
+            v = qkv[:, 2 * self.heads :]
+            q, k = _rotated(qkv[:, : 2 * self.heads], rotations).chunk(2, dim=1)
+            attended = attend(q, k, v, lengths)
             x = x + F.linear(attended.flatten(1), *layer.out)
             x = x + F.linear(F.gelu(F.linear(self._norm(x, layer.norm2), *layer.fc1)), *layer.fc2)
         return x if self.norm_after is None else self._norm(x, self.norm_after)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-        """Attention within each sequence; q, k, v and the result are (T, H, D)."""
-        attended = torch.empty_like(q)
-        for start, stop in bounds:
-            one = [tensor[start:stop].transpose(0, 1)[None] for tensor in (q, k, v)]  # (1, H, L, D)
-            attended[start:stop] = F.scaled_dot_product_attention(one[0], one[1], one[2])[0].transpose(0, 1)
-        return attended
+
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Attention within each sequence, one after the other; q, k, v and the result are (T, H, D)."""
+    attended = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for start, stop in pairwise(np.cumsum([0, *lengths]).tolist()):
+        one = [tensor[start:stop].transpose(0, 1)[None] for tensor in (q, k, v)]  # (1, H, L, D)
+        attended[start:stop] = F.scaled_dot_product_attention(one[0], one[1], one[2])[0].transpose(0, 1)
+    return attended
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: turns each pair (i, i + D/2) of the last dimension by its angle."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """The same in one kernel for sequences of any lengths, which is what a GPU wants."""
+    offsets = torch.tensor(np.cumsum([0, *lengths]), device=q.device)
+
+    def jagged(tensor: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor_from_jagged(
+            tensor.contiguous(), offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
+        )
+        return nested.transpose(1, 2)  # (sequences, H, lengths, D)
+
+    return F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v)).transpose(1, 2).values()
+
+
+def _rotated(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turns adjacent pairs of the last dimension of x, (T, heads, D), by their angles; in place where x is float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs *= rotations
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)

@@ -87,6 +87,7 @@ def extract_on_devices(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        inference_mode=False,  # nested tensors, which attention on a GPU takes, do not mix with it
         enable_progress_bar=False,  # ours counts residues
         use_distributed_sampler=False,  # shards are dealt out by work, not by number
     )
