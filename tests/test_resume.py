@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from distil_rank.embed import embed
 from distil_rank.embedder import Embedder
 from distil_rank.errors import InputError

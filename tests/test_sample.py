@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from distil_rank.backbones import cache_folder, load_backbone
 from distil_rank.embedder import Embedder
 from distil_rank.sequences import read_proteins

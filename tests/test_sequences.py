@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from distil_rank.errors import InputError
-from distil_rank.sequences import CleaningReport, Protein, iter_proteins, read_proteins
 from hypothesis import given
 from hypothesis import strategies as st
+
+from distil_rank.errors import InputError
+from distil_rank.sequences import CleaningReport, Protein, iter_proteins, read_proteins
 
 
 def read(tmp_path: Path, content: bytes | str, name: str = "in.fasta"):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from distil_rank.errors import InputError
 from distil_rank.sequences import CleaningReport, Protein
 from distil_rank.store import Store, read_table, write_atomically

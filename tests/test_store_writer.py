@@ -4,13 +4,14 @@ import multiprocessing
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from distil_rank import store_writer
 from distil_rank.errors import InputError
 from distil_rank.sequences import CleaningReport, Protein
 from distil_rank.store import Store
 from distil_rank.store_writer import StoreWriter
-from hypothesis import given
-from hypothesis import strategies as st
 
 SETTINGS = {"dim": 3, "pooling": "mean", "long": "truncate", "max_length": 5}
 
