@@ -200,6 +200,7 @@ def compress(
         wanted = _within_budget(dense, found, parameters)
 
     originals: dict[str, nn.Module] = {}
+    owner: dict[str, str] = {}
     rows: dict[str, LayerRow] = {}
     solved: dict[str, tuple[LowRankLinear, Inputs]] = {}
     try:
@@ -212,6 +213,7 @@ def compress(
             if student is not None:
                 paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is dense[name]]
                 originals |= dict.fromkeys(paths, dense[name])
+                owner |= dict.fromkeys(paths, name)
                 install(model, dict.fromkeys(paths, student))
                 solved[name] = student, inputs
 
@@ -219,7 +221,8 @@ def compress(
         untuned, tuning = None, None
         if tune and solved:
             untuned = compare()
-            tuning = match_outputs(model, originals, batches, tune, outputs, forward, mask)
+            moments = {path: solved[owner[path]][1].moments() for path in originals}
+            tuning = match_outputs(model, originals, moments, batches, tune, outputs, forward, mask)
             for name, (student, inputs) in solved.items():
                 student.provenance |= {"tuned_steps": tune}
                 rows[name] = replace(rows[name], held_out_r2=_certify(student, dense[name], inputs))

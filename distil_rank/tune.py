@@ -7,18 +7,22 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_rank.agreement import Outputs, output_rows
 from distil_rank.capture import Batches, Forward, Mask, evaluating, installed
 from distil_rank.errors import InputError
+from distil_rank.low_rank import LowRankLinear
+from distil_rank.moments import Moments
 
 log = logging.getLogger(__name__)
 
 CHECKS = 20  # how often in a run the students are compared with the best so far
+RIDGE = 0.01  # of the mean variance, added to each: directions without any would otherwise be blown up
 CHECK_BATCHES = 10  # every tenth batch that is not held out chooses among them and is not trained on
 
 
@@ -37,41 +41,83 @@ class Tuning:
     best_loss: float
 
 
+class _Whitened(nn.Module):
+    """A student in coordinates in which its inputs have mean zero and unit covariance.
+
+    Embeddings spread their variance very unevenly, so in plain coordinates no one learning rate suits all directions;
+    in these the same number of steps ends up to several times closer.
+    """
+
+    whiten: Tensor
+    mean: Tensor
+
+    def __init__(self, student: LowRankLinear, moments: Moments) -> None:
+        super().__init__()
+        values, V = torch.linalg.eigh(moments.covariance.to(student.A.device))
+        scale = (values.clamp_min(0) + RIDGE * values.mean().clamp_min(1e-12)).sqrt()
+        self.register_buffer("whiten", (V / scale @ V.T).to(student.A))
+        self.register_buffer("mean", moments.mean.to(student.A))
+        assert student.bias is not None
+        self.A = nn.Parameter(student.A.detach() @ (V * scale @ V.T).to(student.A))
+        self.B = nn.Parameter(student.B.detach().clone())
+        self.c = nn.Parameter((student.bias + student.B @ (student.A @ self.mean)).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x - self.mean, self.A @ self.whiten), self.B, self.c)
+
+    @torch.no_grad()
+    def rates(self, lr: float) -> list[dict[str, Any]]:
+        """Parameter groups whose steps are a share of what they move, so that no unit of measurement matters."""
+        spread = torch.linalg.matrix_norm(self.B @ self.A) / len(self.c) ** 0.5
+        sizes = {self.A: self.A.square().mean().sqrt(), self.B: self.B.square().mean().sqrt(), self.c: spread}
+        return [{"params": [parameter], "lr": lr * float(size)} for parameter, size in sizes.items()]
+
+    @torch.no_grad()
+    def write_to(self, student: LowRankLinear) -> None:
+        """Put the same map into the student's own factors."""
+        student.A.copy_(self.A @ self.whiten)
+        student.B.copy_(self.B)
+        assert student.bias is not None
+        student.bias.copy_(self.c - self.B @ (student.A @ self.mean))
+
+
 def match_outputs(
     model: nn.Module,
     originals: Mapping[str, nn.Module],
+    moments: Mapping[str, Moments],
     batches: Batches,
     steps: int,
     outputs: Outputs,
     forward: Forward,
     mask: Mask,
-    lr: float = 1e-3,
+    lr: float = 0.015,
 ) -> Tuning:
     """Train the students that stand in for `originals`, and nothing else; end with the best, the start included.
 
     Args:
         model: with the students in place.
         originals: the dense layers, by name; put back for a moment, they make the model that is to be matched.
+        moments: of the inputs of each.
         batches: the data.
         steps: of Adam, the rate decaying to zero over a cosine.
         outputs: `classification` compares probabilities and logits, `regression` values (`tail_loss`).
         forward: runs the model on a batch.
         mask: true for what is not padding.
-        lr: the first rate.
+        lr: the first step of a parameter, as a share of its size.
 
     Raises:
         InputError: half-precision students, or a model whose outputs are no tensor.
     """
     from distil_rank.distil import tail_loss  # noqa: PLC0415, it brings Lightning
 
-    students = {name: model.get_submodule(name) for name in originals}
-    parameters = list(dict.fromkeys(one for student in students.values() for one in student.parameters()))
-    if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in parameters):
+    students = {name: cast(LowRankLinear, model.get_submodule(name)) for name in originals}
+    if any(student.A.dtype not in (torch.float32, torch.float64) for student in students.values()):
         raise InputError("Expected float32 layers to fine-tune but got half precision; use model.float() first.")
+    trained = nn.ModuleDict()  # one for each student, also where a layer is in several places
+    for name, student in students.items():
+        if str(id(student)) not in trained:
+            trained[str(id(student))] = _Whitened(student, moments[name])
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    for student in students.values():
-        student.requires_grad_(True)
 
     def loss(batch: Any) -> Tensor:
         with torch.no_grad(), installed(model, originals):
@@ -84,12 +130,14 @@ def match_outputs(
         value = sum(values) / len(values)
         return value if math.isfinite(value) else math.inf
 
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam([group for one in trained.values() for group in cast(_Whitened, one).rates(lr)])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    best_state = None
+    model.requires_grad_(False)
     try:
-        with evaluating(model):  # dropout would make the target a moving one
+        # Dropout would make the target a moving one, so the model is in evaluation mode.
+        with evaluating(model), installed(model, {name: trained[str(id(s))] for name, s in students.items()}):
             best = start = check()
-            kept = copy.deepcopy({name: student.state_dict() for name, student in students.items()})
             for step, batch in enumerate(_endless(batches, steps), start=1):
                 optimizer.zero_grad(set_to_none=True)
                 loss(batch).backward()
@@ -99,13 +147,14 @@ def match_outputs(
                     value = check()
                     log.info("fine-tuning: step %d of %d, loss %.3g (at the start %.3g)", step, steps, value, start)
                     if value < best:
-                        best = value
-                        kept = copy.deepcopy({name: student.state_dict() for name, student in students.items()})
+                        best, best_state = value, copy.deepcopy(trained.state_dict())
     finally:
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
-    for name, student in students.items():
-        student.load_state_dict(kept[name])
+    if best_state is not None:
+        trained.load_state_dict(best_state)
+        for student in set(students.values()):
+            cast(_Whitened, trained[str(id(student))]).write_to(student)
     return Tuning(steps, start, best)
 
 

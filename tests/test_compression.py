@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+
 from distil_rank.compression import compress
 from distil_rank.errors import InputError
 from distil_rank.latency import torch_threads
 from distil_rank.low_rank import LowRankLinear
 from distil_rank.moments import Moments
-from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +172,7 @@ def test_fine_tuning_serves_the_far_end_and_touches_nothing_else():
     model[4].weight.requires_grad_(False)
     before = copy.deepcopy(model)
     report = compress(model, {"0": 2}, x, tune=600)
-    assert report.tuning.best_loss < 0.65 * report.tuning.start_loss
+    assert report.tuning.best_loss < 0.6 * report.tuning.start_loss
     assert report.outputs.probability_error < 0.85 * report.untuned.probability_error
     assert report.layers[0].held_out_r2 < report.layers[0].predicted_r2  # what it gave up for that
     assert torch.equal(model[2].weight, before[2].weight) and torch.equal(model[4].bias, before[4].bias)
