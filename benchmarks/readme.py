@@ -3,8 +3,8 @@
     python benchmarks/readme.py            write them
     python benchmarks/readme.py --check    exit 1 where the README says something else than results/
 
-A place in the README is marked `<!-- table: FILE [N] -->` … `<!-- /table -->`; it takes the N-th Markdown table (1 is the
-first) of FILE.
+A place in the README is marked `<!-- table: FILE [N] -->` … `<!-- /table -->`; it takes the N-th Markdown table (1 is
+the first) of FILE.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from distil_rank.allocate import allocate
 from distil_rank.errors import InputError
 

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from distil_rank import artefact
 from distil_rank.artefact import load, read_manifest, save
 from distil_rank.errors import InputError
@@ -14,8 +17,6 @@ from distil_rank.guard import Guard
 from distil_rank.int8 import Int8LowRankLinear
 from distil_rank.low_rank import LowRankLinear
 from distil_rank.moments import Moments
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 
 def student(bias=True, dtype=torch.float32, guard=True):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from distil_rank.bootstrap import (
     Interval,
     group_sums,

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from distil_rank.capture import Batches, call_model, capture, evaluating
 from distil_rank.errors import InputError
 from distil_rank.moments import Moments
-from torch import nn
 
 
 class TokenModel(nn.Module):

@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from distil_rank.artefact import load, read_manifest
 from distil_rank.data import EmbeddingDataModule
 from distil_rank.deploy import compress_file, export_artefact
 from distil_rank.errors import InputError
 from distil_rank.int8 import Int8LowRankLinear
 from distil_rank.latency import torch_threads
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 
 @pytest.fixture(autouse=True)

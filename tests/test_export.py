@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+
 from distil_rank import export
 from distil_rank.errors import InputError
 from distil_rank.export import to_dense, to_int8, to_onnx, to_torch
@@ -12,7 +14,6 @@ from distil_rank.guard import Guard
 from distil_rank.int8 import Int8LowRankLinear
 from distil_rank.low_rank import LowRankLinear
 from distil_rank.moments import Moments
-from torch import nn
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+
 from distil_rank.fidelity import nested_r2
 from distil_rank.low_rank import LowRankLinear
 from distil_rank.moments import Moments
 from distil_rank.solvers import Factors
-from torch import nn
 
 
 @torch.no_grad()

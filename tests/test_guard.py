@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+
 from distil_rank.errors import InputError
 from distil_rank.guard import QUANTILE, Guard
 from distil_rank.low_rank import LowRankLinear
 from distil_rank.moments import Moments
-from torch import nn
 
 N, M = 48, 40
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
+
 from distil_rank.errors import InputError
 from distil_rank.guard import Guard
 from distil_rank.int8 import Int8LowRankLinear, quantise_rows
 from distil_rank.low_rank import LowRankLinear
 from distil_rank.moments import Moments
-from torch import nn
 
 
 @pytest.fixture

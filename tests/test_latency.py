@@ -4,9 +4,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torch import nn
+
 from distil_rank import latency
 from distil_rank.latency import LayerLatency, Timing, compare_layers, paired_ratio, time_interleaved, torch_threads
-from torch import nn
 
 
 class Clock:

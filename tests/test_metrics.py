@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from distil_rank.metrics import (
     Fidelity,
     centred_cosine,
@@ -16,9 +20,6 @@ from distil_rank.metrics import (
     relative_mse,
     residual,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 
 def outputs(rows: int = 60, columns: int = 12, seed: int = 0, offset: float = 5.0) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from distil_rank.errors import InputError
-from distil_rank.own_layer import load_linear, load_tail, read_state_dict
 from safetensors.torch import save_file
 from torch import nn
+
+from distil_rank.errors import InputError
+from distil_rank.own_layer import load_linear, load_tail, read_state_dict
 
 
 class Touch:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from distil_rank import splits
 from distil_rank.errors import InputError
 from distil_rank.splits import Split, check_split, make_split, mmseqs_clusters
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed")

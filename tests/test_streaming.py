@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import torch
+
 from distil_rank.moments import Moments, MomentSums
 from distil_rank.streaming import StreamingMoments
 
