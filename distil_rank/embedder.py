@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,14 @@ logger = logging.getLogger(__name__)
 Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OVERLAP = 4  # windows share a quarter of their length, so that each residue has context on both sides in one of them
+
+
+class _HasTexts(Protocol):
+    @property
+    def texts(self) -> list[str]: ...
+
+
+Batch = TypeVar("Batch", bound=_HasTexts)
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,34 @@ class Embedder:
         for group in self.batches([len(piece.text) for piece in pieces]):
             self._add([pieces[i] for i in group], weights, sums)
         return sums.result()
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
+        """Embeds batch after batch and yields them in order, each with its vectors.
+
+        On a CPU each core computes a batch of its own: no operation waits for the others to join, and what is computed
+        does not depend on the number of cores. A GPU gets one batch after the other.
+
+        Args:
+            batches: Anything with a list of sequences as `texts`; read no further ahead than there are cores.
+        """
+        threads = torch.get_num_threads()
+        if self.encoder.device.type != "cpu" or threads == 1:
+            yield from ((batch, self.embed(batch.texts)) for batch in batches)
+            return
+        waiting: deque[tuple[Batch, Future[Embedded]]] = deque()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                for batch in batches:
+                    waiting.append((batch, pool.submit(self.embed, batch.texts)))
+                    if len(waiting) > threads:
+                        first, future = waiting.popleft()
+                        yield first, future.result()
+                while waiting:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+        finally:
+            torch.set_num_threads(threads)
 
     def _pieces(self, owner: int, text: str) -> Iterable[_Piece]:
         return (_Piece(owner, start, text[start:stop]) for start, stop in windows(len(text), self.window))

@@ -165,7 +165,7 @@ class Extraction:
         return {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
 
     def compute(self, shards: list[Shard], progress: bool = True) -> tuple[int, int]:
-        """Computes what is missing of some shards; a batch is written while the next one is computed.
+        """Computes what is missing of some shards; batches are written while others are computed.
 
         Args:
             shards: Which.
@@ -175,41 +175,63 @@ class Extraction:
             Distinct sequences and residues that went through the model.
         """
         computed = residues = 0
+        total = sum(shard.residues for shard in shards)
+        quiet = None if progress else True  # None: quiet where standard error is no terminal
         with (
-            tqdm(
-                total=sum(shard.residues for shard in shards),
-                desc="embed",
-                unit="residue",
-                unit_scale=True,
-                disable=None if progress else True,
-            ) as bar,
+            tqdm(total=total, desc="embed", unit="residue", unit_scale=True, disable=quiet) as bar,
             ThreadPoolExecutor(max_workers=1) as pool,
         ):
-            for shard in shards:
-                if self.writer.is_sealed(shard):
-                    bar.update(shard.residues)
-                    continue
-                texts, done = self._texts(shard), self.writer.done(shard)
-                rows = list(texts)
-                writing: Future[None] | None = None
-                for batch in self.embedder.batches([len(text) for text in texts.values()]):
-                    left = [rows[i] for i in batch if rows[i] not in done]
-                    if left:
-                        result = self.embedder.embed([texts[row] for row in left])
-                        if writing is not None:
-                            writing.result()
-                        writing = pool.submit(self._write, shard, left, result)
-                        computed += len(left)
-                        residues += sum(len(texts[row]) for row in left)
-                    bar.update(sum(len(texts[rows[i]]) for i in batch))
+            writing: Future[None] | None = None
+            for batch, result in self.embedder.stream(self._batches(shards)):
                 if writing is not None:
                     writing.result()
-                self.writer.seal(shard)
+                writing = pool.submit(self._write, batch, result)
+                computed += len(batch.rows)
+                residues += sum(map(len, batch.texts))
+                bar.update(batch.residues)
+            if writing is not None:
+                writing.result()
         return computed, residues
 
-    def _write(self, shard: Shard, rows: list[int], result: Embedded) -> None:
+    def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
+        """What is to compute of each shard; the last batch of a shard may be empty."""
+        for shard in shards:
+            if self.writer.is_sealed(shard):
+                yield _Batch(shard, [], [], shard.residues, last=False)
+                continue
+            texts, done = self._texts(shard), self.writer.done(shard)
+            rows = list(texts)
+            for batch in self.embedder.batches([len(text) for text in texts.values()]):
+                left = [rows[i] for i in batch if rows[i] not in done]
+                work = sum(len(texts[rows[i]]) for i in batch)
+                yield _Batch(shard, left, [texts[row] for row in left], work, last=False)
+            yield _Batch(shard, [], [], 0, last=True)
+
+    def _write(self, batch: _Batch, result: Embedded) -> None:
         """Waits for the device and writes."""
-        self.writer.write_part(shard, rows, result.counts, result.vectors.cpu().numpy())
+        if batch.rows:
+            self.writer.write_part(batch.shard, batch.rows, result.counts, result.vectors.cpu().numpy())
+        if batch.last:
+            self.writer.seal(batch.shard)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences of one shard that go through the model together.
+
+    Attributes:
+        shard: Theirs.
+        rows: Their numbers.
+        texts: Their residues.
+        residues: What the progress bar counts, with those that were there already.
+        last: Whether the shard is complete after it.
+    """
+
+    shard: Shard
+    rows: list[int]
+    texts: list[str]
+    residues: int
+    last: bool
 
 
 def native_precision(device: torch.device) -> str:

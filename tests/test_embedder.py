@@ -1,6 +1,8 @@
 """Batches, pooling, windows and short memory."""
 
 import logging
+import random
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -161,3 +163,38 @@ def test_real_lack_of_memory_is_recognised(backbone):
 
     embedder.encoder = Greedy()
     assert embedder.embed(["MKV"]).counts == [0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    texts: list[str]
+
+
+def test_results_do_not_depend_on_the_number_of_cores(backbone):
+    dice = random.Random(0)
+    batches = [Batch(["".join(dice.choices("ACDEFGHIKL", k=dice.randint(5, 90))) for _ in range(7)]) for _ in range(9)]
+    batches.insert(4, Batch([]))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            streamed = list(Embedder(backbone).stream(batches))
+            assert torch.get_num_threads() == threads, "as it was before"
+            assert [batch for batch, _ in streamed] == batches, "in order"
+            found.append(torch.cat([result.vectors for _, result in streamed]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_failure_in_one_batch_ends_the_stream_and_gives_the_cores_back(backbone, monkeypatch):
+    embedder, before = Embedder(backbone), torch.get_num_threads()
+    monkeypatch.setattr(embedder, "embed", lambda texts: 1 / 0)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            list(embedder.stream([Batch(["MK"])] * 5))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
