@@ -29,6 +29,15 @@ import pyarrow as pa
 from distil_rank.errors import InputError
 
 FORMAT, VERSION = "distil-rank embeddings", 1
+SETTINGS = (
+    "weights_sha256",
+    "dim",
+    "layer",
+    "pooling",
+    "precision",
+    "long",
+    "max_length",
+)  # what the vectors depend on
 
 
 def write_atomically(path: Path, content: bytes | pa.Table) -> None:
@@ -78,7 +87,7 @@ class Store:
     Attributes:
         path: The folder.
         manifest: Backbone, weights' SHA-256, layer, pooling, precision, versions, counts, files.
-        digest: SHA-256 over the settings and every file's SHA-256: equal digests mean equal content.
+        digest: SHA-256 over what the vectors depend on and every file's SHA-256: equal digests mean equal content.
         dim: Width of the vectors.
     """
 
@@ -86,7 +95,9 @@ class Store:
         self.path = path
         self.manifest = manifest
         self.dim: int = manifest["dim"]
-        self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        files = [file["sha256"] for file in manifest["proteins"] + manifest["shards"]]
+        content = [[manifest.get(key) for key in SETTINGS], files]
+        self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @classmethod
     def open(cls, path: str | Path) -> Store:

@@ -79,6 +79,9 @@ def test_everything_skipped(tmp_path):
 def test_digest_tells_content(tmp_path):
     assert make(tmp_path / "one").digest == make(tmp_path / "two").digest
     assert make(tmp_path / "three", skip={"M"}).digest != Store.open(tmp_path / "one").digest
+    assert make(tmp_path / "four", settings=SETTINGS | {"layer": 3}).digest != Store.open(tmp_path / "one").digest
+    StoreWriter(tmp_path / "two").update(remark="who asked for it")
+    assert Store.open(tmp_path / "two").digest == Store.open(tmp_path / "one").digest
 
 
 def test_no_store(tmp_path):
