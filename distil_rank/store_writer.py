@@ -18,8 +18,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class StoreWriter:
             InputError: another process holds it, or the folder cannot be made.
         """
         path = self.path / ".lock"
+        new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
@@ -112,6 +114,9 @@ class StoreWriter:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                if new:
+                    with suppress(OSError):  # what was refused leaves no empty folder
+                        self.path.rmdir()
 
     def plan(
         self,
@@ -159,44 +164,46 @@ class StoreWriter:
         return added
 
     def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
-        """Writes the table of the proteins that are new; rows go on from the last one."""
+        """Writes the table of the proteins that are new, and nothing if there is none or one is refused."""
+        added = 0
+        temporary = self.path / f".{name}"
+        rows = self._new_rows(proteins, manifest)
+        try:
+            with temporary.open("wb") as file:
+                with pa.ipc.new_file(file, PROTEINS) as writer:
+                    while block := list(islice(rows, ROWS_AT_ONCE)):
+                        writer.write_batch(_record_batch(block))
+                        added += len(block)
+                file.flush()
+                os.fsync(file.fileno())
+            if added:
+                temporary.replace(self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return added
+
+    def _new_rows(self, proteins: Iterable[Protein], manifest: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """The lines of the table for proteins that are new; the numbers of new sequences go on from the last one."""
         row_of, row_of_name = CompactMap(), CompactMap()
         for file in manifest["proteins"]:
             for batch in read_table(self.path / file["file"]).to_batches():
-                columns = (batch[name].to_pylist() for name in ("id", "sequence", "row"))
-                for known_name, known_sequence, known_row in zip(*columns, strict=True):
-                    row_of.setdefault(known_sequence, known_row)
-                    row_of_name.setdefault(known_name, known_row)
-        added, buffer = 0, []
-        temporary = self.path / f".{name}"
-        with temporary.open("wb") as file, pa.ipc.new_file(file, PROTEINS) as writer:
-            for protein in proteins:
-                known = row_of_name.get(protein.id)
-                row = row_of.setdefault(protein.sequence, len(row_of))
-                if known == row:
-                    continue
-                if known is not None:
-                    raise InputError(
-                        f"Expected {protein.id} with the sequence that {self.path} has for it but got another; "
-                        "rename it, or choose another store."
-                    )
-                digest = hashlib.sha256(protein.sequence.encode()).digest()
-                length = len(protein.sequence)
-                note = manifest["long"] if length > manifest["max_length"] else ""
-                buffer.append((protein.id, protein.sequence, digest, length, row, note))
-                added += 1
-                if len(buffer) == ROWS_AT_ONCE:
-                    writer.write_batch(_record_batch(buffer))
-                    buffer.clear()
-            if buffer:
-                writer.write_batch(_record_batch(buffer))
-        if not added:
-            temporary.unlink()
-            return 0
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self.path / name)
-        return added
+                columns = (batch[column].to_pylist() for column in ("id", "sequence", "row"))
+                for name, sequence, row in zip(*columns, strict=True):
+                    row_of.setdefault(sequence, row)
+                    row_of_name.setdefault(name, row)
+        for protein in proteins:
+            known = row_of_name.get(protein.id)
+            row = row_of.setdefault(protein.sequence, len(row_of))
+            if known == row:
+                continue
+            if known is not None:
+                raise InputError(
+                    f"Expected {protein.id} with the sequence that {self.path} has for it but got another; "
+                    "rename it, or choose another store."
+                )
+            digest, length = hashlib.sha256(protein.sequence.encode()).digest(), len(protein.sequence)
+            note = manifest["long"] if length > manifest["max_length"] else ""
+            yield protein.id, protein.sequence, digest, length, row, note
 
     def _cut(self, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
         """Cuts the new rows into shards of about equal work."""

@@ -116,7 +116,7 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
 def test_wrong_options_leave_no_store(run, fasta, options, message):
     with pytest.raises(InputError, match=message):
         run(fasta, **options)
-    assert not (fasta.parent / "store" / "manifest.json").exists()
+    assert not (fasta.parent / "store").exists()
     assert run(fasta).proteins == 4
 
 
