@@ -111,7 +111,13 @@ def serve(root: Path) -> list[str]:
 @pytest.fixture
 def served(browser, project) -> Iterator[Served]:
     record_runs(project)
-    process = subprocess.Popen(serve(project), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        serve(project),
+        stdout=subprocess.PIPE,
+        text=True,
+        # What runs in a shell's background inherits Ctrl-C ignored, and would never hear the one that this test sends.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     pages = {}
     try:
         for line in process.stdout:
