@@ -104,20 +104,16 @@ def browser(tmp_path) -> Iterator[Browser]:
 def serve(root: Path) -> list[str]:
     """The command that serves the runs of a project, on a free port."""
     port = free_port("127.0.0.1", None)
+    # What runs in a shell's background inherits Ctrl-C ignored, and would never hear the one that a test sends.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"from pathlib import Path; from distil_rank.ui import serve_ui; serve_ui(Path({str(root)!r}), {port})"
-    return [sys.executable, "-c", program]
+    return [sys.executable, "-c", f"{heard}; {program}"]
 
 
 @pytest.fixture
 def served(browser, project) -> Iterator[Served]:
     record_runs(project)
-    process = subprocess.Popen(
-        serve(project),
-        stdout=subprocess.PIPE,
-        text=True,
-        # What runs in a shell's background inherits Ctrl-C ignored, and would never hear the one that this test sends.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = subprocess.Popen(serve(project), stdout=subprocess.PIPE, text=True)
     pages = {}
     try:
         for line in process.stdout:
