@@ -118,6 +118,12 @@ def main(
         output: Where the figures go.
     """
     started = time.perf_counter()
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        print(text, flush=True)
+        told.append(text)
+
     model = Classifier().eval()
     sequences = [protein.sequence for protein in read_proteins(fasta)[0]]
     random.Random(1).shuffle(sequences)
@@ -129,12 +135,12 @@ def main(
         original = torch.cat([model.pooled(batch) for batch in proteins])
         first = torch.cat([model.hidden(batch)[:, 0] for batch in cut])
     tokens = sum(int(model.mask(batch).sum()) for batch in calibration)
-    print(f"Calibrated on {tokens:,} tokens of {len(fit)} proteins; measured on {len(original)} others, and")
-    print(
+    tell(f"Calibrated on {tokens:,} tokens of {len(fit)} proteins; measured on {len(original)} others, and")
+    tell(
         f"{len(first):,} fragments of further ones. R² is of the mean-pooled embedding, 95 % intervals over proteins.\n"
     )
-    print("| budget | method | ranks | R² | predictions kept | mean error of the probability | s |")
-    print("|---|---|---|---|---|---|---|")
+    tell("| budget | method | ranks | R² | predictions kept | mean error of the probability | s |")
+    tell("|---|---|---|---|---|---|---|")
     methods = METHODS | ({"sequentially, tuned": {"sequential": True, "tune": tune}} if tune else {})
     rows = []
     for budget in budgets:
@@ -159,14 +165,14 @@ def main(
             rows.append({"budget": budget, "method": name, "ranks": ranks, "r2": r2, **agreed, "seconds": seconds})
             known = [rank for rank in ranks if rank]
             span = f"{min(known)} to {max(known)}" + (f", {ranks.count(None)} dense" if None in ranks else "")
-            print(
+            tell(
                 f"| {budget:g} | {name} | {span} | {r2['value']:.4f} ({r2['low']:.4f} to {r2['high']:.4f}) "
                 f"| {agreed['kept']['value']:.1%} ({agreed['kept']['low']:.1%} to {agreed['kept']['high']:.1%}) "
-                f"| {agreed['error']['value']:.4f} | {seconds:.0f} |",
-                flush=True,
+                f"| {agreed['error']['value']:.4f} | {seconds:.0f} |"
             )
-    print(f"\n{time.perf_counter() - started:.0f} s in all.")
+    tell(f"\n{time.perf_counter() - started:.0f} s in all.")
     output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".md").write_text("\n".join(told) + "\n")
     output.write_text(json.dumps({"calibration_tokens": tokens, "rows": rows}, indent=1) + "\n")
 
 

@@ -144,14 +144,20 @@ def main(
         seeds: Of the tuned students.
         output: Where the figures go.
     """
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        print(text, flush=True)
+        told.append(text)
+
     x, split, owner = inputs(fasta, whole, per_protein, proteins)
     head = Head().eval()
     positive = float((head(x).softmax(1)[:, 1] > 0.5).float().mean())
     kind = "whole proteins" if whole else "fragments of 10 to 60 residues"
-    print(f"{len(x):,} {kind} of {len(set(owner.tolist())):,} proteins, {len(split.test):,} held out; {split.method}.")
-    print(f"The head calls {positive:.1%} of them haemolytic.\n")
-    print("| rank | method | predictions kept (95 %) | mean error of the probability (95 %) | layer's own R² | s |")
-    print("|---|---|---|---|---|---|")
+    tell(f"{len(x):,} {kind} of {len(set(owner.tolist())):,} proteins, {len(split.test):,} held out; {split.method}.")
+    tell(f"The head calls {positive:.1%} of them haemolytic.\n")
+    tell("| rank | method | predictions kept (95 %) | mean error of the probability (95 %) | layer's own R² | s |")
+    tell("|---|---|---|---|---|---|")
     rows = []
     for rank in ranks:
         for method in ("svd", "closed_form", "tuned"):
@@ -159,12 +165,13 @@ def main(
                 one(head, rank, method, x, split, owner, seed)[0] for seed in range(seeds if method == "tuned" else 1)
             ]
             rows.append({"rank": rank, "method": method, "runs": runs})
-            print(line(rank, method, runs), flush=True)
+            tell(line(rank, method, runs))
     student = one(head, 2, "tuned", x, split, owner)[1]
     about = size_and_speed(head, student)
-    print("\n" + about["text"])
+    tell("\n" + about["text"])
     output.parent.mkdir(parents=True, exist_ok=True)
     data = {"fasta": fasta.name, "kind": kind, "rows": len(x), "held_out": len(split.test), "split": split.method}
+    output.with_suffix(".md").write_text("\n".join(told) + "\n")
     output.write_text(json.dumps({"data": data, "rows": rows, "head": about}, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -23,6 +23,7 @@ from distil_rank.int8 import Int8LowRankLinear
 
 def main(
     data: str = "../shared/data/kinase558_650m.npz",
+    split: Literal["auto", "mmseqs", "clusters", "exact"] = "auto",
     ranks: tuple[int, ...] = (64, 128, 256),
     output: Path = Path("results/int8_bytes.json"),
 ) -> None:
@@ -30,10 +31,11 @@ def main(
 
     Args:
         data: Embeddings of any kind that `distil-rank` reads.
+        split: How held-out rows are kept apart.
         ranks: Ranks to try.
         output: Where the figures go.
     """
-    rows = EmbeddingDataModule(source=data)
+    rows = EmbeddingDataModule(source=data, split=split)
     rows.setup()
     fit, held_out = torch.cat([rows.rows("train"), rows.rows("val")]), rows.rows("test")
     torch.manual_seed(42)
@@ -59,12 +61,18 @@ def main(
             for name, form in (("float32", layer), ("int8", Int8LowRankLinear.from_low_rank(layer))):
                 size = (save(form, Path(folder, name)) / WEIGHTS).stat().st_size
                 found.append(measure(f"rank {rank}, {name}", form, size))
-    print(f"Random teacher, {len(fit)} rows to fit, {len(held_out)} held out; {rows.split_rows.method}.\n")
-    print("| layer | bytes | smaller | R² | residual (1 − R²) |\n|---|---|---|---|---|")
-    for row in found:
-        smaller = f"{dense / row['bytes']:.1f}x"
-        print(f"| {row['student']} | {row['bytes']:,} | {smaller} | {row['r2']:.5f} | {row['residual']:.5f} |")
+    text = [
+        f"Random teacher, {len(fit)} rows to fit, {len(held_out)} held out; {rows.split_rows.method}.\n",
+        "| layer | bytes | smaller | R² | residual (1 − R²) |\n|---|---|---|---|---|",
+        *(
+            f"| {row['student']} | {row['bytes']:,} | {dense / row['bytes']:.1f}x "
+            f"| {row['r2']:.5f} | {row['residual']:.5f} |"
+            for row in found
+        ),
+    ]
+    print("\n".join(text))
     output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".md").write_text("\n".join(text) + "\n")
     output.write_text(json.dumps({"data": rows.description(), "rows": found}, indent=1) + "\n")
 
 
