@@ -84,7 +84,7 @@ def test_compressed_whatever_the_name(tmp_path, compress, name):
 
 def test_standard_input(monkeypatch):
     class Stdin:
-        buffer = io.BufferedReader(io.BytesIO(gzip.compress(b">a\nMK\n")))
+        buffer = io.BufferedReader(io.BytesIO(gzip.compress(b">a\nMK\n", mtime=0)))
 
     monkeypatch.setattr(sys, "stdin", Stdin)
     assert read_proteins("-")[0] == [Protein("a", "MK")]
@@ -100,7 +100,7 @@ def test_standard_input(monkeypatch):
     ],
 )
 def test_tables_with_named_columns(tmp_path, name, text):
-    content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+    content = gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode()
     proteins, _ = read(tmp_path, content, name)
     assert [sequence for _, sequence in proteins] == ["MK", "MV"]
     assert proteins[0][0] == "a"
@@ -123,7 +123,7 @@ def test_table_without_names_or_with_short_lines(tmp_path):
         ("in.fasta", ">a\nMKß\n".encode(), "record a at line 1, but got 'ß'"),
         ("in.fasta", b">a\nMK\x00V\n", "line 2 is binary"),
         ("in.fasta", ">a\nMK\n".encode("utf-16"), "binary"),
-        ("in.fasta.gz", gzip.compress(b">a\n" + bytes(range(65, 85)) * 999)[:-12], "cut off or damaged"),
+        ("in.fasta.gz", gzip.compress(b">a\n" + bytes(range(65, 85)) * 999, mtime=0)[:-12], "cut off or damaged"),
         ("in.fasta.gz", b"\x1f\x8bnot gzip at all", "cut off or damaged"),
         ("in.csv", b"id,family\na,x\n", "column named sequence or seq .* but got id, family"),
         ("in.csv", b"", "but got nothing"),
