@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +49,14 @@ def hugging_face_key(key: str) -> str:
     _, layer, rest = key.split(".", 2)
     module, _, parameter = rest.rpartition(".")
     return f"esm.encoder.layer.{layer}.{inner[module]}.{parameter}"
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> None:
+    """Undo what a command that an earlier test ran in this process set, so that `caplog` sees all it should."""
+    logging.getLogger("distil_rank").setLevel(logging.NOTSET)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
