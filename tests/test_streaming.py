@@ -43,6 +43,8 @@ for batch in x[rank::2].split(64):
     metric.update(batch)
 found = metric.compute()  # sums the state of both processes
 torch.save({"mean": found.mean, "covariance": found.covariance, "rows": found.rows}, f"{folder}/{rank}.pt")
+dist.barrier()  # who leaves first would take the other down with it
+dist.destroy_process_group()
 """
 
 
