@@ -13,6 +13,7 @@ DATA ?= auto
 SPLIT ?= auto
 TEACHER ?= denoising
 RANK ?= 64
+OUT ?= compressed
 ARGS ?=
 
 DATA_ARGS = --data.source "$(DATA)" --data.split "$(SPLIT)"
@@ -50,6 +51,9 @@ benchmark: .venv/installed ## The three teachers of the original, one table (DAT
 sweep: .venv/installed ## One teacher at many ranks, with the Pareto figure (TEACHER= DATA=)
 	@$(RUN) sweep --teacher.kind "$(TEACHER)" $(DATA_ARGS) $(ARGS)
 
+compress: .venv/installed ## A layer of your own model, to a folder that deploys (MODEL=FILE LAYER= DATA= RANK= OUT=)
+	@$(RUN) compress --model "$(MODEL)" $(if $(LAYER),--layer "$(LAYER)") --rank "$(RANK)" --output "$(OUT)" $(DATA_ARGS) $(ARGS)
+
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
 
@@ -63,4 +67,4 @@ clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
 	@rm -rf .venv results .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup embed train-teacher distil benchmark sweep ui test lint clean
+.PHONY: help setup embed train-teacher distil benchmark sweep compress ui test lint clean

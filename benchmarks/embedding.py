@@ -156,14 +156,14 @@ def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable
 
 def serve(rival: str, weights: Path, sequences: list[str]) -> None:
     """A rival's process: computes whenever a line comes in, and answers with seconds; keeps its last vectors."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # a rival's chatter is no answer
     if rival in OURS:
         run = distil_rank(weights, sequences, rival.split()[1])
     elif rival == "fair-esm":
         run = fair_esm(weights, sequences)
     else:
         run = hugging_face(weights, sequences, faesm=rival == "faesm")
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a rival's chatter is no answer
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         start = time.perf_counter()

@@ -127,7 +127,7 @@ def one(
 def main(
     fasta: Path = Path("data/sample.fasta.gz"),
     whole: bool = False,
-    per_protein: int = 2,
+    per_protein: int = 5,
     proteins: int = 5000,
     ranks: tuple[int, ...] = (1, 2, 4, 8, 32),
     seeds: int = 5,

@@ -100,6 +100,32 @@ def _sweep(argv: Sequence[str]) -> int:
     return _run_training("sweep", argv)
 
 
+def _compress(argv: Sequence[str]) -> int:
+    """one layer of your own model, from its file to a folder that deploys"""
+    from distil_rank import pipeline
+    from distil_rank.data import EmbeddingDataModule
+
+    parser = _parser("compress", pipeline.compress.__doc__)
+    parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
+    parser.add_function_arguments(pipeline.compress, None, as_group=False, skip={"data", "config"})
+    parsed = _parse(parser, argv)
+    text = parser.dump(parsed)
+    options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
+    data = EmbeddingDataModule(**options.pop("data"))
+    print(pipeline.compress(data, **options, config=text))
+    return 0
+
+
+def _export(argv: Sequence[str]) -> int:
+    """such a folder to ONNX, torch.export, one dense layer, or int8"""
+    from distil_rank.deploy import export_artefact
+
+    parser = _parser("export", export_artefact.__doc__)
+    parser.add_function_arguments(export_artefact, None, as_group=False)
+    print(export_artefact(**{key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}))
+    return 0
+
+
 def _embed(argv: Sequence[str]) -> int:
     """protein sequences through ESM-2 into a store"""
     from distil_rank import pipeline, report
@@ -128,6 +154,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "distil": _distil,
     "benchmark": _benchmark,
     "sweep": _sweep,
+    "compress": _compress,
+    "export": _export,
     "ui": _ui,
 }
 

@@ -34,8 +34,8 @@ def compress_file(
     tune: int = 0,
     int8: bool = False,
     output: str = "compressed",
-) -> Report:
-    """Compress one layer of a saved model into a folder that deploys.
+) -> tuple[Report, Path]:
+    """Compress one layer of a saved model into a folder that deploys; returns what was done, and that folder.
 
     Args:
         data: The layer's inputs.
@@ -74,8 +74,7 @@ def compress_file(
         raise InputError(f"Expected a rank that saves something but {report.layers[0].note}; ask for a lower one.")
     final = to_int8(student, dense, Moments.of(held_out)) if int8 else student
     r2 = _held_out_r2(dense, final, held_out, data.proteins("test"), fit)
-    save(final, output, metrics={"held_out_r2": r2, **report.to_dict()}, data=data.description())
-    return report
+    return report, save(final, output, metrics={"held_out_r2": r2, **report.to_dict()}, data=data.description())
 
 
 @torch.no_grad()

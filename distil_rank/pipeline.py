@@ -17,8 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distil_rank import figures, report
+from distil_rank.artefact import load
 from distil_rank.callbacks import LogLosses, Progress
+from distil_rank.compression import Report
 from distil_rank.data import EmbeddingDataModule
+from distil_rank.deploy import compress_file
 from distil_rank.embed import EmbedSummary
 from distil_rank.embed import embed as extract
 from distil_rank.experiment import QUIET, Experiment, WarmStart, run_experiment
@@ -352,6 +355,63 @@ def sweep(
         data,
         {"distil": distil, "trainer": trainer, "seeds": seeds, "output": output, "config": config},
     )
+
+
+def compress(
+    data: EmbeddingDataModule,
+    model: str,
+    layer: str | None = None,
+    rank: int | float | str = 0.99,
+    tail: str | None = None,
+    tune: int = 0,
+    int8: bool = False,
+    output: str = "compressed",
+    config: str = "",
+) -> Report:
+    """Compress one layer of a saved model into a folder that deploys, as an MLflow run.
+
+    Args:
+        data: The layer's inputs.
+        model: A `.safetensors` or PyTorch file with a state dict, or a Hugging Face directory.
+        layer: Its name in there, like `classifier.dense`; not needed where there is just one.
+        rank: An integer, a share of the layer's output variance to keep (0.99), or `auto`.
+        tail: What stands behind the layer: steps like `tanh,head.safetensors:classifier.out_proj`.
+        tune: Steps to fine-tune against what the tail puts out; 1500 is a good number.
+        int8: Keep the factors in int8, if that costs at most 0.001 of R².
+        output: The folder.
+        config: The resolved configuration, kept with the run.
+    """
+    data.prepare_data()
+    data.setup()
+    about = data.description()
+    name = f"{Path(model).stem} {layer}" if layer else Path(model).stem
+    params = {"rank_requested": rank, "tail": tail, "tune": tune, "int8": int8, "source": about["source"]}
+    with start_run(
+        "distil",
+        f"{name} r{rank} {Path(about['source']).stem}",
+        params={"teacher": name, "backbone": about["backbone"], **params},
+        tags=_lineage(about),
+    ) as run:
+        done, folder = compress_file(data, model, layer, rank, tail, tune, int8, output)
+        row = done.layers[0]
+        student = load(folder)
+        r2 = student.provenance["metrics"]["held_out_r2"]["value"]
+        run.log_params({"rank": row.rank})
+        run.log_metrics(
+            {
+                "test/r2": r2,
+                "predicted_r2": row.predicted_r2 or 0.0,
+                "parameter_ratio": row.dense_parameters / row.parameters,
+                "speed_up": (row.dense_us or 0.0) / (row.student_us or 1.0),
+            }
+        )
+        run.log_text(config, "config.yaml")
+        run.note(str(done))
+        for path in sorted(folder.iterdir()):
+            run.log_artifact(path)
+        log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2})
+    log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
+    return done
 
 
 def _together(

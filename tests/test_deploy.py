@@ -33,7 +33,7 @@ def files(tmp_path):
 
 def test_a_layer_from_a_file_becomes_a_folder(files):
     folder, head, data = files
-    report = compress_file(data, str(folder / "head.safetensors"), "dense", 0.99, output=str(folder / "out"))
+    report, _ = compress_file(data, str(folder / "head.safetensors"), "dense", 0.99, output=str(folder / "out"))
     manifest = read_manifest(folder / "out")
     r2 = manifest["metrics"]["held_out_r2"]
     assert r2["low"] < r2["value"] < r2["high"]
@@ -48,7 +48,7 @@ def test_with_its_tail_a_lower_rank_is_enough(files):
     folder, _, data = files
     model = str(folder / "head.safetensors")
     options = {"rank": 1, "tail": f"tanh,{model}:out", "output": str(folder / "out")}
-    report = compress_file(data, model, "dense", tune=400, **options)
+    report, _ = compress_file(data, model, "dense", tune=400, **options)
     assert report.outputs.probability_error < report.untuned.probability_error
     assert load(folder / "out").provenance["tuned_steps"] == 400
 

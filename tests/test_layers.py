@@ -33,8 +33,8 @@ LEVELS = [
     {"tune", "run_logger", "registry", "ui"},
     {"evaluate", "compression", "artefact", "export"},
     {"report", "figures"},
-    {"experiment"},
-    {"pipeline", "deploy"},
+    {"experiment", "deploy"},
+    {"pipeline"},
     {"cli"},
     {"__main__"},
 ]

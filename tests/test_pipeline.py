@@ -10,8 +10,11 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
+from distil_rank.artefact import load
 from distil_rank.cli import main
 from distil_rank.experiment import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
 from distil_rank.formats import load_matrix
@@ -104,7 +107,7 @@ def test_mlflow_holds_what_a_reader_needs(distilled, workplace):
 
 
 def test_nothing_is_scattered(distilled, workplace):
-    assert {path.name for path in workplace.iterdir()} <= {"proteins.npz", "mlruns", "results", "mine.yaml"}
+    assert {path.name for path in workplace.iterdir()} <= {"proteins.npz", "mlruns", "results", "mine.yaml", "mine"}
 
 
 def test_a_teacher_that_is_there_is_used_again(distilled, workplace, caplog):
@@ -161,6 +164,25 @@ def test_a_sweep_is_a_parent_with_children(workplace):
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.data.params["rank"] for run in children} == {"2", "4"}
     assert (workplace / "results/distil_rank_sweep.png").exists()
+
+
+def test_a_layer_from_a_file_becomes_a_folder_and_a_model(workplace, capsys):
+    torch.manual_seed(0)
+    head = torch.nn.ModuleDict({"dense": torch.nn.Linear(32, 24), "out": torch.nn.Linear(24, 2)})
+    Path("mine").mkdir(exist_ok=True)
+    save_file(head.state_dict(), "mine/head.safetensors")
+    options = ["--model", "mine/head.safetensors", "--layer", "dense", "--data.source", "proteins.npz"]
+    rank = ["--rank", "4", "--tail", "tanh,mine/head.safetensors:out", "--tune", "40", "--output", "mine/small"]
+    assert main(["compress", *options, *rank, "--data.split", "exact"]) == 0
+    assert "| layer | 32 → 24 | 4 |" in capsys.readouterr().out
+    run = runs(workplace, "distil")[0]
+    assert run.data.params["teacher"] == "head dense" and run.data.params["rank"] == "4"
+    student = load("mine/small")
+    assert run.data.metrics["test/r2"] == pytest.approx(student.provenance["metrics"]["held_out_r2"]["value"])
+    assert run.outputs.model_outputs
+    assert main(["export", "--artefact", "mine/small", "--to", "dense"]) == 0
+    plain = load_file("mine/small/dense.safetensors")
+    torch.testing.assert_close(plain["weight"], student.B @ student.A)
 
 
 def test_a_plain_squared_error_is_left_to_the_closed_form(workplace):
