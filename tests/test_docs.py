@@ -1,11 +1,46 @@
 """The code in the documentation runs as it stands."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """The script that keeps the pages true."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "benchmarks" / "pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_the_pages_tell_users_to_type_exists(pages):
+    for page in pages.pages():
+        assert pages.complaints(page.read_text()) == [], page.name
+
+
+def test_what_does_not_exist_is_found(pages):
+    text = "`make nonsense` and `make distil RNK=8`, ```\ndistil-rank distil \\\n  --rnak 3\n``` `benchmarks/absent.py`"
+    text = text.replace("```", "\n```") + "\n"
+    assert pages.complaints(text) == [
+        "make nonsense",
+        "make distil RNK=",
+        "distil-rank distil --rnak",
+        "benchmarks/absent.py",
+    ]
+
+
+def test_a_table_comes_out_of_its_file(pages, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    (tmp_path / "found.md").write_text("text\n\n| a |\n|---|\n| 1 |\n\n| b |\n|---|\n| 2 |\n")
+    page = "<!-- table: found.md 2 -->\nold\n<!-- /table -->\n<!-- table: absent.md -->\nkept\n<!-- /table -->\n"
+    expected = page.replace("old\n", "| b |\n|---|\n| 2 |\n")
+    assert pages.filled(page) == expected
 
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch.export's own, about its own file

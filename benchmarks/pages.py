@@ -1,0 +1,100 @@
+"""Keep the README and docs/ true: their tables come out of results/, and what they tell users to type exists.
+
+    python benchmarks/pages.py            put the measured tables in
+    python benchmarks/pages.py --check    exit 1, with a line each, where a page says something else than results/, or
+                                          names a make target, a variable, a command, an option or a script that is not
+
+A place in a page is marked `<!-- table: FILE [N] -->` … `<!-- /table -->`; it takes the N-th Markdown table (1 is the
+first) of FILE, which the command beside it writes. `results/` is not tracked: a place whose FILE is absent stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+from distil_rank.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PLACE = re.compile(r"(<!-- table: (\S+)(?: (\d+))? -->\n).*?(<!-- /table -->)", re.DOTALL)
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.DOTALL | re.MULTILINE)
+
+
+def pages() -> list[Path]:
+    """The README and what it leads to."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A page with every table whose file is there."""
+
+    def place(match: re.Match[str]) -> str:
+        path = ROOT / match[2]
+        if not path.exists():
+            return match[0]
+        return match[1] + TABLE.findall(path.read_text())[int(match[3] or 1) - 1] + match[4]
+
+    return PLACE.sub(place, text)
+
+
+def code(text: str) -> list[str]:
+    """Command lines out of a page's code blocks and spans; a line that ends in a backslash goes on."""
+    found = [(block or span).replace("\\\n", " ") for block, span in CODE.findall(text)]
+    return [" ".join(line.split("#")[0].split()) for part in found for line in part.splitlines()]
+
+
+@cache
+def options(command: str) -> str:
+    """What `distil-rank COMMAND --help` prints."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return shown.getvalue()
+
+
+def complaints(text: str) -> list[str]:
+    """What a page names that does not exist."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    variables = set(re.findall(r"^([A-Z]+) \?=|\$\((?:if \$\()?([A-Z]+)\)", makefile, re.MULTILINE))
+    known = {name for pair in variables for name in pair}
+    wrong = []
+    for line in code(text):
+        if match := re.match(r"make ([a-z-]+)(.*)", line):
+            wrong += [f"make {match[1]}"] if match[1] not in targets else []
+            quoted = re.sub(r'"[^"]*"', "", match[2])
+            wrong += [f"make {match[1]} {name}=" for name in re.findall(r"\b([A-Z]+)=", quoted) if name not in known]
+        elif match := re.match(r"distil-rank ([a-z-]+)(.*)", line):
+            if match[1] not in COMMANDS:
+                wrong.append(f"distil-rank {match[1]}")
+                continue
+            for option in re.findall(r"--[a-z_0-9.]+", match[2]):
+                if option != "--help" and not re.search(rf"{re.escape(option)}\b", options(match[1])):
+                    wrong.append(f"distil-rank {match[1]} {option}")
+        for script in re.findall(r"\b(?:benchmarks|configs|data|notebooks)/\w+\.\w+", line):
+            wrong += [] if (ROOT / script).exists() else [script]
+    return wrong
+
+
+def run() -> int:
+    """Write or check."""
+    if "--check" not in sys.argv:
+        for page in pages():
+            page.write_text(filled(page.read_text()))
+        return 0
+    wrong = []
+    for page in pages():
+        text = page.read_text()
+        wrong += [f"{page.name}: {name} does not exist" for name in complaints(text)]
+        wrong += [f"{page.name}: its tables are not those of results/"] if filled(text) != text else []
+    print("\n".join(wrong), file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(run())
