@@ -60,6 +60,10 @@ ui: .venv/installed ## Browse the runs in MLflow
 test: .venv/installed-dev ## Run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q $(ARGS)  # one worker a core, one thread a worker
 
+notebooks: .venv/installed-dev ## Run the notebooks in full; copies with outputs go to results/notebooks
+	@mkdir -p results/notebooks && cp notebooks/*.ipynb results/notebooks
+	@$(BIN)/jupyter-execute --inplace results/notebooks/*.ipynb
+
 lint: .venv/installed-dev ## Format check, lint and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
@@ -67,4 +71,4 @@ clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
 	@rm -rf .venv results .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup embed train-teacher distil benchmark sweep compress ui test lint clean
+.PHONY: help setup embed train-teacher distil benchmark sweep compress ui test notebooks lint clean
