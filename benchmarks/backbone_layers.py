@@ -99,8 +99,8 @@ def pooled_r2(original: Tensor, model: Classifier, proteins: list[Tensor], mean:
 
 def main(
     fasta: Path = Path("data/sample.fasta.gz"),
-    calibrate: int = 200,
-    held_out: int = 200,
+    calibrate: int = 60,
+    held_out: int = 100,
     peptides: int = 1000,
     budgets: tuple[float, ...] = (0.9, 0.75, 0.5),
     tune: int = 0,

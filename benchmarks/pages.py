@@ -5,7 +5,8 @@
                                           names a make target, a variable, a command, an option or a script that is not
 
 A place in a page is marked `<!-- table: FILE [N] -->` … `<!-- /table -->`; it takes the N-th Markdown table (1 is the
-first) of FILE, which the command beside it writes. `results/` is not tracked: a place whose FILE is absent, or not finished, stays.
+first) of FILE, which the command beside it writes. `results/` is not tracked: a place whose FILE is absent, or not
+finished, stays.
 """
 
 from __future__ import annotations

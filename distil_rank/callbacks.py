@@ -147,5 +147,5 @@ class LogLatency(Callback):
         for row in self.rows:
             if trainer.logger is not None:
                 shown = ("dense_us", "dense_p95_us", "student_us", "student_p95_us", "ratio", "threads")
-                metrics = {f"latency/batch{row.batch}/{name}": getattr(row, name) for name in shown}
+                metrics = {f"timing/batch{row.batch}/{name}": getattr(row, name) for name in shown}
                 trainer.logger.log_metrics(metrics, step=trainer.global_step)

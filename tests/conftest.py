@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from esm.model.esm2 import ESM2
 from torch import Tensor
+
+from distil_rank.formats import load_matrix
 
 LAYERS, DIM, HEADS = 2, 32, 4
 
@@ -95,6 +98,19 @@ def tiny_esm2(tmp_path_factory: pytest.TempPathFactory) -> TinyEsm2:
     safetensors.torch.save_file(renamed, folder / "safetensors" / "model.safetensors")
     torch.save(renamed, folder / "bin" / "pytorch_model.bin")
     return TinyEsm2(model, fair_esm, folder / "safetensors", folder / "bin")
+
+
+@pytest.fixture(scope="session")
+def slice_of_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 of the sample's proteins with 32 of their dimensions, and a label each, as `.npz`."""
+    sample = load_matrix(Path(__file__).parents[1] / "data" / "sample")
+    path = tmp_path_factory.mktemp("slice") / "proteins.npz"
+    assert sample.sequences is not None
+    sequences = np.array(sample.sequences[:240])
+    labels = np.array(["long" if len(sequence) > 150 else "short" for sequence in sequences])
+    ids = np.array(sample.ids[:240])
+    np.savez(path, embeddings=sample.x[:240, :32], ids=ids, sequences=sequences, labels=labels)
+    return path
 
 
 @pytest.fixture(scope="session")

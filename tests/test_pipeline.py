@@ -3,12 +3,12 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import mlflow
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,25 +17,16 @@ from safetensors.torch import load_file, save_file
 from distil_rank.artefact import load
 from distil_rank.cli import main
 from distil_rank.experiment import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
-from distil_rank.formats import load_matrix
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--trainer.max_steps", "12", "--rank", "8", "--data.split", "exact"]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, slice_of_sample):
     """An empty directory with 240 of the sample's proteins, where every test of this file runs."""
     folder = tmp_path_factory.mktemp("project")
-    sample = load_matrix(ROOT / "data" / "sample")
-    labels = np.array(["long" if len(sequence) > 150 else "short" for sequence in sample.sequences[:240]])
-    np.savez(
-        folder / "proteins.npz",
-        embeddings=sample.x[:240, :32],
-        ids=np.array(sample.ids[:240]),
-        sequences=np.array(sample.sequences[:240]),
-        labels=labels,
-    )
+    shutil.copy(slice_of_sample, folder / "proteins.npz")
     return folder
 
 
@@ -94,7 +85,7 @@ def test_mlflow_holds_what_a_reader_needs(distilled, workplace):
     assert run.data.metrics["test/r2"] == pytest.approx(ours["r2"]["value"])
     steps = client(workplace).get_metric_history(run.info.run_id, "val/r2/student")
     assert len(steps) > 2 and steps[0].step == 0
-    for name in ("val/cosine/student", "val/relative_mse/svd", "train/loss", "train/mse", "latency/batch32/ratio"):
+    for name in ("val/cosine/student", "val/relative_mse/svd", "train/loss", "train/mse", "timing/batch32/ratio"):
         assert name in run.data.metrics, name
     contexts = {tag.value for data in run.inputs.dataset_inputs for tag in data.tags}
     assert contexts == {"train", "val", "test"}

@@ -1,4 +1,5 @@
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -7,84 +8,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from browser import Browser, open_browser
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
-from torch.utils.data import DataLoader
 
+from distil_rank.cli import main
 from distil_rank.errors import InputError
-from distil_rank.registry import log_student, promote_champion
-from distil_rank.run_logger import RunLogger
-from distil_rank.tracking import start_run
 from distil_rank.ui import free_port, serve_ui
 
-NOTE = """| method | R² |
-|---|---|
-| truncated SVD | 0.41 |
-| **Distil-Rank** | **0.98** |
-"""
+QUICK = ["--trainer.max_steps", "12", "--data.source", "proteins.npz", "--data.split", "exact"]
 
 
-class ToyStudent(LightningModule):
-    """A rank-2 student of a random layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.teacher = nn.Linear(8, 8)
-        self.student = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
-
-    def residual(self, rows):
-        return (self.student(rows) - self.teacher(rows)).square().mean()
-
-    def training_step(self, rows):
-        loss = self.residual(rows)
-        self.log("train/loss", loss)
-        return loss
-
-    def validation_step(self, rows):
-        self.log("val/r2/student", 1 - self.residual(rows))
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.student.parameters(), 0.01)
-
-
-def record_runs(root: Path) -> None:
-    """What a small pipeline leaves behind: a teacher, two students, and a sweep over two ranks."""
-    rows = DataLoader(torch.randn(24, 8), batch_size=8)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    figures = {
-        "test/r2": 0.98,
-        "test/centred_cosine": 0.97,
-        "test/knn_overlap": 0.95,
-        "share_of_optimum": 1.0,
-        "test/cosine": 0.999,
-        "speed_up": 9.7,
-        "parameter_ratio": 9.93,
-    }
-    with start_run(
-        "teacher", "random 8-d", params={"teacher": "random", "backbone": "tiny"}, tags={}, root=root
-    ) as made:
-        made.log_metrics({"effective_rank": 5.0})
-    for kind in ("random", "spectral"):
-        params = {"teacher": kind, "rank": 2, "backbone": "tiny"}
-        with start_run("distil", f"{kind} r2", params=params, tags={"teacher_run": made.id}, root=root) as run:
-            module = ToyStudent()
-            options = {**quiet, "logger": RunLogger(run), "log_every_n_steps": 1, "max_epochs": 10}
-            Trainer(**options, enable_checkpointing=False).fit(module, rows, rows)
-            run.log_dataset((24, 8), name="sample", digest="0123456789abcdef", context="training", source="sample")
-            run.log_metrics(figures)
-            run.note(NOTE)
-            uri = log_student(run, module.student, np.zeros((2, 8)), metrics={"test/r2": 0.98})
-            promote_champion(run, uri, r2=0.98, rank=2, teacher=kind, data="0123456789abcdef")
-    with start_run("sweep", "ranks of random", params={"backbone": "tiny"}, tags={}, root=root) as parent:
-        for rank in (2, 4):
-            params = {"teacher": "random", "rank": rank, "backbone": "tiny"}
-            with start_run("sweep", f"random r{rank}", params=params, tags={}, parent=parent, root=root) as child:
-                child.log_metrics({**figures, "test/r2": rank / 5})
-            parent.log_metrics({"rank/r2": rank / 5}, step=rank)
+def record_runs() -> None:
+    """The real commands on a slice of the real sample: a benchmark, a distillation and a sweep."""
+    for command in (
+        ["benchmark", "--rank", "8", "--seeds", "[42]", "--teacher.steps", "20"],
+        ["distil", "--rank", "4", "--teacher.kind", "random"],
+        ["sweep", "--ranks", "[2, 4]", "--teacher.kind", "spectral"],
+    ):
+        assert main(["-q", *command, *QUICK]) == 0
 
 
 @dataclass
@@ -111,9 +52,14 @@ def serve(root: Path) -> list[str]:
 
 
 @pytest.fixture
-def served(browser, project) -> Iterator[Served]:
-    record_runs(project)
-    process = subprocess.Popen(serve(project), stdout=subprocess.PIPE, text=True)
+def served(browser, slice_of_sample, tmp_path, monkeypatch) -> Iterator[Served]:
+    shutil.copy(slice_of_sample, tmp_path / "proteins.npz")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for module in ("distil", "experiment"):
+        monkeypatch.setattr(f"distil_rank.{module}.ORIGINAL_STEPS", 50)
+    record_runs()
+    process = subprocess.Popen(serve(tmp_path), stdout=subprocess.PIPE, text=True)
     pages = {}
     try:
         for line in process.stdout:
@@ -130,29 +76,31 @@ def served(browser, project) -> Iterator[Served]:
 @pytest.mark.slow
 def test_the_runs_as_a_browser_shows_them(browser, served):
     browser.open(served.pages["distil"])
-    assert browser.sees("random r2", "spectral r2", "2 matching runs")
+    assert browser.sees("benchmark 32-d proteins", "random r4", "5 matching runs")
     assert browser.sees("Low-rank students beside the teachers")
     assert browser.sees("Parameters", "teacher", "rank", "backbone", "Metrics", "test/r2", "test/centred_cosine")
     browser.screenshot("runs")
-    run_page = browser.link("random r2").split("?")[0]
+    run_page = browser.link("random r4").split("?")[0]
 
     browser.open(run_page)
-    assert browser.sees("Description", "truncated SVD", "0.41", "Registered models", "distil-rank")
-    assert browser.count("table td strong") >= 2, "the description's table is drawn, its bold cells bold"
-    assert browser.sees("teacher_run", "version.torch", "sample")
+    assert browser.sees("Description", "original recipe", "closed_form", "Registered models", "distil-rank")
+    assert browser.count("table td") >= 7 * 8, "the description's ladder is drawn as a table"
+    assert browser.sees("teacher_run", "version.torch", "proteins")
     browser.screenshot("run")
-    teacher_page = browser.link("random 8-d")
+    teacher_page = browser.link("random 32-d")
 
     browser.open(f"{run_page}/model-metrics")
-    assert browser.sees("train", "val/r2", "test", "centred_cosine")
+    assert browser.sees("train", "val", "test", "centred_cosine")
     assert browser.count(".js-plotly-plot", at_least=2) >= 2
     browser.screenshot("charts")
 
     browser.open(teacher_page)
-    assert browser.sees("random 8-d", "effective_rank")
+    assert browser.sees("random 32-d", "effective_rank")
 
     browser.open(served.pages["sweep"])
-    assert browser.sees("ranks of random")
+    assert browser.sees("sweep 32-d proteins", "3 matching runs")
+    browser.open(browser.link("sweep 32-d proteins").split("?")[0])
+    assert browser.sees("Description", "spectral", "speed-up")
     browser.screenshot("sweep")
 
     served.process.send_signal(signal.SIGINT)
