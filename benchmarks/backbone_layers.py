@@ -26,9 +26,10 @@ from hemopi2_head import Head, figures
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
-from distil_rank import bootstrap, compress
-from distil_rank.backbones import load_backbone
-from distil_rank.sequences import read_proteins
+from distil_rank import compress
+from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.sequences import read_proteins
+from distil_rank.measure import bootstrap
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"solver": "svd", "sequential": False},

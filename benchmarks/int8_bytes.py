@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distil_rank import LowRankLinear, Moments, save
-from distil_rank.artefact import WEIGHTS
-from distil_rank.data import EmbeddingDataModule
-from distil_rank.int8 import Int8LowRankLinear
+from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.deployment.artefact import WEIGHTS
+from distil_rank.deployment.int8 import Int8LowRankLinear
 
 
 def main(

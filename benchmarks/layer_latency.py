@@ -22,10 +22,10 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 from distil_rank import LowRankLinear
-from distil_rank.export import to_onnx
-from distil_rank.int8 import Int8LowRankLinear
-from distil_rank.latency import Timing, paired_ratio, time_interleaved, torch_threads
-from distil_rank.low_rank import break_even_rank
+from distil_rank.deployment.export import to_onnx
+from distil_rank.deployment.int8 import Int8LowRankLinear
+from distil_rank.lowrank.low_rank import break_even_rank
+from distil_rank.measure.latency import Timing, paired_ratio, time_interleaved, torch_threads
 
 Call = Callable[[], object]
 

@@ -14,8 +14,8 @@ import torch
 from embedding import matrix_rate, read_fasta
 from torch import Tensor
 
-from distil_rank.backbones import load_backbone
-from distil_rank.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 
 ROUNDS = 5
 

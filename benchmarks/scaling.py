@@ -21,9 +21,9 @@ import torch
 from embedding import machine, random_model, read_fasta
 from jsonargparse import auto_cli
 
-from distil_rank.backbones import load_backbone
-from distil_rank.embedder import Embedder
-from distil_rank.extraction import MAX_TOKENS, Extraction, Request, native_precision
+from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.extraction import MAX_TOKENS, Extraction, Request, native_precision
 
 
 def residues_per_second(sequences: list[str], device: torch.device, precision: str) -> float:

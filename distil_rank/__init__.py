@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distil_rank.artefact import load, save
-    from distil_rank.compression import compress
-    from distil_rank.low_rank import LowRankLinear
-    from distil_rank.moments import Moments
+    from distil_rank.compression.compress import compress
+    from distil_rank.deployment.artefact import load, save
+    from distil_rank.lowrank.low_rank import LowRankLinear
+    from distil_rank.lowrank.moments import Moments
 
 __all__ = ["LowRankLinear", "Moments", "compress", "load", "save"]
 
 _HOMES = {
-    "LowRankLinear": "low_rank",
-    "Moments": "moments",
-    "compress": "compression",
-    "load": "artefact",
-    "save": "artefact",
+    "LowRankLinear": "lowrank.low_rank",
+    "Moments": "lowrank.moments",
+    "compress": "compression.compress",
+    "load": "deployment.artefact",
+    "save": "deployment.artefact",
 }
 
 

@@ -42,9 +42,9 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
     from lightning import Trainer
 
     from distil_rank import pipeline
-    from distil_rank.data import EmbeddingDataModule
-    from distil_rank.distil import DistilModule
-    from distil_rank.experiment import QUIET
+    from distil_rank.data.datamodule import EmbeddingDataModule
+    from distil_rank.training.distil import DistilModule
+    from distil_rank.training.experiment import QUIET
 
     sections = {"data", "teacher", "distil", "trainer", "config", "parent", "experiment"}
     parser = _parser(name, command.__doc__)
@@ -63,8 +63,9 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
 
 
 def _run_training(name: str, argv: Sequence[str]) -> int:
-    from distil_rank import pipeline, report
-    from distil_rank.data import EmbeddingDataModule
+    from distil_rank import pipeline
+    from distil_rank.data.datamodule import EmbeddingDataModule
+    from distil_rank.reporting import report
 
     command: Callable[..., Any] = getattr(pipeline, name.replace("-", "_"))
     parser = _training_parser(name, command, student=name != "train-teacher")
@@ -103,7 +104,7 @@ def _sweep(argv: Sequence[str]) -> int:
 def _compress(argv: Sequence[str]) -> int:
     """one layer of your own model, from its file to a folder that deploys"""
     from distil_rank import pipeline
-    from distil_rank.data import EmbeddingDataModule
+    from distil_rank.data.datamodule import EmbeddingDataModule
 
     parser = _parser("compress", pipeline.compress.__doc__)
     parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
@@ -118,7 +119,7 @@ def _compress(argv: Sequence[str]) -> int:
 
 def _export(argv: Sequence[str]) -> int:
     """such a folder to ONNX, torch.export, one dense layer, or int8"""
-    from distil_rank.deploy import export_artefact
+    from distil_rank.deployment.deploy import export_artefact
 
     parser = _parser("export", export_artefact.__doc__)
     parser.add_function_arguments(export_artefact, None, as_group=False)
@@ -128,8 +129,9 @@ def _export(argv: Sequence[str]) -> int:
 
 def _embed(argv: Sequence[str]) -> int:
     """protein sequences through ESM-2 into a store"""
-    from distil_rank import pipeline, report
-    from distil_rank.embed import embed
+    from distil_rank import pipeline
+    from distil_rank.embedding.embed import embed
+    from distil_rank.reporting import report
 
     parser = _parser("embed", embed.__doc__)
     parser.add_function_arguments(embed, None, as_group=False)
@@ -140,7 +142,7 @@ def _embed(argv: Sequence[str]) -> int:
 
 def _ui(argv: Sequence[str]) -> int:
     """browse the runs in MLflow's own pages"""
-    from distil_rank.ui import serve_ui
+    from distil_rank.runs.ui import serve_ui
 
     parser = _parser("ui", serve_ui.__doc__)
     parser.add_function_arguments(serve_ui, None, as_group=False)

@@ -16,22 +16,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from distil_rank import figures, report
-from distil_rank.artefact import load
-from distil_rank.callbacks import LogLosses, Progress
-from distil_rank.compression import Report
-from distil_rank.data import EmbeddingDataModule
-from distil_rank.deploy import compress_file
-from distil_rank.embed import EmbedSummary
-from distil_rank.embed import embed as extract
-from distil_rank.experiment import QUIET, Experiment, WarmStart, run_experiment
-from distil_rank.moments import Moments
-from distil_rank.own_layer import load_linear, load_tail
-from distil_rank.registry import log_student, promote_champion
-from distil_rank.run_logger import RunLogger
-from distil_rank.store_writer import StoreWriter
-from distil_rank.teacher import TeacherCheck, TeacherModule, check_teacher, random_teacher, spectral_teacher
-from distil_rank.tracking import Run, start_run
+from distil_rank.compression.compress import Report
+from distil_rank.compression.own_layer import load_linear, load_tail
+from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.deployment.artefact import load, read_manifest
+from distil_rank.deployment.deploy import compress_file
+from distil_rank.embedding.embed import EmbedSummary
+from distil_rank.embedding.embed import embed as extract
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.lowrank.moments import Moments
+from distil_rank.reporting import figures, report
+from distil_rank.runs.registry import log_student, promote_champion
+from distil_rank.runs.run_logger import RunLogger
+from distil_rank.runs.tracking import Run, start_run
+from distil_rank.training.callbacks import LogLosses, Progress
+from distil_rank.training.experiment import QUIET, Experiment, WarmStart, run_experiment
+from distil_rank.training.teacher import TeacherCheck, TeacherModule, check_teacher, random_teacher, spectral_teacher
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def embed(options: dict[str, Any]) -> EmbedSummary:
     """Extract embeddings as an MLflow run; the store remembers the run, so that later ones can name it.
 
     Args:
-        options: of `distil_rank.embed.embed`.
+        options: of `distil_rank.embedding.embed.embed`.
     """
     name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
     asked = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
@@ -395,7 +395,7 @@ def compress(
         done, folder = compress_file(data, model, layer, rank, tail, tune, int8, output)
         row = done.layers[0]
         student = load(folder)
-        r2 = student.provenance["metrics"]["held_out_r2"]["value"]
+        r2 = read_manifest(folder)["metrics"]["held_out_r2"]["value"]
         run.log_params({"rank": row.rank})
         run.log_metrics(
             {

@@ -15,7 +15,7 @@ import torch
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
-from distil_rank.formats import load_matrix
+from distil_rank.data.formats import load_matrix
 
 LAYERS, DIM, HEADS = 2, 32, 4
 

@@ -1,70 +1,81 @@
-"""Imports run one way: a module may import only from the levels below its own."""
+"""Imports run one way: a package may import only from those above it in this list, and modules never in a circle."""
 
 import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import distil_rank
 
-LEVELS = [
-    {"errors", "compact_map"},
-    {
-        "sequences",
-        "moments",
-        "metrics",
-        "latency",
-        "bootstrap",
-        "digests",
-        "guard",
-        "interrupts",
-        "provenance",
-        "run_store",
-    },
-    {"esm2", "store", "splits", "solvers", "own_layer", "streaming", "capture"},
-    {"fidelity", "agreement"},
-    {"low_rank"},
-    {"backbones", "formats", "store_writer", "teacher", "int8", "allocate"},
-    {"embedder"},
-    {"extraction"},
-    {"multi_device"},
-    {"embed"},
-    {"data"},
-    {"distil", "tracking"},
-    {"callbacks"},
-    {"tune", "run_logger", "registry", "ui"},
-    {"evaluate", "compression", "artefact", "export"},
-    {"report", "figures"},
-    {"experiment", "deploy"},
-    {"pipeline"},
-    {"cli"},
-    {"__main__"},
+ORDER = [
+    "errors",
+    "lowrank",
+    "measure",
+    "embedding",
+    "runs",
+    "data",
+    "reporting",
+    "training",
+    "compression",
+    "deployment",
+    "pipeline",
+    "cli",
+    "__main__",
 ]
-LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 PACKAGE = Path(distil_rank.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+}
+# Whose import takes seconds or brings what a user of the library may not want, and the packages that may know it.
+HEAVY = {
+    "mlflow": {"runs"},
+    "lightning": {"data", "embedding", "runs", "training", "pipeline", "cli"},
+    "esm": {"embedding"},
+    "matplotlib": {"reporting"},
+}
 
 
-def imported_modules(path: Path) -> set[str]:
-    """The modules of this package that a file imports, anywhere in it."""
+def imports(path: Path) -> set[str]:
+    """Dotted names of what a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "distil_rank":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distil_rank."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("distil_rank.")}
-    return found & LEVEL.keys()
+            found |= {alias.name for alias in node.names}
+    return found
 
 
-def test_every_module_has_a_level():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} <= LEVEL.keys()
+OURS = {
+    module: {name.removeprefix("distil_rank.") for name in imports(path)} & MODULES.keys()
+    for module, path in MODULES.items()
+}
 
 
-def test_imports_run_from_lower_levels_to_higher_ones():
-    wrong = [
-        f"{path.stem} imports {name}"
-        for path in sorted(PACKAGE.glob("*.py"))
-        if path.stem != "__init__"
-        for name in sorted(imported_modules(path))
-        if LEVEL[name] > LEVEL[path.stem] or (LEVEL[name] == LEVEL[path.stem] and name != path.stem)
-    ]
-    assert not wrong
+def test_every_package_has_its_place():
+    assert {module.split(".")[0] for module in MODULES} == set(ORDER)
+
+
+def test_packages_import_only_from_those_before_them():
+    place = {package: index for index, package in enumerate(ORDER)}
+    edges = [(module.split(".")[0], name.split(".")[0]) for module, names in OURS.items() for name in names]
+    assert len(edges) > 100
+    assert not [f"{package} imports {other}" for package, other in edges if place[other] > place[package]]
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert len(list(TopologicalSorter(OURS).static_order())) == len(MODULES)
+
+
+def test_heavy_dependencies_stay_in_their_rooms():
+    for module, path in MODULES.items():
+        for name in {name.split(".")[0] for name in imports(path)} & HEAVY.keys():
+            assert module.split(".")[0] in HEAVY[name], f"{module} imports {name}"
+
+
+def test_the_public_names_bring_neither_lightning_nor_mlflow():
+    code = "import sys; from distil_rank import *; assert not {'lightning', 'mlflow', 'esm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

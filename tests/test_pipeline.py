@@ -14,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from distil_rank.artefact import load
 from distil_rank.cli import main
-from distil_rank.experiment import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
+from distil_rank.deployment.artefact import load, read_manifest
+from distil_rank.training.experiment import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--trainer.max_steps", "12", "--rank", "8", "--data.split", "exact"]
@@ -34,8 +34,8 @@ def workplace(tmp_path_factory, slice_of_sample):
 def here(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr("distil_rank.distil.ORIGINAL_STEPS", 50)
-    monkeypatch.setattr("distil_rank.experiment.ORIGINAL_STEPS", 50)
+    monkeypatch.setattr("distil_rank.training.distil.ORIGINAL_STEPS", 50)
+    monkeypatch.setattr("distil_rank.training.experiment.ORIGINAL_STEPS", 50)
     yield
     logging.getLogger().handlers.clear()
 
@@ -169,7 +169,7 @@ def test_a_layer_from_a_file_becomes_a_folder_and_a_model(workplace, capsys):
     run = runs(workplace, "distil")[0]
     assert run.data.params["teacher"] == "head dense" and run.data.params["rank"] == "4"
     student = load("mine/small")
-    assert run.data.metrics["test/r2"] == pytest.approx(student.provenance["metrics"]["held_out_r2"]["value"])
+    assert run.data.metrics["test/r2"] == pytest.approx(read_manifest("mine/small")["metrics"]["held_out_r2"]["value"])
     assert run.outputs.model_outputs
     assert main(["export", "--artefact", "mine/small", "--to", "dense"]) == 0
     plain = load_file("mine/small/dense.safetensors")

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distil_rank.backbones import cache_folder, load_backbone
-from distil_rank.embedder import Embedder
-from distil_rank.sequences import read_proteins
-from distil_rank.store import Store
+from distil_rank.embedding.backbones import cache_folder, load_backbone
+from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.sequences import read_proteins
+from distil_rank.embedding.store import Store
 
 DATA = Path(__file__).parent.parent / "data"
 

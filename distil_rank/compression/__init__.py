@@ -1,0 +1,1 @@
+"""Layers of your own model: found, watched, replaced, fine-tuned, compared."""

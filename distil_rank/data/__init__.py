@@ -1,0 +1,1 @@
+"""Embeddings as training data: file formats, leak-free splits, the LightningDataModule."""

@@ -1,0 +1,289 @@
+"""Embeddings as Lightning wants them: extracted where missing, split without leaks, served in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from distil_rank.data.formats import Embeddings, load_matrix
+from distil_rank.data.splits import Split, check_split, make_split
+from distil_rank.embedding.embed import embed
+from distil_rank.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SYNTHETIC = "synthetic"
+# What `source: auto` takes, in this order: what `embed` writes, the original project's pair, the sample that ships.
+USUAL_SOURCES = ("embeddings", ".", "data/sample")
+STREAM_ROWS = 8192  # rows read at once by a pass over all of them
+
+
+class Rows(Dataset[Tensor]):
+    """Chosen rows of a matrix that may be memory-mapped; a batch is gathered in one go, not row by row."""
+
+    def __init__(self, x: np.ndarray, indices: np.ndarray) -> None:
+        self.x, self.indices = x, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.x[self.indices[index]].copy())
+
+    def __getitems__(self, index: list[int]) -> Tensor:
+        """A whole batch `(len(index), d)`; the loader's `collate_fn` has nothing left to do."""
+        return torch.from_numpy(self.x[self.indices[np.asarray(index)]])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _digests(x: np.ndarray) -> list[bytes]:
+    """A key for each row, so that without sequences at least equal vectors stay together."""
+    return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest() for row in x]
+
+
+class EmbeddingDataModule(LightningDataModule):
+    """Train, validation and test rows of one set of embeddings. A batch is a float32 tensor `(rows, d)`.
+
+    Args:
+        source: A store, `.npz`, `.npy`, `.safetensors`, `.h5`, a folder with `embeddings_train.pt` and
+            `embeddings_val.pt`, or `synthetic`. `auto` takes what is there: `embeddings/`, that pair, `data/sample`.
+        fasta: Sequences to extract into `source` first (only what is missing there).
+        backbone: ESM-2 model for the extraction (see `distil-rank embed --help`).
+        pooling: One vector per protein (`mean`, `bos`) or per residue (`residue`).
+        clusters: Sequence clusters to split by, as MMseqs2 writes them: lines of representative, tab, member. A store
+            with a `clusters.tsv` in its folder brings its own.
+        split: How rows are kept apart: `clusters` (ids in the data), `mmseqs` (30 % identity), `exact` duplicates only,
+            or `auto`, the strictest that can be had.
+        val_fraction: Share of the rows that chooses the epoch.
+        test_fraction: Share of the rows that only the report sees.
+        batch_size: Rows in a training batch.
+        replacement: Draw training rows with replacement, as the original does.
+        seed: Of the split, and of synthetic data.
+        num_workers: Processes that read batches; 0 is fastest for data that fit in memory.
+
+    Raises:
+        InputError: nothing usable at `source`, or too few rows for three splits.
+    """
+
+    embeddings: Embeddings
+    split_rows: Split
+
+    def __init__(
+        self,
+        source: str = "auto",
+        fasta: str | None = None,
+        backbone: str = "auto",
+        pooling: Literal["mean", "bos", "residue"] = "mean",
+        clusters: str | None = None,
+        split: Literal["auto", "mmseqs", "clusters", "exact"] = "auto",
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        batch_size: int = 64,
+        replacement: bool = False,
+        seed: int = 42,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.source = source
+        self._ready = False
+
+    def prepare_data(self) -> None:
+        """Extract what is missing (one process only; Lightning calls it before `setup`)."""
+        if self.hparams["fasta"] is not None:
+            store = "embeddings" if self.source == "auto" else self.source
+            embed(self.hparams["fasta"], store, backbone=self.hparams["backbone"], pooling=self.hparams["pooling"])
+            self.source = store
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the embeddings and split them; the second call finds it done."""
+        if self._ready:
+            return
+        h = self.hparams
+        self.source = find_source(self.source)
+        if self.source == SYNTHETIC:
+            self.embeddings = synthetic_embeddings(seed=h["seed"])
+        else:
+            self.embeddings = load_matrix(self.source)
+            own = Path(self.source) / "clusters.tsv"
+            if h["clusters"] is not None or own.exists():
+                clusters = read_clusters(Path(h["clusters"] or own), self.embeddings.ids)
+                self.embeddings = replace(self.embeddings, clusters=clusters)
+        data = self.embeddings
+        digests = None if data.sequences is not None else _digests(data.x)
+        self.split_rows = make_split(
+            data.ids,
+            data.sequences,
+            data.clusters,
+            method=h["split"],
+            val_fraction=h["val_fraction"],
+            test_fraction=h["test_fraction"],
+            seed=h["seed"],
+            groups=digests,
+            sides=None if digests is None else given_sides(data, digests),
+        )
+        check_split(self.split_rows, data.sequences, data.clusters)
+        if min(len(self.split_rows.train), len(self.split_rows.val), len(self.split_rows.test)) < 2:
+            raise InputError(
+                f"Expected enough rows in {self.source} for train, validation and test but got {len(data.ids)} in all; "
+                "give more proteins or larger fractions."
+            )
+        self._ready = True
+
+    @property
+    def dim(self) -> int:
+        """d, the width of an embedding."""
+        return self.embeddings.x.shape[1]
+
+    def rows(self, part: Literal["train", "val", "test"], chosen: np.ndarray | None = None) -> Tensor:
+        """The rows of one split at once, or the chosen ones of them, `(N, d)` float32."""
+        indices = getattr(self.split_rows, part)
+        return torch.from_numpy(self.embeddings.x[indices if chosen is None else indices[chosen]])
+
+    def proteins(self, part: Literal["train", "val", "test"]) -> np.ndarray:
+        """Which protein each row of a split belongs to, numbered from 0, `(N,)`."""
+        ids = np.asarray(self.embeddings.ids)[getattr(self.split_rows, part)]
+        return np.unique(ids, return_inverse=True)[1]
+
+    def labels(self, part: Literal["train", "val", "test"]) -> list[str] | None:
+        """Labels of the rows of one split, if the data have any."""
+        labels = self.embeddings.labels
+        return None if labels is None else [labels[i] for i in getattr(self.split_rows, part)]
+
+    def stream(self, part: Literal["train", "val", "test"]) -> Iterator[Tensor]:
+        """Pass over one split in order, a few thousand rows at a time, so that it need not fit in memory."""
+        indices = getattr(self.split_rows, part)
+        for start in range(0, len(indices), STREAM_ROWS):
+            yield torch.from_numpy(self.embeddings.x[indices[start : start + STREAM_ROWS]])
+
+    def train_dataset(self) -> Rows:
+        """The training rows."""
+        return Rows(self.embeddings.x, self.split_rows.train)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Shuffled training batches."""
+        rows = self.train_dataset()
+        generator = torch.Generator().manual_seed(self.hparams["seed"])
+        sampler = RandomSampler(rows, replacement=self.hparams["replacement"], generator=generator)
+        return self.loader(rows, self.hparams["batch_size"], sampler)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Validation batches in order."""
+        return self.loader(Rows(self.embeddings.x, self.split_rows.val), STREAM_ROWS)
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        """Test batches in order."""
+        return self.loader(Rows(self.embeddings.x, self.split_rows.test), STREAM_ROWS)
+
+    def loader(self, rows: Rows, batch_size: int, sampler: Any = None) -> DataLoader[Tensor]:
+        """Batches of some rows, in order or as the sampler has it."""
+        workers = self.hparams["num_workers"]
+        return DataLoader(
+            rows, batch_size, sampler=sampler, collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over the vectors and the split, its first 16 hexadecimal digits."""
+        sha = hashlib.sha256()
+        for start in range(0, len(self.embeddings.x), STREAM_ROWS):
+            sha.update(np.ascontiguousarray(self.embeddings.x[start : start + STREAM_ROWS]).tobytes())
+        for part in (self.split_rows.train, self.split_rows.val, self.split_rows.test):
+            sha.update(np.asarray(part, dtype=np.int64).tobytes())
+        return sha.hexdigest()[:16]
+
+    def description(self) -> dict[str, Any]:
+        """What a report says of the data: where from, how many, how split, which backbone, what fell back."""
+        provenance = self.embeddings.provenance
+        return {
+            "source": self.source,
+            "digest": self.digest(),
+            "dim": self.dim,
+            "rows": {part: len(getattr(self.split_rows, part)) for part in ("train", "val", "test")},
+            "split": self.split_rows.method,
+            "backbone": provenance.get("backbone", "unknown"),
+            "pooling": provenance.get("pooling", "unknown"),
+            "fallback": provenance.get("fallback"),
+            "embedding_run": provenance.get("embedding_run"),
+        }
+
+
+def given_sides(data: Embeddings, digests: Sequence[bytes]) -> list[str] | None:
+    """The sides that the original's pair of files prescribes: its validation rows are held out, one third to choose the
+    epoch and the rest to report on. A held-out vector that is also in the training file is trained on, not tested.
+
+    None for anything that is not such a pair.
+    """
+    train = data.provenance.get("rows_train")
+    if train is None:
+        return None
+    known = set(digests[:train])
+    leaked = sum(digest in known for digest in digests[train:])
+    if leaked:
+        log.warning(
+            "%d of %d validation vectors are also training vectors: not tested on.", leaked, len(digests) - train
+        )
+    held_out = ["train" if digest in known else "val" if digest[0] % 3 == 0 else "test" for digest in digests[train:]]
+    return ["train"] * train + held_out
+
+
+def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
+    """The cluster of each row, out of a table of representative, tab, member.
+
+    Raises:
+        InputError: the table is not one, or a protein is missing from it.
+    """
+    try:
+        lines = path.read_text().splitlines()
+        cluster_of = {member: representative for representative, member in (line.split("\t") for line in lines if line)}
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"Expected lines of representative, tab, member in {path} but cannot read it so: {error}"
+        ) from error
+    missing = [name for name in ids if name not in cluster_of]
+    if missing:
+        raise InputError(f"Expected a cluster for every protein in {path} but {missing[0]} has none; cluster them all.")
+    return [cluster_of[name] for name in ids]
+
+
+def find_source(source: str) -> str:
+    """What `source: auto` stands for here; a path is returned as it is.
+
+    With nothing at hand the answer is synthetic data, and a warning in capitals says so.
+    """
+    if source != "auto":
+        return source
+    for candidate in USUAL_SOURCES:
+        path = Path(candidate)
+        wanted = path / "embeddings_train.pt" if candidate == "." else path
+        if wanted.exists():
+            log.info("Using the embeddings in %s.", path.resolve())
+            return candidate
+    log.warning("NO EMBEDDINGS FOUND: USING SYNTHETIC DATA. Its numbers say nothing about proteins.")
+    return SYNTHETIC
+
+
+def synthetic_embeddings(
+    rows: int = 2000, dim: int = 1280, strong: int = 100, scale: float = 5.0, seed: int = 42
+) -> Embeddings:
+    """Gaussian rows whose first `strong` coordinates are `scale` times as large (the original project's stand-in)."""
+    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+    x[:, :strong] *= scale
+    note = "SYNTHETIC DATA, NOT PROTEINS"
+    return Embeddings(
+        [f"synthetic{i}" for i in range(rows)],
+        x.numpy(),
+        provenance={"backbone": "none (Gaussian noise)", "fallback": note},
+    )

@@ -1,0 +1,1 @@
+"""The folder to take home, and its way into other runtimes."""

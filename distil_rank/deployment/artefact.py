@@ -1,0 +1,300 @@
+"""Students on disk: a folder of plain tensors and a manifest. Loading it takes torch and safetensors, nothing else.
+
+model.safetensors   the weights: of one layer, or of a whole model with student layers in it
+guard.safetensors   what tells inputs that the students were not made for, where there is such a guard
+manifest.json       shapes, ranks, where they come from and how much they keep; the hashes of the files and its own
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distil_rank.deployment.int8 import Int8LowRankLinear
+from distil_rank.errors import InputError
+from distil_rank.lowrank.guard import Guard
+from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
+from distil_rank.runs.provenance import versions
+
+FORMAT = "distil-rank"
+VERSION = 1
+MANIFEST, WEIGHTS, GUARD = "manifest.json", "model.safetensors", "guard.safetensors"
+LICENCE = "Derived from the teacher's weights and fitted to the calibration data: the terms of both apply."
+KINDS: dict[str, type[LowRankLinear] | type[Int8LowRankLinear]] = {
+    "low_rank": LowRankLinear,
+    "int8": Int8LowRankLinear,
+}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES["float64"] = torch.float64
+Student = LowRankLinear | Int8LowRankLinear
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    licence: str = LICENCE,
+) -> Path:
+    """Saves a student layer, or a model with student layers in it, with everything that is known of them.
+
+    Args:
+        model: a `LowRankLinear`, an `Int8LowRankLinear`, or a module that contains some. A model is saved with all of
+            its weights.
+        path: a folder; an artefact that is there already is replaced.
+        metrics: measured figures, JSON values, with their intervals.
+        data: what the student was calibrated on: source, digest.
+        licence: a note on what the weights may be used for.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: nothing to save, weights that are not finite, or a path that is a file.
+    """
+    path = Path(path)
+    students = {name: module for name, module in model.named_modules() if isinstance(module, Student)}
+    if not students:
+        raise InputError(f"Expected a student layer or a model that holds one but got {type(model).__name__} without.")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"Expected a folder to save to but {path} is a file; name another place.")
+    state, aliases = _without_duplicates(model.state_dict())
+    _check_finite(state, "the model")
+    guards = {
+        f"{name}.{part}": getattr(student.guard, part).cpu().contiguous()
+        for name, student in students.items()
+        if student.guard is not None
+        for part in ("sketch", "offset")
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MANIFEST).unlink(missing_ok=True)  # while the files change there is no artefact
+    (path / GUARD).unlink(missing_ok=True)
+    files = {WEIGHTS: state, GUARD: guards} if guards else {WEIGHTS: state}
+    for name, tensors in files.items():
+        save_file(tensors, path / name)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "whole_model": "" not in students,
+        "layers": {name: _describe(student) for name, student in students.items()},
+        "aliases": aliases,
+        "metrics": dict(metrics or {}),
+        "data": dict(data or {}),
+        "licence": licence,
+        "versions": versions(),
+        "files": {name: {"bytes": (path / name).stat().st_size, "sha256": _file_digest(path / name)} for name in files},
+    }
+    manifest = _plain(manifest)
+    manifest["sha256"] = _manifest_digest(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Reads the manifest of an artefact, after its own hash and those of its files were checked.
+
+    Raises:
+        InputError: no artefact, one of a later version, or one that was changed or cut short.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        kind, version, files = manifest["format"], manifest["version"], dict(manifest["files"])
+        hashes = {name: str(known["sha256"]) for name, known in files.items()}
+    except FileNotFoundError as error:
+        raise InputError(f"Expected an artefact at {path} but it has no {MANIFEST}; make one with `save`.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"Expected a manifest in {path / MANIFEST} but it cannot be read; save it again.") from error
+    if kind != FORMAT or not isinstance(version, int) or version < 1:
+        raise InputError(f"Expected a {FORMAT} artefact in {path} but its manifest is of {kind!r} {version!r}.")
+    if version > VERSION:
+        raise InputError(f"Expected an artefact of version {VERSION} but {path} has {version}; upgrade distil-rank.")
+    if manifest.get("sha256") != _manifest_digest(manifest):
+        raise InputError(f"Expected {path / MANIFEST} as it was saved but its hash differs; get or save it again.")
+    if WEIGHTS not in hashes or not hashes.keys() <= {WEIGHTS, GUARD}:
+        raise InputError(f"Expected {WEIGHTS} in the artefact {path} but it lists {', '.join(hashes) or 'nothing'}.")
+    for name, digest in hashes.items():
+        if not (path / name).is_file():
+            raise InputError(f"Expected {name} in the artefact {path} but it is missing; get or save it again.")
+        if _file_digest(path / name) != digest:
+            raise InputError(f"Expected {path / name} as it was saved but its hash differs; get or save it again.")
+    return manifest
+
+
+def load(path: str | Path, rank: int | None = None, into: nn.Module | None = None) -> nn.Module:
+    """Loads what `save` wrote, bit for bit.
+
+    Args:
+        path: the folder.
+        rank: of the student wanted, up to the saved one: its first directions are the student of that rank.
+        into: for a whole model, one of the same architecture with its dense layers; they are replaced and every weight
+            is loaded. For a single layer nothing is needed.
+
+    Returns:
+        The layer, or `into`.
+
+    Raises:
+        InputError: the artefact is damaged, hostile, or of a later version, or the rank is above the saved one.
+
+    >>> import tempfile
+    >>> layer = LowRankLinear(8, 6, rank=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load(save(layer, folder), rank=2)
+    LowRankLinear(in_features=8, out_features=6, rank=2, bias=True)
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    state = _tensors(path / WEIGHTS)
+    try:
+        state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
+        students = {name: _empty(description) for name, description in manifest["layers"].items()}
+        model = students[""] if not manifest["whole_model"] else _fitted(into, students, path)
+        device = next((value.device for value in model.parameters() if not value.is_meta), None)
+        model.load_state_dict(state, assign=True)
+        model.to(device)
+        if GUARD in manifest["files"]:
+            _attach_guards(students, manifest["layers"], _tensors(path / GUARD))
+    except InputError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"Expected tensors in {path} as its manifest has them but they do not fit: {reason}"
+        ) from error
+    if rank is None:
+        return model
+    top = max(student.rank for student in students.values())
+    if not 1 <= rank <= top:
+        raise InputError(f"Expected `rank` in [1, {top}], up to that of {path}, but got {rank}.")
+    small = {name: student.truncate(min(rank, student.rank)) for name, student in students.items()}
+    if "" in small:
+        return small[""]
+    for name, student in small.items():
+        model.set_submodule(name, student)
+    return model
+
+
+def _describe(student: Student) -> dict[str, Any]:
+    kind = next(name for name, cls in KINDS.items() if isinstance(student, cls))
+    m, n, guard = student.out_features, student.in_features, student.guard
+    has_mean = (student.input_mean if isinstance(student, LowRankLinear) else student.kept_mean) is not None
+    return {
+        "kind": kind,
+        "in_features": n,
+        "out_features": m,
+        "rank": student.rank,
+        "bias": student.bias is not None,
+        "input_mean": has_mean,
+        "dtype": str(student.A.dtype).removeprefix("torch."),
+        "parameters": parameter_count(n, m, student.rank, student.bias is not None),
+        "dense_parameters": parameter_count(n, m, None, student.bias is not None),
+        "guard": None if guard is None else {"scale": guard.scale, "threshold": guard.threshold},
+        "provenance": student.provenance,
+    }
+
+
+def _empty(description: Mapping[str, Any]) -> Student:
+    """A student of the right shape, without numbers: checked before anything is allocated."""
+    if description["kind"] not in KINDS or not isinstance(description["rank"], int):
+        raise InputError(
+            f"Expected a layer of {', '.join(KINDS)} but got {description['kind']!r}; upgrade distil-rank."
+        )
+    keys = ("in_features", "out_features", "rank", "bias", "input_mean")
+    options = {key: description[key] for key in keys} | {"device": "meta"}
+    student: Student
+    if description["kind"] == "int8":
+        student = Int8LowRankLinear(**options)
+    else:
+        student = LowRankLinear(**options, dtype=DTYPES[description["dtype"]])
+    student.provenance = dict(description["provenance"])
+    return student
+
+
+def _fitted(into: nn.Module | None, students: Mapping[str, Student], path: Path) -> nn.Module:
+    """Put empty students where the model has its dense layers."""
+    if into is None:
+        raise InputError(
+            f"Expected `into`, a model to load {path} into, since it is a whole model with students at "
+            f"{', '.join(students)}; give one of the same architecture."
+        )
+    for name, student in students.items():
+        try:
+            old = into.get_submodule(name)
+        except AttributeError as error:
+            raise InputError(f"Expected a layer {name!r} in `into` but it has none; give the same model.") from error
+        shape = getattr(old, "out_features", None), getattr(old, "in_features", None)
+        if shape != (student.out_features, student.in_features):
+            expected = (student.out_features, student.in_features)
+            raise InputError(f"Expected {name!r} of `into` to be {expected} but it is {shape}; give the same model.")
+        into.set_submodule(name, student)
+    return into
+
+
+def _attach_guards(students: Mapping[str, Student], layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    for name, student in students.items():
+        if (known := layers[name]["guard"]) is not None:
+            guard = Guard(tensors[f"{name}.sketch"], tensors[f"{name}.offset"], known["scale"], known["threshold"])
+            if guard.sketch.shape != (len(guard.offset), student.in_features):
+                raise InputError(f"Expected a guard of width {student.in_features} for {name!r} in {GUARD}.")
+            student.guard = guard
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"Expected safetensors in {path} but it is something else or damaged; get it again."
+        ) from error
+    _check_finite(state, str(path))
+    return state
+
+
+def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"Expected finite weights in {where} but {name!r} holds NaN or inf.")
+
+
+def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and the further names of those that are shared (tied embeddings)."""
+    kept: dict[str, Tensor] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, value in state.items():
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            kept[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return kept, aliases
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities: what cannot be said is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

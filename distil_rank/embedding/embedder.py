@@ -1,0 +1,260 @@
+"""Sequences to vectors in memory: batches without padding, windows for long proteins, halving when memory is short."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distil_rank.embedding.backbones import Backbone
+from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+
+logger = logging.getLogger(__name__)
+
+Pooling = Literal["mean", "bos", "residue"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OVERLAP = 4  # windows share a quarter of their length, so that each residue has context on both sides in one of them
+
+
+class _HasTexts(Protocol):
+    @property
+    def texts(self) -> list[str]: ...
+
+
+Batch = TypeVar("Batch", bound=_HasTexts)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The vectors of some sequences, one behind the other.
+
+    Attributes:
+        vectors: (sum of counts, dim) float32, on the device that computed them.
+        counts: How many of them belong to each sequence: 1, or its residues; 0 if it did not fit into memory.
+    """
+
+    vectors: Tensor
+    counts: list[int]
+
+    def per_sequence(self) -> list[Tensor]:
+        """Views of the vectors, (count, dim) for each sequence."""
+        return list(self.vectors.split(self.counts))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a sequence that goes through the model at once."""
+
+    owner: int
+    start: int
+    text: str
+
+
+class Embedder:
+    """Embeds sequences with one backbone on one device.
+
+    Args:
+        backbone: The model.
+        pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector each.
+        precision: `fp32` or `bf16`, of weights and activations; pooling sums in fp32.
+        device: Where to compute.
+        layer: Whose hidden states; the last by default.
+        window: Residues that go through the model at once; longer sequences go in overlapping windows, and a residue
+            in several of them gets their mean. None: whole sequences, whatever their length.
+        max_tokens: Tokens that go through the model at once.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooling: Pooling = "mean",
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+        layer: int | None = None,
+        window: int | None = None,
+        max_tokens: int = 2048,
+    ):
+        self.encoder = FusedEncoder(backbone.model, DTYPES[precision], device, layer)
+        self.alphabet = backbone.alphabet
+        self.dim = backbone.dim
+        self.pooling = pooling
+        self.window = window
+        self.max_tokens = max_tokens
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Groups sequences of similar length, each group within `max_tokens` where it has more than one.
+
+        Long ones come first, so that memory runs short at the start if at all.
+
+        Args:
+            lengths: Residues of each sequence.
+
+        Returns:
+            Indices into `lengths`.
+        """
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        groups: list[list[int]] = []
+        room = 0
+        for i in order:
+            tokens = lengths[i] + 2
+            if tokens > room:
+                groups.append([])
+                room = self.max_tokens
+            groups[-1].append(i)
+            room -= tokens
+        return groups
+
+    def embed(self, sequences: Sequence[str]) -> Embedded:
+        """Embeds sequences.
+
+        Args:
+            sequences: Cleaned amino acids.
+        """
+        pieces = [piece for owner, text in enumerate(sequences) for piece in self._pieces(owner, text)]
+        per_residue = self.pooling == "residue"
+        counts = [len(text) if per_residue else 1 for text in sequences]
+        sums = _Sums(torch.zeros(sum(counts), self.dim, device=self.encoder.device), counts, per_residue)
+        weights = [self._weights(text) for text in sequences]
+        for group in self.batches([len(piece.text) for piece in pieces]):
+            self._add([pieces[i] for i in group], weights, sums)
+        return sums.result()
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
+        """Embeds batch after batch and yields them in order, each with its vectors.
+
+        On a CPU each core computes a batch of its own: no operation waits for the others to join, and what is computed
+        does not depend on the number of cores. A GPU gets one batch after the other.
+
+        Args:
+            batches: Anything with a list of sequences as `texts`; read no further ahead than there are cores.
+        """
+        threads = torch.get_num_threads()
+        if self.encoder.device.type != "cpu" or threads == 1:
+            yield from ((batch, self.embed(batch.texts)) for batch in batches)
+            return
+        waiting: deque[tuple[Batch, Future[Embedded]]] = deque()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                for batch in batches:
+                    waiting.append((batch, pool.submit(self.embed, batch.texts)))
+                    if len(waiting) > threads:
+                        first, future = waiting.popleft()
+                        yield first, future.result()
+                while waiting:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _pieces(self, owner: int, text: str) -> Iterable[_Piece]:
+        return (_Piece(owner, start, text[start:stop]) for start, stop in windows(len(text), self.window))
+
+    def _weights(self, text: str) -> Tensor:
+        """What each residue counts in one of its windows: its share of the sum that makes the result, (L,)."""
+        counts = torch.zeros(len(text))
+        extents = windows(len(text), self.window)
+        for start, stop in extents:
+            counts[start:stop] += 1
+        if self.pooling == "residue":
+            return 1 / counts
+        return 1 / (counts * len(text)) if self.pooling == "mean" else torch.full((1,), 1 / len(extents))
+
+    def _add(self, pieces: list[_Piece], weights: list[Tensor], sums: _Sums) -> None:
+        """Adds what these pieces contribute to their sequences' vectors."""
+        pieces = [piece for piece in pieces if piece.owner not in sums.lost]
+        if not pieces:
+            return
+        try:
+            sums.add(pieces, self._contributions(pieces, weights))
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Outside the handler, where the failed attempt's tensors are free.
+        if self.encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(pieces) == 1:
+            logger.warning("skipped a sequence: %s residues do not fit into memory", f"{len(pieces[0].text):,}")
+            sums.lost.add(pieces[0].owner)
+            return
+        tokens = sum(len(piece.text) + 2 for piece in pieces)
+        if tokens // 2 < self.max_tokens:
+            self.max_tokens = tokens // 2
+            logger.warning("out of memory with %s tokens at once; going on with half of them", f"{tokens:,}")
+        self._add(pieces[: len(pieces) // 2], weights, sums)
+        self._add(pieces[len(pieces) // 2 :], weights, sums)
+
+    @torch.no_grad()
+    def _contributions(self, pieces: list[_Piece], weights: list[Tensor]) -> Tensor:
+        """The pieces' weighted sums, (pieces, dim), or weighted residues, (residues, dim), one behind the other."""
+        tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)
+        hidden = self.encoder(tokens, lengths)  # (T, dim)
+        if self.pooling == "bos":
+            first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=hidden.device)
+            per_piece = torch.cat([weights[piece.owner] for piece in pieces])
+            return hidden[first].float() * per_piece.to(hidden.device)[:, None]
+        per_token = torch.cat(
+            [F.pad(weights[piece.owner][piece.start : piece.start + len(piece.text)], (1, 1)) for piece in pieces]
+        )
+        if self.pooling == "residue":
+            residues = per_token.nonzero()[:, 0]  # all but BOS and EOS
+            return hidden[residues.to(hidden.device)].float() * per_token[residues].to(hidden.device)[:, None]
+        weighted = hidden.float() * per_token.to(hidden.device)[:, None]
+        return torch.segment_reduce(weighted, "sum", lengths=torch.tensor(lengths, device=hidden.device), axis=0)
+
+
+class _Sums:
+    """Vectors of sequences that grow as the contributions of their pieces come in."""
+
+    def __init__(self, vectors: Tensor, counts: list[int], per_residue: bool):
+        self.vectors = vectors
+        self.counts = counts
+        self.per_residue = per_residue
+        self.first = np.cumsum([0, *counts]).tolist()
+        self.lost: set[int] = set()
+
+    def add(self, pieces: list[_Piece], contributions: Tensor) -> None:
+        owners = [piece.owner for piece in pieces]
+        if not self.per_residue and len(set(owners)) == len(owners):  # all at once, where no two go to one place
+            self.vectors[[self.first[owner] for owner in owners]] += contributions
+            return
+        sizes = [len(piece.text) if self.per_residue else 1 for piece in pieces]
+        for piece, part in zip(pieces, contributions.split(sizes), strict=True):
+            start = self.first[piece.owner] + (piece.start if self.per_residue else 0)
+            self.vectors[start : start + len(part)] += part
+
+    def result(self) -> Embedded:
+        if not self.lost:
+            return Embedded(self.vectors, self.counts)
+        counts = [0 if owner in self.lost else count for owner, count in enumerate(self.counts)]
+        parts = [part for owner, part in enumerate(self.vectors.split(self.counts)) if owner not in self.lost]
+        return Embedded(torch.cat(parts) if parts else self.vectors[:0], counts)
+
+
+def windows(length: int, window: int | None) -> list[tuple[int, int]]:
+    """Where the windows over a sequence begin and end; neighbours overlap by at least a quarter.
+
+    >>> windows(10, None), windows(10, 8)
+    ([(0, 10)], [(0, 8), (2, 10)])
+    >>> windows(20, 8)
+    [(0, 8), (6, 14), (12, 20)]
+    """
+    if window is None or length <= window:
+        return [(0, length)]
+    step = max(window - window // OVERLAP, 1)
+    number = -(-(length - window) // step) + 1
+    starts = [round(i * (length - window) / (number - 1)) for i in range(number)]
+    return [(start, start + window) for start in starts]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,242 @@
+"""One process's part in filling a store: plan what is missing, compute shards of it."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from distil_rank.embedding.backbones import Backbone, load_backbone
+from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
+from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins
+from distil_rank.embedding.store_writer import Shard, StoreWriter
+from distil_rank.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Long = Literal["window", "truncate", "error"]
+Precision = Literal["auto", "fp32", "bf16"]
+GATE = 0.999  # cosine to fp32 below which bf16 is not trusted
+MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # at once: what stays in a CPU's caches, what keeps a GPU busy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to embed, and how; see `embed`."""
+
+    fasta: str | Path
+    store: str | Path
+    backbone: str = "auto"
+    pooling: Pooling = "mean"
+    layer: int | None = None
+    precision: Precision = "auto"
+    long: Long = "window"
+    max_length: int = 1022
+    max_tokens: int | None = None
+
+
+class Extraction:
+    """A request on one device.
+
+    Args:
+        request: What to embed.
+        device: Where to compute.
+    """
+
+    def __init__(self, request: Request, device: torch.device):
+        for name in ("max_length", "max_tokens"):
+            value = getattr(request, name)
+            if value is not None and value < 1:
+                raise InputError(f"Expected {name} of at least 1 but got {value}.")
+        self.request = request
+        self.device = device
+        self.writer = StoreWriter(request.store)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The model that was asked for; for `auto` the one that the store was made with, if there is one."""
+        known = self.writer.manifest
+        if self.request.backbone != "auto" or not known:
+            return load_backbone(self.request.backbone)
+        if known["fallback"]:
+            logger.warning("%s (as when the store %s was made)", known["fallback"], self.writer.path)
+        return load_backbone(known["backbone"])
+
+    def plan(self) -> tuple[int, CleaningReport]:
+        """Adds the proteins that are new, decides on the precision, leaves the shards to compute in the manifest.
+
+        The caller holds the store's lock.
+
+        Returns:
+            The number of proteins that were added, and what reading them changed.
+        """
+        request, backbone, known = self.request, self.backbone, self.writer.manifest
+        layer = backbone.num_layers if request.layer is None else request.layer
+        if not 0 <= layer <= backbone.num_layers:
+            raise InputError(f"Expected a layer from 0 to {backbone.num_layers} of {backbone.name} but got {layer}.")
+        precision: str = request.precision
+        if precision == "auto":
+            precision = known.get("precision") or native_precision(self.device)
+        settings = {
+            "weights_sha256": backbone.sha256,
+            "dim": backbone.dim,
+            "layer": layer,
+            "pooling": request.pooling,
+            "precision": precision,
+            "long": request.long,
+            "max_length": request.max_length,
+        }
+        provenance = {
+            "backbone": backbone.name,
+            "fallback": backbone.fallback,
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("distil-rank", "torch", "fair-esm", "pyarrow")},
+        }
+        report = CleaningReport(str(request.fasta))
+        added = self.writer.plan(self._proteins(report), settings, provenance, report)
+        logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", self.writer.path)
+        if report.counts["nucleotides"]:
+            logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
+        if request.precision == "auto" and precision == "bf16" and "bf16_cosine" not in known:
+            self._gate()
+        return added, report
+
+    def _proteins(self, report: CleaningReport) -> Iterator[Protein]:
+        limit = self.request.max_length
+        for protein in iter_proteins(self.request.fasta, report):
+            if self.request.long == "error" and len(protein.sequence) > limit:
+                raise InputError(
+                    f"Expected at most {limit} residues in {report.source} but {protein.id} has "
+                    f"{len(protein.sequence)}; use --long window or --long truncate."
+                )
+            yield protein
+
+    def _gate(self) -> None:
+        """Computes the first batch both ways; goes on in fp32 where bf16 is off."""
+        texts = self._texts(self.writer.pending()[0])
+        both = []
+        for precision in ("fp32", "bf16"):
+            embedder = self._embedder(precision)
+            first = embedder.batches([len(text) for text in texts.values()])[0]
+            both.append(embedder.embed([list(texts.values())[i] for i in first]))
+        cosines = [
+            F.cosine_similarity(a.mean(0), b.mean(0), dim=0).item()
+            for a, b in zip(*(result.per_sequence() for result in both), strict=True)
+            if len(a) and len(a) == len(b)
+        ]
+        worst = min(cosines, default=1.0)
+        facts: dict[str, Any] = {"bf16_cosine": worst}
+        if not worst >= GATE:  # also when it is not a number
+            logger.warning("bf16 reaches a cosine of only %.4f to fp32 on the first batch: going on in fp32", worst)
+            facts["precision"] = "fp32"
+        self.writer.update(**facts)
+
+    def _embedder(self, precision: str) -> Embedder:
+        manifest = self.writer.manifest
+        max_tokens = self.request.max_tokens or MAX_TOKENS[self.device.type]
+        return Embedder(
+            self.backbone,
+            manifest["pooling"],
+            precision,
+            self.device,
+            manifest["layer"],
+            manifest["max_length"],
+            max_tokens,
+        )
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """What the store's manifest asks for."""
+        return self._embedder(self.writer.manifest["precision"])
+
+    def _texts(self, shard: Shard) -> dict[int, str]:
+        """Row and what of the sequence goes through the model."""
+        cut = self.request.max_length if self.request.long == "truncate" else None
+        return {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
+
+    def compute(self, shards: list[Shard], progress: bool = True) -> tuple[int, int]:
+        """Computes what is missing of some shards; batches are written while others are computed.
+
+        Args:
+            shards: Which.
+            progress: Whether to show a bar, if on a terminal.
+
+        Returns:
+            Distinct sequences and residues that went through the model.
+        """
+        computed = residues = 0
+        total = sum(shard.residues for shard in shards)
+        quiet = None if progress else True  # None: quiet where standard error is no terminal
+        with (
+            tqdm(total=total, desc="embed", unit="residue", unit_scale=True, disable=quiet) as bar,
+            ThreadPoolExecutor(max_workers=1) as pool,
+        ):
+            writing: Future[None] | None = None
+            for batch, result in self.embedder.stream(self._batches(shards)):
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(self._write, batch, result)
+                computed += len(batch.rows)
+                residues += sum(map(len, batch.texts))
+                bar.update(batch.residues)
+            if writing is not None:
+                writing.result()
+        return computed, residues
+
+    def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
+        """What is to compute of each shard; the last batch of a shard may be empty."""
+        for shard in shards:
+            if self.writer.is_sealed(shard):
+                yield _Batch(shard, [], [], shard.residues, last=False)
+                continue
+            texts, done = self._texts(shard), self.writer.done(shard)
+            rows = list(texts)
+            for batch in self.embedder.batches([len(text) for text in texts.values()]):
+                left = [rows[i] for i in batch if rows[i] not in done]
+                work = sum(len(texts[rows[i]]) for i in batch)
+                yield _Batch(shard, left, [texts[row] for row in left], work, last=False)
+            yield _Batch(shard, [], [], 0, last=True)
+
+    def _write(self, batch: _Batch, result: Embedded) -> None:
+        """Waits for the device and writes."""
+        if batch.rows:
+            self.writer.write_part(batch.shard, batch.rows, result.counts, result.vectors.cpu().numpy())
+        if batch.last:
+            self.writer.seal(batch.shard)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences of one shard that go through the model together.
+
+    Attributes:
+        shard: Theirs.
+        rows: Their numbers.
+        texts: Their residues.
+        residues: What the progress bar counts, with those that were there already.
+        last: Whether the shard is complete after it.
+    """
+
+    shard: Shard
+    rows: list[int]
+    texts: list[str]
+    residues: int
+    last: bool
+
+
+def native_precision(device: torch.device) -> str:
+    """`bf16` where the hardware multiplies it natively, otherwise `fp32`."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has = torch.cpu.get_capabilities()
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"

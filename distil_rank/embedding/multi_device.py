@@ -1,0 +1,96 @@
+"""Several devices or nodes fill one store, through Lightning's `Trainer`.
+
+The first rank plans while the others wait; then each computes whole shards of about the same work, and the first one
+notes them in the manifest. A shard that a dead rank leaves behind is computed by the next run.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from distil_rank.embedding.extraction import Extraction, Request
+from distil_rank.embedding.sequences import CleaningReport
+from distil_rank.embedding.store_writer import Shard
+from distil_rank.errors import InputError
+
+
+def balanced(shards: list[Shard], ranks: int) -> list[list[Shard]]:
+    """Gives each rank shards of about the same number of residues: the largest first, to who has least.
+
+    >>> shards = [Shard(str(work), (0, 1), ("", 0, 1), work) for work in (5, 4, 3, 3, 3)]
+    >>> [[shard.residues for shard in part] for part in balanced(shards, 2)]
+    [[5, 3], [4, 3, 3]]
+    """
+    parts: list[list[Shard]] = [[] for _ in range(ranks)]
+    for shard in sorted(shards, key=lambda shard: -shard.residues):
+        min(parts, key=lambda part: sum(other.residues for other in part)).append(shard)
+    return parts
+
+
+class _Extractor(LightningModule):
+    """Plans in `setup`, computes this rank's shards in `predict_step`, finishes in `teardown`."""
+
+    def __init__(self, request: Request):
+        super().__init__()
+        self.request = request
+        self.added = 0
+        self.report = CleaningReport(str(request.fasta))
+        self._held = ExitStack()
+
+    def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        self.extraction = Extraction(self.request, strategy.root_device)
+        problem = None
+        if self.trainer.is_global_zero:
+            try:
+                self._held.enter_context(self.extraction.writer.lock())
+                self.added, self.report = self.extraction.plan()
+            except InputError as error:
+                problem = str(error)
+        problem = strategy.broadcast(problem)  # or the others would wait for ever
+        if problem is not None:
+            self._held.close()
+            raise InputError(problem)
+
+    def predict_dataloader(self) -> Any:
+        return DataLoader(range(1), batch_size=None)  # type: ignore[arg-type]  # one step, which is never too few
+
+    def predict_step(self, _: Any) -> None:
+        parts = balanced(self.extraction.writer.pending(), self.trainer.world_size)
+        self.extraction.compute(parts[self.trainer.global_rank], progress=self.trainer.is_global_zero)
+
+    def teardown(self, stage: str) -> None:
+        self.trainer.strategy.barrier("all shards")
+        if self.trainer.is_global_zero:
+            self.extraction.writer.finish()
+            self._held.close()
+        self.trainer.strategy.barrier("finished")
+
+
+def extract_on_devices(
+    request: Request, accelerator: str, devices: int, num_nodes: int, strategy: str
+) -> tuple[int, CleaningReport]:
+    """Fills the store with `devices` processes on each of `num_nodes` nodes, as Lightning launches them.
+
+    Returns:
+        The number of proteins that were added, and what reading them changed (in the first rank).
+    """
+    trainer = Trainer(
+        accelerator="gpu" if accelerator == "cuda" else accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        inference_mode=False,  # nested tensors, which attention on a GPU takes, do not mix with it
+        enable_progress_bar=False,  # ours counts residues
+        use_distributed_sampler=False,  # shards are dealt out by work, not by number
+    )
+    extractor = _Extractor(request)
+    trainer.predict(extractor, return_predictions=False)
+    return extractor.added, extractor.report

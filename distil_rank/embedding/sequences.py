@@ -1,0 +1,275 @@
+"""Protein sequences from FASTA or tables: parsed as a stream, cleaned, and every change counted.
+
+What is cleaned: whitespace, digits and alignment gaps go; lowercase is raised; a stop `*` at the end goes, one inside
+becomes `X`, and so does `J` (leucine or isoleucine), which ESM-2 has no token for. `B`, `Z`, `U`, `O` and `X` have
+tokens and stay. Empty records and repeats of a whole record are left out; a name that comes again with another sequence
+gets a number. Anything else is refused, with file, line and record.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import lzma
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from distil_rank.embedding.compact_map import CompactMap
+from distil_rank.errors import InputError
+
+ID_COLUMNS = ("id", "accession", "entry", "name", "protein_id", "uniprot", "protein", "header")
+SEQUENCE_COLUMNS = ("sequence", "seq", "protein_sequence", "aa_sequence")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}
+
+_CLEAN = re.compile("[ACDEFGHIKLMNPQRSTVWYX]+")
+_NOT_ALLOWED = re.compile("[^A-Z*]")
+_DIGITS, _GAPS, _RARE = re.compile("[0-9]"), re.compile(r"[-.~]"), re.compile("[BZUO]")
+_UNIPROT = re.compile(r"(?:sp|tr)\|([^|\s]+)\|")
+_MEANING = {  # how a count reads in the summary line
+    "lowercase": "in lowercase",
+    "gaps": "with gaps removed",
+    "digits": "with digits removed",
+    "stops": "with stops removed",
+    "unknown": "with J or an inner stop made X",
+    "rare": "with B, Z, U or O",
+    "empty": "empty records left out",
+    "repeated": "repeated records left out",
+    "renamed": "renamed because the name came before",
+    "unnamed": "without a name",
+    "comments": "comment lines ignored",
+    "nucleotides": "that look like DNA or RNA",
+}
+
+
+@dataclass(frozen=True)
+class Protein:
+    """A name and its cleaned amino-acid sequence."""
+
+    id: str
+    sequence: str
+
+
+@dataclass
+class CleaningReport:
+    """What was read, kept and changed; `counts` has a number of records for each kind of change."""
+
+    source: str
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        changes = [f"{self.counts[key]:,} {meaning}" for key, meaning in _MEANING.items() if self.counts[key]]
+        return ", ".join([f"{self.counts['kept']:,} of {self.counts['records']:,} records kept", *changes])
+
+
+@dataclass(frozen=True)
+class _Record:
+    name: str
+    sequence: str
+    line: int
+
+
+def read_proteins(path: str | Path) -> tuple[list[Protein], CleaningReport]:
+    """Reads all proteins of a FASTA file or table; see `iter_proteins`, which takes no more memory than one record.
+
+    Raises:
+        InputError: see `iter_proteins`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "two.fasta"
+    ...     _ = file.write_text(">sp|P69905|HBA_HUMAN Hemoglobin\\nmvlsp*\\n>b\\n")
+    ...     proteins, report = read_proteins(file)
+    >>> proteins, str(report)
+    ([Protein(id='P69905', sequence='MVLSP')], '1 of 2 records kept, 1 in lowercase, 1 with stops removed, 1 empty \
+records left out')
+    """
+    report = CleaningReport(str(path))
+    return list(iter_proteins(path, report)), report
+
+
+def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
+    """Yields cleaned proteins in the order of the file and counts in `report` what was changed.
+
+    Args:
+        path: FASTA, or a `.csv`/`.tsv` with a sequence column; plain or compressed; `-` is standard input (FASTA).
+        report: Filled while reading; complete when the iterator is exhausted.
+
+    Raises:
+        InputError: the file is missing, binary, damaged or no FASTA, a record holds what is no amino acid, or nothing
+            is left.
+    """
+    seen = CompactMap()  # name → digest of its sequence
+    with _opened(path) as lines:
+        suffix = Path(str(path).removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")).suffix.lower()
+        delimiter = DELIMITERS.get(suffix)
+        records = _table_records(lines, delimiter, path) if delimiter else _fasta_records(lines, report, path)
+        for record in records:
+            report.counts["records"] += 1
+            name = record.name or f"protein_{report.counts['records']}"
+            report.counts["unnamed"] += not record.name
+            sequence = _cleaned(record, name, report)
+            if not sequence:
+                report.counts["empty"] += 1
+                continue
+            digest = int.from_bytes(hashlib.blake2b(sequence.encode(), digest_size=7).digest())
+            known = seen.get(name)
+            if known == digest:
+                report.counts["repeated"] += 1
+                continue
+            if known is not None:
+                report.counts["renamed"] += 1
+                name = _unused(name, seen)
+            seen.setdefault(name, digest)
+            report.counts["kept"] += 1
+            yield Protein(name, sequence)
+    if not report.counts["kept"]:
+        raise InputError(
+            f"Expected protein sequences in {report.source} but none is left of {report.counts['records']} records; "
+            "give a FASTA file, or a table with a sequence column."
+        )
+
+
+def _unused(name: str, seen: CompactMap) -> str:
+    number = 2
+    while seen.get(f"{name}_{number}") is not None:
+        number += 1
+    return f"{name}_{number}"
+
+
+def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:
+    """The record's sequence in ESM-2's letters; counts what had to change."""
+    sequence = "".join(record.sequence.split())
+    if _CLEAN.fullmatch(sequence):
+        if len(sequence) >= 30 and set(sequence) <= set("ACGTN"):
+            report.counts["nucleotides"] += 1
+        return sequence
+    counts = report.counts
+    if sequence.isascii():  # upper() makes letters out of some that are none
+        counts["lowercase"] += sequence != sequence.upper()
+        sequence = sequence.upper()
+    for kind, pattern in (("digits", _DIGITS), ("gaps", _GAPS)):
+        sequence, removed = pattern.subn("", sequence)
+        counts[kind] += removed > 0
+    wrong = _NOT_ALLOWED.search(sequence)
+    if wrong:
+        raise InputError(
+            f"Expected amino-acid letters in {report.source}, record {name} at line {record.line}, "
+            f"but got {wrong[0]!r}; mend or remove that record."
+        )
+    without_stop = sequence.rstrip("*")
+    counts["stops"] += without_stop != sequence
+    counts["unknown"] += "J" in without_stop or "*" in without_stop
+    counts["rare"] += _RARE.search(without_stop) is not None
+    return without_stop.replace("J", "X").replace("*", "X")
+
+
+def _fasta_records(lines: Iterator[tuple[int, str]], report: CleaningReport, path: str | Path) -> Iterator[_Record]:
+    name: str | None = None
+    start = 0
+    parts: list[str] = []
+    for number, line in lines:
+        if line.startswith(">"):
+            if name is not None:
+                yield _Record(name, "".join(parts), start)
+            name, start, parts = _name_of(line[1:]), number, []
+        elif line.startswith(";"):
+            report.counts["comments"] += 1
+        elif name is not None:
+            parts.append(line)
+        elif line.strip():
+            raise InputError(
+                f"Expected a FASTA header ('>name') in {path}, line {number}, but got {line.strip()[:30]!r}; "
+                "give FASTA, or a table that ends in .csv or .tsv."
+            )
+    if name is not None:
+        yield _Record(name, "".join(parts), start)
+
+
+def _name_of(header: str) -> str:
+    """UniProt's accession, or the header's first word.
+
+    >>> _name_of("sp|P69905|HBA_HUMAN Hemoglobin"), _name_of("my protein"), _name_of(" ")
+    ('P69905', 'my', '')
+    """
+    uniprot = _UNIPROT.match(header.strip())
+    return uniprot[1] if uniprot else next(iter(header.split()), "")
+
+
+def _table_records(lines: Iterator[tuple[int, str]], delimiter: str, path: str | Path) -> Iterator[_Record]:
+    csv.field_size_limit(sys.maxsize)  # titin does not fit into the default
+    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        lowered = [name.lower() for name in names]
+        columns = [
+            next((lowered.index(name) for name in known if name in lowered), None)
+            for known in (ID_COLUMNS, SEQUENCE_COLUMNS)
+        ]
+        if columns[1] is None:
+            raise InputError(
+                f"Expected a column named {' or '.join(SEQUENCE_COLUMNS)} in {path} but got "
+                f"{', '.join(names)[:80] or 'nothing'}; name it so in the first line."
+            )
+        for cells in reader:
+            if cells:
+                name, sequence = (
+                    cells[column] if column is not None and column < len(cells) else "" for column in columns
+                )
+                yield _Record(_name_of(name), sequence, reader.line_num)
+    except csv.Error as error:
+        raise InputError(f"Expected a table in {path} but line {reader.line_num} is malformed ({error}).") from error
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Iterator[tuple[int, str]]]:
+    """The numbered text lines of a file or standard input, decompressed, whatever its line endings."""
+    if str(path) == "-":
+        yield _numbered(sys.stdin.buffer, "standard input")
+        return
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise InputError(f"Expected a FASTA file at {path} but there is {found}; give its path, or - for stdin.")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"Expected a readable FASTA file at {path} but got: {error.strerror}.") from error
+    with file:
+        yield _numbered(file, str(path))
+
+
+def _numbered(file: IO[bytes], source: str) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        start = file.peek(8)  # type: ignore[attr-defined]  # both a file and stdin's buffer are BufferedReaders
+        for magic, decompress in DECOMPRESSORS.items():
+            if start.startswith(magic):
+                file = decompress(file)
+                break
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline=None)
+        for number, line in enumerate(text, 1):
+            if "\0" in line:
+                raise InputError(
+                    f"Expected text in {source} but line {number} is binary; give FASTA, plain or compressed."
+                )
+            yield number, line.rstrip("\n")
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise InputError(
+            f"Expected a whole file in {source} but after line {number} it is cut off or damaged ({error}); "
+            "fetch it again."
+        ) from error

@@ -1,0 +1,343 @@
+"""Filling a store so that it survives being killed at any moment.
+
+Three steps, each of which leaves whole files only:
+
+1. *Plan* (one process, under a lock): new proteins go into a table, and distinct sequences are cut into shards of
+   about equal work. The manifest names the shards before the first is computed.
+2. *Compute* (any number of processes): each batch becomes a part file; when a shard has all its parts they are merged
+   in order of the rows and removed. The batches of a shard follow from its sequences alone, so that whoever resumes
+   computes the same ones, and results do not depend on interruptions or on the number of processes.
+3. *Finish* (one process): the shards' sizes and hashes go into the manifest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from distil_rank.embedding.compact_map import CompactMap
+from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.store import (
+    FORMAT,
+    VERSION,
+    read_manifest,
+    read_table,
+    sha256_of,
+    vectors_of,
+    write_atomically,
+)
+from distil_rank.errors import InputError
+
+SHARDS_WANTED = 256  # enough to balance a cluster, few enough for any file system
+SHARD_RESIDUES = (2**16, 2**22)  # bounds of a shard's size
+SHARD_BYTES = 2**28  # of vectors; what merging a shard may take of memory
+ROWS_AT_ONCE = 4096  # proteins in one record batch of the table
+
+PROTEINS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("sequence", pa.string()),
+        ("sha256", pa.binary(32)),
+        ("length", pa.int32()),
+        ("row", pa.int64()),
+        ("notes", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive distinct sequences that are computed and stored together.
+
+    Attributes:
+        file: Name of its Arrow file in the store.
+        rows: First row and the one behind the last.
+        proteins: Where in the table of proteins these rows first appear: file, first line, line behind the last.
+        residues: Its work.
+    """
+
+    file: str
+    rows: tuple[int, int]
+    proteins: tuple[str, int, int]
+    residues: int
+
+
+class StoreWriter:
+    """A store that is being filled.
+
+    Args:
+        path: The folder; made by `plan`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """As it is on disk now; empty before `plan`."""
+        return read_manifest(self.path) or {}
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        if manifest != self.manifest:
+            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from filling the same store; the kernel lets go of it when this one dies.
+
+        Raises:
+            InputError: another process holds it, or the folder cannot be made.
+        """
+        path = self.path / ".lock"
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise InputError(f"Expected a folder that can be written at {self.path} but: {error.strerror}.") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(file.fileno()), path.stat())  # or the last holder has just removed it
+            except OSError:
+                held = False
+            if not held:
+                raise InputError(
+                    f"Expected to be alone in {self.path} but another process is filling it; wait for it, or choose "
+                    "another store."
+                )
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                if new:
+                    with suppress(OSError):  # what was refused leaves no empty folder
+                        self.path.rmdir()
+
+    def plan(
+        self,
+        proteins: Iterable[Protein],
+        settings: dict[str, Any],
+        provenance: dict[str, Any],
+        report: CleaningReport,
+    ) -> int:
+        """Adds the proteins that are not there yet and cuts their sequences into shards.
+
+        Args:
+            proteins: Names and cleaned sequences.
+            settings: What the vectors depend on; must be those of the proteins that are there. Needs `pooling`, `dim`,
+                and `long`, what happens to proteins above `max_length` residues.
+            provenance: What else the manifest of a new store should tell.
+            report: What reading `proteins` changed; kept beside their table.
+
+        Returns:
+            The number of proteins that were added.
+
+        Raises:
+            InputError: the settings differ from the store's, or a name is there with another sequence.
+        """
+        manifest = self.manifest
+        if not manifest:
+            strangers = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
+            strangers = [name for name in strangers if name != "parts" and not name.endswith(".arrow")]
+            if strangers:
+                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {strangers[0]}.")
+            manifest = {"format": FORMAT, "version": VERSION, **settings, **provenance, "proteins": [], "shards": []}
+        for key, value in settings.items():
+            if manifest.get(key) != value:
+                raise InputError(
+                    f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
+                    f"{value!r}; choose another store."
+                )
+        self._record_finished(manifest)
+        name = f"proteins-{len(manifest['proteins']):05d}.arrow"
+        added = self._write_proteins(name, proteins, manifest)
+        if added:
+            manifest["shards"] += self._cut(name, manifest)
+            about = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
+            manifest["proteins"].append({**about, **_fingerprint(self.path / name)})
+        self._write_manifest(manifest)
+        return added
+
+    def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
+        """Writes the table of the proteins that are new, and nothing if there is none or one is refused."""
+        added = 0
+        temporary = self.path / f".{name}"
+        rows = self._new_rows(proteins, manifest)
+        try:
+            with temporary.open("wb") as file:
+                with pa.ipc.new_file(file, PROTEINS) as writer:
+                    while block := list(islice(rows, ROWS_AT_ONCE)):
+                        writer.write_batch(_record_batch(block))
+                        added += len(block)
+                file.flush()
+                os.fsync(file.fileno())
+            if added:
+                temporary.replace(self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return added
+
+    def _new_rows(self, proteins: Iterable[Protein], manifest: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """The lines of the table for proteins that are new; the numbers of new sequences go on from the last one."""
+        row_of, row_of_name = CompactMap(), CompactMap()
+        for file in manifest["proteins"]:
+            for batch in read_table(self.path / file["file"]).to_batches():
+                columns = (batch[column].to_pylist() for column in ("id", "sequence", "row"))
+                for name, sequence, row in zip(*columns, strict=True):
+                    row_of.setdefault(sequence, row)
+                    row_of_name.setdefault(name, row)
+        for protein in proteins:
+            known = row_of_name.get(protein.id)
+            row = row_of.setdefault(protein.sequence, len(row_of))
+            if known == row:
+                continue
+            if known is not None:
+                raise InputError(
+                    f"Expected {protein.id} with the sequence that {self.path} has for it but got another; "
+                    "rename it, or choose another store."
+                )
+            digest, length = hashlib.sha256(protein.sequence.encode()).digest(), len(protein.sequence)
+            note = manifest["long"] if length > manifest["max_length"] else ""
+            yield protein.id, protein.sequence, digest, length, row, note
+
+    def _cut(self, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        """Cuts the new rows into shards of about equal work."""
+        table = read_table(self.path / name)
+        lengths, rows = table["length"].to_numpy(), table["row"].to_numpy()
+        known = max((shard["rows"][1] for shard in manifest["shards"]), default=0)
+        highest = np.maximum.accumulate(np.concatenate([[known - 1], rows]))
+        first_seen = rows > highest[:-1]
+        work = np.where(first_seen, lengths, 0)
+        low, high = SHARD_RESIDUES
+        size = min(max(int(work.sum()) // SHARDS_WANTED, low), high)
+        if manifest["pooling"] == "residue":
+            size = min(size, SHARD_BYTES // (4 * manifest["dim"]))
+        done = np.cumsum(work)
+        shards: list[dict[str, Any]] = []
+        start = 0
+        while start < len(work):
+            before = int(done[start - 1]) if start else 0
+            stop = max(int(np.searchsorted(done, before + size, "right")), start + 1)
+            if first_seen[start:stop].any():
+                shards.append(
+                    {
+                        "file": f"vectors-{len(manifest['shards']) + len(shards):05d}.arrow",
+                        "rows": [int(highest[start]) + 1, int(highest[stop]) + 1],
+                        "proteins": [name, start, stop],
+                        "residues": int(work[start:stop].sum()),
+                    }
+                )
+            start = stop
+        return shards
+
+    def update(self, **facts: Any) -> None:
+        """Writes facts into the manifest."""
+        self._write_manifest({**self.manifest, **facts})
+
+    def pending(self) -> list[Shard]:
+        """The shards that the manifest does not know as finished, in order."""
+        return [
+            Shard(shard["file"], tuple(shard["rows"]), tuple(shard["proteins"]), shard["residues"])
+            for shard in self.manifest["shards"]
+            if "sha256" not in shard
+        ]
+
+    def sequences(self, shard: Shard) -> dict[int, str]:
+        """Row and sequence of the shard's distinct sequences, in order of the rows."""
+        name, start, stop = shard.proteins
+        table = read_table(self.path / name).slice(start, stop - start).select(["row", "sequence"])
+        found: dict[int, str] = {}
+        for batch in table.to_batches():
+            for row, sequence in zip(batch["row"].to_pylist(), batch["sequence"].to_pylist(), strict=True):
+                if shard.rows[0] <= row < shard.rows[1]:
+                    found.setdefault(row, sequence)
+        return found
+
+    def is_sealed(self, shard: Shard) -> bool:
+        """Whether the shard's file is in place."""
+        return (self.path / shard.file).exists()
+
+    def _parts(self, shard: Shard) -> Path:
+        return self.path / "parts" / shard.file.removesuffix(".arrow")
+
+    def done(self, shard: Shard) -> set[int]:
+        """The rows that finished batches hold, those of skipped sequences included."""
+        rows: set[int] = set()
+        for part in sorted(self._parts(shard).glob("*.arrow")):
+            table = read_table(part)
+            rows.update(json.loads(table.schema.metadata[b"rows"]))
+        return rows
+
+    def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
+        """Keeps one batch.
+
+        Args:
+            shard: Where it belongs.
+            rows: The batch's sequences.
+            counts: How many vectors each has; 0 for one that was skipped.
+            vectors: (sum of counts, dim) float32.
+        """
+        folder = self._parts(shard)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = _vector_table(np.repeat(rows, counts), vectors)
+        write_atomically(folder / f"{rows[0]}.arrow", table.replace_schema_metadata({"rows": json.dumps(rows)}))
+
+    def seal(self, shard: Shard) -> None:
+        """Merges the shard's parts into its file, in order of the rows, and removes them."""
+        parts = [read_table(part) for part in sorted(self._parts(shard).glob("*.arrow"))]
+        rows = np.concatenate([part["row"].to_numpy() for part in parts])
+        vectors = np.concatenate([vectors_of(part) for part in parts])
+        order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
+        write_atomically(self.path / shard.file, _vector_table(rows[order], vectors[order]))
+        shutil.rmtree(self._parts(shard))
+
+    def _record_finished(self, manifest: dict[str, Any]) -> None:
+        """Notes size and hash of each shard that is in place; leaves of killed runs go."""
+        for shard in manifest["shards"]:
+            file = self.path / shard["file"]
+            if "sha256" not in shard and file.exists():
+                rows = read_table(file)["row"].to_numpy()
+                shard["vectors"] = len(rows)
+                shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
+                shard.update(_fingerprint(file))
+                shutil.rmtree(self.path / "parts" / file.stem, ignore_errors=True)
+        for leaf in [*self.path.glob(".*.arrow*"), *self.path.glob(".manifest.json.*")]:
+            leaf.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Notes finished shards in the manifest; removes the folder of parts when no shard is left.
+
+        The manifest then depends on the proteins and the settings only.
+        """
+        manifest = self.manifest
+        self._record_finished(manifest)
+        self._write_manifest(manifest)
+        if all("sha256" in shard for shard in manifest["shards"]):
+            shutil.rmtree(self.path / "parts", ignore_errors=True)
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def _record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
+    columns = [pa.array(column, kind.type) for column, kind in zip(zip(*rows, strict=True), PROTEINS, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=PROTEINS)
+
+
+def _vector_table(rows: np.ndarray, vectors: np.ndarray) -> pa.Table:
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    return pa.table({"row": pa.array(rows, pa.int64()), "embedding": embedding})

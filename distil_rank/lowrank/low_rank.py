@@ -1,0 +1,252 @@
+"""The student: a linear layer held as two thin factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distil_rank.errors import InputError
+from distil_rank.lowrank.digests import tensor_digest
+from distil_rank.lowrank.fidelity import nested_r2
+from distil_rank.lowrank.guard import Guard
+from distil_rank.lowrank.moments import Moments
+from distil_rank.lowrank.solvers import Factors, Solver, check_rank, choose_rank, output_spectrum, solve
+
+
+class LowRankLinear(nn.Module):
+    """`y = B (A x) + c`, a drop-in for `nn.Linear`.
+
+          x (…, n) ──▶ A (r, n) ──▶ (…, r) ──▶ B (m, r) ──▶ + c (m,) ──▶ y (…, m)
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: r in [1, min(m, n)].
+        bias: whether there is a `c`.
+        input_mean: whether to keep the mean of the calibration data, `(n,)`. It takes no part in the forward pass;
+            `truncate` folds the mean of what it drops into the bias.
+
+    Attributes:
+        guard: estimates the error on each input (`expected_error`); None where nobody made one.
+        provenance: what is known of where the factors come from, in plain JSON values; saved with the layer.
+
+    Raises:
+        InputError: the rank is out of range.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+    input_mean: Tensor | None
+    guard: Guard | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        input_mean: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_rank(rank, torch.empty(out_features, in_features, device="meta"))
+        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.register_buffer("input_mean", torch.zeros(in_features, device=device, dtype=dtype) if input_mean else None)
+        self.guard = None
+        self.provenance: dict[str, Any] = {}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both factors as `nn.Linear` draws its weight."""
+        for factor in (self.A, self.B):
+            nn.init.kaiming_uniform_(factor, a=5**0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @classmethod
+    def from_factors(
+        cls, factors: Factors, input_mean: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """A layer that holds these factors."""
+        A, B, c = factors
+        layer = cls(A.shape[1], B.shape[0], A.shape[0], True, input_mean is not None, device=A.device, dtype=dtype)
+        with torch.no_grad():
+            layer.A.copy_(A)
+            layer.B.copy_(B)
+            assert layer.bias is not None
+            layer.bias.copy_(c)
+            if input_mean is not None and layer.input_mean is not None:
+                layer.input_mean.copy_(input_mean)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int | float | str,
+        moments: Moments | None = None,
+        solver: Solver = "closed_form",
+    ) -> Self:
+        """The best rank-r replacement of a dense layer for inputs with these moments, without training.
+
+        Args:
+            linear: the teacher, with or without bias, in any floating dtype (the result has the same).
+            rank: an integer, a share of the output's variance in (0, 1), or `"auto"` (see `choose_rank`).
+            moments: of the layer's inputs, `Moments.of(x)`. Without them only `solver="svd"` can be had.
+            solver: see `distil_rank.lowrank.solvers`.
+
+        Raises:
+            InputError: the rank or the moments do not fit the layer.
+
+        >>> linear, x = nn.Linear(8, 6), torch.randn(100, 8)
+        >>> student = LowRankLinear.from_linear(linear, 6, Moments.of(x))
+        >>> torch.allclose(student(x), linear(x), atol=1e-5)
+        True
+        """
+        if moments is not None and (isinstance(rank, str) or 0 < rank < 1):
+            rank = choose_rank(output_spectrum(linear.weight, moments)[0], rank)
+        elif isinstance(rank, str | float):
+            rank = choose_rank(torch.linalg.svdvals(linear.weight.detach().double()) ** 2, rank)
+        factors = solve(linear.weight, linear.bias, rank, solver, moments)
+        mean = None if moments is None else moments.mean
+        layer = cls.from_factors(factors, mean, dtype=linear.weight.dtype)
+        layer.provenance = {"solver": solver, "teacher_sha256": tensor_digest(linear.weight, linear.bias)}
+        if moments is not None:
+            curve = nested_r2(linear.weight, linear.bias, factors, moments, mean)
+            layer.provenance |= {
+                "moments_sha256": tensor_digest(moments.mean, moments.covariance),
+                "rows": moments.rows,
+                "r2": curve.tolist(),
+            }
+        return layer
+
+    @property
+    def in_features(self) -> int:
+        """n."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """m."""
+        return self.B.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(…, n)` → `(…, m)`."""
+        return F.linear(F.linear(x, self.A), self.B, self.bias)
+
+    def at_rank(self, x: Tensor, rank: int) -> Tensor:
+        """`truncate(rank)(x)` without a copy, for training several ranks at once."""
+        bias = self._truncated_bias(rank)
+        return F.linear(F.linear(x, self.A[:rank]), self.B[:, :rank], bias)
+
+    def _truncated_bias(self, rank: int) -> Tensor | None:
+        if self.bias is None or self.input_mean is None:
+            return self.bias
+        return self.bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
+
+    def expected_error(self, x: Tensor) -> Tensor:
+        """The estimated squared error on each row as a share of the output's variance: `(…, n)` → `(…,)`.
+
+        It averages to 1 − R² on data like those the student was made for, and grows on others; `guard.flags` says
+        where it is beyond what they showed.
+
+        Raises:
+            InputError: the layer has no guard.
+        """
+        if self.guard is None:
+            raise InputError("Expected a layer with a guard but this one has none; make it with `Guard.of`.")
+        return self.guard(x)
+
+    def truncate(self, rank: int) -> Self:
+        """The nested student of a lower rank: the first columns of B and rows of A.
+
+        Where the input mean is known, what the dropped directions give on average moves into the bias, so a closed-form
+        student of rank r truncated to k is exactly the closed form of rank k.
+
+        Raises:
+            InputError: the rank is above this layer's.
+        """
+        if not 1 <= rank <= self.rank:
+            raise InputError(f"Expected `rank` in [1, {self.rank}], this student's own, but got {rank}.")
+        bias = self._truncated_bias(rank)
+        layer = type(self)(
+            self.in_features,
+            self.out_features,
+            rank,
+            bias is not None,
+            self.input_mean is not None,
+            device=self.A.device,
+            dtype=self.A.dtype,
+        )
+        state = {"A": self.A[:rank], "B": self.B[:, :rank], "bias": bias, "input_mean": self.input_mean}
+        layer.load_state_dict({name: value for name, value in state.items() if value is not None})
+        if self.guard is not None:
+            kept_mean = None if bias is None or self.input_mean is None else self.A[rank:] @ self.input_mean
+            layer.guard = self.guard.without(self.A[rank:], self.B[:, rank:], kept_mean)
+        layer.provenance = truncated_provenance(self.provenance, rank)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """The same map as one dense layer, `W' = B A`, for those who cannot change the architecture."""
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=self.A.device, dtype=self.A.dtype
+        )
+        with torch.no_grad():
+            dense.weight.copy_((self.B.double() @ self.A.double()).to(self.A.dtype))
+            if self.bias is not None:
+                dense.bias.copy_(self.bias)
+        return dense
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{shape}, bias={self.bias is not None}"
+
+
+def truncated_provenance(provenance: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """What remains true of a student's first `rank` directions."""
+    return {key: value[:rank] if key in ("r2", "r2_held_out") else value for key, value in provenance.items()}
+
+
+def parameter_count(in_features: int, out_features: int, rank: int | None = None, bias: bool = True) -> int:
+    """Parameters of a dense layer, or of its rank-r student.
+
+    >>> parameter_count(1280, 1280), parameter_count(1280, 1280, rank=64)
+    (1639680, 165120)
+    """
+    weights = in_features * out_features if rank is None else rank * (in_features + out_features)
+    return weights + bias * out_features
+
+
+def flop_count(in_features: int, out_features: int, rank: int | None = None, bias: bool = True) -> int:
+    """Multiplications and additions for one row.
+
+    >>> flop_count(1280, 1280, bias=False) // flop_count(1280, 1280, rank=64, bias=False)
+    10
+    """
+    weights = in_features * out_features if rank is None else rank * (in_features + out_features)
+    return 2 * weights + bias * out_features
+
+
+def break_even_rank(in_features: int, out_features: int) -> float:
+    """The rank `mn / (m + n)` from which two factors hold no fewer weights than the dense layer.
+
+    >>> break_even_rank(1280, 1280)
+    640.0
+    """
+    return in_features * out_features / (in_features + out_features)

@@ -1,0 +1,209 @@
+"""Rank-r affine students of an affine teacher, solved without training. Tensors in, tensors out.
+
+Every solver returns `Factors` of `y = B (A x) + c` for a teacher `y = W x + b` with `W` of shape `(m, n)`:
+
+    svd          the best B A for ‖W − B A‖ (Eckart-Young-Mirsky); knows nothing of the data; c = b
+    svd_bias     the same, with c refitted to the mean of the data
+    whitened     the best B A for E‖(W − B A) x‖², uncentred, as SVD-LLM and DRONE have it; c = b
+    closed_form  the best B A *and* c for E‖W x + b − (B A x + c)‖²: centred reduced-rank regression
+
+All of them are nested: the first k columns of B and rows of A are the same solver's answer for rank k.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from distil_rank.errors import InputError
+from distil_rank.lowrank.moments import Moments
+
+Solver = Literal["svd", "svd_bias", "whitened", "closed_form"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+
+
+class Factors(NamedTuple):
+    """A rank-r affine map `y = B (A x) + c`."""
+
+    A: Tensor  # (r, n)
+    B: Tensor  # (m, r)
+    c: Tensor  # (m,)
+
+
+def check_rank(rank: int, weight: Tensor) -> None:
+    """Raise `InputError` unless `rank` is in [1, min(m, n)] for a weight of shape `(m, n)`."""
+    if not 1 <= rank <= min(weight.shape):
+        raise InputError(
+            f"Expected `rank` in [1, {min(weight.shape)}] for a {tuple(weight.shape)} layer but got {rank}."
+        )
+
+
+def solve(
+    weight: Tensor, bias: Tensor | None, rank: int, solver: Solver = "closed_form", moments: Moments | None = None
+) -> Factors:
+    """Rank-r factors of a dense layer.
+
+    Args:
+        weight: `W`, `(m, n)`.
+        bias: `b`, `(m,)`, or None for zeros.
+        rank: r in [1, min(m, n)].
+        solver: one of `SOLVERS`.
+        moments: of the layer's inputs; every solver but `svd` needs them.
+
+    Returns:
+        Factors in float64.
+
+    Raises:
+        InputError: the rank is out of range, or moments are missing or of another width.
+
+    >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> A, B, c = solve(W, None, 2, "svd")
+    >>> torch.allclose(B @ A, torch.diag(torch.tensor([3.0, 2.0, 0.0], dtype=torch.float64)))
+    True
+    """
+    check_rank(rank, weight)
+    weight = weight.detach().double()
+    bias = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias.detach().double()
+    bias = bias.to(weight.device)
+    if solver == "svd":
+        return _svd(weight, bias, rank)
+    if moments is None:
+        raise InputError(f"Expected moments of the layer's inputs for the solver {solver!r} but got none.")
+    if len(moments.mean) != weight.shape[1]:
+        raise InputError(
+            f"Expected inputs of width {weight.shape[1]} for a {tuple(weight.shape)} layer but got {len(moments.mean)}."
+        )
+    mean = moments.mean.to(weight)
+    if solver == "svd_bias":
+        A, B, _ = _svd(weight, bias, rank)
+        return Factors(A, B, bias + weight @ mean - B @ (A @ mean))
+    if solver == "whitened":
+        second_moment = Moments(mean, moments.covariance + torch.outer(moments.mean, moments.mean), moments.rows)
+        Q = output_spectrum(weight, second_moment)[1][:, :rank]
+        return Factors(Q.T @ weight, Q, bias)
+    if solver == "closed_form":
+        Q = output_spectrum(weight, moments)[1][:, :rank]
+        A = Q.T @ weight
+        return Factors(A, Q, bias + weight @ mean - Q @ (A @ mean))
+    raise InputError(f"Expected a solver out of {', '.join(SOLVERS)} but got {solver!r}.")
+
+
+def _svd(weight: Tensor, bias: Tensor, rank: int) -> Factors:
+    """`A = √S Vᵀ`, `B = U √S`: singular values shared evenly, so that neither factor dwarfs the other in training."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    root = S[:rank].sqrt()
+    return Factors(root[:, None] * Vh[:rank], U[:, :rank] * root, bias)
+
+
+def output_spectrum(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Principal components of the layer's output: eigenpairs of `W C Wᵀ`, largest first.
+
+    The eigenvalues dropped by the rank-r closed form add up to its exact mean squared error over the rows behind
+    `moments`; the eigenvectors are its `B`. Works on the smaller of the two Gram sides: `W C Wᵀ` is `(m, m)`, and
+    `C^½ Wᵀ W C^½`, with the same non-zero eigenvalues, is `(n, n)`.
+
+    Returns:
+        Eigenvalues `(k,)` and orthonormal eigenvectors `(m, k)`, `k = min(m, n)`, float64.
+    """
+    weight = weight.detach().double()
+    covariance = moments.covariance.to(weight)
+    m, n = weight.shape
+    if m <= n:
+        values, Q = torch.linalg.eigh(weight @ covariance @ weight.T)
+        return values.flip(0).clamp_min(0), Q.flip(1)
+    variances, V = torch.linalg.eigh(covariance)
+    root = weight @ (V * variances.clamp_min(0).sqrt())  # (m, n): root @ root.T is W C Wᵀ
+    values, P = torch.linalg.eigh(root.T @ root)
+    # QR instead of dividing by √value: directions without any energy still come out orthonormal.
+    Q, R = torch.linalg.qr(root @ P.flip(1))
+    return values.flip(0).clamp_min(0), Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+
+
+def row_spectrum(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`output_spectrum` from the rows themselves, for fewer rows than output dimensions: an `(N, N)` Gram matrix.
+
+    Args:
+        weight: `W`, `(m, n)`.
+        x: inputs `(N, n)`.
+
+    Returns:
+        Eigenvalues `(k,)`, eigenvectors `(m, k)`, and the rows' mean `(n,)`; `k = min(N, m, n)`.
+    """
+    weight, x = weight.detach().double(), x.double()
+    mean = x.mean(0)
+    outputs = (x - mean) @ weight.T  # (N, m)
+    values, P = torch.linalg.eigh(outputs @ outputs.T)
+    k = min(len(x), *weight.shape)
+    P = P.flip(1)[:, :k]
+    Q, R = torch.linalg.qr(outputs.T @ P)
+    return (values.flip(0)[:k] / len(x)).clamp_min(0), Q * torch.where(R.diagonal() < 0, -1.0, 1.0), mean
+
+
+def closed_form_from_rows(weight: Tensor, bias: Tensor | None, x: Tensor, rank: int) -> tuple[Factors, Tensor]:
+    """The closed form straight from rows `x (N, n)`, on whichever Gram side is smaller: `(N, N)`, `(m, m)` or `(n, n)`.
+
+    Returns:
+        Factors in float64, and the eigenvalues behind `r2_curve`.
+
+    Raises:
+        InputError: the rank is out of range.
+    """
+    check_rank(rank, weight)
+    if rank > len(x) or len(x) >= min(weight.shape):
+        moments = Moments.of(x)
+        return solve(weight, bias, rank, "closed_form", moments), output_spectrum(weight, moments)[0]
+    values, Q, mean = row_spectrum(weight, x)
+    weight, Q = weight.detach().double(), Q[:, :rank]
+    A = Q.T @ weight
+    c = weight @ mean - Q @ (A @ mean)
+    return Factors(A, Q, c if bias is None else c + bias.detach().double()), values
+
+
+def r2_curve(eigenvalues: Tensor) -> Tensor:
+    """Share of the output's variance that the closed form keeps at rank 1, 2, …: `(k,)`, rising to 1.
+
+    >>> r2_curve(torch.tensor([6.0, 3.0, 1.0])).tolist()
+    [0.6, 0.9, 1.0]
+    """
+    eigenvalues = eigenvalues.double()
+    total = eigenvalues.sum()
+    if total <= 0:
+        return torch.ones_like(eigenvalues)
+    return (eigenvalues.cumsum(0) / total).clamp_max(1)
+
+
+def choose_rank(eigenvalues: Tensor, rank: int | float | str) -> int:
+    """Turn what the user asked for into a rank.
+
+    Args:
+        eigenvalues: of the teacher's output on the training rows, largest first, `(k,)`.
+        rank: an integer is taken as it is; a float in (0, 1) is the share of output variance to keep, by the fewest
+            directions; `"auto"` is the knee of the curve R²(r): the r at which it stands highest above the straight
+            line from (0, 0) to (k', 1), where k' counts the directions with any energy. Past the knee a further rank
+            buys less than the average one.
+
+    Raises:
+        InputError: anything else, or an integer out of [1, k].
+
+    >>> values = torch.tensor([6.0, 3.0, 0.9, 0.1])
+    >>> choose_rank(values, 3), choose_rank(values, 0.9), choose_rank(values, "auto")
+    (3, 2, 2)
+    """
+    k = len(eigenvalues)
+    what = "an integer rank, a share of variance in (0, 1), or 'auto'"
+    if rank == "auto":
+        curve = r2_curve(eigenvalues)
+        alive = max(int((eigenvalues > eigenvalues[0] * 1e-12).sum()), 1)
+        chord = torch.arange(1, k + 1, dtype=curve.dtype) / alive
+        return int((curve.cpu() - chord)[:alive].argmax()) + 1
+    if isinstance(rank, str | bool):
+        raise InputError(f"Expected {what} but got {rank!r}.")
+    if isinstance(rank, float) and not rank.is_integer():
+        if not 0 < rank < 1:
+            raise InputError(f"Expected {what} but got {rank}.")
+        return min(int((r2_curve(eigenvalues) < rank).sum()) + 1, k)
+    if not 1 <= rank <= k:
+        raise InputError(f"Expected `rank` in [1, {k}] but got {rank:g}.")
+    return int(rank)

@@ -1,0 +1,1 @@
+"""What is measured: fidelity, bootstrap intervals, latency."""

@@ -1,0 +1,1 @@
+"""The ladder on held-out rows, and how it is shown: JSON, Markdown, terminal, pictures."""

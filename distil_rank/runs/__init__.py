@@ -1,0 +1,1 @@
+"""MLflow and what a run carries; nothing outside knows it."""

@@ -1,0 +1,311 @@
+"""Runs in MLflow. Only this module and `registry` know MLflow.
+
+Runs go to a sqlite database under `mlruns/`, their artifacts beside it, or wherever `MLFLOW_TRACKING_URI` points.
+Everything goes through a client of its own: MLflow's current run, tracking address and environment stay untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlflow
+import requests
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.telemetry import set_telemetry_client
+
+from distil_rank.errors import InputError
+from distil_rank.runs import provenance
+from distil_rank.runs.interrupts import exit_on_signals, was_interrupted
+from distil_rank.runs.run_store import RUN_LISTS, VIEW, artifact_location, default_tracking_uri, shown
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+set_telemetry_client()  # it reads that while MLflow is imported, which has happened
+
+for _noisy in ("alembic", "mlflow"):  # "Creating initial MLflow database tables..." and its like
+    logging.getLogger(_noisy).setLevel(logging.WARNING)
+
+log = logging.getLogger(__name__)
+
+REACHED_WITHIN = 5.0  # seconds in which a remote server has to answer
+PARAMS_PER_CALL, PARAM_LENGTH, NOTE_LENGTH, DIGEST_LENGTH = 100, 6000, 8000, 36  # MLflow's own limits
+
+
+@dataclass(frozen=True)
+class Run:
+    """One open MLflow run. Made by `start_run`.
+
+    Attributes:
+        id: MLflow's.
+        experiment: its experiment's name.
+        experiment_id: its experiment's id.
+        tracking_uri: where it is kept.
+        folder: local folder for what training leaves behind (checkpoints), under `mlruns/`.
+        client: an `MlflowClient` for whatever is not offered here.
+    """
+
+    id: str
+    experiment: str
+    experiment_id: str
+    tracking_uri: str
+    folder: Path
+    client: mlflow.MlflowClient = field(repr=False)
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Record parameters; nested mappings become dotted names. The first value of a name stays, and it is said."""
+        known = self.client.get_run(self.id).data.params
+        given = {name: str(value)[:PARAM_LENGTH] for name, value in _flatten(params).items()}
+        for name in given.keys() & known.keys():
+            if given[name] != known[name]:
+                log.warning("Parameter %s stays %s in MLflow; %s came later.", name, known[name], given[name])
+        new = [Param(name, value) for name, value in given.items() if name not in known]
+        for start in range(0, len(new), PARAMS_PER_CALL):
+            self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_CALL])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record one value of each metric at a step (0 if there are no steps)."""
+        now = int(time.time() * 1000)
+        values = [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
+        self.client.log_batch(self.id, metrics=values)
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        """Set tags; a tag that is there is replaced."""
+        self.client.log_batch(self.id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+
+    def note(self, markdown: str) -> None:
+        """Describe the run, in Markdown, on its page; above it stand links to the runs that this one builds on.
+
+        Those are the runs that its tags `<what>_run` name. What goes beyond MLflow's limit goes to `note.md`.
+        """
+        links = []
+        for tag, other in self.client.get_run(self.id).data.tags.items():
+            if tag.endswith("_run"):
+                with suppress(MlflowException):  # another server's run, or one deleted for good
+                    info = self.client.get_run(other).info
+                    page = f"#/experiments/{info.experiment_id}/runs/{other}"
+                    links.append(f"{tag.removesuffix('_run')} [{info.run_name}]({page})")
+        if links:
+            markdown = f"Builds on {', '.join(links)}.\n\n{markdown}"
+        if len(markdown) > NOTE_LENGTH:
+            self.log_text(markdown, "note.md")
+            start = markdown[: NOTE_LENGTH - 100].rpartition("\n")[0]
+            markdown = f"{start}\n\n… The rest is in the artifact `note.md`."
+        self.set_tags({"mlflow.note.content": markdown})
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep a file, or a folder with what is in it, with the run."""
+        if path.is_dir():
+            self.client.log_artifacts(self.id, str(path), folder)
+        else:
+            self.client.log_artifact(self.id, str(path), folder)
+
+    def log_text(self, text: str, file: str) -> None:
+        """Keep a text as an artifact of this name."""
+        self.client.log_text(self.id, text, file)
+
+    def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
+        """Record which rows went in: what they are called, their digest and where they lie; not the rows themselves.
+
+        Args:
+            shape: of the rows, `(N, n)`.
+            name: of the data set.
+            digest: hash of its content; MLflow keeps 36 characters.
+            context: what the rows were for, such as `training` or `test`.
+            source: file that holds them, or what made them.
+        """
+        layout = [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, *shape[1:]]}}]
+        dataset = Dataset(
+            name,
+            digest[:DIGEST_LENGTH],
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            schema=json.dumps({"mlflow_tensorspec": {"features": json.dumps(layout), "targets": None}}),
+            profile=json.dumps({"features_shape": list(shape)}),
+        )
+        self.client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+@contextmanager
+def start_run(
+    experiment: str,
+    name: str,
+    *,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+    parent: Run | None = None,
+    system_metrics: bool = False,
+    root: Path = Path(),
+) -> Iterator[Run]:
+    """Open a run; it ends FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED, then with the reason in the tag `error`.
+
+    Of the processes of a distributed command the first one's run is kept; the others' are thrown away when they end.
+
+    Args:
+        experiment: one of `run_store.RUN_LISTS`, or a new name.
+        name: tells the run from its neighbours.
+        params: parameters to record.
+        tags: tags to record, such as the runs that this one builds on.
+        parent: the run that this one is nested in.
+        system_metrics: sample processor, memory and GPU use every ten seconds; needs `psutil`.
+        root: the project; runs are kept under its `mlruns/` unless `MLFLOW_TRACKING_URI` says otherwise.
+
+    Raises:
+        InputError: if the tracking server does not answer, or MLflow refuses the place.
+    """
+    inherited = {"mlflow.parentRunId": parent.id} if parent else {}
+    with ExitStack() as stack:
+        tracking_uri = default_tracking_uri(root)
+        if _rank() > 0:
+            tracking_uri = f"sqlite:///{stack.enter_context(tempfile.TemporaryDirectory())}/mlflow.db"
+        try:
+            client = connect(tracking_uri)
+            experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
+            made = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
+        except MlflowException as error:
+            raise InputError(
+                f"Expected MLflow to keep runs at {shown(tracking_uri)} but it said: {_first_line(error)}"
+            ) from error
+        folder = root.resolve() / "mlruns" / "lightning"
+        run = Run(made.info.run_id, experiment, experiment_id, tracking_uri, folder, client)
+        with _ended(run), exit_on_signals(signal.SIGTERM), _monitored(run, system_metrics):
+            run.log_params(params)
+            yield run
+
+
+def connect(tracking_uri: str) -> mlflow.MlflowClient:
+    """A client for the runs at an address.
+
+    Raises:
+        InputError: if a remote server does not answer within five seconds (MLflow itself would try for minutes).
+    """
+    if tracking_uri.startswith("http"):
+        try:
+            answer = requests.get(f"{tracking_uri.rstrip('/')}/health", timeout=REACHED_WITHIN)
+            reason = f"HTTP {answer.status_code}" if answer.status_code >= 500 else None
+        except requests.exceptions.SSLError:
+            reason = None  # it is there; whether its certificate will do is MLflow's settings to say
+        except requests.RequestException as error:
+            reason = "no answer in time" if isinstance(error, requests.Timeout) else "no connection"
+        if reason:
+            raise InputError(
+                f"Expected an MLflow server at {shown(tracking_uri)} but there is {reason}: start it, "
+                "or unset MLFLOW_TRACKING_URI to keep runs under mlruns/."
+            )
+    elif not Path(tracking_uri.removeprefix("sqlite:///")).exists():
+        log.info("Making the run database %s, once.", tracking_uri)
+    return mlflow.MlflowClient(tracking_uri)
+
+
+@contextmanager
+def _ended(run: Run) -> Iterator[None]:
+    """Give the run the status that its end deserves."""
+    status = "FINISHED"
+    try:
+        yield
+    except BaseException as error:
+        left = isinstance(error, SystemExit) and not error.code
+        status = "KILLED" if was_interrupted(error) else "FINISHED" if left else "FAILED"
+        if status == "FAILED":
+            _try(run.set_tags, {"error": _first_line(error)})
+        raise
+    finally:
+        _try(run.client.set_terminated, run.id, status)
+
+
+def _try(call: Callable[..., object], *arguments: object) -> None:
+    """Tell MLflow of a run's end; should it fail, that must not hide what ended the run."""
+    try:
+        call(*arguments)
+    except MlflowException as error:
+        log.warning("MLflow did not take note of the run's end: %s", _first_line(error))
+
+
+@contextmanager
+def _monitored(run: Run, wanted: bool) -> Iterator[None]:
+    """Sample the machine's load while a run lasts."""
+    if not wanted:
+        yield
+        return
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: PLC0415 - needs psutil
+
+        monitor = SystemMetricsMonitor(run.id, tracking_uri=run.tracking_uri)
+    except (ImportError, MlflowException) as error:
+        log.warning("No system metrics in MLflow: %s", _first_line(error))
+        yield
+        return
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _experiment_id(client: mlflow.MlflowClient, name: str, location: str | None) -> str:
+    """The experiment's id; made, described and given its columns where that is missing."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        found = client.get_experiment(client.create_experiment(name, artifact_location=location))
+    elif found.lifecycle_stage == "deleted":
+        log.warning("Experiment %s was deleted in MLflow; it is restored for the new run.", name)
+        client.restore_experiment(found.experiment_id)
+    if location is not None and found.artifact_location != location:
+        log.warning(
+            "Artifacts of experiment %s go to %s, where its database was made, not to %s.",
+            *(name, found.artifact_location, location),
+        )
+    described = {"mlflow.experimentKind": "custom_model_development"}  # the user interface then shows runs, not traces
+    if name in RUN_LISTS:
+        described["mlflow.note.content"] = RUN_LISTS[name].note
+        described[f"mlflow.sharedViewState.{VIEW}"] = RUN_LISTS[name].view()
+    for key, value in described.items():
+        if found.tags.get(key) != value:
+            client.set_experiment_tag(found.experiment_id, key, value)
+    return found.experiment_id
+
+
+def _rank() -> int:
+    """Which process of a distributed command this is, by what its launcher (Lightning, torchrun, SLURM) says."""
+    said = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next((rank for rank in said if rank), 0))
+
+
+def _origin() -> dict[str, str]:
+    """Tags that say who and what made the run; MLflow's own names where it has them."""
+    tags = {
+        "mlflow.user": provenance.user(),
+        "mlflow.source.name": provenance.command(),
+        "mlflow.source.type": "LOCAL",
+        **{f"version.{name}": found for name, found in provenance.versions().items()},
+    }
+    if commit := provenance.commit():
+        tags["mlflow.source.git.commit"] = commit[0]
+        tags["mlflow.source.git.dirty"] = str(commit[1]).lower()
+    return tags
+
+
+def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted names.
+
+    >>> _flatten({"optimiser": {"lr": 0.1}, "rank": 64})
+    {'optimiser.lr': 0.1, 'rank': 64}
+    """
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, on one line, with its type where that is part of the message."""
+    said = (str(error).strip().splitlines() or [""])[0]
+    return said if isinstance(error, (InputError, MlflowException)) else f"{type(error).__name__}: {said}"

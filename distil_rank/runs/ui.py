@@ -1,0 +1,125 @@
+"""MLflow's user interface on the project's runs, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+
+import requests
+
+from distil_rank.errors import InputError
+from distil_rank.runs.interrupts import exit_on_signals, was_interrupted
+from distil_rank.runs.run_store import VIEW, default_tracking_uri, is_remote, shown
+
+USUAL_PORT = 5000
+http = requests.Session()
+http.trust_env = False  # no proxy stands between us and our own server
+STARTS_WITHIN, STOPS_WITHIN = 120.0, 10.0  # seconds
+
+
+def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.1") -> None:
+    """Show the runs in a browser; ends with Ctrl-C.
+
+    Args:
+        root: the project, whose `mlruns/` holds the runs.
+        port: to listen on; 5000, or a free one where that is taken, if not given.
+        host: address to listen on; 0.0.0.0 lets other machines in.
+
+    Raises:
+        InputError: if the port is taken, or the server does not start.
+    """
+    uri = default_tracking_uri(root)
+    if is_remote(uri):
+        print(f"MLFLOW_TRACKING_URI keeps the runs at {shown(uri)}: open that in a browser.")
+        return
+    folder = root.resolve() / "mlruns"
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port(host, port)
+    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    print("Starting the MLflow UI ...", flush=True)
+    with exit_on_signals(signal.SIGTERM, signal.SIGHUP), _server(uri, folder, host, port) as server:
+        try:
+            _wait_until_it_answers(server, address, folder)
+            print(f"MLflow UI at {address} (Ctrl-C ends it)")
+            for name, page in run_lists(address):
+                print(f"  {name:8} {page}", flush=True)
+            server.wait()
+        except (KeyboardInterrupt, SystemExit) as end:
+            if not was_interrupted(end):
+                raise
+            print("\nThe MLflow UI has ended.")
+            return
+    raise InputError(f"The MLflow UI ended by itself; see {folder / 'ui.log'}.")
+
+
+def run_lists(address: str) -> list[tuple[str, str]]:
+    """Each of our experiments with the page of its runs, opened with the columns that matter."""
+    answer = http.post(f"{address}/api/2.0/mlflow/experiments/search", json={"max_results": 1000}, timeout=30)
+    return [
+        (
+            experiment["name"],
+            f"{address}/#/experiments/{experiment['experiment_id']}/runs"
+            f"?workflowType=machine_learning&viewStateShareKey={VIEW}",
+        )
+        for experiment in sorted(answer.json()["experiments"], key=itemgetter("name"))
+        if f"mlflow.sharedViewState.{VIEW}" in {tag["key"] for tag in experiment.get("tags", ())}
+    ]
+
+
+def free_port(host: str, wanted: int | None) -> int:
+    """A port that nothing listens on: the wanted one, else 5000, else any.
+
+    Raises:
+        InputError: if the wanted one cannot be had.
+    """
+    for port in (wanted,) if wanted is not None else (USUAL_PORT, 0):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+                return int(listener.getsockname()[1])
+            except OSError as error:
+                reason = error.strerror
+    raise InputError(f"Expected a free port at {host} but {wanted} cannot be had ({reason}): choose another --port.")
+
+
+@contextmanager
+def _server(uri: str, folder: Path, host: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """MLflow's server as a process group of its own, so that Ctrl-C reaches us alone and we end all of it."""
+    options = {"--backend-store-uri": uri, "--host": host, "--port": str(port), "--workers": "1"}
+    options["--artifacts-destination"] = str(folder / "artifacts")
+    command = [sys.executable, "-m", "mlflow", "server", *chain.from_iterable(options.items())]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "ui.log").open("wb") as output:
+        server = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **quiet}, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield server
+    finally:
+        for ask in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(server.pid, ask)
+                server.wait(STOPS_WITHIN)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+
+def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str, folder: Path) -> None:
+    end = time.monotonic() + STARTS_WITHIN
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            http.get(f"{address}/health", timeout=5)
+            return
+        except requests.RequestException:
+            time.sleep(0.2)
+    raise InputError(f"Expected the MLflow UI to start at {address} but it did not; see {folder / 'ui.log'}.")

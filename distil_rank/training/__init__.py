@@ -1,0 +1,1 @@
+"""Teachers and students with Lightning, from one teacher to the finished experiment."""

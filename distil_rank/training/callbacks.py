@@ -1,0 +1,151 @@
+"""What is watched while a student trains: its fidelity beside the baseline's, and how fast it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distil_rank.measure.latency import compare_layers
+from distil_rank.measure.metrics import Fidelity
+from distil_rank.training.distil import DistilModule
+
+
+class LogLosses(Callback):
+    """Log the training loss and its parts, `train/<name>`, at every `log_every_n_steps` of the trainer.
+
+    `LightningModule.log` would do it at several times the cost of a small student's whole step.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Log one batch."""
+        if trainer.logger is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            losses = {f"train/{name}": float(value) for name, value in outputs.items()}
+            trainer.logger.log_metrics(losses, step=trainer.global_step)
+
+
+class LogFidelity(Callback):
+    """Log cosine, centred cosine, relative MSE and R² on validation rows, each epoch, of the student and of baselines.
+
+    The metric names are `val/<metric>/<method>`, so that the tracking server draws one metric's methods side by side.
+
+    Args:
+        baselines: other replacements of the same teacher, by name; they do not change, and show as level lines.
+        mean: the teacher's mean output on the training rows, `(m,)`.
+    """
+
+    def __init__(self, baselines: Mapping[str, nn.Module], mean: Tensor) -> None:
+        self.baselines = dict(baselines)
+        self.metrics = {name: Fidelity(mean) for name in ("student", *self.baselines)}
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a new pass."""
+        for name, metric in self.metrics.items():
+            metric.to(pl_module.device).reset()
+            if name in self.baselines:
+                self.baselines[name].to(pl_module.device)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, *indices: int
+    ) -> None:
+        """Add one batch."""
+        assert isinstance(pl_module, DistilModule)
+        target = pl_module.teacher(batch)
+        for name, metric in self.metrics.items():
+            metric.update(self.baselines.get(name, pl_module.student)(batch), target)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the pass."""
+        for method, metric in self.metrics.items():
+            pl_module.log_dict({f"val/{name}/{method}": value for name, value in metric.compute().items()})
+
+
+class CurveRecorder(Callback):
+    """Keep the validation curve for the report: `1 − R²` and the loss at every validation, the warm start first.
+
+    Args:
+        mean: the teacher's mean output on the training rows, `(m,)`.
+
+    Attributes:
+        curve: lists `step`, `val_residual` and `val_loss`.
+    """
+
+    def __init__(self, mean: Tensor) -> None:
+        self.fidelity = Fidelity(mean)
+        self.curve: dict[str, list[float]] = {"step": [], "val_residual": [], "val_loss": []}
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a new pass."""
+        self.fidelity.to(pl_module.device).reset()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, *indices: int
+    ) -> None:
+        """Add one batch."""
+        assert isinstance(pl_module, DistilModule)
+        self.fidelity.update(pl_module.student(batch), pl_module.teacher(batch))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the pass."""
+        self.curve["step"].append(trainer.global_step)
+        self.curve["val_residual"].append(1 - float(self.fidelity.compute()["r2"]))
+        self.curve["val_loss"].append(float(trainer.callback_metrics["val/loss"]))
+
+
+class Progress(Callback):
+    """One progress bar over all steps of a run, with the time left; nothing where output is not a terminal.
+
+    Args:
+        title: what is going on.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar, from where a resumed run stands."""
+        total = int(trainer.estimated_stepping_batches)
+        self.bar = tqdm(
+            desc=self.title, total=total, initial=trainer.global_step, unit="step", disable=None, leave=False
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """One step further."""
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the bar away."""
+        self.bar.close()
+
+
+class LogLatency(Callback):
+    """Time the dense layer beside the student once training ends, and log medians, 95th percentiles and ratios.
+
+    Args:
+        batches: rows in a call.
+        threads: of the processor, while timing.
+
+    Attributes:
+        rows: what was measured.
+    """
+
+    def __init__(self, batches: Sequence[int] = (1, 32, 256), threads: int = 1) -> None:
+        self.batches, self.threads = batches, threads
+        self.rows: list[Any] = []
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time, on the first process only."""
+        assert isinstance(pl_module, DistilModule)
+        if not trainer.is_global_zero:
+            return
+        self.rows = compare_layers(pl_module.teacher, pl_module.student, batches=self.batches, threads=self.threads)
+        for row in self.rows:
+            if trainer.logger is not None:
+                shown = ("dense_us", "dense_p95_us", "student_us", "student_p95_us", "ratio", "threads")
+                metrics = {f"timing/batch{row.batch}/{name}": getattr(row, name) for name in shown}
+                trainer.logger.log_metrics(metrics, step=trainer.global_step)

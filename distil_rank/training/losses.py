@@ -1,0 +1,54 @@
+"""What distillation minimises: at the layer itself, or at the end of the model that stands behind it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_loss(output: Tensor, target: Tensor, alpha: float, variance: float = 1.0) -> dict[str, Tensor]:
+    """Squared error and angle between the outputs of student and teacher, `(N, m)`.
+
+    Args:
+        output: of the student.
+        target: of the teacher.
+        alpha: weight of the angle.
+        variance: what the squared error is divided by.
+
+    Returns:
+        `loss`, and its parts `mse` and `one_minus_cosine`, each `(N,)`.
+
+    >>> import torch
+    >>> parts = layer_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), alpha=0.1, variance=2.0)
+    >>> {name: round(value.item(), 3) for name, value in parts.items()}
+    {'loss': 0.6, 'mse': 1.0, 'one_minus_cosine': 1.0}
+    """
+    mse = (output - target).square().mean(-1)
+    angle = 1 - F.cosine_similarity(output, target, dim=-1)
+    return {"loss": mse / variance + alpha * angle, "mse": mse, "one_minus_cosine": angle}
+
+
+def tail_loss(logits: Tensor, target: Tensor, kind: Literal["classification", "regression"]) -> Tensor:
+    """How far each row ends from where the teacher takes it, `(N,)`.
+
+    Classification: the Kullback-Leibler divergence KL(teacher ‖ student) of the class probabilities (Hinton, Vinyals
+    and Dean, 2015), plus a tenth of the squared error of the logits, which still pulls where both are certain.
+    Regression: the squared error.
+
+    Args:
+        logits: `(N, classes)`, of the student.
+        target: the same of the teacher.
+        kind: what the outputs are.
+
+    >>> import torch
+    >>> logits = torch.tensor([[2.0, -1.0]])
+    >>> tail_loss(logits, logits, "classification").tolist()
+    [0.0]
+    """
+    squared = (logits - target).square().mean(-1)
+    if kind == "regression":
+        return squared
+    student, teacher = F.log_softmax(logits, -1), F.log_softmax(target, -1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) + 0.1 * squared

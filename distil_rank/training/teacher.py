@@ -1,0 +1,155 @@
+"""Teachers: the dense layers to be distilled, and a gate that tells whether one is worth it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from distil_rank.lowrank.moments import Moments
+from distil_rank.lowrank.solvers import output_spectrum
+from distil_rank.measure.metrics import effective_rank
+
+log = logging.getLogger(__name__)
+
+
+class TeacherModule(LightningModule):
+    """A linear denoiser: `x + noise` in, `x` out.
+
+    Args:
+        features: d, the width of an embedding; the layer is `(d, d)`.
+        noise: Standard deviation of the Gaussian noise.
+        noise_scale: What `noise` is measured in: `absolute` units, as the original has it, or `relative` to each
+            dimension's standard deviation over the training rows.
+        lr: Learning rate of Adam.
+        std: `(d,)` standard deviation of each dimension, for relative noise.
+    """
+
+    std: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        noise: float = 0.3,
+        noise_scale: Literal["absolute", "relative"] = "absolute",
+        lr: float = 1e-3,
+        std: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["std"], logger=False)
+        self.layer = nn.Linear(features, features)
+        self.register_buffer("std", torch.ones(features) if std is None else std.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(…, d)` → `(…, d)`."""
+        return self.layer(x)
+
+    def corrupt(self, x: Tensor) -> Tensor:
+        """Add the noise that the layer learns to take away."""
+        scale = self.std if self.hparams["noise_scale"] == "relative" else 1.0
+        return x + self.hparams["noise"] * scale * torch.randn_like(x)
+
+    def training_step(self, x: Tensor, batch_index: int) -> dict[str, Tensor]:
+        """Mean squared error against the clean input."""
+        return {"loss": F.mse_loss(self(self.corrupt(x)), x)}
+
+    def validation_step(self, x: Tensor, batch_index: int) -> None:
+        """The same on validation rows."""
+        self.log("val/loss", F.mse_loss(self(self.corrupt(x)), x), batch_size=len(x))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam at a constant rate."""
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+
+
+def random_teacher(in_features: int, out_features: int | None = None, seed: int = 42) -> nn.Linear:
+    """A layer as `nn.Linear` is born (Kaiming-uniform), the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(in_features, out_features or in_features)
+
+
+def spectral_teacher(features: int, decay: float = 100.0, scale: float = 2.0, seed: int = 42) -> nn.Linear:
+    """`W = U diag(S) V` with `S_i = scale · exp(−i / decay)` and no bias to speak of.
+
+    U and V are the Q factors of Gaussian matrices.
+
+    >>> S = torch.linalg.svdvals(spectral_teacher(16, decay=4.0).weight)
+    >>> bool(torch.isclose(S[4] / S[0], torch.tensor(-1.0).exp()))
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(features, features, generator=generator))[0] for _ in range(2))
+    S = scale * torch.exp(-torch.arange(features) / decay)
+    teacher: nn.Linear = nn.utils.skip_init(nn.Linear, features, features)
+    with torch.no_grad():
+        teacher.weight.copy_(U @ (S[:, None] * V))
+        teacher.bias.zero_()
+    return teacher
+
+
+@dataclass(frozen=True)
+class TeacherCheck:
+    """What the gate found.
+
+    Attributes:
+        denoising_r2: R² of the teacher against the clean input on held-out rows; None unless it is a denoiser. At or
+            below 0 it does worse than predicting the mean protein.
+        noise_to_std: the noise over the median standard deviation of a dimension; None unless it is a denoiser.
+        effective_rank: of the teacher's output on the training rows (Roy and Vetterli, 2007).
+        warning: one line that names the remedy, or None.
+    """
+
+    effective_rank: float
+    denoising_r2: float | None = None
+    noise_to_std: float | None = None
+    warning: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def check_teacher(
+    teacher: nn.Linear,
+    moments: Moments,
+    heldout: Tensor | None = None,
+    noise: float | None = None,
+    relative: bool = False,
+) -> TeacherCheck:
+    """Is this layer worth distilling?
+
+    Args:
+        teacher: the dense layer.
+        moments: of its inputs on the training rows.
+        heldout: rows `(N, d)` that it did not see; given for a denoiser only.
+        noise: the denoiser's noise.
+        relative: whether that is in units of each dimension's standard deviation.
+    """
+    values = output_spectrum(teacher.weight, moments)[0]
+    rank = float(effective_rank(values))
+    if heldout is None or noise is None:
+        return TeacherCheck(rank)
+    mean = moments.mean.to(heldout)
+    variance = (heldout - mean).double().square().sum()
+    std = moments.covariance.diagonal().clamp_min(0).sqrt()
+    generator = torch.Generator().manual_seed(0)
+    corrupted = heldout + noise * (std.to(heldout) if relative else 1.0) * torch.randn(
+        heldout.shape, generator=generator
+    )
+    r2 = float(1 - (teacher(corrupted) - heldout).double().square().sum() / variance)
+    ratio = noise if relative else float(noise / std.median())
+    warning = None
+    if r2 <= 0:
+        warning = (
+            f"This denoiser is worse than predicting the mean (R² {r2:.2f} on held-out rows): its noise is {ratio:.1f} "
+            "times the spread of a typical dimension. Use --teacher.noise_scale relative, or a smaller --teacher.noise."
+        )
+        log.warning(warning)
+    return TeacherCheck(rank, r2, ratio, warning)

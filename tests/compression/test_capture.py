@@ -1,0 +1,117 @@
+"""Hooks see every real row of a layer's input, once, in any kind of batch, and leave no trace."""
+
+import pytest
+import torch
+from torch import nn
+
+from distil_rank.compression.capture import Batches, call_model, capture, evaluating
+from distil_rank.errors import InputError
+from distil_rank.lowrank.moments import Moments
+
+
+class TokenModel(nn.Module):
+    """Takes padded tokens, as Hugging Face models do."""
+
+    def __init__(self, time_first=False):
+        super().__init__()
+        self.embed, self.dense, self.head = nn.Embedding(20, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.time_first = time_first
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        x = self.dense(x.transpose(0, 1)).transpose(0, 1) if self.time_first else self.dense(x)
+        return self.head(x[:, 0])
+
+
+def token_batches(sizes):
+    torch.manual_seed(0)
+    batches = []
+    for rows, length in sizes:
+        lengths = torch.randint(1, length + 1, (rows,))
+        lengths[0] = length
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        batches.append({"input_ids": torch.randint(0, 20, (rows, length)), "attention_mask": mask})
+    return batches
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_padding_is_left_out_whichever_axis_is_time(time_first):
+    model, batches = TokenModel(time_first), token_batches([(3, 7), (4, 4), (5, 2)])  # one square batch
+    found = capture(model, {"dense": model.dense}, [(batch, False) for batch in batches])["dense"]
+    real = torch.cat([model.embed(b["input_ids"])[b["attention_mask"].bool()] for b in batches])
+    expected, got = Moments.of(real), found.moments()
+    assert got.rows == len(real)
+    torch.testing.assert_close(got.covariance, expected.covariance)
+
+
+def test_pooled_inputs_are_not_tokens():
+    model, batches = TokenModel(), token_batches([(3, 7), (3, 3)])
+    found = capture(model, {"head": model.head}, [(batch, False) for batch in batches])
+    assert found["head"].moments().rows == 6
+
+
+def test_flattened_tokens_obey_the_mask():
+    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4))
+    x, keep = torch.randn(3, 5, 4), torch.rand(3, 5) < 0.5
+    found = capture(model, {"1": model[1]}, [(x, False)], mask=lambda batch: keep)
+    torch.testing.assert_close(found["1"].moments().mean, x[keep].double().mean(0))
+
+
+def test_layers_come_in_running_order_and_each_call_counts():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second, self.first = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(self.first(self.first(x)))
+
+    model, x = Twice(), torch.randn(10, 4)
+    found = capture(model, {"second": model.second, "first": model.first}, [(x, False)])
+    assert list(found) == ["first", "second"]
+    both = torch.cat([x, model.first(x)])
+    torch.testing.assert_close(found["first"].moments().mean, both.double().mean(0).detach())
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, 0), lambda x: [x], lambda x: {"input": x}])
+def test_batches_of_every_kind(wrap):
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3)
+    model[0].register_forward_pre_hook(lambda module, arguments: None)
+    target = model[0] if isinstance(wrap(x), dict) else model
+    assert torch.equal(call_model(target, wrap(x)), model(x))
+
+
+def test_every_fifth_batch_is_held_out_unless_some_are_given():
+    assert [held_out for _, held_out in Batches(list(range(10)))] == ([False] * 4 + [True]) * 2
+    assert list(Batches([1, 2], held_out=[3])) == [(1, False), (2, False), (3, True)]
+    assert len(list(Batches(torch.randn(23, 4)))) == 8
+    rows = torch.cat([batch for batch, _ in Batches(torch.arange(1000.0)[:, None])])
+    assert torch.equal(rows[:, 0], torch.arange(1000.0))
+
+
+def test_data_that_would_differ_in_a_second_pass_are_refused():
+    data = torch.utils.data.TensorDataset(torch.randn(40, 3))
+    with pytest.raises(InputError, match="the loader shuffles"):
+        Batches(torch.utils.data.DataLoader(data, shuffle=True)).check_repeatable()
+    Batches(torch.utils.data.DataLoader(data, shuffle=True), held_out=[]).check_repeatable()
+    with pytest.raises(InputError, match="got an iterator"):
+        Batches(iter([1, 2])).check_repeatable()
+
+
+def test_no_hook_stays_even_after_an_error_and_modes_are_kept():
+    model = nn.Sequential(nn.Dropout(), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].eval()
+    with pytest.raises(RuntimeError):
+        capture(model, {"1": model[1]}, [(torch.randn(2, 7), False)])
+    assert not model[1]._forward_pre_hooks
+    assert model.training and not model[2].training
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+
+
+def test_a_pass_may_stop_where_the_layer_has_run():
+    ran = []
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].register_forward_pre_hook(lambda module, arguments: ran.append(1))
+    found = capture(model, {"0": model[0]}, [(torch.randn(2, 3), False)] * 3, once=True)
+    assert found["0"].moments().rows == 6 and not ran

@@ -1,0 +1,257 @@
+"""Layers inside any model are replaced by the best students for the user's data, and the report tells the truth."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from distil_rank.compression.compress import compress
+from distil_rank.errors import InputError
+from distil_rank.lowrank.low_rank import LowRankLinear
+from distil_rank.lowrank.moments import Moments
+from distil_rank.measure.latency import torch_threads
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with torch_threads(1):  # these matrices are far too small for two
+        yield
+
+
+class Net(nn.Module):
+    """Embedding, two projections in a residual block, a head that shares the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 12)
+        self.up, self.down = nn.Linear(12, 32), nn.Linear(32, 12)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(12, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        return {"logits": self.head(self.dropout(x + self.down(torch.tanh(self.up(x)))))}
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def tokens():
+    torch.manual_seed(1)
+    return [{"input_ids": torch.randint(0, 9, (8, 11)), "attention_mask": torch.ones(8, 11)} for _ in range(12)]
+
+
+def mlp(width=24, classes=3):
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, classes)
+    )
+
+
+def rows(n=900, width=24):
+    torch.manual_seed(3)
+    return torch.randn(n, width) @ torch.diag(torch.logspace(0.3, -1.5, width)) @ torch.randn(width, width) + 0.5
+
+
+@torch.no_grad()
+def test_what_the_report_says_is_what_the_rows_show():
+    model, x = mlp(), rows()
+    dense = copy.deepcopy(model[0])
+    report = compress(model, {"0": 4}, x)
+    fit, held_out = (
+        torch.cat([b for i, b in enumerate(x.split(90)) if (i % 5 == 4) == last]) for last in (False, True)
+    )
+    row, y_fit = report.layers[0], dense(fit)
+
+    def r2(z):
+        return float(1 - (dense(z) - model[0](z)).square().sum() / (dense(z) - y_fit.mean(0)).square().sum())
+
+    assert row.rank == model[0].rank == 4
+    assert row.predicted_r2 == pytest.approx(r2(fit), abs=1e-5)
+    assert row.held_out_r2 == pytest.approx(r2(held_out), abs=1e-5)
+    assert (row.dense_parameters, row.parameters) == (24 * 24 + 24, 4 * 48 + 24)
+    whole = nn.Sequential(dense, *model[1:])
+    agree = (whole(held_out).argmax(1) == model(held_out).argmax(1)).float().mean()
+    assert report.outputs.rows == len(held_out) == 180
+    assert report.outputs.predictions_kept == pytest.approx(float(agree))
+    error = (whole(held_out).softmax(1) - model(held_out).softmax(1)).abs().sum(1).mean() / 2
+    assert report.outputs.probability_error == pytest.approx(float(error), rel=1e-4)
+    assert row.dense_us > 0 and row.student_us > 0
+    assert "| 0 | 24 → 24 | 4 | 600 → 216 |" in str(report) and report.to_dict()["layers"][0]["rank"] == 4
+
+
+def test_the_student_brings_its_papers_and_its_guard():
+    model = mlp()
+    compress(model, {"0": 0.95}, rows())
+    papers = model[0].provenance
+    assert len(papers["r2"]) == len(papers["r2_held_out"]) == model[0].rank
+    assert papers["rows"] == 720 and papers["held_out_rows"] == 180
+    assert 0 < model[0].guard.flags(rows()).float().mean() < 0.05
+    assert model[0].guard.flags(50 * torch.randn(100, 24)).all()
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(3, 3), (0.9, None), ("auto", None)])
+def test_ranks_of_every_kind(rank, expected):
+    report = compress(mlp(), {"2": rank}, rows())
+    row = report.layers[0]
+    assert expected is None or row.rank == expected
+    assert rank != 0.9 or row.predicted_r2 >= 0.9
+
+
+def test_a_copy_leaves_the_original_alone():
+    model, x = mlp(), rows()
+    before = model(x)
+    report = compress(model, {"*": 2}, x, inplace=False)
+    assert torch.equal(model(x), before) and isinstance(report.model[0], LowRankLinear)
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+def test_the_first_pattern_that_fits_counts(net, tokens):
+    compress(net, {"d*n": 2, "?*": 3}, tokens)
+    assert net.down.rank == 2 and net.up.rank == 3
+
+
+@torch.no_grad()
+def test_sequentially_each_layer_sees_what_the_replaced_ones_give():
+    model, x = mlp(), rows()
+    original = copy.deepcopy(model)
+    compress(model, {"0": 3, "2": 4}, x, held_out=[])
+    first = LowRankLinear.from_linear(original[0], 3, Moments.of(x))
+    second = LowRankLinear.from_linear(original[2], 4, Moments.of(torch.tanh(first(x))))
+    torch.testing.assert_close(model[2](x), second(x), atol=1e-4, rtol=1e-4)
+
+    alone = compress(original, {"0": 3, "2": 4}, x, held_out=[], sequential=False, inplace=False).model
+    expected = LowRankLinear.from_linear(original[2], 4, Moments.of(torch.tanh(original[0](x))))
+    torch.testing.assert_close(alone[2](x), expected(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_budget_is_shared_and_kept(sequential):
+    report = compress(mlp(), ["0", "2"], rows(), parameters=0.5, sequential=sequential)
+    assert sum(row.parameters - row.out_features for row in report.layers) <= 0.5 * 2 * 24 * 24
+    assert all(row.rank for row in report.layers)
+
+
+def test_what_would_not_shrink_stays_dense_and_says_why(net, tokens):
+    report = compress(net, {"up": 9, "down": 10**6, "head": 1}, tokens)
+    notes = {row.name: (row.rank, row.note) for row in report.layers}
+    assert notes["up"] == notes["down"] == (None, "no weights saved from rank 9 on")
+    assert notes["head"] == (None, "its weight is also embed.weight")
+    assert isinstance(net.up, nn.Linear) and report.outputs.predictions_kept == 1.0
+    assert "dense: no weights saved" in str(report)
+
+
+def test_a_layer_used_in_two_places_gets_one_student():
+    layer = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": nn.Sequential(layer, nn.Tanh()), "b": nn.Sequential(layer)})
+    model.forward = lambda x: model["b"](model["a"](x))
+    report = compress(model, {"*": 2}, torch.randn(100, 8), forward=lambda m, x: model.forward(x))
+    assert len(report.layers) == 1 and model["a"][0] is model["b"][0]
+    assert isinstance(model["b"][0], LowRankLinear)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_and_no_bias(dtype, bias):
+    model = nn.Sequential(nn.Linear(20, 12, bias=bias)).to(dtype)
+    report = compress(model, {"0": 5}, torch.randn(300, 20).to(dtype))
+    assert model[0].A.dtype == dtype and report.layers[0].held_out_r2 > 0.5
+    assert model(torch.randn(2, 20).to(dtype)).dtype == dtype
+
+
+def test_fine_tuning_serves_the_far_end_and_touches_nothing_else():
+    model, x = mlp(), rows()
+    model[4].weight.requires_grad_(False)
+    before = copy.deepcopy(model)
+    report = compress(model, {"0": 2}, x, tune=600)
+    assert report.tuning.best_loss < 0.6 * report.tuning.start_loss
+    assert report.outputs.probability_error < 0.85 * report.untuned.probability_error
+    assert report.layers[0].held_out_r2 < report.layers[0].predicted_r2  # what it gave up for that
+    assert torch.equal(model[2].weight, before[2].weight) and torch.equal(model[4].bias, before[4].bias)
+    assert model[2].weight.requires_grad and not model[4].weight.requires_grad and model[0].A.requires_grad
+    assert model.training and model[0].provenance["tuned_steps"] == 600
+
+
+def test_fine_tuning_that_does_not_help_is_not_kept():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(400, 6)
+    closed = compress(model, {"0": 2}, x, inplace=False)
+    tuned = compress(model, {"0": 2}, x, tune=40, outputs="regression", inplace=False)
+    assert tuned.tuning.best_loss <= tuned.tuning.start_loss
+    assert tuned.outputs.r2 >= closed.outputs.r2 - 1e-2
+
+
+def test_an_error_on_the_way_leaves_the_model_whole():
+    model, calls = mlp(), []
+
+    def forward(module, batch):
+        calls.append(1)
+        if len(calls) > 12:  # the second layer's pass
+            raise RuntimeError("lost the connection")
+        return module(batch)
+
+    with pytest.raises(RuntimeError, match="lost"):
+        compress(model, {"0": 2, "2": 2}, rows(), forward=forward)
+    assert all(isinstance(model[i], nn.Linear) for i in (0, 2))
+
+
+def test_an_iterator_serves_for_a_single_pass():
+    report = compress(mlp(), {"0": 2}, (batch for batch in rows().split(90)))
+    assert report.layers[0].held_out_r2 is not None and report.outputs is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        ({"nothing": 2}, {}, "'nothing' to fit a linear layer of the model but it has 0, 2, 4"),
+        ({"0": 0}, {}, r"`rank` in \[1, 24\] but got 0"),
+        ({"0": "best"}, {}, "or 'auto' but got 'best'"),
+        ({"0": 1.5}, {}, "but got 1.5"),
+        (["0"], {}, "a rank for each pattern"),
+        ({"0": 2}, {"parameters": 0.5}, "patterns without ranks"),
+        (["0"], {"parameters": 1.5}, r"`parameters` in \(0, 1\]"),
+        (["0"], {"parameters": 0.01}, "Expected room for rank 1"),
+        ({"0": 2}, {"solver": "magic"}, "Expected a solver out of"),
+    ],
+)
+def test_wrong_requests_are_one_clear_line(layers, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        compress(mlp(), layers, rows(), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_layers_that_never_run_are_named():
+    attention = nn.MultiheadAttention(8, 2)
+    x = torch.randn(5, 3, 8)
+    with pytest.raises(InputError, match="'out_proj' to run when the model does"):
+        compress(attention, {"out_proj": 2}, [x], forward=lambda m, batch: m(batch, batch, batch))
+
+
+def test_bad_data_are_named():
+    with pytest.raises(InputError, match="finite rows of input to '0' but got NaN"):
+        compress(mlp(), {"0": 2}, torch.full((50, 24), float("nan")))
+    with pytest.raises(InputError, match="finite rows of input to '0' but got none"):
+        compress(mlp(), {"0": 2}, rows().view(10, 90, 24), mask=lambda batch: torch.zeros(90, 1))
+
+
+def test_a_notebook_needs_no_lightning_nor_mlflow():
+    code = """
+import sys, torch
+import distil_rank as dr
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+report = dr.compress(model, {"0": 0.9}, data=torch.randn(100, 8))
+moments = dr.Moments.of(torch.randn(50, 8))
+layer = dr.LowRankLinear.from_linear(torch.nn.Linear(8, 8), rank=3, moments=moments)
+assert callable(dr.save) and callable(dr.load)
+print(sorted({"lightning", "pytorch_lightning", "mlflow"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

