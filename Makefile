@@ -16,6 +16,9 @@ RANK ?= 64
 OUT ?= compressed
 ARGS ?=
 
+# Lightning takes RANK in its environment for the number of a process among many; make would put it there.
+unexport RANK
+
 DATA_ARGS = --data.source "$(DATA)" --data.split "$(SPLIT)"
 
 help: ## What there is, in one line each

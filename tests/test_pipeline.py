@@ -214,6 +214,12 @@ def test_the_module_runs_and_its_exit_code_is_the_commands():
     assert done.returncode == 2 and "absent.npz" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_makefile_keeps_its_rank_from_lightning():
+    command = ["make", "-s", "-C", str(ROOT), "--eval", "show: ; @env", "show", "RANK=0.95"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(shown) > 3 and not [line for line in shown if line.startswith("RANK=")]
+
+
 def test_help_names_every_command(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
