@@ -105,15 +105,16 @@ def _compress(argv: Sequence[str]) -> int:
     """one layer of your own model, from its file to a folder that deploys"""
     from distil_rank import pipeline
     from distil_rank.data.datamodule import EmbeddingDataModule
+    from distil_rank.deployment.deploy import compress_file
 
-    parser = _parser("compress", pipeline.compress.__doc__)
+    parser = _parser("compress", compress_file.__doc__)
     parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
-    parser.add_function_arguments(pipeline.compress, None, as_group=False, skip={"data", "config"})
+    parser.add_function_arguments(compress_file, None, as_group=False, skip={"data"})
     parsed = _parse(parser, argv)
     text = parser.dump(parsed)
     options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
     data = EmbeddingDataModule(**options.pop("data"))
-    print(pipeline.compress(data, **options, config=text))
+    print(pipeline.compress(data, options, text))
     return 0
 
 

@@ -357,42 +357,26 @@ def sweep(
     )
 
 
-def compress(
-    data: EmbeddingDataModule,
-    model: str,
-    layer: str | None = None,
-    rank: int | float | str = 0.99,
-    tail: str | None = None,
-    tune: int = 0,
-    int8: bool = False,
-    output: str = "compressed",
-    config: str = "",
-) -> Report:
-    """Compress one layer of a saved model into a folder that deploys, as an MLflow run.
+def compress(data: EmbeddingDataModule, options: dict[str, Any], config: str = "") -> Report:
+    """Compress one layer of a saved model as an MLflow run, which keeps the folder and the student.
 
     Args:
         data: The layer's inputs.
-        model: A `.safetensors` or PyTorch file with a state dict, or a Hugging Face directory.
-        layer: Its name in there, like `classifier.dense`; not needed where there is just one.
-        rank: An integer, a share of the layer's output variance to keep (0.99), or `auto`.
-        tail: What stands behind the layer: steps like `tanh,head.safetensors:classifier.out_proj`.
-        tune: Steps to fine-tune against what the tail puts out; 1500 is a good number.
-        int8: Keep the factors in int8, if that costs at most 0.001 of R².
-        output: The folder.
+        options: Of `distil_rank.deployment.deploy.compress_file`.
         config: The resolved configuration, kept with the run.
     """
     data.prepare_data()
     data.setup()
     about = data.description()
-    name = f"{Path(model).stem} {layer}" if layer else Path(model).stem
-    params = {"rank_requested": rank, "tail": tail, "tune": tune, "int8": int8, "source": about["source"]}
+    name = " ".join(filter(None, [Path(options["model"]).stem, options["layer"]]))
+    asked = {"rank_requested": options["rank"], **{key: options[key] for key in ("tail", "tune", "int8")}}
     with start_run(
         "distil",
-        f"{name} r{rank} {Path(about['source']).stem}",
-        params={"teacher": name, "backbone": about["backbone"], **params},
+        f"{name} r{options['rank']} {Path(about['source']).stem}",
+        params={"teacher": name, "backbone": about["backbone"], "source": about["source"], **asked},
         tags=_lineage(about),
     ) as run:
-        done, folder = compress_file(data, model, layer, rank, tail, tune, int8, output)
+        done, folder = compress_file(data, **options)
         row = done.layers[0]
         student = load(folder)
         r2 = read_manifest(folder)["metrics"]["held_out_r2"]["value"]
