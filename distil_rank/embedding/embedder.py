@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WIDE = 1024  # dimensions from which one operation keeps all cores of a CPU busy
 OVERLAP = 4  # windows share a quarter of their length, so that each residue has context on both sides in one of them
 
 
@@ -130,14 +131,15 @@ class Embedder:
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
         """Embeds batch after batch and yields them in order, each with its vectors.
 
-        On a CPU each core computes a batch of its own: no operation waits for the others to join, and what is computed
-        does not depend on the number of cores. A GPU gets one batch after the other.
+        On a CPU each core computes a batch of its own where the model is narrow: no operation waits for the others to
+        join. A wide model's operations are long enough for all cores to share each, and no core idles beside the last
+        batch. A GPU gets one batch after the other.
 
         Args:
             batches: Anything with a list of sequences as `texts`; read no further ahead than there are cores.
         """
         threads = torch.get_num_threads()
-        if self.encoder.device.type != "cpu" or threads == 1:
+        if self.encoder.device.type != "cpu" or threads == 1 or self.dim >= WIDE:
             yield from ((batch, self.embed(batch.texts)) for batch in batches)
             return
         waiting: deque[tuple[Batch, Future[Embedded]]] = deque()

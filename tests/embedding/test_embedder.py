@@ -188,6 +188,26 @@ def test_results_do_not_depend_on_the_number_of_cores(backbone):
     assert torch.equal(found[0], found[2])
 
 
+def test_a_wide_model_takes_one_batch_after_the_other_with_all_cores(backbone, monkeypatch):
+    embedder, batches, before, used = (
+        Embedder(backbone),
+        [Batch(["MKV"]), Batch(["ACDE", "F"])],
+        torch.get_num_threads(),
+        [],
+    )
+    embed = embedder.embed
+    monkeypatch.setattr(embedder, "embed", lambda texts: (used.append(torch.get_num_threads()), embed(texts))[1])
+    torch.set_num_threads(2)
+    try:
+        narrow = torch.cat([result.vectors for _, result in embedder.stream(batches)])
+        monkeypatch.setattr("distil_rank.embedding.embedder.WIDE", backbone.dim)
+        wide = torch.cat([result.vectors for _, result in embedder.stream(batches)])
+    finally:
+        torch.set_num_threads(before)
+    assert used == [1, 1, 2, 2]
+    torch.testing.assert_close(wide, narrow)
+
+
 def test_a_failure_in_one_batch_ends_the_stream_and_gives_the_cores_back(backbone, monkeypatch):
     embedder, before = Embedder(backbone), torch.get_num_threads()
     monkeypatch.setattr(embedder, "embed", lambda texts: 1 / 0)
