@@ -41,7 +41,7 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
     """Sections `data`, `teacher`, `distil` and `trainer`, and the command's own options beside them."""
     from lightning import Trainer
 
-    from distil_rank import pipeline
+    from distil_rank.commands.teachers import train_teacher
     from distil_rank.data.datamodule import EmbeddingDataModule
     from distil_rank.training.distil import DistilModule
     from distil_rank.training.experiment import QUIET
@@ -49,7 +49,7 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
     sections = {"data", "teacher", "distil", "trainer", "config", "parent", "experiment"}
     parser = _parser(name, command.__doc__)
     parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
-    parser.add_function_arguments(pipeline.train_teacher, "teacher", skip={*sections, "output"})
+    parser.add_function_arguments(train_teacher, "teacher", skip={*sections, "output"})
     if student:
         skip = {"teacher", "student", "tail", "output_variance"}
         parser.add_class_arguments(DistilModule, "distil", instantiate=False, skip=skip)
@@ -62,59 +62,63 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
     return parser
 
 
-def _run_training(name: str, argv: Sequence[str]) -> int:
-    from distil_rank import pipeline
+def _options_with_data(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
+    """The options, with the data behind them ready to be read, and the resolved configuration as `config`."""
     from distil_rank.data.datamodule import EmbeddingDataModule
-    from distil_rank.reporting import report
 
-    command: Callable[..., Any] = getattr(pipeline, name.replace("-", "_"))
-    parser = _training_parser(name, command, student=name != "train-teacher")
     parsed = _parse(parser, argv)
-    text = parser.dump(parsed)
-    options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
-    data = EmbeddingDataModule(**options.pop("data"))
-    if name == "train-teacher":
-        teacher = pipeline.train_teacher(data, **options.pop("teacher"), **options, config=text)
-        print(f"Teacher: {teacher.path}")
-        return 0
-    report.show(command(data, **options, config=text))
-    return 0
+    options = {**parsed.as_dict(), "config": parser.dump(parsed)}
+    return {**options, "data": EmbeddingDataModule(**options["data"])}
 
 
 def _train_teacher(argv: Sequence[str]) -> int:
     """make the dense layer that is to be distilled"""
-    return _run_training("train-teacher", argv)
+    from distil_rank.commands.teachers import train_teacher
+
+    options = _options_with_data(_training_parser("train-teacher", train_teacher, student=False), argv)
+    print(f"Teacher: {train_teacher(**options.pop('teacher'), **options).path}")
+    return 0
+
+
+def _report(name: str, command: Callable[..., Any], argv: Sequence[str]) -> int:
+    from distil_rank.reporting import report
+
+    report.show(command(**_options_with_data(_training_parser(name, command), argv)))
+    return 0
 
 
 def _distil(argv: Sequence[str]) -> int:
     """distil one teacher and report what survived"""
-    return _run_training("distil", argv)
+    from distil_rank.commands.students import distil
+
+    return _report("distil", distil, argv)
 
 
 def _benchmark(argv: Sequence[str]) -> int:
     """the three teachers of the original, one table"""
-    return _run_training("benchmark", argv)
+    from distil_rank.commands.studies import benchmark
+
+    return _report("benchmark", benchmark, argv)
 
 
 def _sweep(argv: Sequence[str]) -> int:
     """one teacher at several ranks"""
-    return _run_training("sweep", argv)
+    from distil_rank.commands.studies import sweep
+
+    return _report("sweep", sweep, argv)
 
 
 def _compress(argv: Sequence[str]) -> int:
     """one layer of your own model, from its file to a folder that deploys"""
-    from distil_rank import pipeline
+    from distil_rank.commands.layers import compress
     from distil_rank.data.datamodule import EmbeddingDataModule
     from distil_rank.deployment.deploy import compress_file
 
     parser = _parser("compress", compress_file.__doc__)
     parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
     parser.add_function_arguments(compress_file, None, as_group=False, skip={"data"})
-    parsed = _parse(parser, argv)
-    text = parser.dump(parsed)
-    options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
-    data = EmbeddingDataModule(**options.pop("data"))
-    print(pipeline.compress(data, options, text))
+    options = _options_with_data(parser, argv)
+    print(compress(options.pop("data"), config=options.pop("config"), options=options))
     return 0
 
 
@@ -130,14 +134,14 @@ def _export(argv: Sequence[str]) -> int:
 
 def _embed(argv: Sequence[str]) -> int:
     """protein sequences through ESM-2 into a store"""
-    from distil_rank import pipeline
+    from distil_rank.commands.embeddings import extract
     from distil_rank.embedding.embed import embed
     from distil_rank.reporting import report
 
     parser = _parser("embed", embed.__doc__)
     parser.add_function_arguments(embed, None, as_group=False)
     options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}
-    report.show_facts("Embeddings", asdict(pipeline.embed(options)))
+    report.show_facts("Embeddings", asdict(extract(options)))
     return 0
 
 

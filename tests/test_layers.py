@@ -19,7 +19,7 @@ ORDER = [
     "training",
     "compression",
     "deployment",
-    "pipeline",
+    "commands",
     "cli",
     "__main__",
 ]
@@ -32,7 +32,7 @@ MODULES = {
 # Whose import takes seconds or brings what a user of the library may not want, and the packages that may know it.
 HEAVY = {
     "mlflow": {"runs"},
-    "lightning": {"data", "embedding", "runs", "training", "pipeline", "cli"},
+    "lightning": {"data", "embedding", "runs", "training", "commands", "cli"},
     "esm": {"embedding"},
     "matplotlib": {"reporting"},
 }

@@ -1,0 +1,1 @@
+"""What each command does, end to end, as one MLflow run."""

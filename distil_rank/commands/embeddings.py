@@ -1,0 +1,33 @@
+"""Sequences to vectors, as an MLflow run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distil_rank.embedding.embed import EmbedSummary, embed
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.runs.tracking import start_run
+
+
+def extract(options: dict[str, Any]) -> EmbedSummary:
+    """Extract embeddings as an MLflow run; the store remembers the run, so that later ones can name it.
+
+    Args:
+        options: of `distil_rank.embedding.embed.embed`.
+    """
+    name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
+    asked = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
+    with start_run("embed", name, params=asked, tags={}, system_metrics=True) as run:
+        done = embed(**options)
+        facts = asdict(done)
+        counts = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+        run.log_metrics({**counts, "residues_per_second": done.residues / done.seconds if done.seconds else 0.0})
+        run.log_params({key: facts[key] for key in ("backbone", "precision")})
+        tags = {key: facts[key] for key in ("digest", "cleaning", "backbone", "fallback") if facts[key]}
+        run.set_tags(tags)
+        run.note("\n".join(f"- {key}: {value}" for key, value in facts.items()))
+        if done.computed:
+            StoreWriter(done.store).update(embedding_run=run.id)
+    return done

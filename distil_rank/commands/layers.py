@@ -1,0 +1,58 @@
+"""A layer of a saved model compressed, as an MLflow run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from distil_rank.commands.lineage import lineage
+from distil_rank.compression.compress import Report
+from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.deployment.artefact import load, read_manifest
+from distil_rank.deployment.deploy import compress_file
+from distil_rank.runs.registry import log_student
+from distil_rank.runs.tracking import start_run
+
+log = logging.getLogger(__name__)
+
+
+def compress(data: EmbeddingDataModule, options: dict[str, Any], config: str = "") -> Report:
+    """Compress one layer of a saved model as an MLflow run, which keeps the folder and the student.
+
+    Args:
+        data: The layer's inputs.
+        options: Of `distil_rank.deployment.deploy.compress_file`.
+        config: The resolved configuration, kept with the run.
+    """
+    data.prepare_data()
+    data.setup()
+    about = data.description()
+    name = " ".join(filter(None, [Path(options["model"]).stem, options["layer"]]))
+    asked = {"rank_requested": options["rank"], **{key: options[key] for key in ("tail", "tune", "int8")}}
+    with start_run(
+        "distil",
+        f"{name} r{options['rank']} {Path(about['source']).stem}",
+        params={"teacher": name, "backbone": about["backbone"], "source": about["source"], **asked},
+        tags=lineage(about),
+    ) as run:
+        done, folder = compress_file(data, **options)
+        row = done.layers[0]
+        student = load(folder)
+        r2 = read_manifest(folder)["metrics"]["held_out_r2"]["value"]
+        run.log_params({"rank": row.rank})
+        run.log_metrics(
+            {
+                "test/r2": r2,
+                "predicted_r2": row.predicted_r2 or 0.0,
+                "parameter_ratio": row.dense_parameters / row.parameters,
+                "speed_up": (row.dense_us or 0.0) / (row.student_us or 1.0),
+            }
+        )
+        run.log_text(config, "config.yaml")
+        run.note(str(done))
+        for path in sorted(folder.iterdir()):
+            run.log_artifact(path)
+        log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2})
+    log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
+    return done

@@ -1,0 +1,141 @@
+"""One teacher distilled: the student, its report, and both in an MLflow run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from distil_rank.commands.lineage import lineage
+from distil_rank.commands.teachers import find_teacher
+from distil_rank.compression.own_layer import load_tail
+from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.reporting import figures, report
+from distil_rank.runs.registry import log_student, promote_champion
+from distil_rank.runs.run_logger import RunLogger
+from distil_rank.runs.tracking import Run, start_run
+from distil_rank.training.experiment import Experiment, WarmStart, run_experiment
+
+log = logging.getLogger(__name__)
+
+
+def distil(
+    data: EmbeddingDataModule,
+    teacher: dict[str, Any] | None = None,
+    distil: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    rank: int | float | str = 64,
+    warm_start: WarmStart = "closed_form",
+    shrinkage: float | Literal["auto"] = 0.0,
+    tail: str | None = None,
+    seeds: Sequence[int] = (42,),
+    ckpt_path: str | None = None,
+    output: str = "results",
+    config: str = "",
+    parent: Run | None = None,
+    experiment: str = "distil",
+) -> dict[str, Any]:
+    """Distil one teacher and report what survived.
+
+    Args:
+        data: The embeddings.
+        teacher: Options of `train_teacher`; it is trained first unless that was done already.
+        distil: Options of `DistilModule`.
+        trainer: Options of Lightning's Trainer.
+        rank: An integer, a share of the teacher's output variance to keep (0.95), or `auto`.
+        warm_start: Where training begins: the exact optimum of the squared error, or the SVD of the weight.
+        shrinkage: Of the input covariance, for fewer rows than dimensions: 0 to 1, or `auto`.
+        tail: What stands behind the layer, to be matched at its end: steps like `tanh,head.safetensors:out_proj`.
+        seeds: Of the trained students; the first one is kept.
+        ckpt_path: Resume from this Lightning checkpoint.
+        output: Folder for results.
+        config: The resolved configuration, kept with the run.
+        parent: The run that this one is part of.
+        experiment: MLflow experiment.
+    """
+    found = find_teacher(data, teacher or {}, output)
+    about = data.description()
+    title = f"{found.name} r{rank} {warm_start} {about['dim']}-d {Path(about['source']).stem}"
+    asked = {
+        "rank_requested": rank,
+        "warm_start": warm_start,
+        "shrinkage": shrinkage,
+        "seeds": list(seeds),
+        "tail": tail,
+    }
+    started = time.perf_counter()
+    with start_run(
+        experiment,
+        title,
+        params={
+            "teacher": found.name,
+            "backbone": about["backbone"],
+            **asked,
+            "data": data.hparams,
+            "distil": distil or {},
+        },
+        tags={**lineage(about), "teacher_run": found.run_id},
+        parent=parent,
+    ) as run:
+        for part in ("train", "val", "test"):
+            shape = (about["rows"][part], about["dim"])
+            name = f"{Path(about['source']).stem} {part}"  # MLflow takes two of one name and digest for the same
+            run.log_dataset(shape, name=name, digest=about["digest"], context=part, source=about["source"])
+        outcome = run_experiment(
+            found.name,
+            found.layer,
+            found.check,
+            data,
+            rank,
+            warm_start,
+            shrinkage,
+            seeds,
+            {**(distil or {}), **({} if tail is None else {"tail": load_tail(tail)})},
+            trainer,
+            checkpoints=Path(output) / "checkpoints" / f"{found.name}-r{rank}",
+            ckpt_path=ckpt_path,
+            logger=RunLogger(run),
+        )
+        outcome.result["run_id"] = run.id
+        content = report.assemble(about, [outcome.result], time.perf_counter() - started)
+        folder = Path(output) / "distil" / f"{found.name}-r{outcome.result['rank']}"
+        save_report(content, folder / "summary.json", folder / "report.png", run)
+        log_outcome(run, data, outcome, config)
+    return content
+
+
+def save_report(content: dict[str, Any], json_path: Path, png_path: Path, run: Run) -> None:
+    """Write JSON, Markdown and picture, and keep all three with the run."""
+    report.save_json(content, json_path)
+    text = report.markdown(content)
+    markdown_path = json_path.with_suffix(".md")
+    markdown_path.write_text(text)
+    figures.final_report(content, png_path)
+    for path in (json_path, markdown_path, png_path):
+        run.log_artifact(path)
+    run.note(text)
+    log.info("Report: %s and %s", json_path, png_path)
+
+
+def log_outcome(run: Run, data: EmbeddingDataModule, outcome: Experiment, config: str) -> None:
+    """Final figures, configuration and the student itself."""
+    result = outcome.result
+    ours = report.rung(result, "Distil-Rank")
+    metrics = {f"test/{name}": estimate["value"] for name, estimate in ours["metrics"].items()}
+    metrics |= {
+        f"test_svd/{name}": estimate["value"] for name, estimate in report.rung(result, "svd")["metrics"].items()
+    }
+    metrics |= {
+        "predicted_r2": result["predicted_r2"],
+        "parameter_ratio": result["parameters"]["ratio"],
+        "speed_up": next(row["ratio"] for row in result["latency"] if row["batch"] == 32),
+        "share_of_optimum": ours["share_of_optimum"],
+    }
+    run.log_params({"rank": result["rank"]})
+    run.log_metrics(metrics)
+    run.log_text(config, "config.yaml")
+    uri = log_student(run, outcome.student, data.rows("test").numpy()[:4], metrics={"r2": metrics["test/r2"]})
+    teacher, digest = result["teacher"], data.digest()
+    promote_champion(run, uri, r2=metrics["test/r2"], rank=result["rank"], teacher=teacher, data=digest)

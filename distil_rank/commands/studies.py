@@ -1,0 +1,114 @@
+"""Several distillations as children of one run: three teachers, or several ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distil_rank.commands.lineage import lineage
+from distil_rank.commands.students import distil, save_report
+from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.reporting import figures, report
+from distil_rank.runs.tracking import start_run
+
+log = logging.getLogger(__name__)
+
+
+def benchmark(
+    data: EmbeddingDataModule,
+    teacher: dict[str, Any] | None = None,
+    distil: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    rank: int | float | str = 64,
+    seeds: Sequence[int] = (42, 43, 44, 45, 46),
+    output: str = "results",
+    config: str = "",
+) -> dict[str, Any]:
+    """The three teachers of the original, one table.
+
+    Args:
+        data: The embeddings.
+        teacher: Options of `train_teacher`, for the denoiser.
+        distil: Options of `DistilModule`.
+        trainer: Options of Lightning's Trainer.
+        rank: An integer, a share of the teacher's output variance to keep, or `auto`.
+        seeds: Of the trained rows.
+        output: Folder for results.
+        config: The resolved configuration, kept with the run.
+    """
+    return _together(
+        "benchmark",
+        [{"teacher": {**(teacher or {}), "kind": kind}, "rank": rank} for kind in ("random", "denoising", "spectral")],
+        data,
+        {"distil": distil, "trainer": trainer, "seeds": seeds, "output": output, "config": config},
+    )
+
+
+def sweep(
+    data: EmbeddingDataModule,
+    teacher: dict[str, Any] | None = None,
+    distil: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    ranks: Sequence[int | float] = (8, 16, 32, 64, 128),
+    seeds: Sequence[int] = (42,),
+    output: str = "results",
+    config: str = "",
+) -> dict[str, Any]:
+    """One teacher at several ranks: a parent run with a child for each.
+
+    Args:
+        data: The embeddings.
+        teacher: Options of `train_teacher`.
+        distil: Options of `DistilModule`.
+        trainer: Options of Lightning's Trainer.
+        ranks: To try.
+        seeds: Of the trained rows.
+        output: Folder for results.
+        config: The resolved configuration, kept with the run.
+    """
+    return _together(
+        "sweep",
+        [{"teacher": teacher, "rank": rank} for rank in ranks],
+        data,
+        {"distil": distil, "trainer": trainer, "seeds": seeds, "output": output, "config": config},
+    )
+
+
+def _together(
+    name: str, children: list[dict[str, Any]], data: EmbeddingDataModule, common: dict[str, Any]
+) -> dict[str, Any]:
+    """Several distillations as children of one run, and one report over all of them."""
+    data.prepare_data()
+    data.setup()
+    about = data.description()
+    experiment = "sweep" if name == "sweep" else "distil"
+    output = Path(common["output"])
+    started = time.perf_counter()
+    with start_run(
+        experiment,
+        f"{name} {about['dim']}-d {Path(about['source']).stem}",
+        params={"backbone": about["backbone"], "teacher": " ".join(dict.fromkeys(_kind(child) for child in children))},
+        tags=lineage(about),
+    ) as parent:
+        results = []
+        for number, child in enumerate(children, 1):
+            log.info("%s: %d of %d", name, number, len(children))
+            results += distil(data, **child, **common, parent=parent, experiment=experiment)["teachers"]
+        content = report.assemble(about, results, time.perf_counter() - started)
+        stem = "distil_rank" if name == "benchmark" else f"distil_rank_{name}"
+        save_report(content, output / f"{stem}_summary.json", output / f"{stem}_final_report.png", parent)
+        if name == "sweep":
+            parent.log_artifact(figures.sweep(content, output / "distil_rank_sweep.png"))
+            for result in results:
+                ours = report.rung(result, "Distil-Rank")["metrics"]
+                parent.log_metrics(
+                    {f"rank/{key}": ours[key]["value"] for key in ("r2", "knn_overlap")}, step=result["rank"]
+                )
+    return content
+
+
+def _kind(child: dict[str, Any]) -> str:
+    return str((child["teacher"] or {}).get("kind", "denoising"))

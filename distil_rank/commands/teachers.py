@@ -1,0 +1,135 @@
+"""The dense layer that is to be distilled: made, trained or taken from a file, checked, and found again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import Trainer, seed_everything
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from distil_rank.commands.lineage import lineage
+from distil_rank.compression.own_layer import load_linear
+from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.lowrank.moments import Moments
+from distil_rank.runs.run_logger import RunLogger
+from distil_rank.runs.tracking import start_run
+from distil_rank.training.callbacks import LogLosses, Progress
+from distil_rank.training.experiment import QUIET
+from distil_rank.training.teacher import TeacherCheck, TeacherModule, check_teacher, random_teacher, spectral_teacher
+
+log = logging.getLogger(__name__)
+
+MADE_UP = ("denoising", "random", "spectral")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A dense layer and where it comes from."""
+
+    name: str
+    layer: nn.Linear
+    check: TeacherCheck
+    path: Path
+    run_id: str
+
+
+def train_teacher(
+    data: EmbeddingDataModule,
+    kind: str = "denoising",
+    noise: float = 0.3,
+    noise_scale: Literal["absolute", "relative"] = "absolute",
+    lr: float = 1e-3,
+    steps: int = 500,
+    seed: int = 42,
+    trainer: dict[str, Any] | None = None,
+    output: str = "results",
+    config: str = "",
+) -> Teacher:
+    """Make the dense layer that is to be distilled, and check that it is worth it.
+
+    Args:
+        data: The embeddings.
+        kind: `denoising` trains a linear denoiser; `random` and `spectral` are made, not trained; anything else is a
+            layer of your own, `<file>:<key>`.
+        noise: Standard deviation of the denoiser's noise.
+        noise_scale: Whether that is `absolute`, or `relative` to each dimension's standard deviation.
+        lr: Learning rate of the denoiser.
+        steps: Optimiser steps of the denoiser.
+        seed: Of the initialisation and the noise.
+        trainer: Options of Lightning's Trainer.
+        output: Folder for results.
+        config: The resolved configuration, kept with the run.
+    """
+    data.prepare_data()
+    data.setup()
+    settings: dict[str, Any] = {"teacher": kind, "data": data.digest(), "seed": seed}
+    if kind == "denoising":
+        settings |= {"noise": noise, "noise_scale": noise_scale, "lr": lr, "steps": steps}
+        settings |= {name: data.hparams[name] for name in ("batch_size", "replacement")}
+    name = kind if kind in MADE_UP else Path(kind.rpartition(":")[0] or kind).stem
+    about = data.description()
+    with start_run(
+        "teacher",
+        f"{name} {about['dim']}-d {Path(about['source']).stem}",
+        params={**settings, "backbone": about["backbone"], "source": about["source"]},
+        tags=lineage(about),
+    ) as run:
+        moments = Moments.of(data.stream("train"))
+        if kind == "random":
+            layer = random_teacher(data.dim, seed=seed)
+        elif kind == "spectral":
+            layer = spectral_teacher(data.dim, seed=seed)
+        elif kind == "denoising":
+            seed_everything(seed, verbose=False)
+            std = moments.covariance.diagonal().clamp_min(0).sqrt()
+            module = TeacherModule(data.dim, noise, noise_scale, lr, std)
+            options = {**QUIET, **(trainer or {}), "max_steps": steps, "enable_checkpointing": False}
+            Trainer(**options, logger=RunLogger(run), callbacks=[LogLosses(), Progress("training the teacher")]).fit(
+                module, data
+            )
+            layer = module.layer.cpu()
+        else:
+            layer = load_linear(kind)
+        held_out = data.rows("test") if kind == "denoising" else None
+        check = check_teacher(layer, moments, held_out, noise, relative=noise_scale == "relative")
+        figures_of = {key: value for key, value in check.as_dict().items() if isinstance(value, float)}
+        run.log_metrics(figures_of)
+        if check.warning:
+            run.set_tags({"warning": check.warning})
+        path = Path(output) / "teachers" / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.contiguous() for key, value in layer.state_dict().items()}
+        save_file(
+            tensors, path, {"settings": json.dumps(settings), "run_id": run.id, "check": json.dumps(check.as_dict())}
+        )
+        run.log_artifact(path)
+        run.log_text(config, "config.yaml")
+        run.note(f"**{name}** teacher, {layer.out_features} × {layer.in_features}. Checked: `{figures_of}`")
+    log.info("Teacher %s: %s (effective rank %.0f).", name, path, check.effective_rank)
+    return Teacher(name, layer, check, path, run.id)
+
+
+def find_teacher(data: EmbeddingDataModule, options: dict[str, Any], output: str) -> Teacher:
+    """The teacher that an earlier `train-teacher` made with these very options on these very data, or a new one."""
+    data.prepare_data()
+    data.setup()
+    kind = options.get("kind", "denoising")
+    path = Path(output) / "teachers" / f"{kind}.safetensors"
+    if kind in MADE_UP and path.exists():
+        with suppress(SafetensorError, KeyError, json.JSONDecodeError), safe_open(path, "pt") as file:
+            known = file.metadata()
+            settings = json.loads(known["settings"])
+            wanted = {**options, "teacher": kind, "data": data.digest()}
+            if all(settings[key] == wanted.get(key, settings[key]) for key in settings):
+                log.info("Using the teacher in %s.", path)
+                return Teacher(
+                    kind, load_linear(str(path)), TeacherCheck(**json.loads(known["check"])), path, known["run_id"]
+                )
+    return train_teacher(data, **options, output=output)
