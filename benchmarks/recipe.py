@@ -20,7 +20,7 @@ import torch
 from lightning import seed_everything
 from torch import Tensor, nn
 
-from distil_rank.commands.teachers import find_teacher
+from distil_rank.commands.teachers import train_teacher
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.solvers import closed_form_from_rows, solve
@@ -99,7 +99,7 @@ def main() -> None:
     seed_everything(42, verbose=False)
     rows = {}
     for kind in ("random", "denoising", "spectral"):
-        teacher = find_teacher(data, {"kind": kind}, options.output).layer.requires_grad_(False)
+        teacher = train_teacher(data, kind, output=options.output, reuse=True).layer.requires_grad_(False)
         rows[kind] = compare(teacher, data, options.rank, options.seeds)
     path = Path(options.output) / f"recipe-{Path(options.data).stem}.json"
     path.write_text(

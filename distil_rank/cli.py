@@ -46,7 +46,7 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
     from distil_rank.training.distil import DistilModule
     from distil_rank.training.experiment import QUIET
 
-    sections = {"data", "teacher", "distil", "trainer", "config", "parent", "experiment"}
+    sections = {"data", "teacher", "distil", "trainer", "config", "parent", "experiment", "reuse"}
     parser = _parser(name, command.__doc__)
     parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
     parser.add_function_arguments(train_teacher, "teacher", skip={*sections, "output"})

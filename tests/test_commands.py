@@ -97,6 +97,18 @@ def test_mlflow_holds_what_a_reader_needs(distilled, workplace):
     assert config["trainer"]["max_steps"] == 12
 
 
+def test_the_student_is_a_folder_that_loads_and_exports(distilled, workplace):
+    folder = workplace / "results/distil/denoising-r8/student"
+    student, manifest = load(folder), read_manifest(folder)
+    measured = distilled["teachers"][0]["ladder"][-1]["metrics"]["r2"]
+    assert manifest["metrics"]["held_out_r2"]["value"] == pytest.approx(measured["value"])
+    assert manifest["data"]["digest"] == distilled["data"]["digest"]
+    assert load(folder, rank=3).rank == 3
+    assert main(["export", "--artefact", str(folder), "--to", "dense", "--output", "mine.safetensors"]) == 0
+    torch.testing.assert_close(load_file("mine.safetensors")["weight"], student.B @ student.A)
+    Path("mine.safetensors").unlink()
+
+
 def test_nothing_is_scattered(distilled, workplace):
     assert {path.name for path in workplace.iterdir()} <= {"proteins.npz", "mlruns", "results", "mine.yaml", "mine"}
 
@@ -183,6 +195,24 @@ def test_a_plain_squared_error_is_left_to_the_closed_form(workplace):
     r2 = {row["method"]: row["metrics"]["r2"]["value"] for row in teacher["ladder"]}
     assert r2["Distil-Rank"] == r2["closed_form"] > r2["original recipe"]
     assert "exact minimum" in teacher["training_note"]
+
+
+def test_what_stands_behind_the_layer_is_trained_for_even_without_a_cosine_term(workplace):
+    Path("mine").mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    save_file(torch.nn.ModuleDict({"out": torch.nn.Linear(32, 2)}).state_dict(), "mine/tail.safetensors")
+    command = ["distil", "--data.source", "proteins.npz", "--teacher.kind", "random", "--distil.alpha", "0", *QUICK]
+    assert main([*command, "--tail", "tanh,mine/tail.safetensors:out", "--output", "results/tail"]) == 0
+    (teacher,) = json.loads((workplace / "results/tail/distil/random-r8/summary.json").read_text())["teachers"]
+    assert "12 steps" in teacher["training_note"]
+
+
+def test_another_way_of_drawing_batches_makes_another_teacher(workplace):
+    command = ["distil", "--data.source", "proteins.npz", "--teacher.steps", "40", *QUICK]
+    before = len(runs(workplace, "teacher"))
+    assert main([*command, "--data.batch_size", "16", "--output", "results/again"]) == 0
+    assert main([*command, "--data.batch_size", "32", "--output", "results/again"]) == 0
+    assert len(runs(workplace, "teacher")) == before + 2
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distil_rank.commands.lineage import lineage
-from distil_rank.commands.teachers import find_teacher
+from distil_rank.commands.teachers import Teacher, train_teacher
 from distil_rank.compression.own_layer import load_tail
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.deployment.artefact import save
+from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.reporting import figures, report
+from distil_rank.reporting.evaluate import OURS
 from distil_rank.runs.registry import log_student, promote_champion
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import Run, start_run
@@ -55,7 +58,7 @@ def distil(
         parent: The run that this one is part of.
         experiment: MLflow experiment.
     """
-    found = find_teacher(data, teacher or {}, output)
+    found = train_teacher(data, **(teacher or {}), output=output, config=config, reuse=True)
     about = data.description()
     title = f"{found.name} r{rank} {warm_start} {about['dim']}-d {Path(about['source']).stem}"
     asked = {
@@ -102,7 +105,15 @@ def distil(
         content = report.assemble(about, [outcome.result], time.perf_counter() - started)
         folder = Path(output) / "distil" / f"{found.name}-r{outcome.result['rank']}"
         save_report(content, folder / "summary.json", folder / "report.png", run)
-        log_outcome(run, data, outcome, config)
+        kept = {"held_out_r2": report.rung(outcome.result, OURS)["metrics"]["r2"]}
+        outcome.student.provenance |= {
+            "teacher_sha256": tensor_digest(found.layer.weight, found.layer.bias),
+            "warm_start": warm_start,
+            "trained_steps": outcome.fit.steps if outcome.fit.training_helped else 0,
+        }
+        student = save(outcome.student, folder / "student", metrics=kept, data=about)
+        log.info("Student: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", student)
+        log_outcome(run, data, found, outcome, config)
     return content
 
 
@@ -119,10 +130,10 @@ def save_report(content: dict[str, Any], json_path: Path, png_path: Path, run: R
     log.info("Report: %s and %s", json_path, png_path)
 
 
-def log_outcome(run: Run, data: EmbeddingDataModule, outcome: Experiment, config: str) -> None:
+def log_outcome(run: Run, data: EmbeddingDataModule, teacher: Teacher, outcome: Experiment, config: str) -> None:
     """Final figures, configuration and the student itself."""
     result = outcome.result
-    ours = report.rung(result, "Distil-Rank")
+    ours = report.rung(result, OURS)
     metrics = {f"test/{name}": estimate["value"] for name, estimate in ours["metrics"].items()}
     metrics |= {
         f"test_svd/{name}": estimate["value"] for name, estimate in report.rung(result, "svd")["metrics"].items()
@@ -137,5 +148,10 @@ def log_outcome(run: Run, data: EmbeddingDataModule, outcome: Experiment, config
     run.log_metrics(metrics)
     run.log_text(config, "config.yaml")
     uri = log_student(run, outcome.student, data.rows("test").numpy()[:4], metrics={"r2": metrics["test/r2"]})
-    teacher, digest = result["teacher"], data.digest()
-    promote_champion(run, uri, r2=metrics["test/r2"], rank=result["rank"], teacher=teacher, data=digest)
+    kind = {"rank": result["rank"], "teacher": _digest(teacher), "data": data.digest}
+    promote_champion(run, uri, r2=metrics["test/r2"], **kind)
+
+
+def _digest(teacher: Teacher) -> str:
+    """Tells layers apart that have one name."""
+    return f"{teacher.name} {tensor_digest(teacher.layer.weight, teacher.layer.bias)[:16]}"

@@ -51,6 +51,7 @@ def train_teacher(
     trainer: dict[str, Any] | None = None,
     output: str = "results",
     config: str = "",
+    reuse: bool = False,
 ) -> Teacher:
     """Make the dense layer that is to be distilled, and check that it is worth it.
 
@@ -66,14 +67,18 @@ def train_teacher(
         trainer: Options of Lightning's Trainer.
         output: Folder for results.
         config: The resolved configuration, kept with the run.
+        reuse: Take the one that an earlier command made with these very options on these very data, if it did.
     """
     data.prepare_data()
     data.setup()
-    settings: dict[str, Any] = {"teacher": kind, "data": data.digest(), "seed": seed}
+    settings: dict[str, Any] = {"teacher": kind, "data": data.digest, "seed": seed}
     if kind == "denoising":
         settings |= {"noise": noise, "noise_scale": noise_scale, "lr": lr, "steps": steps}
         settings |= {name: data.hparams[name] for name in ("batch_size", "replacement")}
-    name = kind if kind in MADE_UP else Path(kind.rpartition(":")[0] or kind).stem
+    name = kind if kind in MADE_UP else _name_of(kind)
+    path = Path(output) / "teachers" / f"{name}.safetensors"
+    if reuse and kind in MADE_UP and (known := _known(path, settings)):
+        return known
     about = data.description()
     with start_run(
         "teacher",
@@ -103,7 +108,6 @@ def train_teacher(
         run.log_metrics(figures_of)
         if check.warning:
             run.set_tags({"warning": check.warning})
-        path = Path(output) / "teachers" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.contiguous() for key, value in layer.state_dict().items()}
         save_file(
@@ -116,20 +120,22 @@ def train_teacher(
     return Teacher(name, layer, check, path, run.id)
 
 
-def find_teacher(data: EmbeddingDataModule, options: dict[str, Any], output: str) -> Teacher:
-    """The teacher that an earlier `train-teacher` made with these very options on these very data, or a new one."""
-    data.prepare_data()
-    data.setup()
-    kind = options.get("kind", "denoising")
-    path = Path(output) / "teachers" / f"{kind}.safetensors"
-    if kind in MADE_UP and path.exists():
-        with suppress(SafetensorError, KeyError, json.JSONDecodeError), safe_open(path, "pt") as file:
-            known = file.metadata()
-            settings = json.loads(known["settings"])
-            wanted = {**options, "teacher": kind, "data": data.digest()}
-            if all(settings[key] == wanted.get(key, settings[key]) for key in settings):
-                log.info("Using the teacher in %s.", path)
-                return Teacher(
-                    kind, load_linear(str(path)), TeacherCheck(**json.loads(known["check"])), path, known["run_id"]
-                )
-    return train_teacher(data, **options, output=output)
+def _name_of(layer: str) -> str:
+    """What a layer of one's own is called: its file, and its name within.
+
+    >>> _name_of("models/head.safetensors:classifier.dense"), _name_of("head.pt")
+    ('head-classifier.dense', 'head')
+    """
+    file, _, key = layer.rpartition(":")
+    return f"{Path(file).stem}-{key}" if file else Path(layer).stem
+
+
+def _known(path: Path, settings: dict[str, Any]) -> Teacher | None:
+    """The teacher in a file, if it was made with these very settings on these very data."""
+    with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError), safe_open(path, "pt") as file:
+        known = file.metadata()
+        if json.loads(known["settings"]) == settings:
+            log.info("Using the teacher in %s.", path)
+            check = TeacherCheck(**json.loads(known["check"]))
+            return Teacher(settings["teacher"], load_linear(str(path)), check, path, known["run_id"])
+    return None

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,15 +99,16 @@ class EmbeddingDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.source = source
+        self.source = "embeddings" if fasta is not None and source == "auto" else source
+        self._extracted = fasta is None
         self._ready = False
 
     def prepare_data(self) -> None:
-        """Extract what is missing (one process only; Lightning calls it before `setup`)."""
-        if self.hparams["fasta"] is not None:
-            store = "embeddings" if self.source == "auto" else self.source
-            embed(self.hparams["fasta"], store, backbone=self.hparams["backbone"], pooling=self.hparams["pooling"])
-            self.source = store
+        """Extract what is missing, once (one process only; Lightning calls it before every `setup`)."""
+        if not self._extracted:
+            h = self.hparams
+            embed(h["fasta"], self.source, backbone=h["backbone"], pooling=h["pooling"])
+            self._extracted = True
 
     def setup(self, stage: str | None = None) -> None:
         """Open the embeddings and split them; the second call finds it done."""
@@ -176,8 +178,7 @@ class EmbeddingDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Shuffled training batches."""
         rows = self.train_dataset()
-        generator = torch.Generator().manual_seed(self.hparams["seed"])
-        sampler = RandomSampler(rows, replacement=self.hparams["replacement"], generator=generator)
+        sampler = RandomSampler(rows, replacement=self.hparams["replacement"])  # torch's own seed: the trainer's
         return self.loader(rows, self.hparams["batch_size"], sampler)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
@@ -195,6 +196,7 @@ class EmbeddingDataModule(LightningDataModule):
             rows, batch_size, sampler=sampler, collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0
         )
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the vectors and the split, its first 16 hexadecimal digits."""
         sha = hashlib.sha256()
@@ -209,7 +211,7 @@ class EmbeddingDataModule(LightningDataModule):
         provenance = self.embeddings.provenance
         return {
             "source": self.source,
-            "digest": self.digest(),
+            "digest": self.digest,
             "dim": self.dim,
             "rows": {part: len(getattr(self.split_rows, part)) for part in ("train", "val", "test")},
             "split": self.split_rows.method,

@@ -200,7 +200,7 @@ def choose_rank(eigenvalues: Tensor, rank: int | float | str) -> int:
         return int((curve.cpu() - chord)[:alive].argmax()) + 1
     if isinstance(rank, str | bool):
         raise InputError(f"Expected {what} but got {rank!r}.")
-    if isinstance(rank, float) and not rank.is_integer():
+    if isinstance(rank, float) and (rank <= 1 or not rank.is_integer()):
         if not 0 < rank < 1:
             raise InputError(f"Expected {what} but got {rank}.")
         return min(int((r2_curve(eigenvalues) < rank).sum()) + 1, k)

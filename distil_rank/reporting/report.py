@@ -152,6 +152,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"{teacher['teacher']}: rank {teacher['rank']} predicted R² {teacher['predicted_r2']:.4f} on the training "
             f"rows, held-out {teacher['held_out_r2']:.4f}{teacher['rank_note']}. {teacher['training_note']}"
+            + (f" {teacher['held_out_note']}." if teacher.get("held_out_note") else "")
         )
         if teacher["check"]["warning"]:
             lines.append(f"WARNING: {teacher['check']['warning']}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +42,7 @@ class LogFidelity(Callback):
     """
 
     def __init__(self, baselines: Mapping[str, nn.Module], mean: Tensor) -> None:
-        self.baselines = dict(baselines)
+        self.baselines = copy.deepcopy(dict(baselines))  # they move to the trainer's device
         self.metrics = {name: Fidelity(mean) for name in ("student", *self.baselines)}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,7 +111,8 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the bar, from where a resumed run stands."""
-        total = int(trainer.estimated_stepping_batches)
+        steps = trainer.estimated_stepping_batches
+        total = int(steps) if math.isfinite(steps) else None  # a run that only `max_time` ends
         self.bar = tqdm(
             desc=self.title, total=total, initial=trainer.global_step, unit="step", disable=None, leave=False
         )

@@ -38,7 +38,7 @@ def test_a_layer_from_a_file_becomes_a_folder(files):
     r2 = manifest["metrics"]["held_out_r2"]
     assert r2["low"] < r2["value"] < r2["high"]
     assert r2["value"] == pytest.approx(report.layers[0].held_out_r2, abs=1e-5)
-    assert manifest["data"]["digest"] == data.digest() and manifest["data"]["rows"]["test"] == 100
+    assert manifest["data"]["digest"] == data.digest and manifest["data"]["rows"]["test"] == 100
     x = data.rows("test")
     residual = (load(folder / "out")(x) - head["dense"](x)).square().sum()
     assert residual < 0.02 * (head["dense"](x) - head["dense"](x).mean(0)).square().sum()

@@ -121,6 +121,8 @@ def test_ranks_from_shares_knees_and_integers():
     assert choose_rank(values, "auto") == 2
     assert choose_rank(values, 6) == 6
     assert choose_rank(values, 4.0) == 4
+    with pytest.raises(InputError, match=r"share of variance in \(0, 1\)"):
+        choose_rank(values, 1.0)  # the whole variance, or the first direction?
     assert r2_curve(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
 
 

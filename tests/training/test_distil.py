@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -94,6 +94,22 @@ def test_a_run_resumes_where_it_stopped(teacher, data, tmp_path):
     resumed = DistilModule(teacher, svd_student(teacher), lr=1e-2)
     outcome = fit(resumed, data, trainer(tmp_path / "second", steps=60), str(tmp_path / "first" / "last.ckpt"))
     assert outcome.steps == 60
+
+
+def test_seeds_differ_and_a_seed_repeats(teacher, data, tmp_path):
+    def trained(seed, folder):
+        seed_everything(seed, verbose=False)
+        return fit(DistilModule(teacher, svd_student(teacher), lr=1e-2), data, trainer(tmp_path / folder)).student.A
+
+    first = trained(1, "a")
+    assert torch.equal(first, trained(1, "b"))
+    assert not torch.equal(first, trained(2, "c"))
+
+
+def test_a_gain_on_one_protein_of_many_rows_is_no_clear_gain(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "proteins", lambda part: np.zeros(len(data.rows(part)), dtype=int))
+    outcome = fit(DistilModule(teacher, svd_student(teacher), lr=1e-2), data, trainer(tmp_path))
+    assert outcome.best_loss < outcome.warm_start_loss and not outcome.training_helped
 
 
 def test_checkpoints_that_cannot_be_used_are_refused(teacher, data, tmp_path):
