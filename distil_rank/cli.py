@@ -137,11 +137,14 @@ def _embed(argv: Sequence[str]) -> int:
     from distil_rank.commands.embeddings import extract
     from distil_rank.embedding.embed import embed
     from distil_rank.reporting import report
+    from distil_rank.runs.tracking import process_rank
 
     parser = _parser("embed", embed.__doc__)
     parser.add_function_arguments(embed, None, as_group=False)
     options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}
-    report.show_facts("Embeddings", asdict(extract(options)))
+    done = extract(options)
+    if process_rank() == 0:
+        report.show_facts("Embeddings", asdict(done))
     return 0
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from distil_rank.cli import main
 from distil_rank.deployment.artefact import load, read_manifest
+from distil_rank.embedding.store import Store
 from distil_rank.training.experiment import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -242,6 +243,28 @@ def test_the_module_runs_and_its_exit_code_is_the_commands():
     command = [sys.executable, "-m", "distil_rank", "distil", "--data.source", "absent.npz"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "absent.npz" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_speaks_and_is_remembered(tiny_esm2, tmp_path):
+    (tmp_path / "two.fasta").write_text(">a\nMKVLAAG\n>b\nACDEFGHIKL\n")
+    options = [
+        "--fasta",
+        "two.fasta",
+        "--store",
+        "store",
+        "--backbone",
+        str(tiny_esm2.fair_esm),
+        "--accelerator",
+        "cpu",
+    ]
+    command = [sys.executable, "-m", "distil_rank", "embed", *options, "--devices", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Embeddings") == 1
+    (run,) = runs(tmp_path, "embed")
+    assert Store.open(tmp_path / "store").manifest["embedding_run"] == run.info.run_id
 
 
 def test_the_makefile_keeps_its_rank_from_lightning():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distil_rank.embedding.embed import EmbedSummary, embed
 from distil_rank.embedding.store_writer import StoreWriter
-from distil_rank.runs.tracking import start_run
+from distil_rank.errors import InputError
+from distil_rank.runs.tracking import process_rank, start_run
 
 
 def extract(options: dict[str, Any]) -> EmbedSummary:
@@ -28,6 +30,8 @@ def extract(options: dict[str, Any]) -> EmbedSummary:
         tags = {key: facts[key] for key in ("digest", "cleaning", "backbone", "fallback") if facts[key]}
         run.set_tags(tags)
         run.note("\n".join(f"- {key}: {value}" for key, value in facts.items()))
-        if done.computed:
-            StoreWriter(done.store).update(embedding_run=run.id)
+        if done.computed and process_rank() == 0:  # the other processes' runs are thrown away
+            writer = StoreWriter(done.store)
+            with suppress(InputError), writer.lock():  # who fills the store by now says so himself
+                writer.update(embedding_run=run.id)
     return done

@@ -29,7 +29,7 @@ def compress(data: EmbeddingDataModule, options: dict[str, Any], config: str = "
     data.setup()
     about = data.description()
     name = " ".join(filter(None, [Path(options["model"]).stem, options["layer"]]))
-    asked = {"rank_requested": options["rank"], **{key: options[key] for key in ("tail", "tune", "int8")}}
+    asked = {"rank_requested": options["rank"], **{key: options[key] for key in ("tail", "tune", "outputs", "int8")}}
     with start_run(
         "distil",
         f"{name} r{options['rank']} {Path(about['source']).stem}",
@@ -41,14 +41,9 @@ def compress(data: EmbeddingDataModule, options: dict[str, Any], config: str = "
         student = load(folder)
         r2 = read_manifest(folder)["metrics"]["held_out_r2"]["value"]
         run.log_params({"rank": row.rank})
-        run.log_metrics(
-            {
-                "test/r2": r2,
-                "predicted_r2": row.predicted_r2 or 0.0,
-                "parameter_ratio": row.dense_parameters / row.parameters,
-                "speed_up": (row.dense_us or 0.0) / (row.student_us or 1.0),
-            }
-        )
+        assert row.predicted_r2 and row.dense_us and row.student_us, "`compress_file` refuses a layer that stays dense"
+        figures = {"predicted_r2": row.predicted_r2, "speed_up": row.dense_us / row.student_us}
+        run.log_metrics({"test/r2": r2, "parameter_ratio": row.dense_parameters / row.parameters, **figures})
         run.log_text(config, "config.yaml")
         run.note(str(done))
         for path in sorted(folder.iterdir()):

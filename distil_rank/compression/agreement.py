@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distil_rank.compression.capture import Batches, Forward, Mask, evaluating, installed
 from distil_rank.errors import InputError
+from distil_rank.training.losses import Outputs, class_logits
 
 log = logging.getLogger(__name__)
-
-Outputs = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,9 @@ def agreement(
             residual += float((output - target).square().sum())
             energy += float(target.square().sum())
             total = total.to(target) + target.sum(0)
-            kept += float((output.argmax(-1) == target.argmax(-1)).sum())
-            error += float((output.softmax(-1) - target.softmax(-1)).abs().sum()) / 2
+            ours, theirs = class_logits(output), class_logits(target)
+            kept += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            error += float((ours.softmax(-1) - theirs.softmax(-1)).abs().sum()) / 2
     if rows == 0:
         log.warning("Nothing was held out (fewer than 5 batches), so held-out fidelity is not known; give `held_out`.")
         return None

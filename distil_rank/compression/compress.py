@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compression.agreement import Agreement, Outputs, agreement
+from distil_rank.compression.agreement import Agreement, agreement
 from distil_rank.compression.allocate import allocate
 from distil_rank.compression.capture import (
     ROWS_KEPT,
@@ -34,6 +34,7 @@ from distil_rank.lowrank.guard import Guard
 from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, parameter_count
 from distil_rank.lowrank.solvers import Factors, Solver, choose_rank, output_spectrum
 from distil_rank.measure.latency import compare_layers
+from distil_rank.training.losses import Outputs
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,8 @@ def compress(
         solver: see `distil_rank.lowrank.solvers`.
         tune: steps to fine-tune the students together, against what the whole original model puts out; 1500 is a good
             number. What does not help is not kept.
-        outputs: whether the model puts out logits of classes or values; for fine-tuning and for the report.
+        outputs: whether the model puts out logits of classes (one column: of yes against no) or values; for
+            fine-tuning and for the report.
         forward: runs the model on a batch and returns its output. By default a mapping is passed as keyword arguments,
             a tensor as it is, and of a tuple or list the first element.
         mask: gives the `(batch, time)` mask of a batch, true for what is not padding; by default `attention_mask` of a
@@ -224,13 +226,13 @@ def compress(
             moments = {path: solved[owner[path]][1].moments() for path in originals}
             tuning = match_outputs(model, originals, moments, batches, tune, outputs, forward, mask)
             for name, (student, inputs) in solved.items():
-                student.provenance |= {"tuned_steps": tune}
+                student.provenance |= {"tuned_steps": tuning.steps if tuning.best_loss < tuning.start_loss else 0}
                 rows[name] = replace(rows[name], held_out_r2=_certify(student, dense[name], inputs))
         agreed = compare() if not isinstance(batches.data, Iterator) else None
     except BaseException:
         install(model, originals)  # a model that is half of each serves nobody
         raise
-    timed = [_timed(row, dense[name], solved.get(name)) for name, row in rows.items()]
+    timed = [row if name not in solved else timed_row(row, dense[name], solved[name][0]) for name, row in rows.items()]
     return Report(model, timed, agreed, untuned, tuning)
 
 
@@ -256,14 +258,16 @@ def _wanted(model: nn.Module, layers: Mapping[str, Rank] | Sequence[str] | str, 
 
 def _shared_weights(model: nn.Module, dense: Mapping[str, nn.Linear]) -> dict[str, str]:
     """Of each layer whose weight another module holds too (tied embeddings), that other's name for it."""
-    owners = {id(module.weight): (name, module) for name, module in dense.items()}
-    shared = {}
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            name, owner = owners.get(id(parameter), ("", module))
-            if owner is not module:
-                shared[name] = f"{path}.{key}"
-    return shared
+            holders.setdefault(id(parameter), []).append((f"{path}.{key}", module))
+    others = {
+        name: [path for path, holder in holders[id(module.weight)] if holder is not module]
+        for name, module in dense.items()
+        if id(module.weight) in holders  # a parametrised weight is computed, and nobody's
+    }
+    return {name: paths[0] for name, paths in others.items() if paths}
 
 
 def _within_budget(dense: Mapping[str, nn.Linear], found: Mapping[str, Inputs], share: float) -> dict[str, Any]:
@@ -318,8 +322,7 @@ def _certify(student: LowRankLinear, dense: nn.Linear, inputs: Inputs) -> float 
     return curve[-1]
 
 
-def _timed(row: LayerRow, dense: nn.Linear, solved: tuple[LowRankLinear, Inputs] | None) -> LayerRow:
-    if solved is None:
-        return row
-    timing = compare_layers(dense, solved[0], batches=(LATENCY_BATCH,), repeats=20)[0]
+def timed_row(row: LayerRow, dense: nn.Linear, student: nn.Module) -> LayerRow:
+    """The row with the time that both take for `LATENCY_BATCH` rows."""
+    timing = compare_layers(dense, student, batches=(LATENCY_BATCH,), repeats=20)[0]
     return replace(row, dense_us=timing.dense_us, student_us=timing.student_us)

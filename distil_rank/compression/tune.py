@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distil_rank.compression.agreement import Outputs, output_rows
+from distil_rank.compression.agreement import output_rows
 from distil_rank.compression.capture import Batches, Forward, Mask, evaluating, installed
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
-from distil_rank.training.losses import tail_loss
+from distil_rank.training.losses import Outputs, tail_loss
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distil_rank.compression.compress import Report, compress
+from distil_rank.compression.compress import Report, compress, timed_row
 from distil_rank.compression.own_layer import load_linear, load_tail
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import Student, load, save
@@ -21,6 +22,7 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.measure import bootstrap
 from distil_rank.measure.metrics import residual
+from distil_rank.training.losses import Outputs
 
 BATCH = 256  # rows at once
 BATCHES = 20  # at least, so that fine-tuning has some to check on, also with few rows
@@ -33,6 +35,7 @@ def compress_file(
     rank: int | float | str = 0.99,
     tail: str | None = None,
     tune: int = 0,
+    outputs: Outputs = "classification",
     int8: bool = False,
     output: str = "compressed",
 ) -> tuple[Report, Path]:
@@ -45,6 +48,7 @@ def compress_file(
         rank: An integer, a share of the layer's output variance to keep (0.99), or `auto`.
         tail: What stands behind the layer: steps like `tanh,head.safetensors:classifier.out_proj`.
         tune: Steps to fine-tune against what the tail puts out; 1500 is a good number.
+        outputs: Whether the tail puts out logits of classes (one column: of yes against no) or values.
         int8: Keep the factors in int8, if that costs at most 0.001 of R².
         output: The folder.
 
@@ -68,13 +72,16 @@ def compress_file(
         fit.split(max(1, min(BATCH, len(fit) // BATCHES))),
         held_out=held_out.split(BATCH),
         tune=tune,
-        outputs="regression" if tail is None else "classification",
+        outputs="regression" if tail is None else outputs,
     )
     student = report.model.get_submodule("layer")
     if not isinstance(student, LowRankLinear):
         raise InputError(f"Expected a rank that saves something but {report.layers[0].note}; ask for a lower one.")
     final = to_int8(student, dense, Moments.of(held_out)) if int8 else student
     r2 = _held_out_r2(dense, final, held_out, data.proteins("test"), fit)
+    if int8:
+        row = replace(report.layers[0], held_out_r2=r2["value"])
+        report = replace(report, layers=[timed_row(row, dense, final)])
     return report, save(final, output, metrics={"held_out_r2": r2, **report.to_dict()}, data=data.description())
 
 
@@ -118,7 +125,8 @@ def export_artefact(
     if to == "onnx":
         return to_onnx(student, output or folder / "layer.onnx")
     if to == "torch":
-        return to_torch(student, output or folder / "layer.pt2", torch.zeros(2, student.in_features))
+        dtype = student.A.dtype if student.A.is_floating_point() else torch.float32
+        return to_torch(student, output or folder / "layer.pt2", torch.zeros(2, student.in_features, dtype=dtype))
     if to == "dense":
         path = Path(output or folder / "dense.safetensors")
         save_file(dict(to_dense(student).state_dict()), path)

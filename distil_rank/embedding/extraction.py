@@ -107,7 +107,8 @@ class Extraction:
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", self.writer.path)
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
-        if request.precision == "auto" and precision == "bf16" and "bf16_cosine" not in known:
+        untouched = len(self.writer.pending()) == len(self.writer.manifest["shards"]) > 0
+        if request.precision == "auto" and precision == "bf16" and untouched and "bf16_cosine" not in known:
             self._gate()
         return added, report
 

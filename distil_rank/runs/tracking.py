@@ -164,7 +164,7 @@ def start_run(
     inherited = {"mlflow.parentRunId": parent.id} if parent else {}
     with ExitStack() as stack:
         tracking_uri = default_tracking_uri(root)
-        if _rank() > 0:
+        if process_rank() > 0:
             tracking_uri = f"sqlite:///{stack.enter_context(tempfile.TemporaryDirectory())}/mlflow.db"
         try:
             client = connect(tracking_uri)
@@ -273,7 +273,7 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, location: str | None)
     return found.experiment_id
 
 
-def _rank() -> int:
+def process_rank() -> int:
     """Which process of a distributed command this is, by what its launcher (Lightning, torchrun, SLURM) says."""
     said = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return int(next((rank for rank in said if rank), 0))

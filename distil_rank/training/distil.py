@@ -19,7 +19,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.bootstrap import group_sums
-from distil_rank.training.losses import layer_loss, tail_loss
+from distil_rank.training.losses import Outputs, layer_loss, tail_loss
 
 # The recipe of the original project, to the letter: options of `DistilModule`, and how long it trains.
 ORIGINAL: dict[str, Any] = {
@@ -48,7 +48,7 @@ class DistilModule(LightningModule):
         teacher: the dense layer; its parameters are frozen.
         student: where training starts from.
         tail: what stands behind the layer, frozen; its outputs are logits `(N, classes)`, or `(N, 1)` and wider
-            regressions with `tail_kind="regression"`.
+            regressions with `outputs="regression"`.
         output_variance: mean squared deviation of an element of the teacher's output from its training mean; needed
             by `normalise`.
         alpha: Weight of the cosine term.
@@ -58,7 +58,7 @@ class DistilModule(LightningModule):
         weight_decay: Of AdamW.
         schedule: `cosine` decays the rate to zero over the run, `constant` keeps it.
         nested_ranks: Train these ranks at once, each a slice of the same factors, besides the full one.
-        tail_kind: Whether the tail's outputs are classification logits or regressed values.
+        outputs: Whether the tail puts out logits of classes (one column: of yes against no) or values.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class DistilModule(LightningModule):
         weight_decay: float = 0.01,
         schedule: Literal["cosine", "constant"] = "cosine",
         nested_ranks: Sequence[int] = (),
-        tail_kind: Literal["classification", "regression"] = "classification",
+        outputs: Outputs = "classification",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["teacher", "student", "tail"], logger=False)
@@ -102,7 +102,7 @@ class DistilModule(LightningModule):
 
     def _losses(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self.tail is not None:
-            return {"loss": tail_loss(self.tail(output), self.tail(target), self.hparams["tail_kind"])}
+            return {"loss": tail_loss(self.tail(output), self.tail(target), self.hparams["outputs"])}
         variance = self.hparams["output_variance"] if self.hparams["normalise"] else 1.0
         return layer_loss(output, target, self.hparams["alpha"], variance)
 

@@ -7,6 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+Outputs = Literal["classification", "regression"]
+
 
 def layer_loss(output: Tensor, target: Tensor, alpha: float, variance: float = 1.0) -> dict[str, Tensor]:
     """Squared error and angle between the outputs of student and teacher, `(N, m)`.
@@ -30,7 +32,7 @@ def layer_loss(output: Tensor, target: Tensor, alpha: float, variance: float = 1
     return {"loss": mse / variance + alpha * angle, "mse": mse, "one_minus_cosine": angle}
 
 
-def tail_loss(logits: Tensor, target: Tensor, kind: Literal["classification", "regression"]) -> Tensor:
+def tail_loss(logits: Tensor, target: Tensor, outputs: Outputs) -> Tensor:
     """How far each row ends from where the teacher takes it, `(N,)`.
 
     Classification: the Kullback-Leibler divergence KL(teacher ‖ student) of the class probabilities (Hinton, Vinyals
@@ -40,7 +42,7 @@ def tail_loss(logits: Tensor, target: Tensor, kind: Literal["classification", "r
     Args:
         logits: `(N, classes)`, of the student.
         target: the same of the teacher.
-        kind: what the outputs are.
+        outputs: what they are; a single column of classification is the logit of yes against no.
 
     >>> import torch
     >>> logits = torch.tensor([[2.0, -1.0]])
@@ -48,7 +50,17 @@ def tail_loss(logits: Tensor, target: Tensor, kind: Literal["classification", "r
     [0.0]
     """
     squared = (logits - target).square().mean(-1)
-    if kind == "regression":
+    if outputs == "regression":
         return squared
-    student, teacher = F.log_softmax(logits, -1), F.log_softmax(target, -1)
+    student, teacher = (F.log_softmax(class_logits(values), -1) for values in (logits, target))
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) + 0.1 * squared
+
+
+def class_logits(logits: Tensor) -> Tensor:
+    """One logit for each class: where there is one column, `(N, 1)`, beside it that of "no", which is zero.
+
+    >>> import torch
+    >>> class_logits(torch.tensor([[3.0]])).softmax(-1)[0, 0] == torch.tensor(3.0).sigmoid()
+    tensor(True)
+    """
+    return F.pad(logits, (0, 1)) if logits.shape[-1] == 1 else logits

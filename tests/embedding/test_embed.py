@@ -178,6 +178,15 @@ def test_bf16_that_is_off_gives_way_to_fp32_aloud(run, fasta, monkeypatch, caplo
     assert run(fasta).precision == "fp32", "and the decision stays"
 
 
+def test_a_store_that_was_asked_for_in_bf16_stays_so(run, fasta, monkeypatch):
+    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(extraction, "GATE", 1.1)
+    assert run(fasta, precision="bf16").computed > 0
+    assert (run(fasta).precision, run(fasta).computed) == ("bf16", 0)
+    fasta.write_text(fasta.read_text() + ">new\nMKVLAAGIV\n")
+    assert (run(fasta).precision, Store.open(fasta.parent / "store").manifest["precision"]) == ("bf16", "bf16")
+
+
 def test_precision_follows_the_hardware(monkeypatch):
     for flag, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})

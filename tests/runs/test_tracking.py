@@ -87,7 +87,7 @@ def test_launchers_say_which_process_is_the_first(monkeypatch, launcher, first):
         monkeypatch.delenv(variable, raising=False)
     for variable, rank in launcher.items():
         monkeypatch.setenv(variable, rank)
-    assert (tracking._rank() == 0) == first
+    assert (tracking.process_rank() == 0) == first
 
 
 def test_only_the_first_process_of_a_distributed_command_keeps_its_run(project, monkeypatch):

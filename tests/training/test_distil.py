@@ -175,3 +175,11 @@ def test_hyper_parameters_are_saved(teacher, data, tmp_path):
 def test_tail_loss_of_regressions_is_the_squared_error():
     a, b = torch.randn(5, 3), torch.randn(5, 3)
     torch.testing.assert_close(tail_loss(a, b, "regression").mean(), F.mse_loss(a, b))
+
+
+def test_one_column_of_classification_is_a_yes_or_no():
+    a, b = torch.randn(5, 1), torch.randn(5, 1)
+    p, q = b.sigmoid(), a.sigmoid()
+    divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    expected = divergence.squeeze(1) + 0.1 * (a - b).square().squeeze(1)
+    torch.testing.assert_close(tail_loss(a, b, "classification"), expected)
