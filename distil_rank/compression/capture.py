@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments, MomentSums
+
+log = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module, Any], Any]
 Mask = Callable[[Any], Tensor | None]
@@ -28,18 +32,16 @@ class Inputs:
         fit: sums over the rows to fit to.
         held_out: sums over the rows to measure on.
         rows: some of the latter, at most about `ROWS_KEPT`.
-        calls: how often the layer ran.
     """
 
     fit: MomentSums
     held_out: MomentSums
     rows: list[Tensor] = field(default_factory=list)
-    calls: int = 0
     time_first: bool = False
+    warned: bool = False
 
     def add(self, x: Tensor, mask: Tensor | None, held_out: bool) -> None:
         """Count in the rows of one call."""
-        self.calls += 1
         x = self._real_rows(x.detach(), mask)
         (self.held_out if held_out else self.fit).add(x)
         if held_out and sum(len(rows) for rows in self.rows) < ROWS_KEPT:
@@ -47,6 +49,8 @@ class Inputs:
 
     def _real_rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`(N, d)` without padding. The mask is (batch, time); inputs may be (time, batch, d), or no tokens at all."""
+        if x.is_nested:  # each sequence for itself, so there is no padding
+            return torch.cat(x.unbind())
         if mask is not None and x.ndim == 3:
             if mask.shape[0] != mask.shape[1] and mask.T.shape == x.shape[:2]:
                 self.time_first = True  # a square batch cannot tell, so what an oblong one said holds for it
@@ -56,6 +60,9 @@ class Inputs:
                 return x[mask.bool()]
         if mask is not None and x.ndim == 2 and len(x) == mask.numel() > len(mask):
             return x[mask.flatten().bool()]
+        if mask is not None and x.ndim > 2 and not self.warned:
+            self.warned = True
+            log.warning("Inputs of shape %s do not fit a mask %s: padding is counted.", tuple(x.shape), (*mask.shape,))
         return x.reshape(-1, x.shape[-1])
 
     def moments(self) -> Moments:
@@ -93,18 +100,17 @@ class Batches:
             self.given += 1
             yield batch, True
 
-    def check_repeatable(self) -> None:
-        """Raise `InputError` where a second pass would not see the same."""
-        for data in (self.data, self.held_out):
-            if isinstance(data, Iterator):
-                raise InputError(
-                    "Expected data that can be passed over again but got an iterator; give a list or loader."
-                )
+    @property
+    def unrepeatable(self) -> str | None:
+        """Why a second pass would not see the same; None where it would."""
+        if isinstance(self.data, Iterator) or isinstance(self.held_out, Iterator):
+            return "Expected data that can be passed over again but got an iterator; give a list or loader."
         if self.held_out is None and isinstance(getattr(self.data, "sampler", None), torch.utils.data.RandomSampler):
-            raise InputError(
+            return (
                 "Expected batches in the same order each time, so that what is held out stays so, but the loader"
                 " shuffles; use shuffle=False or give `held_out`."
             )
+        return None
 
 
 def _cut(data: Iterable[Any] | Tensor) -> Iterable[Any]:
@@ -124,12 +130,58 @@ def _moved(value: Any, device: torch.device | None) -> Any:
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """The mask that Hugging Face tokenizers put beside the tokens."""
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    """The mask that Hugging Face tokenizers put beside the tokens: under its name in a mapping, or as an attribute."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "attention_mask", None)
 
 
-class _SeenEnoughError(Exception):
+def _as_mask(given: Any) -> Tensor | None:
+    """`(batch, time)` bool, of what a user's `mask` gave.
+
+    Raises:
+        InputError: not that shape, or not zeros and ones: a mask that is added to attention means the opposite.
+    """
+    if given is None:
+        return None
+    mask = torch.as_tensor(given)
+    if mask.ndim > 2 and mask.numel() == mask.shape[0] * mask.shape[-1]:  # (batch, 1, 1, time), as attention has it
+        mask = mask.reshape(mask.shape[0], -1)
+    if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
+        found = f"shape {tuple(mask.shape)}, {mask.min():g} to {mask.max():g}"
+        raise InputError(f"Expected a mask (batch, time) of 1 for tokens and 0 for padding but got {found}.")
+    return mask.bool()
+
+
+class _SeenEnough(BaseException):
     """The layer in question has run; the rest of the forward pass would be for nothing."""
+
+
+def count_runs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    batches: Iterable[tuple[Any, bool]],
+    forward: Forward = call_model,
+) -> dict[str, int]:
+    """How often each layer runs in a batch at most, by name, in the order in which they first run."""
+    most: dict[str, int] = {}
+    now: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            now[name] = now.get(name, 0) + 1
+            most[name] = max(most.get(name, 0), now[name])
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch, _ in batches:
+                now.clear()
+                forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return most
 
 
 def capture(
@@ -152,36 +204,66 @@ def capture(
 
     Returns:
         By name, in the order in which the layers first ran; those that never ran are missing.
+
+    Raises:
+        InputError: a layer that does more than its weight and bias say, or a mask that is none.
     """
     found: dict[str, Inputs] = {}
+    given: dict[str, Tensor] = {}
     held_out = False
     current: Tensor | None = None
 
-    def watch(name: str) -> Callable[..., None]:
+    def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            x = arguments[0] if arguments else keywords["input"]
-            if name not in found:
-                fit, measure = (MomentSums.zeros(x.shape[-1], x.device) for _ in range(2))
-                found[name] = Inputs(fit, measure)
-            found[name].add(x, None if current is None else current.to(x.device), held_out)
-            if once:
-                raise _SeenEnoughError
+            given[name] = arguments[0] if arguments else keywords["input"]
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, arguments: tuple[Any, ...], output: Any) -> None:
+            x = given.pop(name)
+            if name not in found:
+                _check_affine(name, module, x, output)
+                near = (torch.cat(x.unbind()) if x.is_nested else x).double().reshape(-1, module.in_features).mean(0)
+                fit, measure = (MomentSums.zeros(module.in_features, x.device, origin=near) for _ in range(2))
+                found[name] = Inputs(fit, measure)
+            found[name].add(x, None if current is None else current.to(x.device), held_out)
+            if once:
+                raise _SeenEnough
+
+        return hook
+
+    handles = []
+    for name, layer in layers.items():  # before and after any hooks of the user's own: a student would have none
+        handles.append(layer.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True))
+        handles.append(layer.register_forward_hook(after(name)))
     try:
         with evaluating(model), torch.no_grad():
             for batch, held_out in batches:  # noqa: B007, the hooks read it
-                current = mask(batch)
+                current = _as_mask(mask(batch))
                 try:
                     forward(model, batch)
-                except _SeenEnoughError:
+                except _SeenEnough:
                     continue
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _check_affine(name: str, layer: nn.Linear, x: Tensor, output: Any) -> None:
+    if isinstance(output, Tensor) and output.is_nested:
+        return
+    expected = F.linear(x, layer.weight, layer.bias)
+    same = isinstance(output, Tensor) and output.shape == expected.shape
+    if same and expected.isfinite().all():  # what is not finite is named later
+        loose = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.1
+        same = bool((output - expected).abs().amax() <= loose * expected.abs().amax())
+    if not same:
+        raise InputError(
+            f"Expected {name!r} to give W x + b but it does something else (a forward or hooks of its own), which a"
+            " student would lose; leave it out."
+        )
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import islice
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from distil_rank.compression.capture import (
     attention_mask,
     call_model,
     capture,
+    count_runs,
     install,
 )
 from distil_rank.compression.tune import Tuning, match_outputs
@@ -53,8 +54,8 @@ class LayerRow:
         rank: of the student; None where the layer was left dense, and `note` says why.
         dense_parameters: before.
         parameters: after.
-        predicted_r2: share of the output's variance that the closed form keeps, on the rows it was fitted to.
-        held_out_r2: the same of the layer as it now is, on held-out rows; None without any.
+        predicted_r2: share of the output's variance that the student keeps on the rows it was fitted to.
+        held_out_r2: the same on held-out rows; None without any.
         dense_us: median time of the dense layer for 32 rows, in microseconds.
         student_us: of its student.
         note: why the layer was left dense; empty otherwise.
@@ -119,13 +120,18 @@ class Report:
             )
         before, after = self.parameters
         lines += ["", f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
-        if self.outputs is not None:
-            kept = self.outputs.predictions_kept
-            said = "" if kept is None else f", predictions kept {kept:.2%}"
-            lines.append(
-                f"The whole model's output on {self.outputs.rows:,} held-out rows: R² {self.outputs.r2:.4f}{said}."
-            )
+        if self.tuning is not None:
+            lines.append("Fine-tuned for the whole model's output, which the layers' own R² may have paid for.")
+        for when, agreed in (("", self.outputs), (" before fine-tuning", self.untuned)):
+            if agreed is not None:
+                kept = agreed.predictions_kept
+                said = "" if kept is None else f", predictions kept {kept:.2%}"
+                lines.append(
+                    f"The whole model's output{when} on {agreed.rows:,} held-out rows: R² {agreed.r2:.4f}{said}."
+                )
         return "\n".join(lines)
+
+    _repr_markdown_ = __str__  # a table in a notebook
 
 
 def compress(
@@ -179,38 +185,34 @@ def compress(
     >>> model[0].rank, report.parameters
     (3, (272, 112))
     """
+    _check_options(data, held_out, parameters, tune, outputs)
     model = model if inplace else copy.deepcopy(model)
     wanted = _wanted(model, layers, parameters)
     dense = {name: cast(nn.Linear, model.get_submodule(name)) for name in wanted}
     shared = _shared_weights(model, dense)
     batches = Batches(data, held_out)
     one_by_one = sequential and len(dense) > 1
-    if tune or one_by_one:
-        batches.check_repeatable()
-
-    # To learn in which order layers run, one batch is enough; a budget needs every layer's spectrum beforehand.
-    one_batch = one_by_one and parameters is None
-    found = capture(model, dense, islice(batches, 1) if one_batch else batches, forward, mask)
-    once = {name for name, inputs in found.items() if inputs.calls == batches.given}
-    for name in dense:
-        if name not in found:
-            raise InputError(
-                f"Expected {name!r} to run when the model does but it never did (its weights may be read by another"
-                " module, as nn.MultiheadAttention does); leave it out."
-            )
+    if (tune or one_by_one) and batches.unrepeatable:
+        raise InputError(batches.unrepeatable)
+    # One by one, a first pass only tells the order of the layers; a budget needs every layer's spectrum beforehand.
+    runs = count_runs(model, dense, batches, forward) if one_by_one else {}
+    whole = not one_by_one or parameters is not None
+    found = capture(model, dense, batches, forward, mask) if whole else {}
+    _check_ran(dense, runs or found, batches)
     if parameters is not None:
-        wanted = _within_budget(dense, found, parameters)
+        wanted |= _within_budget({name: dense[name] for name in dense.keys() - shared.keys()}, dense, found, parameters)
 
     originals: dict[str, nn.Module] = {}
     owner: dict[str, str] = {}
     rows: dict[str, LayerRow] = {}
     solved: dict[str, tuple[LowRankLinear, Inputs]] = {}
     try:
-        for name in list(found):
+        for name in list(runs or found):
             log.info("compressing %s (%d of %d)", name, len(rows) + 1, len(dense))
-            inputs = found.pop(name)
-            if one_batch or (one_by_one and originals):
-                inputs = capture(model, {name: dense[name]}, batches, forward, mask, once=name in once)[name]
+            if name in found and not (one_by_one and originals):
+                inputs = found.pop(name)
+            else:
+                inputs = capture(model, {name: dense[name]}, batches, forward, mask, once=runs[name] == 1)[name]
             rows[name], student = _replaced(name, dense[name], wanted[name], inputs, solver, shared.get(name))
             if student is not None:
                 paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is dense[name]]
@@ -227,13 +229,30 @@ def compress(
             tuning = match_outputs(model, originals, moments, batches, tune, outputs, forward, mask)
             for name, (student, inputs) in solved.items():
                 student.provenance |= {"tuned_steps": tuning.steps if tuning.best_loss < tuning.start_loss else 0}
-                rows[name] = replace(rows[name], held_out_r2=_certify(student, dense[name], inputs))
-        agreed = compare() if not isinstance(batches.data, Iterator) else None
+                held_out_r2 = _certify(student, dense[name], inputs)
+                rows[name] = replace(rows[name], predicted_r2=student.provenance["r2"][-1], held_out_r2=held_out_r2)
+        agreed = None if batches.unrepeatable else compare()
     except BaseException:
         install(model, originals)  # a model that is half of each serves nobody
         raise
     timed = [row if name not in solved else timed_row(row, dense[name], solved[name][0]) for name, row in rows.items()]
     return Report(model, timed, agreed, untuned, tuning)
+
+
+def _check_options(data: Any, held_out: Any, parameters: Any, tune: Any, outputs: Any) -> None:
+    for name, value in (("data", data), ("held_out", held_out)):
+        if (value is None and name == "data") or (isinstance(value, Tensor) and value.ndim < 2):
+            found = "None" if value is None else f"a tensor of shape {tuple(value.shape)}"
+            raise InputError(f"Expected `{name}` as batches, or a tensor of rows, but got {found}.")
+        if isinstance(value, Mapping | str | np.ndarray) or (value is not None and not isinstance(value, Iterable)):
+            kind = type(value).__name__
+            raise InputError(f"Expected `{name}` as several batches but got one {kind}; give a list or a loader.")
+    if parameters is not None and (isinstance(parameters, bool) or not isinstance(parameters, int | float)):
+        raise InputError(f"Expected `parameters` in (0, 1], the share of the weights to keep, but got {parameters!r}.")
+    if isinstance(tune, bool) or not isinstance(tune, int) or tune < 0:
+        raise InputError(f"Expected `tune` as a number of steps, 0 for none, but got {tune!r}.")
+    if outputs not in get_args(Outputs):
+        raise InputError(f"Expected `outputs` out of {', '.join(get_args(Outputs))} but got {outputs!r}.")
 
 
 def _wanted(model: nn.Module, layers: Mapping[str, Rank] | Sequence[str] | str, budget: float | None) -> dict[str, Any]:
@@ -246,14 +265,31 @@ def _wanted(model: nn.Module, layers: Mapping[str, Rank] | Sequence[str] | str, 
     patterns = (
         dict(layers) if isinstance(layers, Mapping) else dict.fromkeys([layers] if isinstance(layers, str) else layers)
     )
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
-    fits = {name: next((p for p in patterns if fnmatchcase(name, p)), None) for name in linear}
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and name:
+            places.setdefault(module, []).append(name)
+    linear = [name for names in places.values() for name in names]
+    fits = {
+        names[0]: next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
+        for names in places.values()
+    }
     if unused := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in linear)]:
         known = ", ".join(linear[:8]) + (", …" if len(linear) > 8 else "")
         raise InputError(
             f"Expected {unused[0]!r} to fit a linear layer of the model but it has {known or 'none inside'}."
         )
     return {name: patterns[pattern] for name, pattern in fits.items() if pattern is not None}
+
+
+def _check_ran(dense: Mapping[str, nn.Linear], ran: Collection[str], batches: Batches) -> None:
+    if not batches.given:
+        raise InputError("Expected batches to calibrate on but `data` holds none.")
+    if idle := [name for name in dense if name not in ran]:
+        raise InputError(
+            f"Expected {idle[0]!r} to run when the model does but it never did (its weights may be read by another"
+            " module, as nn.MultiheadAttention does); leave it out."
+        )
 
 
 def _shared_weights(model: nn.Module, dense: Mapping[str, nn.Linear]) -> dict[str, str]:
@@ -270,10 +306,18 @@ def _shared_weights(model: nn.Module, dense: Mapping[str, nn.Linear]) -> dict[st
     return {name: paths[0] for name, paths in others.items() if paths}
 
 
-def _within_budget(dense: Mapping[str, nn.Linear], found: Mapping[str, Inputs], share: float) -> dict[str, Any]:
-    spectra = {name: output_spectrum(dense[name].weight, found[name].moments())[0] for name in dense}
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in dense.items()}
-    ranks = allocate(spectra, shapes, int(share * sum(m * n for m, n in shapes.values())))
+def _within_budget(
+    free: Mapping[str, nn.Linear], dense: Mapping[str, nn.Linear], found: Mapping[str, Inputs], share: float
+) -> dict[str, Any]:
+    """The ranks of the layers that are free to shrink, so that all the dense ones together keep their share."""
+    weights = {name: layer.weight for name, layer in dense.items()}
+    held = {id(weight): weight.numel() for name, weight in weights.items() if name not in free}
+    total = sum({id(weight): weight.numel() for weight in weights.values()}.values())
+    biases = sum(layer.out_features for layer in free.values() if layer.bias is None)  # a student always has one
+    budget = int(share * total) - sum(held.values()) - biases
+    spectra = {name: output_spectrum(layer.weight, found[name].moments())[0] for name, layer in free.items()}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in free.items()}
+    ranks = allocate(spectra, shapes, budget)
     return {name: min(shapes[name]) if rank is None else rank for name, rank in ranks.items()}
 
 
@@ -288,21 +332,19 @@ def _replaced(
         raise InputError(f"Expected finite rows of input to {name!r} but got {found}; look at the data and its mask.")
     if moments.rows < n:
         log.warning("%s: %d rows for %d inputs; more data would make a better student.", name, moments.rows, n)
-    if isinstance(wanted, int) and wanted >= 1:
-        rank = wanted
-    else:
-        rank = choose_rank(output_spectrum(dense.weight, moments)[0], wanted)
     size = parameter_count(n, m, bias=dense.bias is not None)
     row = LayerRow(name, n, m, None, size, size)
     if shared is not None:
         return replace(row, note=f"its weight is also {shared}"), None
+    large = isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= break_even_rank(n, m)
+    rank = int(wanted) if large else choose_rank(output_spectrum(dense.weight, moments)[0], wanted)
     if rank >= break_even_rank(n, m):
         return replace(row, note=f"no weights saved from rank {break_even_rank(n, m):.0f} on"), None
     student = LowRankLinear.from_linear(dense, rank, moments, solver)
     student.train(dense.training).requires_grad_(dense.weight.requires_grad)
-    predicted = student.provenance["r2"][-1]
-    row = replace(row, rank=rank, parameters=parameter_count(n, m, rank), predicted_r2=predicted)
-    return replace(row, held_out_r2=_certify(student, dense, inputs)), student
+    held_out_r2 = _certify(student, dense, inputs)
+    measured = {"predicted_r2": student.provenance["r2"][-1], "held_out_r2": held_out_r2}
+    return replace(row, rank=rank, parameters=parameter_count(n, m, rank), **measured), student
 
 
 def _certify(student: LowRankLinear, dense: nn.Linear, inputs: Inputs) -> float | None:
@@ -314,6 +356,8 @@ def _certify(student: LowRankLinear, dense: nn.Linear, inputs: Inputs) -> float 
     student.provenance["r2"] = nested_r2(*known, moments, student.input_mean).tolist()
     if held_out is None:
         return None
+    if not held_out.covariance.isfinite().all():
+        raise InputError("Expected finite rows to measure on but some hold NaN or inf; look at the held-out data.")
     curve = nested_r2(*known, held_out, student.input_mean, centre=moments.mean).tolist()
     student.provenance |= {"held_out_rows": held_out.rows, "r2_held_out": curve}
     rows = torch.cat(inputs.rows)[:ROWS_KEPT]

@@ -55,4 +55,7 @@ def nested_r2(
     offset = whole[:, None] - (B * (A @ (mean - folded))).cumsum(1)  # (m, r), what is off on average
     residual = (variance - 2 * shared + own).clamp_min(0) + offset.square().sum(0)
     total = variance if centre is None else variance + (W @ (mean - centre.to(W))).square().sum()
-    return 1 - residual / total if total > 0 else torch.where(residual > 0, -torch.inf, 1.0)
+    if total > 0 or total.isnan():
+        return 1 - residual / total
+    rounding = 1e-24 * (W @ mean).square().sum()  # inputs that never vary leave no more than this of a perfect student
+    return torch.where(residual > rounding, -torch.inf, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -113,16 +114,19 @@ class LowRankLinear(nn.Module):
         >>> torch.allclose(student(x), linear(x), atol=1e-5)
         True
         """
-        if moments is not None and (isinstance(rank, str) or 0 < rank < 1):
-            rank = choose_rank(output_spectrum(linear.weight, moments)[0], rank)
-        elif isinstance(rank, str | float):
-            rank = choose_rank(torch.linalg.svdvals(linear.weight.detach().double()) ** 2, rank)
-        factors = solve(linear.weight, linear.bias, rank, solver, moments)
+        if isinstance(rank, bool) or not isinstance(rank, Integral):
+            energy = torch.linalg.svdvals(linear.weight.detach().double()) ** 2
+            rank = choose_rank(energy if moments is None else output_spectrum(linear.weight, moments)[0], rank)
+        factors = solve(linear.weight, linear.bias, int(rank), solver, moments)
         mean = None if moments is None else moments.mean
+        if mean is not None:
+            factors = _rounded(factors, mean, linear.weight.dtype)
         layer = cls.from_factors(factors, mean, dtype=linear.weight.dtype)
         layer.provenance = {"solver": solver, "teacher_sha256": tensor_digest(linear.weight, linear.bias)}
         if moments is not None:
-            curve = nested_r2(linear.weight, linear.bias, factors, moments, mean)
+            assert layer.bias is not None
+            stored = Factors(layer.A, layer.B, layer.bias)
+            curve = nested_r2(linear.weight, linear.bias, stored, moments, layer.input_mean)
             layer.provenance |= {
                 "moments_sha256": tensor_digest(moments.mean, moments.covariance),
                 "rows": moments.rows,
@@ -145,9 +149,14 @@ class LowRankLinear(nn.Module):
         """r."""
         return self.A.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """`B A`, for code that asks a linear layer for its dense weight, as `nn.TransformerEncoderLayer` does."""
+        return self.B @ self.A
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that `nn.Linear` has for it
         """`(…, n)` → `(…, m)`."""
-        return F.linear(F.linear(x, self.A), self.B, self.bias)
+        return F.linear(F.linear(input, self.A), self.B, self.bias)
 
     def at_rank(self, x: Tensor, rank: int) -> Tensor:
         """`truncate(rank)(x)` without a copy, for training several ranks at once."""
@@ -216,6 +225,13 @@ class LowRankLinear(nn.Module):
         """What `print` shows."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{shape}, bias={self.bias is not None}"
+
+
+def _rounded(factors: Factors, mean: Tensor, dtype: torch.dtype) -> Factors:
+    """A and B as `dtype` holds them; what that changes on average, for inputs of this mean, goes into the bias."""
+    mean = mean.to(factors.A)
+    A, B = (factor.to(dtype).to(factors.A) for factor in (factors.A, factors.B))
+    return Factors(A, B, factors.c + factors.B @ (factors.A @ mean) - B @ (A @ mean))
 
 
 def truncated_provenance(provenance: Mapping[str, Any], rank: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ All of them are nested: the first k columns of B and rows of A are the same solv
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -198,9 +199,9 @@ def choose_rank(eigenvalues: Tensor, rank: int | float | str) -> int:
         alive = max(int((eigenvalues > eigenvalues[0] * 1e-12).sum()), 1)
         chord = torch.arange(1, k + 1, dtype=curve.dtype) / alive
         return int((curve.cpu() - chord)[:alive].argmax()) + 1
-    if isinstance(rank, str | bool):
+    if isinstance(rank, bool) or not isinstance(rank, Real):
         raise InputError(f"Expected {what} but got {rank!r}.")
-    if isinstance(rank, float) and (rank <= 1 or not rank.is_integer()):
+    if not isinstance(rank, Integral) and (rank <= 1 or not float(rank).is_integer()):
         if not 0 < rank < 1:
             raise InputError(f"Expected {what} but got {rank}.")
         return min(int((r2_curve(eigenvalues) < rank).sum()) + 1, k)

@@ -91,11 +91,53 @@ def test_every_fifth_batch_is_held_out_unless_some_are_given():
 
 def test_data_that_would_differ_in_a_second_pass_are_refused():
     data = torch.utils.data.TensorDataset(torch.randn(40, 3))
-    with pytest.raises(InputError, match="the loader shuffles"):
-        Batches(torch.utils.data.DataLoader(data, shuffle=True)).check_repeatable()
-    Batches(torch.utils.data.DataLoader(data, shuffle=True), held_out=[]).check_repeatable()
-    with pytest.raises(InputError, match="got an iterator"):
-        Batches(iter([1, 2])).check_repeatable()
+    assert "the loader shuffles" in Batches(torch.utils.data.DataLoader(data, shuffle=True)).unrepeatable
+    assert Batches(torch.utils.data.DataLoader(data, shuffle=True), held_out=[]).unrepeatable is None
+    assert "got an iterator" in Batches(iter([1, 2])).unrepeatable
+
+
+class Half(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) / 2
+
+
+def hooked():
+    layer = nn.Linear(3, 3)
+    layer.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 10,))
+    return layer
+
+
+@pytest.mark.parametrize("layer", [Half(3, 3), hooked()])
+def test_a_layer_that_does_more_than_its_weights_say_is_refused(layer):
+    with pytest.raises(InputError, match="'0' to give W x \\+ b"):
+        capture(nn.Sequential(layer), {"0": layer}, [(torch.randn(4, 3), False)])
+
+
+def test_a_weight_that_is_computed_is_still_one():
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        layer = wrap(nn.Linear(3, 3))
+        assert capture(nn.Sequential(layer), {"0": layer}, [(torch.randn(4, 3), False)])["0"].fit.rows == 4
+
+
+def test_masks_as_attention_has_them():
+    layer, x = nn.Linear(3, 3), torch.randn(2, 5, 3)
+    model = nn.Sequential(layer)
+    kept = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+
+    def rows_with(mask):
+        return capture(model, {"0": layer}, [(x, False)], mask=lambda batch: mask)["0"].fit.rows
+
+    assert rows_with(kept) == rows_with(kept[:, None, None]) == rows_with(kept.tolist()) == 6
+    for wrong in ((1 - kept) * -1e9, torch.ones(3), torch.ones(2, 5, 5)):
+        with pytest.raises(InputError, match="mask \\(batch, time\\) of 1 for tokens"):
+            rows_with(wrong)
+
+
+def test_inputs_that_a_mask_does_not_fit_are_said(caplog):
+    layer = nn.Linear(3, 3)
+    mask = torch.ones(2, 5)
+    capture(nn.Sequential(layer), {"0": layer}, [(torch.randn(2, 4, 5, 3), False)] * 2, mask=lambda batch: mask)
+    assert caplog.text.count("padding is counted") == 1
 
 
 def test_no_hook_stays_even_after_an_error_and_modes_are_kept():

@@ -174,7 +174,10 @@ def test_fine_tuning_serves_the_far_end_and_touches_nothing_else():
     report = compress(model, {"0": 2}, x, tune=600)
     assert report.tuning.best_loss < 0.6 * report.tuning.start_loss
     assert report.outputs.probability_error < 0.85 * report.untuned.probability_error
-    assert report.layers[0].held_out_r2 < report.layers[0].predicted_r2  # what it gave up for that
+    closed = compress(before, {"0": 2}, x, inplace=False).layers[0]
+    assert report.layers[0].held_out_r2 < closed.held_out_r2  # what it gave up for that
+    assert report.layers[0].predicted_r2 < closed.predicted_r2
+    assert "before fine-tuning" in str(report) and "may have paid" in str(report)
     assert torch.equal(model[2].weight, before[2].weight) and torch.equal(model[4].bias, before[4].bias)
     assert model[2].weight.requires_grad and not model[4].weight.requires_grad and model[0].A.requires_grad
     assert model.training and model[0].provenance["tuned_steps"] == 600
@@ -187,6 +190,75 @@ def test_fine_tuning_that_does_not_help_is_not_kept():
     tuned = compress(model, {"0": 2}, x, tune=40, outputs="regression", inplace=False)
     assert tuned.tuning.best_loss <= tuned.tuning.start_loss
     assert tuned.outputs.r2 >= closed.outputs.r2 - 1e-2
+
+
+def test_tied_layers_are_both_left_and_counted_once_in_a_budget():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    report = compress(model, ["*"], torch.randn(400, 16), parameters=0.75)
+    assert [row.rank is None for row in report.layers] == [True, True, False]
+    kept = model[0].weight.numel() + model[4].A.numel() + model[4].B.numel()
+    assert kept <= 0.75 * 2 * 256
+    with pytest.raises(InputError, match="room for rank 1"):
+        compress(model, ["0", "2"], torch.randn(400, 16), parameters=0.5)
+
+
+def test_a_budget_counts_the_biases_that_students_bring():
+    model = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(4)])
+    report = compress(model, ["*"], torch.randn(400, 16), parameters=0.5)
+    before, after = report.parameters
+    assert after <= 0.5 * before
+
+
+def test_what_is_held_out_is_never_reported_from_rows_that_were_fitted():
+    data = torch.utils.data.DataLoader(torch.randn(60, 8), batch_size=6, shuffle=True)
+    report = compress(nn.Sequential(nn.Linear(8, 8)), {"0": 2}, data)
+    assert report.layers[0].held_out_r2 is not None and report.outputs is None
+
+
+def test_a_layer_that_runs_more_often_later_is_seen_each_time():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = x[:, 0]
+            for i in range(x.shape[1]):
+                h = torch.tanh(self.step(h) + x[:, i])
+            return self.out(h)
+
+    torch.manual_seed(0)
+    batches = [torch.randn(10, 1, 8)] + [torch.randn(10, 4, 8) for _ in range(9)]
+    model = Recurrent()
+    compress(model, {"step": 2, "out": 2}, batches)
+    assert model.step.provenance["rows"] == 10 * (1 + 7 * 4)
+
+
+def test_inside_a_transformer_layer():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(50, 7, 16)
+    report = compress(model, {"*.linear1": 6}, x, outputs="regression")
+    assert report.outputs.r2 > 0.5
+    with torch.inference_mode():  # where PyTorch reads the weights past the layers
+        torch.testing.assert_close(model.eval()(x), model.train(False)(x.requires_grad_()), atol=1e-4, rtol=1e-4)
+
+
+def test_held_out_rows_that_are_not_numbers_are_refused():
+    x = torch.randn(400, 8)
+    x[-1] = torch.nan
+    with pytest.raises(InputError, match="finite rows to measure on"):
+        compress(nn.Sequential(nn.Linear(8, 8)), {"0": 2}, x)
+
+
+def test_a_second_name_of_a_layer_is_a_name():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    model["b"] = model["a"]
+    report = compress(model, {"b": 2}, torch.randn(100, 8), forward=lambda m, x: m["b"](x))
+    assert report.layers[0].name == "a" and isinstance(model["b"], LowRankLinear)
 
 
 def test_an_error_on_the_way_leaves_the_model_whole():

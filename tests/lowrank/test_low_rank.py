@@ -1,5 +1,7 @@
 """The student layer."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +81,17 @@ def test_impossible_ranks_are_refused(dense, rows):
         LowRankLinear.from_linear(dense, 13, Moments.of(rows))
     with pytest.raises(InputError, match=r"\[1, 4\]"):
         LowRankLinear.from_linear(dense, 4, Moments.of(rows)).truncate(5)
+
+
+def test_what_half_precision_rounds_away_does_not_shift_the_mean():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64).to(torch.bfloat16)
+    x = torch.randn(4000, 64) * torch.logspace(0, -1, 64) + 50
+    moments = Moments.of(x)
+    student = LowRankLinear.from_linear(linear, 16, moments)
+    target = linear.double()(x.double())
+    output = copy.deepcopy(student).double()(x.double())
+    measured = 1 - (output - target).square().sum() / (target - target.mean(0)).square().sum()
+    assert measured == pytest.approx(student.provenance["r2"][-1], abs=1e-3)
+    off = (output - target).mean(0).abs().max()
+    assert off < 2 * student.bias.abs().max() * 2**-8  # no more than the bias itself is rounded by

@@ -123,6 +123,10 @@ def test_ranks_from_shares_knees_and_integers():
     assert choose_rank(values, 4.0) == 4
     with pytest.raises(InputError, match=r"share of variance in \(0, 1\)"):
         choose_rank(values, 1.0)  # the whole variance, or the first direction?
+    assert choose_rank(values, np.float32(0.9)) == 3 and choose_rank(values, np.int64(4)) == 4
+    for wrong in (None, [3], True):
+        with pytest.raises(InputError, match="an integer rank"):
+            choose_rank(values, wrong)
     assert r2_curve(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
 
 
