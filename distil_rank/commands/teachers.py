@@ -17,6 +17,7 @@ from torch import nn
 from distil_rank.commands.lineage import lineage
 from distil_rank.compression.own_layer import load_linear
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import start_run
@@ -69,6 +70,8 @@ def train_teacher(
         config: The resolved configuration, kept with the run.
         reuse: Take the one that an earlier command made with these very options on these very data, if it did.
     """
+    if kind not in MADE_UP and ":" not in kind and not Path(kind).exists():
+        raise InputError(f"Expected a teacher out of {', '.join(MADE_UP)}, or <file>:<key>, but got {kind!r}.")
     data.prepare_data()
     data.setup()
     settings: dict[str, Any] = {"teacher": kind, "data": data.digest, "seed": seed}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
     except InputError:
         raise
-    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"Expected plain tensors in {path} but it holds pickled Python objects, such as a whole model, which are"
+            " never loaded; save `model.state_dict()`."
+        ) from error
+    except (SafetensorError, EOFError, OSError, ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"Expected plain tensors in {path} but it cannot be read safely ({reason}); save it again as .safetensors."

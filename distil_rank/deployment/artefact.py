@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distil_rank.compression.capture import install
 from distil_rank.deployment.int8 import Int8LowRankLinear
 from distil_rank.errors import InputError
 from distil_rank.lowrank.guard import Guard
@@ -63,41 +66,63 @@ def save(
         InputError: nothing to save, weights that are not finite, or a path that is a file.
     """
     path = Path(path)
-    students = {name: module for name, module in model.named_modules() if isinstance(module, Student)}
+    everywhere = model.named_modules(remove_duplicate=False)
+    students = {name: module for name, module in everywhere if isinstance(module, Student)}
     if not students:
         raise InputError(f"Expected a student layer or a model that holds one but got {type(model).__name__} without.")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"Expected a folder to save to but {path} is a file; name another place.")
+    check_place(path)
     state, aliases = _without_duplicates(model.state_dict())
     _check_finite(state, "the model")
+    layers: dict[str, dict[str, Any]] = {}
+    for name, student in students.items():
+        first = next(known for known, other in students.items() if other is student)
+        layers[name] = _describe(student) if first == name else {"same_as": first}
     guards = {
         f"{name}.{part}": getattr(student.guard, part).cpu().contiguous()
         for name, student in students.items()
-        if student.guard is not None
+        if student.guard is not None and "same_as" not in layers[name]
         for part in ("sketch", "offset")
     }
-    path.mkdir(parents=True, exist_ok=True)
-    (path / MANIFEST).unlink(missing_ok=True)  # while the files change there is no artefact
-    (path / GUARD).unlink(missing_ok=True)
-    files = {WEIGHTS: state, GUARD: guards} if guards else {WEIGHTS: state}
-    for name, tensors in files.items():
-        save_file(tensors, path / name)
+    files = {name: safetensors.torch.save(tensors) for name, tensors in ((WEIGHTS, state), (GUARD, guards)) if tensors}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "whole_model": "" not in students,
-        "layers": {name: _describe(student) for name, student in students.items()},
+        "layers": layers,
         "aliases": aliases,
         "metrics": dict(metrics or {}),
         "data": dict(data or {}),
         "licence": licence,
         "versions": versions(),
-        "files": {name: {"bytes": (path / name).stat().st_size, "sha256": _file_digest(path / name)} for name in files},
+        "files": {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        },
     }
     manifest = _plain(manifest)
     manifest["sha256"] = _manifest_digest(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():  # in full beside the old ones, before any of those goes
+            (path / f".{name}.new").write_bytes(content)
+        (path / MANIFEST).unlink(missing_ok=True)  # while the files change there is no artefact
+        (path / GUARD).unlink(missing_ok=True)
+        for name in files:
+            (path / f".{name}.new").replace(path / name)
+    except OSError as error:
+        raise InputError(f"Expected to write to {path} but: {error.strerror}; name another place.") from error
     return path
+
+
+def check_place(path: Path) -> None:
+    """Raises `InputError` where nothing can be saved, before the work that is to be saved is done."""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "cannot be written to" if folder.is_dir() else "is a file"
+        raise InputError(f"Expected a folder to save to at {path} but {folder} {what}; name another place.")
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -157,13 +182,25 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
     state = _tensors(path / WEIGHTS)
     try:
         state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
-        students = {name: _empty(description) for name, description in manifest["layers"].items()}
-        model = students[""] if not manifest["whole_model"] else _fitted(into, students, path)
-        device = next((value.device for value in model.parameters() if not value.is_meta), None)
-        model.load_state_dict(state, assign=True)
-        model.to(device)
+        known = manifest["layers"]
+        own = {name: _empty(description) for name, description in known.items() if "same_as" not in description}
+        students = {name: own[description.get("same_as", name)] for name, description in known.items()}
+        _check_rank(rank, own, path)
         if GUARD in manifest["files"]:
-            _attach_guards(students, manifest["layers"], _tensors(path / GUARD))
+            _attach_guards(own, known, _tensors(path / GUARD))
+        if not manifest["whole_model"]:
+            model: nn.Module = own[""]
+            _assign(model, state)
+        else:
+            dense = _places(into, students, path)
+            assert into is not None
+            model = into
+            install(model, students)
+            try:
+                _assign(model, state)
+            except BaseException:
+                install(model, dense)
+                raise
     except InputError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -173,15 +210,32 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
         ) from error
     if rank is None:
         return model
-    top = max(student.rank for student in students.values())
-    if not 1 <= rank <= top:
-        raise InputError(f"Expected `rank` in [1, {top}], up to that of {path}, but got {rank}.")
-    small = {name: student.truncate(min(rank, student.rank)) for name, student in students.items()}
+    small = {name: student.truncate(min(rank, student.rank)) for name, student in own.items()}
     if "" in small:
         return small[""]
-    for name, student in small.items():
-        model.set_submodule(name, student)
+    install(model, {name: small[description.get("same_as", name)] for name, description in known.items()})
     return model
+
+
+def _check_rank(rank: Any, students: Mapping[str, Student], path: Path) -> None:
+    top = max(student.rank for student in students.values())
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= top):
+        raise InputError(f"Expected `rank` in [1, {top}], up to that of {path}, but got {rank!r}.")
+
+
+def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads every tensor, or changes nothing: PyTorch itself would load those that fit before it complains."""
+    wanted = model.state_dict()
+    if wrong := sorted(wanted.keys() ^ state.keys()):
+        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in wanted else 'not expected'}")
+    for name, value in wanted.items():
+        fresh = value.is_meta  # a student's own, whose dtype the manifest tells
+        if state[name].shape != value.shape or (fresh and state[name].dtype != value.dtype):
+            found, due = ((tuple(one.shape), one.dtype) for one in (state[name], value))
+            raise ValueError(f"{name} is {found}, not {due}")
+    device = next((value.device for value in model.parameters() if not value.is_meta), None)
+    model.load_state_dict(state, assign=True)
+    model.to(device)
 
 
 def _describe(student: Student) -> dict[str, Any]:
@@ -220,29 +274,31 @@ def _empty(description: Mapping[str, Any]) -> Student:
     return student
 
 
-def _fitted(into: nn.Module | None, students: Mapping[str, Student], path: Path) -> nn.Module:
-    """Put empty students where the model has its dense layers."""
+def _places(into: nn.Module | None, students: Mapping[str, Student], path: Path) -> dict[str, nn.Module]:
+    """What the model has where the students belong."""
     if into is None:
         raise InputError(
             f"Expected `into`, a model to load {path} into, since it is a whole model with students at "
             f"{', '.join(students)}; give one of the same architecture."
         )
+    found = {}
     for name, student in students.items():
         try:
-            old = into.get_submodule(name)
+            found[name] = old = into.get_submodule(name)
         except AttributeError as error:
             raise InputError(f"Expected a layer {name!r} in `into` but it has none; give the same model.") from error
         shape = getattr(old, "out_features", None), getattr(old, "in_features", None)
         if shape != (student.out_features, student.in_features):
             expected = (student.out_features, student.in_features)
             raise InputError(f"Expected {name!r} of `into` to be {expected} but it is {shape}; give the same model.")
-        into.set_submodule(name, student)
-    return into
+    return found
 
 
 def _attach_guards(students: Mapping[str, Student], layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     for name, student in students.items():
         if (known := layers[name]["guard"]) is not None:
+            if not known["scale"] > 0 or not (known["threshold"] is None or known["threshold"] >= 0):
+                raise InputError(f"Expected a guard of positive scale and threshold for {name!r} but got {known}.")
             guard = Guard(tensors[f"{name}.sketch"], tensors[f"{name}.offset"], known["scale"], known["threshold"])
             if guard.sketch.shape != (len(guard.offset), student.in_features):
                 raise InputError(f"Expected a guard of width {student.in_features} for {name!r} in {GUARD}.")
@@ -287,6 +343,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value  # of numpy and torch
+    if value is not None and not isinstance(value, str | int | float):
+        raise InputError(f"Expected JSON values to save beside the weights but got a {type(value).__name__}.")
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

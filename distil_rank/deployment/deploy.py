@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distil_rank.compression.compress import Report, compress, timed_row
 from distil_rank.compression.own_layer import load_linear, load_tail
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.deployment.artefact import Student, load, save
+from distil_rank.deployment.artefact import Student, check_place, load, save
 from distil_rank.deployment.export import to_dense, to_int8, to_onnx, to_torch
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
@@ -55,6 +55,7 @@ def compress_file(
     Raises:
         InputError: the layer or the data cannot be used together, or a low rank would save nothing.
     """
+    check_place(Path(output))
     dense = load_linear(model if layer is None else f"{model}:{layer}")
     data.prepare_data()
     data.setup()
@@ -121,7 +122,9 @@ def export_artefact(
         InputError: the artefact is damaged or holds a whole model, or int8 would cost more than 0.001 of R².
     """
     student = cast(Student, load(artefact, rank))
-    folder = Path(artefact)
+    folder = Path(artefact).resolve()
+    if to != "int8" and output is not None and Path(output).is_dir():
+        raise InputError(f"Expected a file to export to but {output} is a folder; name a file in it.")
     if to == "onnx":
         return to_onnx(student, output or folder / "layer.onnx")
     if to == "torch":
@@ -129,7 +132,9 @@ def export_artefact(
         return to_torch(student, output or folder / "layer.pt2", torch.zeros(2, student.in_features, dtype=dtype))
     if to == "dense":
         path = Path(output or folder / "dense.safetensors")
-        save_file(dict(to_dense(student).state_dict()), path)
+        check_place(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(safetensors.torch.save(dict(to_dense(student).state_dict())))
         return path
     if teacher is None or data is None or not isinstance(student, LowRankLinear):
         raise InputError("Expected a float student, `teacher` and `data` for int8, whose cost is measured; give them.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distil_rank.deployment.int8 import Int8LowRankLinear
 from distil_rank.errors import InputError
+from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.lowrank.fidelity import nested_r2
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
@@ -42,9 +43,18 @@ def to_int8(
     Raises:
         InputError: R² falls by more than `tolerance`.
     """
+    shape = teacher.out_features, teacher.in_features
+    if shape != (student.out_features, student.in_features) or moments.mean.shape != (student.in_features,):
+        raise InputError(
+            f"Expected the {student.out_features} x {student.in_features} layer that this student replaces, and inputs"
+            f" of its width, but got {shape[0]} x {shape[1]} and inputs of {len(moments.mean)}."
+        )
+    known = student.provenance.get("teacher_sha256")
+    if known is not None and known != tensor_digest(teacher.weight, teacher.bias):
+        raise InputError("Expected the very layer that this student replaces but got another of its shape.")
     small = Int8LowRankLinear.from_low_rank(student)
     before, after = (_r2(teacher, layer, moments) for layer in (student, small.dequantised()))
-    if before - after > tolerance:
+    if not before - after <= tolerance:  # also where it is not a number
         raise InputError(
             f"Expected int8 factors to keep R² within {tolerance:g} but it fell from {before:.4f} to {after:.4f};"
             " keep the float factors, or allow a greater `tolerance`."
@@ -135,9 +145,7 @@ def _onnx() -> tuple[Any, Any]:
         import onnx  # noqa: PLC0415
         import onnxruntime  # noqa: PLC0415
     except ImportError as error:
-        raise InputError(
-            "Expected onnx and onnxruntime but they are missing; pip install 'distil-rank[onnx]'."
-        ) from error
+        raise InputError("Expected onnx and onnxruntime but they are missing; pip install onnx onnxruntime.") from error
     return onnx, onnxruntime
 
 

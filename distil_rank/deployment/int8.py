@@ -6,11 +6,10 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from distil_rank.errors import InputError
-from distil_rank.lowrank.guard import Guard
-from distil_rank.lowrank.low_rank import LowRankLinear, truncated_provenance
+from distil_rank.lowrank.low_rank import LowRankLinear, TwoFactors, truncated_provenance
 from distil_rank.lowrank.solvers import check_rank
 
 LEVELS = 127  # symmetric: −128 stays unused
@@ -35,7 +34,7 @@ def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-LEVELS, LEVELS).to(torch.int8), scale
 
 
-class Int8LowRankLinear(nn.Module):
+class Int8LowRankLinear(TwoFactors):
     """`y = B (A x) + c` with A and B in int8: small in memory and on disk, computed in the input's own precision.
 
     Args:
@@ -49,13 +48,9 @@ class Int8LowRankLinear(nn.Module):
         InputError: the rank is out of range.
     """
 
-    A: Tensor
     A_scale: Tensor
-    B: Tensor
     B_scale: Tensor
-    bias: Tensor | None
     kept_mean: Tensor | None
-    guard: Guard | None
 
     def __init__(
         self,
@@ -93,23 +88,11 @@ class Int8LowRankLinear(nn.Module):
             new.bias = bias.float()
         if mean is not None:
             new.kept_mean = (A @ mean.double()).float()
-        new.guard, new.provenance = layer.guard, dict(layer.provenance)
+        new.provenance = dict(layer.provenance)
+        if layer.guard is not None:  # rounding adds to the error; its threshold hardly moves
+            guard = layer.guard.plus(layer.A, layer.B, layer.bias)
+            new.guard = guard.plus(A, -B, None if new.bias is None else -new.bias, layer.guard.threshold)
         return new
-
-    @property
-    def in_features(self) -> int:
-        """n."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """m."""
-        return self.B.shape[0]
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.A.shape[0]
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return (
@@ -152,8 +135,3 @@ class Int8LowRankLinear(nn.Module):
         layer.load_state_dict({name: value for name, value in state.items() if value is not None})
         layer.guard, layer.provenance = self.guard, dict(self.provenance)
         return layer
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return f"{shape}, bias={self.bias is not None}"

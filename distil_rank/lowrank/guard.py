@@ -26,8 +26,8 @@ class Guard(nn.Module):
     Attributes:
         sketch: `S (W − B A)`, `(k, n)`.
         offset: `S (b − c)`, `(k,)`.
-        scale: mean squared deviation of the teacher's output from its mean over the calibration rows, so that estimates
-            are shares of the variance and average to 1 − R².
+        scale: what estimates are divided by: the teacher's output variance over the calibration rows, and the ratio of
+            mean estimate to mean error there, so that on those rows the shares average to 1 − R² exactly.
         threshold: the estimate that `QUANTILE` of the calibration rows stay under; None where it is not known.
     """
 
@@ -70,6 +70,9 @@ class Guard(nn.Module):
         target = teacher(x.double())
         scale = float((target - target.mean(0)).square().sum(1).mean())
         guard = cls((error[1:] - error[0]).T.float(), error[0].float(), scale if scale > 0 else 1.0)
+        exact = float((target - student(x.double())).square().sum(1).mean())
+        if exact > 0:
+            guard.scale *= float(guard(x).mean()) * guard.scale / exact
         return guard.calibrated(x)
 
     def calibrated(self, x: Tensor) -> Self:
@@ -88,7 +91,10 @@ class Guard(nn.Module):
             InputError: the threshold is not known.
         """
         if self.threshold is None:
-            raise InputError("Expected a calibrated guard but its threshold is not known; use `guard.calibrated(x)`.")
+            raise InputError(
+                "Expected a calibrated guard but the threshold at this rank is not known; set"
+                " `layer.guard = layer.guard.calibrated(rows)` with rows like those the layer is for."
+            )
         return self(x) > self.threshold
 
     def extra_repr(self) -> str:
@@ -106,10 +112,15 @@ class Guard(nn.Module):
         """
         if len(A) == 0:
             return self
-        dropped = _signs(len(self.offset), len(B)).to(B.device) @ B.double()
-        sketch = self.sketch.double() + dropped @ A.double()
-        offset = self.offset.double() - (0 if kept_mean is None else dropped @ kept_mean.double())
-        return type(self)(sketch.float(), offset.float(), self.scale)
+        return self.plus(A, B, None if kept_mean is None else -B @ kept_mean)
+
+    @torch.no_grad()
+    def plus(self, A: Tensor, B: Tensor, c: Tensor | None, threshold: float | None = None) -> Self:
+        """The guard of a student whose error is greater by `B A x + c`."""
+        signs = _signs(len(self.offset), len(B)).to(B.device)
+        sketch = self.sketch.double() + signs @ B.double() @ A.double()
+        offset = self.offset.double() + (0 if c is None else signs @ c.double())
+        return type(self)(sketch.float(), offset.float(), self.scale, threshold)
 
 
 def _signs(size: int, width: int) -> Tensor:

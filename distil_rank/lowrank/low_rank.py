@@ -18,7 +18,49 @@ from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import Factors, Solver, check_rank, choose_rank, output_spectrum, solve
 
 
-class LowRankLinear(nn.Module):
+class TwoFactors(nn.Module):
+    """What students of every precision have in common: `y = B (A x) + c`."""
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    guard: Guard | None
+
+    @property
+    def in_features(self) -> int:
+        """n."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """m."""
+        return self.B.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.A.shape[0]
+
+    def expected_error(self, x: Tensor) -> Tensor:
+        """The estimated squared error on each row as a share of the output's variance: `(…, n)` → `(…,)`.
+
+        It averages to 1 − R² on data like those the student was made for, and grows on others; `guard.flags` says
+        where it is beyond what they showed.
+
+        Raises:
+            InputError: the layer has no guard.
+        """
+        if self.guard is None:
+            raise InputError("Expected a layer with a guard but this one has none; make it with `Guard.of`.")
+        return self.guard(x)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{shape}, bias={self.bias is not None}"
+
+
+class LowRankLinear(TwoFactors):
     """`y = B (A x) + c`, a drop-in for `nn.Linear`.
 
           x (…, n) ──▶ A (r, n) ──▶ (…, r) ──▶ B (m, r) ──▶ + c (m,) ──▶ y (…, m)
@@ -135,21 +177,6 @@ class LowRankLinear(nn.Module):
         return layer
 
     @property
-    def in_features(self) -> int:
-        """n."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """m."""
-        return self.B.shape[0]
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.A.shape[0]
-
-    @property
     def weight(self) -> Tensor:
         """`B A`, for code that asks a linear layer for its dense weight, as `nn.TransformerEncoderLayer` does."""
         return self.B @ self.A
@@ -167,19 +194,6 @@ class LowRankLinear(nn.Module):
         if self.bias is None or self.input_mean is None:
             return self.bias
         return self.bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
-
-    def expected_error(self, x: Tensor) -> Tensor:
-        """The estimated squared error on each row as a share of the output's variance: `(…, n)` → `(…,)`.
-
-        It averages to 1 − R² on data like those the student was made for, and grows on others; `guard.flags` says
-        where it is beyond what they showed.
-
-        Raises:
-            InputError: the layer has no guard.
-        """
-        if self.guard is None:
-            raise InputError("Expected a layer with a guard but this one has none; make it with `Guard.of`.")
-        return self.guard(x)
 
     def truncate(self, rank: int) -> Self:
         """The nested student of a lower rank: the first columns of B and rows of A.
@@ -220,11 +234,6 @@ class LowRankLinear(nn.Module):
             if self.bias is not None:
                 dense.bias.copy_(self.bias)
         return dense
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return f"{shape}, bias={self.bias is not None}"
 
 
 def _rounded(factors: Factors, mean: Tensor, dtype: torch.dtype) -> Factors:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -130,6 +131,7 @@ class Touch:
         return (open, (self.path, "w"))
 
 
+STATE = {name: value.detach() for name, value in student(guard=False).state_dict().items()}
 FORGERIES = {
     "later version": (lambda m: m.update(version=99), None, "version 1 but .* has 99; upgrade"),
     "another format": (lambda m: m.update(format="zip"), None, "manifest is of 'zip'"),
@@ -146,6 +148,7 @@ FORGERIES = {
     "files of text": (lambda m: m.update(files="x"), None, "cannot be read"),
     "layers of text": (lambda m: m.update(layers="x"), None, "do not fit"),
     "nan": (nothing, {"A": torch.full((6, 20), float("nan"))}, "holds NaN"),
+    "another dtype": (nothing, {name: value.half() for name, value in STATE.items()}, "do not fit"),
     "missing tensor": (nothing, {"A": torch.zeros(6, 20)}, "do not fit"),
     "garbage": (nothing, b"not tensors at all", "something else or damaged"),
     "empty": (nothing, b"", "something else or damaged"),
@@ -211,6 +214,50 @@ def test_nothing_unusable_is_saved(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         save(student(), tmp_path / "file")
+
+
+def test_a_layer_in_two_places_stays_one(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(50, 8)
+    model.a = model.b = LowRankLinear.from_linear(model.a, 3, Moments.of(x))
+    model.a.guard = Guard.of(nn.Linear(8, 8), model.a, x)
+    again = load(save(model, tmp_path), into=Twice())
+    assert again.a is again.b and torch.equal(again(x), model(x))
+    assert torch.equal(again.b.guard.sketch, model.a.guard.sketch)
+    small = load(tmp_path, rank=2, into=Twice())
+    assert small.a is small.b and small.a.rank == 2
+
+
+def test_what_cannot_be_saved_leaves_the_former_artefact(tmp_path):
+    first = student()
+    save(first, tmp_path, metrics={"accuracy": np.float32(0.5), "loss": torch.tensor(2.0)})
+    assert read_manifest(tmp_path)["metrics"] == {"accuracy": 0.5, "loss": 2.0}
+    with pytest.raises(InputError, match="JSON values to save beside the weights but got a Linear"):
+        save(student(bias=False), tmp_path, metrics={"model": nn.Linear(2, 2)})
+    assert torch.equal(load(tmp_path).A, first.A)
+
+
+def test_what_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path):
+    model = Net().eval()
+    model.dense = LowRankLinear.from_linear(model.dense, 3, solver="svd")
+    save(model, tmp_path)
+    other = Net().eval()
+    other.norm = nn.LayerNorm(12)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    for options in ({}, {"rank": 99}, {"rank": 2.0}, {"rank": True}):
+        with pytest.raises(InputError, match="do not fit" if not options else "`rank` in"):
+            load(tmp_path, into=other, **options)
+        assert isinstance(other.dense, nn.Linear)
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 def test_saving_again_leaves_nothing_of_the_former(tmp_path):

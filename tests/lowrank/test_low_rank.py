@@ -83,6 +83,7 @@ def test_impossible_ranks_are_refused(dense, rows):
         LowRankLinear.from_linear(dense, 4, Moments.of(rows)).truncate(5)
 
 
+@torch.no_grad()
 def test_what_half_precision_rounds_away_does_not_shift_the_mean():
     torch.manual_seed(0)
     linear = nn.Linear(64, 64).to(torch.bfloat16)
