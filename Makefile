@@ -55,7 +55,9 @@ sweep: .venv/installed ## One teacher at many ranks, with the Pareto figure (TEA
 	@$(RUN) sweep --teacher.kind "$(TEACHER)" $(DATA_ARGS) $(ARGS)
 
 compress: .venv/installed ## A layer of your own model, to a folder that deploys (MODEL=FILE LAYER= DATA= RANK= OUT=)
-	@$(RUN) compress --model "$(MODEL)" $(if $(LAYER),--layer "$(LAYER)") --rank "$(RANK)" --output "$(OUT)" $(DATA_ARGS) $(ARGS)
+	@test -n "$(MODEL)" || { echo "Expected MODEL=FILE, a saved model, but got none." >&2; exit 2; }
+	@$(RUN) compress --model "$(MODEL)" $(if $(LAYER),--layer "$(LAYER)") \
+	  $(if $(filter file,$(origin RANK)),,--rank "$(RANK)") --output "$(OUT)" $(DATA_ARGS) $(ARGS)
 
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)

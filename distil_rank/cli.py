@@ -113,12 +113,13 @@ def _compress(argv: Sequence[str]) -> int:
     from distil_rank.commands.layers import compress
     from distil_rank.data.datamodule import EmbeddingDataModule
     from distil_rank.deployment.deploy import compress_file
+    from distil_rank.reporting import report
 
     parser = _parser("compress", compress_file.__doc__)
     parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
     parser.add_function_arguments(compress_file, None, as_group=False, skip={"data"})
     options = _options_with_data(parser, argv)
-    print(compress(options.pop("data"), config=options.pop("config"), options=options))
+    report.show_markdown(str(compress(options.pop("data"), config=options.pop("config"), options=options)))
     return 0
 
 
@@ -189,6 +190,8 @@ def configure_output(verbosity: int) -> None:
             logger.propagate = False
             for handler in logger.handlers:  # importing mlflow.pytorch sets the levels of loggers back, not these
                 handler.setLevel(logging.ERROR)
+        for name in ("pytorch_lightning", "lightning_fabric"):  # mlflow.pytorch imports them; they set their own levels
+            logging.getLogger(name).propagate = False
         # What a user cannot act on: hints at more loader processes, at deprecations inside Lightning, and the like.
         modules = (
             r"(lightning|lightning_fabric|lightning_utilities|torchmetrics|mlflow|torch|esm|jsonargparse|pydantic)\b"

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -160,14 +161,29 @@ def test_benchmark_runs_the_three_teachers(workplace, capsys):
     assert (workplace / "results/distil_rank_final_report.png").stat().st_size > 10_000
 
 
-def test_a_sweep_is_a_parent_with_children(workplace):
+def test_a_sweep_is_a_parent_with_children_and_no_noise(workplace):
     command = ["sweep", "--data.source", "proteins.npz", "--teacher.kind", "spectral", "--ranks", "[2, 4]"]
-    assert main([*command, "--trainer.max_steps", "4", "--data.split", "exact"]) == 0
+    command = [sys.executable, "-m", "distil_rank", *command, "--trainer.max_steps", "4", "--data.split", "exact"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not re.search("GPU|TPU|Tip|stopped", done.stderr)
     found = runs(workplace, "sweep")
     (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.data.params["rank"] for run in children} == {"2", "4"}
     assert (workplace / "results/distil_rank_sweep.png").exists()
+
+
+def test_ranks_beyond_the_layer_are_refused_before_the_first_run(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "distil_rank.commands.studies.distil", lambda *_, **options: asked.append(options["rank"]) or {}
+    )
+    asked: list[int] = []
+    command = ["sweep", "--data.source", "proteins.npz", "--teacher.kind", "spectral", "--data.split", "exact"]
+    assert main([*command, "--ranks", "[2, 64]"]) == 2
+    assert "ranks up to 32, the width of the layer, but got 64" in capsys.readouterr().err
+    with pytest.raises(KeyError):  # nothing comes of it here
+        main(command)
+    assert asked == [8]
 
 
 def test_a_layer_from_a_file_becomes_a_folder_and_a_model(workplace, capsys):
@@ -178,7 +194,7 @@ def test_a_layer_from_a_file_becomes_a_folder_and_a_model(workplace, capsys):
     options = ["--model", "mine/head.safetensors", "--layer", "dense", "--data.source", "proteins.npz"]
     rank = ["--rank", "4", "--tail", "tanh,mine/head.safetensors:out", "--tune", "40", "--output", "mine/small"]
     assert main(["compress", *options, *rank, "--data.split", "exact"]) == 0
-    assert "| layer | 32 → 24 | 4 |" in capsys.readouterr().out
+    assert "| dense | 32 → 24 | 4 |" in capsys.readouterr().out
     run = runs(workplace, "distil")[0]
     assert run.data.params["teacher"] == "head dense" and run.data.params["rank"] == "4"
     student = load("mine/small")

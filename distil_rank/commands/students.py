@@ -119,6 +119,8 @@ def distil(
 
 def save_report(content: dict[str, Any], json_path: Path, png_path: Path, run: Run) -> None:
     """Write JSON, Markdown and picture, and keep all three with the run."""
+    if report.is_of_other_data(json_path, content):
+        log.warning("Replacing the report on other data in %s; --output names another folder.", json_path.parent)
     report.save_json(content, json_path)
     text = report.markdown(content)
     markdown_path = json_path.with_suffix(".md")

@@ -10,11 +10,16 @@ from typing import Any
 
 from distil_rank.commands.lineage import lineage
 from distil_rank.commands.students import distil, save_report
+from distil_rank.commands.teachers import MADE_UP
+from distil_rank.compression.own_layer import load_linear
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.errors import InputError
 from distil_rank.reporting import figures, report
 from distil_rank.runs.tracking import start_run
 
 log = logging.getLogger(__name__)
+
+RANKS = (8, 16, 32, 64, 128)  # of a sweep
 
 
 def benchmark(
@@ -52,7 +57,7 @@ def sweep(
     teacher: dict[str, Any] | None = None,
     distil: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
-    ranks: Sequence[int | float] = (8, 16, 32, 64, 128),
+    ranks: Sequence[int | float] | None = None,
     seeds: Sequence[int] = (42,),
     output: str = "results",
     config: str = "",
@@ -64,11 +69,19 @@ def sweep(
         teacher: Options of `train_teacher`.
         distil: Options of `DistilModule`.
         trainer: Options of Lightning's Trainer.
-        ranks: To try.
+        ranks: To try; 8, 16, 32, 64 and 128 by default, as far as the layer is wide enough.
         seeds: Of the trained rows.
         output: Folder for results.
         config: The resolved configuration, kept with the run.
     """
+    data.prepare_data()
+    data.setup()
+    kind = _kind({"teacher": teacher})
+    widest = data.dim if kind in MADE_UP else min(load_linear(kind).weight.shape)
+    if ranks is None:
+        ranks = [rank for rank in RANKS if rank <= widest]
+    if beyond := [rank for rank in ranks if rank > widest]:
+        raise InputError(f"Expected ranks up to {widest}, the width of the layer, but got {beyond[0]:g}.")
     return _together(
         "sweep",
         [{"teacher": teacher, "rank": rank} for rank in ranks],

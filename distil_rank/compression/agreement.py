@@ -83,9 +83,10 @@ def output_rows(output: Any, mask: Tensor | None) -> Tensor:
         output = output.logits
     elif isinstance(output, tuple | list) and output:
         output = output[0]
-    if not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or output.ndim == 0:
+        found = "one number" if isinstance(output, Tensor) else type(output).__name__
         raise InputError(
-            f"Expected the model to put out a tensor or `logits` but got {type(output).__name__};"
+            f"Expected the model to put out rows, as a tensor or `logits`, but got {found};"
             " give `forward=lambda model, batch: …` that returns the tensor that matters."
         )
     if mask is not None and output.ndim == 3 and mask.shape == output.shape[:2]:

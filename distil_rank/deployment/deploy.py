@@ -80,9 +80,10 @@ def compress_file(
         raise InputError(f"Expected a rank that saves something but {report.layers[0].note}; ask for a lower one.")
     final = to_int8(student, dense, Moments.of(held_out)) if int8 else student
     r2 = _held_out_r2(dense, final, held_out, data.proteins("test"), fit)
+    row = replace(report.layers[0], name=layer or Path(model).stem)
     if int8:
-        row = replace(report.layers[0], held_out_r2=r2["value"])
-        report = replace(report, layers=[timed_row(row, dense, final)])
+        row = timed_row(replace(row, held_out_r2=r2["value"]), dense, final)
+    report = replace(report, layers=[row])
     return report, save(final, output, metrics={"held_out_r2": r2, **report.to_dict()}, data=data.description())
 
 

@@ -14,12 +14,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from distil_rank.reporting.evaluate import Row
 
 SCHEMA = 1
-WIDTH = 100  # columns that a terminal table may take
+WIDTH = 100  # characters in a line, where it is not a terminal that says
+NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10", "probe")  # what narrow tables go without first
 LADDER_COLUMNS = (
     ("r2", "R²"),
     ("centred_cosine", "cen. cos"),
@@ -48,6 +50,14 @@ def row_as_dict(row: Row) -> dict[str, Any]:
     content = asdict(row)
     content["metrics"] = content.pop("estimates")
     return content
+
+
+def is_of_other_data(path: Path, report: dict[str, Any]) -> bool:
+    """Whether a report that stands at `path` is about other data than this one."""
+    try:
+        return json.loads(path.read_text())["data"]["digest"] != report["data"]["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def save_json(report: dict[str, Any], path: Path) -> Path:
@@ -178,22 +188,47 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 def show(report: dict[str, Any]) -> None:
     """Print the tables and notes; colours only where there is a terminal."""
-    console = Console(width=min(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = _console()
     for teacher in report["teachers"]:
-        console.print(_table(title_of(teacher), *ladder_rows(teacher)))
-    console.print(_table("Plain SVD beside Distil-Rank", *summary_rows(report)))
+        _print_table(console, title_of(teacher), *ladder_rows(teacher))
+    _print_table(console, "Plain SVD beside Distil-Rank", *summary_rows(report))
     for line in notes(report):
         console.print(line, style="bold yellow" if line.startswith(("NOTE", "WARNING")) else None)
 
 
 def show_facts(title: str, facts: dict[str, Any]) -> None:
     """Print names and values, one a line."""
-    console = Console(width=WIDTH, highlight=False)
+    console = _console()
     console.print(title, style="bold")
     for name, value in facts.items():
         if value is not None:
             text = f"{value:,.4g}" if isinstance(value, float) else str(value)
             console.print(f"  {name:<11}{text}", style="bold yellow" if name == "fallback" else None)
+
+
+def show_markdown(text: str) -> None:
+    """Print Markdown: rendered on a terminal, as it is elsewhere."""
+    if sys.stdout.isatty():
+        _console().print(Markdown(text))
+    else:
+        print(text)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+
+
+def _print_table(console: Console, title: str, head: list[str], rows: list[list[str]]) -> None:
+    """A table whose figures are never cut: what does not fit is left out in whole columns."""
+    table, unlimited = _table(title, head, rows), console.options.update(max_width=10_000)
+    for name in NARROW:
+        if console.measure(table, options=unlimited).maximum <= console.width:
+            break
+        if name in head:
+            index = head.index(name)
+            head, *rows = ([*line[:index], *line[index + 1 :]] for line in (head, *rows))
+            table = _table(f"{title} (the report has all columns)", head, rows)
+    console.print(table)
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:

@@ -254,6 +254,41 @@ def test_held_out_rows_that_are_not_numbers_are_refused():
         compress(nn.Sequential(nn.Linear(8, 8)), {"0": 2}, x)
 
 
+def test_what_the_model_cannot_take_points_to_forward():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+
+        def forward(self, a, b):
+            return self.l(a + b)
+
+    with pytest.raises(InputError, match="missing 1 required positional argument: 'b'; give `forward="):
+        compress(Two(), {"l": 2}, torch.randn(50, 8))
+
+
+def test_weights_that_are_not_numbers_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="finite weights in '0'"):
+        compress(model, {"0": 2}, torch.randn(50, 8))
+
+
+def test_a_model_of_one_number_is_compressed_and_not_compared(caplog):
+    class Mean(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).mean()
+
+    report = compress(Mean(nn.Linear(8, 8)), {"0": 2}, torch.randn(50, 8))
+    assert report.outputs is None and "got one number" in caplog.text
+
+
+@torch.no_grad()
+def test_fine_tuning_works_where_gradients_are_off():
+    report = compress(mlp(), {"0": 2}, rows(), tune=40)
+    assert report.tuning.best_loss < report.tuning.start_loss
+
+
 def test_a_second_name_of_a_layer_is_a_name():
     model = nn.ModuleDict({"a": nn.Linear(8, 8)})
     model["b"] = model["a"]
@@ -287,6 +322,12 @@ def test_an_iterator_serves_for_a_single_pass():
         ({"0": 0}, {}, r"`rank` in \[1, 24\] but got 0"),
         ({"0": "best"}, {}, "or 'auto' but got 'best'"),
         ({"0": 1.5}, {}, "but got 1.5"),
+        ({"0": 1.0}, {}, "but got 1.0"),
+        ({"0": True}, {}, "but got True"),
+        ({"0": None}, {}, "but got None"),
+        ({"0": 2}, {"tune": -5}, "`tune` as a number of steps"),
+        ({"0": 2}, {"outputs": "regresion"}, "`outputs` out of classification, regression"),
+        (["0"], {"parameters": "half"}, r"`parameters` in \(0, 1\]"),
         (["0"], {}, "a rank for each pattern"),
         ({"0": 2}, {"parameters": 0.5}, "patterns without ranks"),
         (["0"], {"parameters": 1.5}, r"`parameters` in \(0, 1\]"),
