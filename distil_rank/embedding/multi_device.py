@@ -21,7 +21,7 @@ from distil_rank.errors import InputError
 def balanced(shards: list[Shard], ranks: int) -> list[list[Shard]]:
     """Gives each rank shards of about the same number of residues: the largest first, to who has least.
 
-    >>> shards = [Shard(str(work), (0, 1), ("", 0, 1), work) for work in (5, 4, 3, 3, 3)]
+    >>> shards = [Shard(str(work), (0, 1), ("", 0, 1), work, "") for work in (5, 4, 3, 3, 3)]
     >>> [[shard.residues for shard in part] for part in balanced(shards, 2)]
     [[5, 3], [4, 3, 3]]
     """

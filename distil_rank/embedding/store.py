@@ -68,7 +68,7 @@ def read_table(path: Path) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise InputError(f"Expected an Arrow file at {path} but it is missing or damaged; embed again.") from error
 
 
@@ -118,11 +118,14 @@ class Store:
             )
         for file in manifest["proteins"] + manifest["shards"]:
             found = path / file["file"]
-            size = found.stat().st_size if found.exists() else None
+            size = size_of(found)
             if size != file["bytes"]:
+                remedy = (
+                    "run the same embed command again" if file in manifest["shards"] else "delete it and embed again"
+                )
                 raise InputError(
                     f"Expected {file['bytes']} bytes in {found} but got {size if size is not None else 'no file'}; "
-                    f"the store is damaged: delete it and embed again."
+                    f"the store is damaged: {remedy}."
                 )
         return cls(path, manifest)
 
@@ -231,6 +234,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if not known:
         raise InputError(f"Expected {FORMAT} version {VERSION} in {file} but got another; make the store again.")
     return manifest
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes in a file; None where there is none."""
+    return path.stat().st_size if path.exists() else None
 
 
 def sha256_of(path: Path) -> str:

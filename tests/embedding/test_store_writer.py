@@ -139,6 +139,76 @@ def test_a_shard_sealed_before_the_kill_is_not_computed_again(tmp_path):
     assert writer.pending() == []
 
 
+@pytest.mark.parametrize("changed", [{}, {"pooling": "bos"}])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_vectors_of_other_proteins_or_settings_are_not_taken(tmp_path, caplog, sealed, changed):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    (shard,) = writer.pending()
+    writer.write_part(shard, [0, 1], [1, 1], np.ones((2, 3), np.float32))
+    if sealed:
+        writer.seal(shard)
+    (tmp_path / "s" / "manifest.json").unlink()
+    plan(tmp_path / "s", proteins("MK", "MV" if changed else "MM"), **changed)
+    (shard,) = writer.pending()
+    assert not writer.is_sealed(shard)
+    assert writer.done(shard) == set()
+    assert "computed again" in caplog.text
+    fill(writer)
+    assert Store.open(tmp_path / "s").embeddings()[:, 0].tolist() == [0, 1]
+
+
+def test_vectors_of_the_same_proteins_and_settings_outlive_a_lost_manifest(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    fill(writer)
+    before = (tmp_path / "s" / "manifest.json").read_bytes()
+    (tmp_path / "s" / "manifest.json").unlink()
+    plan(tmp_path / "s", proteins("MK", "MV"))
+    assert writer.is_sealed(*writer.pending())
+    writer.finish()
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == before
+
+
+def test_a_manifest_that_lost_its_last_shard_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_writer, "SHARD_RESIDUES", (2, 2))
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    fill(writer)
+    writer.update(shards=writer.manifest["shards"][:-1])
+    with pytest.raises(InputError, match=r"Expected shards for 2 sequences .* but got shards for 1"):
+        plan(tmp_path / "s", proteins("MK", "MV", "ML"))
+
+
+def test_a_truncated_part_is_computed_again(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    (shard,) = writer.pending()
+    for row in (0, 1):
+        writer.write_part(shard, [row], [1], np.full((1, 3), row, np.float32))
+    part = next((tmp_path / "s" / "parts").rglob("1.arrow"))
+    part.write_bytes(part.read_bytes()[:-20])
+    assert writer.done(shard) == {0}
+    fill(writer)
+    assert Store.open(tmp_path / "s").embeddings()[:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_shard_of_a_finished_store_is_computed_again(tmp_path, monkeypatch, caplog, damage):
+    monkeypatch.setattr(store_writer, "SHARD_RESIDUES", (2, 2))
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV", "ML"))
+    fill(writer)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
+    shard = tmp_path / "s" / "vectors-00001.arrow"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"vectors-00001.*run the same embed command again"):
+        Store.open(tmp_path / "s")
+    plan(tmp_path / "s", proteins("MK", "MV", "ML"))
+    assert "vectors-00001.arrow is missing or damaged: it is computed again" in caplog.text
+    assert [shard.file for shard in writer.pending()] == ["vectors-00001.arrow"]
+    fill(writer)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == before
+
+
 def test_the_manifest_depends_on_content_only(tmp_path):
     for name in "ab":
         writer, _ = plan(tmp_path / name, proteins("MK", "MV", "MK"))
