@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
+logger = logging.getLogger(__name__)
+
+NAMED = 20  # skipped proteins in the warning; the summary has all
+
 
 @dataclass(frozen=True)
 class EmbedSummary:
@@ -29,6 +34,7 @@ class EmbedSummary:
         residues: Their residues.
         seconds: Time for computing them.
         skipped: Proteins without embeddings because they did not fit into memory.
+        skipped_ids: Their names; None where there are none.
         long: Proteins above `max_length`, which went in windows or were truncated.
         cleaning: What reading the input changed.
         backbone: Name of the model.
@@ -46,6 +52,7 @@ class EmbedSummary:
     residues: int
     seconds: float
     skipped: int
+    skipped_ids: str | None
     long: int
     cleaning: str
     backbone: str
@@ -129,7 +136,12 @@ def embed(
 def _summary(
     store: Store, added: int, computed: int, residues: int, seconds: float, report: CleaningReport
 ) -> EmbedSummary:
-    manifest = store.manifest
+    manifest, skipped = store.manifest, store.skipped
+    if skipped:
+        logger.warning(
+            "%s skipped for lack of memory: %s%s",
+            *(f"{len(skipped):,}", ", ".join(skipped[:NAMED]), ", ..." if len(skipped) > NAMED else ""),
+        )
     return EmbedSummary(
         store=str(store.path),
         proteins=len(store),
@@ -137,7 +149,8 @@ def _summary(
         computed=computed,
         residues=residues,
         seconds=seconds,
-        skipped=len(store.skipped),
+        skipped=len(skipped),
+        skipped_ids=", ".join(skipped) or None,
         long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
         cleaning=str(report),
         backbone=manifest["backbone"],

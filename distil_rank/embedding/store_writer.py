@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distil_rank.embedding.compact_map import CompactMap
 from distil_rank.embedding.sequences import CleaningReport, Protein
@@ -288,6 +289,12 @@ class StoreWriter:
                 if shard.rows[0] <= row < shard.rows[1]:
                     found.setdefault(row, sequence)
         return found
+
+    def ids(self, shard: Shard, rows: Sequence[int]) -> list[str]:
+        """The proteins of the shard's table that some of its rows belong to."""
+        name, start, stop = shard.proteins
+        table = read_table(self.path / name).slice(start, stop - start)
+        return table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))["id"].to_pylist()
 
     def is_sealed(self, shard: Shard) -> bool:
         """Whether the shard's file is in place."""

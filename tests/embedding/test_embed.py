@@ -150,7 +150,7 @@ def test_truncated_residues_are_told_from_whole_ones(run, fasta):
     assert np.bincount(store.protein_of_row()).tolist() == [10, 4, 10, 12]
 
 
-def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch):
+def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch, caplog):
     contributions = Embedder._contributions
 
     def short(self, pieces, weights):
@@ -160,7 +160,8 @@ def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch
 
     monkeypatch.setattr(Embedder, "_contributions", short)
     summary = run(fasta)
-    assert (summary.proteins, summary.skipped) == (3, 1)
+    assert (summary.proteins, summary.skipped, summary.skipped_ids) == (3, 1, "d")
+    assert "1 skipped for lack of memory: d" in caplog.text
     assert Store.open(fasta.parent / "store").skipped == ["d"]
     assert run(fasta).computed == 0, "it is not tried again"
 
@@ -191,6 +192,36 @@ def test_a_store_that_was_asked_for_in_bf16_stays_so(run, fasta, monkeypatch):
     assert (run(fasta).precision, run(fasta).computed) == ("bf16", 0)
     fasta.write_text(fasta.read_text() + ">new\nMKVLAAGIV\n")
     assert (run(fasta).precision, Store.open(fasta.parent / "store").manifest["precision"]) == ("bf16", "bf16")
+
+
+def test_bf16_that_is_not_a_number_for_one_of_the_proteins_gives_way(run, fasta, monkeypatch, caplog):
+    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    original = Embedder.embed
+
+    def overflowing(self, sequences):
+        result = original(self, sequences)
+        if self.encoder.dtype == torch.bfloat16:
+            result.vectors[-1] = torch.nan
+        return result
+
+    monkeypatch.setattr(Embedder, "embed", overflowing)
+    assert run(fasta).precision == "fp32"
+    assert "going on in fp32" in caplog.text
+
+
+def test_vectors_that_are_no_numbers_are_not_kept(run, fasta, monkeypatch):
+    original = Embedder.embed
+
+    def broken(self, sequences):
+        result = original(self, sequences)
+        result.vectors[[i for i, text in enumerate(sequences) if text == "GSHM"]] = torch.nan
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "embed", broken)
+        with pytest.raises(InputError, match="Expected finite vectors but b has NaN or inf; check the weights"):
+            run(fasta)
+    assert run(fasta).proteins == 4, "nothing wrong was left behind"
 
 
 def test_precision_follows_the_hardware(monkeypatch):
