@@ -43,6 +43,7 @@ from distil_rank.embedding.store import (
     sha256_of,
     size_of,
     vectors_of,
+    whole_file,
     write_atomically,
 )
 from distil_rank.errors import InputError
@@ -112,12 +113,14 @@ class StoreWriter:
             InputError: another process holds it, or the folder cannot be made.
         """
         path = self.path / ".lock"
-        new = not self.path.exists()
         try:
+            new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
         except OSError as error:
-            raise InputError(f"Expected a folder that can be written at {self.path} but: {error.strerror}.") from error
+            raise InputError(
+                f"Expected a folder that can be written at {self.path} but got: {error.strerror}; choose another store."
+            ) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,21 +187,15 @@ class StoreWriter:
 
     def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
         """Writes the table of the proteins that are new, and nothing if there is none or one is refused."""
-        added = 0
-        temporary = self.path / f".{name}"
         rows = self._new_rows(proteins, manifest)
-        try:
-            with temporary.open("wb") as file:
-                with pa.ipc.new_file(file, PROTEINS) as writer:
-                    while block := list(islice(rows, ROWS_AT_ONCE)):
-                        writer.write_batch(_record_batch(block))
-                        added += len(block)
-                file.flush()
-                os.fsync(file.fileno())
-            if added:
-                temporary.replace(self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        block = list(islice(rows, ROWS_AT_ONCE))
+        added = len(block)
+        if added:
+            with whole_file(self.path / name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
+                while block:
+                    writer.write_batch(_record_batch(block))
+                    block = list(islice(rows, ROWS_AT_ONCE))
+                    added += len(block)
         return added
 
     def _new_rows(self, proteins: Iterable[Protein], manifest: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
@@ -321,10 +318,8 @@ class StoreWriter:
             counts: How many vectors each has; 0 for one that was skipped.
             vectors: (sum of counts, dim) float32.
         """
-        folder = self._parts(shard)
-        folder.mkdir(parents=True, exist_ok=True)
         table = _vector_table(np.repeat(rows, counts), vectors, {"key": shard.key, "rows": json.dumps(rows)})
-        write_atomically(folder / f"{rows[0]}.arrow", table)
+        write_atomically(self._parts(shard) / f"{rows[0]}.arrow", table)
 
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them."""

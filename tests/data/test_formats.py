@@ -134,7 +134,9 @@ def test_our_store(tmp_path, pooling):
     writer = StoreWriter(tmp_path / "s")
     settings = {"dim": 4, "pooling": pooling, "long": "window", "max_length": 9}
     with writer.lock():
-        writer.plan([Protein("a", "MK"), Protein("b", "MKV")], settings, {}, CleaningReport(""))
+        writer.plan(
+            [Protein("a", "MK"), Protein("b", "MKV")], settings, {"backbone": "x", "fallback": None}, CleaningReport("")
+        )
         for shard in writer.pending():
             counts = [2, 3] if pooling == "residue" else [1, 1]
             writer.write_part(shard, [0, 1], counts, X[: sum(counts)])

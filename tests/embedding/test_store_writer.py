@@ -1,6 +1,8 @@
 """Planning, parts and sealing; the lock; what is refused."""
 
+import errno
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ SETTINGS = {"dim": 3, "pooling": "mean", "long": "truncate", "max_length": 5}
 def plan(path, proteins, **changed):
     writer = StoreWriter(path)
     with writer.lock():
-        return writer, writer.plan(proteins, SETTINGS | changed, {"backbone": "x"}, CleaningReport("in.fasta"))
+        return writer, writer.plan(
+            proteins, SETTINGS | changed, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta")
+        )
 
 
 def fill(writer):
@@ -115,6 +119,42 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "s").touch()
     with pytest.raises(InputError, match="folder that can be written"):
         plan(tmp_path / "s", proteins("MK"))
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"folder that can be written .* but got: File name too long"):
+        plan(tmp_path / ("s" * 300), proteins("MK"))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_refused(tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.stat", forbidden)  # which root would be allowed
+    with pytest.raises(InputError, match=r"folder that can be written .* but got: Permission denied"):
+        plan(tmp_path / "s", proteins("MK"))
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch, fails):
+    """The table of proteins, the manifest, a part, the shard: whichever does not fit."""
+    whole, _ = plan(tmp_path / "whole", proteins("MK"))
+    fill(whole)
+    sync, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) == 2 * fails + 1:  # of a file and of its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(InputError, match=r"Expected to write .* but got: No space left on device; free space"):
+            fill(plan(tmp_path / "s", proteins("MK"))[0])
+    fill(plan(tmp_path / "s", proteins("MK"))[0])
+    content = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "s")]
+    assert content[0] == content[1]
 
 
 def test_leaves_of_killed_runs_go(tmp_path):
