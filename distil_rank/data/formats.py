@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -136,7 +137,11 @@ def _read_npy(path: Path) -> Embeddings:
 
 def _read_npz(path: Path) -> Embeddings:
     with np.load(path, allow_pickle=False) as archive:
-        return _from_mapping({name: archive[name] for name in archive.files}, path, "npz")
+        arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
+    if "sequence_ends" in arrays:
+        text, ends = arrays["sequences"].tobytes().decode(), arrays.pop("sequence_ends").tolist()
+        arrays["sequences"] = [text[start:stop] for start, stop in pairwise([0, *ends])]
+    return _from_mapping(arrays, path, "npz")
 
 
 def _to_numpy(value: Any) -> Any:
@@ -198,6 +203,13 @@ def _concatenated(parts: list[Embeddings], provenance: dict[str, Any], path: Pat
 def _read_fair_esm_folder(path: Path) -> Embeddings:
     files = sorted(path.glob("**/*.pt"))  # a label with slashes becomes sub-folders
     parts = [_read_fair_esm_file(file) for file in files]
+    kinds = [f"{part.provenance['pooling']} of layer {part.provenance['layer']}" for part in parts]
+    for file, kind in zip(files, kinds, strict=True):
+        if kind != kinds[0]:
+            raise InputError(
+                f"Expected one layer and pooling in {path} but got {kinds[0]} in {files[0].name} and {kind} in "
+                f"{file.name}; separate them."
+            )
     return _concatenated(parts, {**parts[0].provenance, "files": len(files)}, path)
 
 
@@ -280,9 +292,9 @@ READERS: dict[str, Callable[[Path], Embeddings]] = {
 def save_matrix(found: Embeddings, path: str | Path, val_fraction: float = 0.2) -> None:
     """Writes embeddings in the format that the path's ending names; a path without one is the original's folder.
 
-    `.npz` and `.safetensors` keep ids, sequences, labels and clusters; `.npy` the matrix only; `.h5` one data set for
-    each protein, (d,) or per residue (L, d). A folder gets `embeddings_train.pt` and `embeddings_val.pt`, tensors
-    (N, d), in which no sequence is on both sides.
+    `.npz` and `.safetensors` keep ids, sequences, labels and clusters, `.npz` the sequences as one text and where each
+    ends; `.npy` the matrix only; `.h5` one data set for each protein, (d,) or per residue (L, d). A folder gets
+    `embeddings_train.pt` and `embeddings_val.pt`, tensors (N, d), in which no sequence is on both sides.
 
     Args:
         found: What to write.
@@ -297,10 +309,15 @@ def save_matrix(found: Embeddings, path: str | Path, val_fraction: float = 0.2) 
     if suffix not in WRITERS and suffix:
         raise InputError(f"Expected a path that ends in {', '.join(WRITERS)} or a folder but got {path.name}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if suffix:
-        WRITERS[suffix](found, path)
-    else:
+    if not suffix:
         _write_pair(found, path, val_fraction)
+        return
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        WRITERS[suffix](found, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # what failed leaves the old file
 
 
 def _columns(found: Embeddings) -> dict[str, list[str]]:
@@ -308,7 +325,12 @@ def _columns(found: Embeddings) -> dict[str, list[str]]:
 
 
 def _write_npz(found: Embeddings, path: Path) -> None:
-    columns = {name: np.array(values, dtype=np.str_) for name, values in _columns(found).items()}
+    texts = _columns(found)
+    sequences = texts.pop("sequences", None)
+    columns = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
+    if sequences is not None:  # an array of texts would give each the length of the longest
+        columns["sequences"] = np.frombuffer("".join(sequences).encode(), np.uint8)
+        columns["sequence_ends"] = np.cumsum([len(sequence) for sequence in sequences])
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, embeddings=found.x, **columns)
 
@@ -325,12 +347,17 @@ def _write_safetensors(found: Embeddings, path: Path) -> None:
 def _write_hdf5(found: Embeddings, path: Path) -> None:
     starts = [row for row, name in enumerate(found.ids) if row == 0 or name != found.ids[row - 1]]
     if len(starts) != len(set(found.ids)):
-        raise InputError(f"Expected each protein once, its residues together, for {path}; rename the repeated ones.")
+        raise InputError("Expected each protein once, its residues together, for HDF5; rename the repeated ones.")
     per_residue = found.provenance.get("pooling") == "residue" or len(starts) < len(found.ids)
+    names = set(found.ids)
     with _h5py().File(path, "w") as file:
         for start, stop in pairwise([*starts, len(found.ids)]):
             name = found.ids[start]
-            key = name if not set(name) & set("/\0") and name.strip(".") else f"protein_{start}"  # HDF5 reads paths
+            key = name
+            if set(name) & set("/\0") or not name.strip("."):  # HDF5 would read a path
+                key = f"protein_{start}"
+                while key in names:
+                    key += "_"
             data = file.create_dataset(key, data=found.x[start:stop] if per_residue else found.x[start])
             data.attrs["original_id"] = name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from distil_rank.embedding.embedder import Pooling
 from distil_rank.embedding.extraction import Extraction, Long, Precision, Request
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.store import Store
-from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+NAMED = 20  # skipped proteins in the warning; the summary has all
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class EmbedSummary:
         residues: Their residues.
         seconds: Time for computing them.
         skipped: Proteins without embeddings because they did not fit into memory.
+        skipped_ids: Their names; None where there are none.
         long: Proteins above `max_length`, which went in windows or were truncated.
         cleaning: What reading the input changed.
         backbone: Name of the model.
@@ -47,6 +52,7 @@ class EmbedSummary:
     residues: int
     seconds: float
     skipped: int
+    skipped_ids: str | None
     long: int
     cleaning: str
     backbone: str
@@ -103,47 +109,48 @@ def embed(
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise InputError("Expected a CUDA device but torch finds none; use --accelerator cpu.")
+    for name, number in (("devices", devices), ("num_nodes", num_nodes)):
+        if number < 1:
+            raise InputError(f"Expected {name} of at least 1 but got {number}.")
     request = Request(fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens)
-    writer = StoreWriter(store)
-    finished = set(_finished(writer))
-    start = time.perf_counter()
     if devices == 1 and num_nodes == 1:
         use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
         extraction = Extraction(request, torch.device("cuda" if use_cuda else "cpu"))
+        writer = extraction.writer
         with writer.lock():
             added, report = extraction.plan()
             start = time.perf_counter()
             computed, residues = extraction.compute(writer.pending())
             seconds = time.perf_counter() - start
             writer.finish()
-    else:
-        from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
+            filled = Store.open(writer.path)
+        return _summary(filled, added, computed, residues, seconds, report)
+    from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
 
-        added, report = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
-        seconds = time.perf_counter() - start
-        new = [shard for name, shard in _finished(writer).items() if name not in finished]
-        computed = sum(shard["rows"][1] - shard["rows"][0] for shard in new)
-        residues = sum(shard["residues"] for shard in new)
-    return _summary(writer, added, computed, residues, seconds, report)
-
-
-def _finished(writer: StoreWriter) -> dict[str, dict[str, Any]]:
-    return {shard["file"]: shard for shard in writer.manifest.get("shards", []) if "sha256" in shard}
+    done = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
+    computed = sum(shard.rows[1] - shard.rows[0] for shard in done.shards)
+    residues = sum(shard.residues for shard in done.shards)
+    return _summary(done.store, done.added, computed, residues, done.seconds, done.report)
 
 
 def _summary(
-    writer: StoreWriter, added: int, computed: int, residues: int, seconds: float, report: CleaningReport
+    store: Store, added: int, computed: int, residues: int, seconds: float, report: CleaningReport
 ) -> EmbedSummary:
-    store = Store.open(writer.path)
-    manifest = store.manifest
+    manifest, skipped = store.manifest, store.skipped
+    if skipped:
+        logger.warning(
+            "%s skipped for lack of memory: %s%s",
+            *(f"{len(skipped):,}", ", ".join(skipped[:NAMED]), ", ..." if len(skipped) > NAMED else ""),
+        )
     return EmbedSummary(
-        store=str(writer.path),
+        store=str(store.path),
         proteins=len(store),
         added=added,
         computed=computed,
         residues=residues,
         seconds=seconds,
-        skipped=len(store.skipped),
+        skipped=len(skipped),
+        skipped_ids=", ".join(skipped) or None,
         long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
         cleaning=str(report),
         backbone=manifest["backbone"],

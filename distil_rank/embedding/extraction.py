@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -135,9 +136,9 @@ class Extraction:
             for a, b in zip(*(result.per_sequence() for result in both), strict=True)
             if len(a) and len(a) == len(b)
         ]
-        worst = min(cosines, default=1.0)
+        worst = float(np.min(cosines, initial=1.0))  # which is NaN where any of them is
         facts: dict[str, Any] = {"bf16_cosine": worst}
-        if not worst >= GATE:  # also when it is not a number
+        if not worst >= GATE:  # NaN too
             logger.warning("bf16 reaches a cosine of only %.4f to fp32 on the first batch: going on in fp32", worst)
             facts["precision"] = "fp32"
         self.writer.update(**facts)
@@ -211,7 +212,15 @@ class Extraction:
     def _write(self, batch: _Batch, result: Embedded) -> None:
         """Waits for the device and writes."""
         if batch.rows:
-            self.writer.write_part(batch.shard, batch.rows, result.counts, result.vectors.cpu().numpy())
+            vectors = result.vectors.cpu().numpy()
+            owner = np.repeat(batch.rows, result.counts)
+            wrong = owner[~np.isfinite(vectors).all(axis=1)]
+            if len(wrong):
+                raise InputError(
+                    f"Expected finite vectors but {self.writer.ids(batch.shard, wrong[:1])[0]} has NaN or inf; "
+                    f"check the weights {self.backbone.name}, or use another store with --precision fp32."
+                )
+            self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
         if batch.last:
             self.writer.seal(batch.shard)
 

@@ -6,14 +6,17 @@ notes them in the manifest. A shard that a dead rank leaves behind is computed b
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from distil_rank.embedding.extraction import Extraction, Request
 from distil_rank.embedding.sequences import CleaningReport
+from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import Shard
 from distil_rank.errors import InputError
 
@@ -21,7 +24,7 @@ from distil_rank.errors import InputError
 def balanced(shards: list[Shard], ranks: int) -> list[list[Shard]]:
     """Gives each rank shards of about the same number of residues: the largest first, to who has least.
 
-    >>> shards = [Shard(str(work), (0, 1), ("", 0, 1), work) for work in (5, 4, 3, 3, 3)]
+    >>> shards = [Shard(str(work), (0, 1), ("", 0, 1), work, "") for work in (5, 4, 3, 3, 3)]
     >>> [[shard.residues for shard in part] for part in balanced(shards, 2)]
     [[5, 3], [4, 3, 3]]
     """
@@ -32,7 +35,22 @@ def balanced(shards: list[Shard], ranks: int) -> list[list[Shard]]:
 
 
 class _Extractor(LightningModule):
-    """Plans in `setup`, computes this rank's shards in `predict_step`, finishes in `teardown`."""
+    """Plans in `setup`, computes this rank's shards in `predict_step`, finishes in `teardown`.
+
+    Args:
+        request: What to embed.
+
+    Attributes:
+        added: The number of proteins that were added (in the first rank, as the next).
+        report: What reading them changed.
+        shards: What was left to compute for all ranks.
+        seconds: From the first batch until the last rank is done.
+        store: The filled store, opened before another process may plan for it.
+    """
+
+    shards: list[Shard]
+    seconds: float
+    store: Store
 
     def __init__(self, request: Request):
         super().__init__()
@@ -55,42 +73,52 @@ class _Extractor(LightningModule):
         if problem is not None:
             self._held.close()
             raise InputError(problem)
+        self.shards = self.extraction.writer.pending()
 
     def predict_dataloader(self) -> Any:
         return DataLoader(range(1), batch_size=None)  # type: ignore[arg-type]  # one step, which is never too few
 
     def predict_step(self, _: Any) -> None:
-        parts = balanced(self.extraction.writer.pending(), self.trainer.world_size)
+        self._start = time.perf_counter()
+        parts = balanced(self.shards, self.trainer.world_size)
         self.extraction.compute(parts[self.trainer.global_rank], progress=self.trainer.is_global_zero)
 
     def teardown(self, stage: str) -> None:
         self.trainer.strategy.barrier("all shards")
+        self.seconds = time.perf_counter() - self._start
         if self.trainer.is_global_zero:
             self.extraction.writer.finish()
-            self._held.close()
         self.trainer.strategy.barrier("finished")
+        self.store = Store.open(self.request.store)
+        self.trainer.strategy.barrier("opened")
+        self._held.close()
 
 
-def extract_on_devices(
-    request: Request, accelerator: str, devices: int, num_nodes: int, strategy: str
-) -> tuple[int, CleaningReport]:
+def extract_on_devices(request: Request, accelerator: str, devices: int, num_nodes: int, strategy: str) -> _Extractor:
     """Fills the store with `devices` processes on each of `num_nodes` nodes, as Lightning launches them.
 
     Returns:
-        The number of proteins that were added, and what reading them changed (in the first rank).
+        What this process did and found.
+
+    Raises:
+        InputError: Lightning has no such devices or strategy, or the request cannot be met.
     """
-    trainer = Trainer(
-        accelerator="gpu" if accelerator == "cuda" else accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        inference_mode=False,  # nested tensors, which attention on a GPU takes, do not mix with it
-        enable_progress_bar=False,  # ours counts residues
-        use_distributed_sampler=False,  # shards are dealt out by work, not by number
-    )
+    try:
+        trainer = Trainer(
+            accelerator="gpu" if accelerator == "cuda" else accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            inference_mode=False,  # nested tensors, which attention on a GPU takes, do not mix with it
+            enable_progress_bar=False,  # ours counts residues
+            use_distributed_sampler=False,  # shards are dealt out by work, not by number
+        )
+    except (ValueError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"Expected devices and a strategy that Lightning knows but it said: {reason}") from error
     extractor = _Extractor(request)
     trainer.predict(extractor, return_predictions=False)
-    return extractor.added, extractor.report
+    return extractor

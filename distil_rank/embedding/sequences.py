@@ -29,12 +29,19 @@ from distil_rank.errors import InputError
 
 ID_COLUMNS = ("id", "accession", "entry", "name", "protein_id", "uniprot", "protein", "header")
 SEQUENCE_COLUMNS = ("sequence", "seq", "protein_sequence", "aa_sequence")
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+DIALECTS: dict[str, dict[str, Any]] = {
+    ".csv": {"delimiter": ","},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # a quote is a character there: 5" end, 3' end
+    ".tab": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+MISSING = {"NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none"}  # where a table has no sequence
 DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
 }
+
+NUCLEOTIDES = set("ACGTUN")
 
 _CLEAN = re.compile("[ACDEFGHIKLMNPQRSTVWYX]+")
 _NOT_ALLOWED = re.compile("[^A-Z*]")
@@ -114,10 +121,11 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
             is left.
     """
     seen = CompactMap()  # name → digest of its sequence
+    renamed: Counter[str] = Counter()  # names that came again, how often
     with _opened(path) as lines:
         suffix = Path(str(path).removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")).suffix.lower()
-        delimiter = DELIMITERS.get(suffix)
-        records = _table_records(lines, delimiter, path) if delimiter else _fasta_records(lines, report, path)
+        dialect = DIALECTS.get(suffix)
+        records = _table_records(lines, dialect, path) if dialect else _fasta_records(lines, report, path)
         for record in records:
             report.counts["records"] += 1
             name = record.name or f"protein_{report.counts['records']}"
@@ -133,7 +141,7 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
                 continue
             if known is not None:
                 report.counts["renamed"] += 1
-                name = _unused(name, seen)
+                name = _unused(name, seen, renamed)
             seen.setdefault(name, digest)
             report.counts["kept"] += 1
             yield Protein(name, sequence)
@@ -144,20 +152,25 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
         )
 
 
-def _unused(name: str, seen: CompactMap) -> str:
-    number = 2
-    while seen.get(f"{name}_{number}") is not None:
-        number += 1
-    return f"{name}_{number}"
+def _unused(name: str, seen: CompactMap, renamed: Counter[str]) -> str:
+    """The name with the next number that is free; `renamed` remembers how far it was looked."""
+    while True:
+        renamed[name] += 1
+        numbered = f"{name}_{renamed[name] + 1}"
+        if seen.get(numbered) is None:
+            return numbered
 
 
 def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:
     """The record's sequence in ESM-2's letters; counts what had to change."""
     sequence = "".join(record.sequence.split())
-    if _CLEAN.fullmatch(sequence):
-        if len(sequence) >= 30 and set(sequence) <= set("ACGTN"):
-            report.counts["nucleotides"] += 1
-        return sequence
+    if not _CLEAN.fullmatch(sequence):
+        sequence = _mended(sequence, record, name, report)
+    report.counts["nucleotides"] += len(sequence) >= 30 and set(sequence) <= NUCLEOTIDES
+    return sequence
+
+
+def _mended(sequence: str, record: _Record, name: str, report: CleaningReport) -> str:
     counts = report.counts
     if sequence.isascii():  # upper() makes letters out of some that are none
         counts["lowercase"] += sequence != sequence.upper()
@@ -210,11 +223,21 @@ def _name_of(header: str) -> str:
     return uniprot[1] if uniprot else next(iter(header.split()), "")
 
 
-def _table_records(lines: Iterator[tuple[int, str]], delimiter: str, path: str | Path) -> Iterator[_Record]:
+def _unquoted(cell: str) -> str:
+    """A cell without blanks around it, nor the pair of quotes that some programs put around every cell of a `.tsv`.
+
+    >>> _unquoted(' "MKV"'), _unquoted('5" end')
+    ('MKV', '5" end')
+    """
+    cell = cell.strip()
+    return cell[1:-1].strip() if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
+
+
+def _table_records(lines: Iterator[tuple[int, str]], dialect: dict[str, Any], path: str | Path) -> Iterator[_Record]:
     csv.field_size_limit(sys.maxsize)  # titin does not fit into the default
-    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
+    reader = csv.reader((line for _, line in lines), strict=True, **dialect)
     try:
-        names = [name.strip() for name in next(reader, [])]
+        names = [_unquoted(name) for name in next(reader, [])]
         lowered = [name.lower() for name in names]
         columns = [
             next((lowered.index(name) for name in known if name in lowered), None)
@@ -226,11 +249,18 @@ def _table_records(lines: Iterator[tuple[int, str]], delimiter: str, path: str |
                 f"{', '.join(names)[:80] or 'nothing'}; name it so in the first line."
             )
         for cells in reader:
+            if len(cells) > len(names):
+                raise InputError(
+                    f"Expected {len(names)} cells, as many as column names, in {path}, line {reader.line_num}, but got "
+                    f"{len(cells)}; quote cells that hold a comma, or name every column."
+                )
             if cells:
                 name, sequence = (
-                    cells[column] if column is not None and column < len(cells) else "" for column in columns
+                    _unquoted(cells[column]) if column is not None and column < len(cells) else "" for column in columns
                 )
-                yield _Record(_name_of(name), sequence, reader.line_num)
+                accession = _UNIPROT.match(name)
+                sequence = "" if sequence in MISSING else sequence
+                yield _Record(accession[1] if accession else name, sequence, reader.line_num)
     except csv.Error as error:
         raise InputError(f"Expected a table in {path} but line {reader.line_num} is malformed ({error}).") from error
 
@@ -239,16 +269,22 @@ def _table_records(lines: Iterator[tuple[int, str]], delimiter: str, path: str |
 def _opened(path: str | Path) -> Iterator[Iterator[tuple[int, str]]]:
     """The numbered text lines of a file or standard input, decompressed, whatever its line endings."""
     if str(path) == "-":
+        if sys.stdin is None:  # as in a process without a console
+            raise InputError("Expected FASTA on standard input but this process has none; give a file's path.")
         yield _numbered(sys.stdin.buffer, "standard input")
         return
     path = Path(path)
-    if path.is_dir() or not path.exists():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise InputError(f"Expected a FASTA file at {path} but there is {found}; give its path, or - for stdin.")
     try:
         file = path.open("rb")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        found = "a folder" if isinstance(error, IsADirectoryError) else "nothing"
+        raise InputError(
+            f"Expected a FASTA file at {path} but there is {found}; give its path, or - for stdin."
+        ) from error
     except OSError as error:
-        raise InputError(f"Expected a readable FASTA file at {path} but got: {error.strerror}.") from error
+        raise InputError(
+            f"Expected a readable FASTA file at {path} but got: {error.strerror}; give another path."
+        ) from error
     with file:
         yield _numbered(file, str(path))
 

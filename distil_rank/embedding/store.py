@@ -19,9 +19,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,25 +39,49 @@ SETTINGS = (
     "long",
     "max_length",
 )  # what the vectors depend on
+_MANIFEST = {"dim": int, "backbone": str, "fallback": str | None, "proteins": list, "shards": list}
+_FILE = {"file": str, "bytes": int, "sha256": str}
+_SHARD = {"file": str, "rows": list, "proteins": list, "residues": int}
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that is put in place whole or not at all: temporary file, fsync, rename, fsync of the folder.
+
+    Raises:
+        InputError: it cannot be written; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise InputError(
+            f"Expected to write {path} but got: {error.strerror or error}; free space there, or see to that, and run "
+            "the same command again: what was finished is kept."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes | pa.Table) -> None:
-    """Puts a whole file in place or none: temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    """Writes a `whole_file`."""
+    with whole_file(path) as file:
         if isinstance(content, bytes):
             file.write(content)
         else:
             with pa.ipc.new_file(file, content.schema) as writer:
                 writer.write_table(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_table(path: Path) -> pa.Table:
@@ -68,7 +93,7 @@ def read_table(path: Path) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise InputError(f"Expected an Arrow file at {path} but it is missing or damaged; embed again.") from error
 
 
@@ -118,11 +143,14 @@ class Store:
             )
         for file in manifest["proteins"] + manifest["shards"]:
             found = path / file["file"]
-            size = found.stat().st_size if found.exists() else None
+            size = size_of(found)
             if size != file["bytes"]:
+                remedy = (
+                    "run the same embed command again" if file in manifest["shards"] else "delete it and embed again"
+                )
                 raise InputError(
                     f"Expected {file['bytes']} bytes in {found} but got {size if size is not None else 'no file'}; "
-                    f"the store is damaged: delete it and embed again."
+                    f"the store is damaged: {remedy}."
                 )
         return cls(path, manifest)
 
@@ -221,16 +249,52 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         InputError: there is one, but not one of ours.
     """
     file = path / "manifest.json"
-    if not file.exists():
-        return None
     try:
         manifest = json.loads(file.read_bytes())
         known = manifest["format"] == FORMAT and manifest["version"] == VERSION
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"Expected the manifest of an embedding store in {file} but it cannot be read.") from error
     if not known:
         raise InputError(f"Expected {FORMAT} version {VERSION} in {file} but got another; make the store again.")
+    wrong = next(_misfits(manifest), None)
+    if wrong is not None:
+        raise InputError(
+            f"Expected the manifest of an embedding store in {file} but {wrong} is missing or wrong; restore it, or "
+            "choose another store."
+        )
     return manifest
+
+
+def _misfits(manifest: dict[str, Any]) -> Iterator[str]:
+    """What in a manifest is not as it is written; each may rely on none having come before."""
+    yield from _mistyped("", manifest, _MANIFEST)
+    for table in manifest["proteins"]:
+        yield from _mistyped("proteins: ", table, _FILE)
+    tables = {table["file"] for table in manifest["proteins"]}
+    row = 0
+    for shard in manifest["shards"]:
+        yield from _mistyped("shards: ", shard, _SHARD)
+        if "sha256" in shard:
+            yield from _mistyped("shards: ", shard, _FILE)
+        rows, lines = shard["rows"], shard["proteins"]
+        if [type(number) for number in rows] != [int, int] or not row == rows[0] < rows[1]:
+            yield f"shards: the one that begins with row {row}"
+        if [type(part) for part in lines] != [str, int, int] or lines[0] not in tables:
+            yield f"shards: where the proteins of {shard['file']} are"
+        row = rows[1]
+
+
+def _mistyped(where: str, entry: Any, kinds: dict[str, Any]) -> Iterator[str]:
+    if not isinstance(entry, dict):
+        yield f"{where}an entry"
+    yield from (where + key for key, kind in kinds.items() if not isinstance(entry.get(key, ...), kind))
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes in a file; None where there is none."""
+    return path.stat().st_size if path.exists() else None
 
 
 def sha256_of(path: Path) -> str:

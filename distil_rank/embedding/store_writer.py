@@ -8,6 +8,9 @@ Three steps, each of which leaves whole files only:
    in order of the rows and removed. The batches of a shard follow from its sequences alone, so that whoever resumes
    computes the same ones, and results do not depend on interruptions or on the number of processes.
 3. *Finish* (one process): the shards' sizes and hashes go into the manifest.
+
+Parts and shards carry the key of what they were computed from. A file with another key, or one that cannot be read, is
+removed and computed again.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -26,19 +30,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distil_rank.embedding.compact_map import CompactMap
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store import (
     FORMAT,
+    SETTINGS,
     VERSION,
     read_manifest,
     read_table,
     sha256_of,
+    size_of,
     vectors_of,
+    whole_file,
     write_atomically,
 )
 from distil_rank.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 SHARDS_WANTED = 256  # enough to balance a cluster, few enough for any file system
 SHARD_RESIDUES = (2**16, 2**22)  # bounds of a shard's size
@@ -66,12 +76,14 @@ class Shard:
         rows: First row and the one behind the last.
         proteins: Where in the table of proteins these rows first appear: file, first line, line behind the last.
         residues: Its work.
+        key: Digest of what its vectors follow from.
     """
 
     file: str
     rows: tuple[int, int]
     proteins: tuple[str, int, int]
     residues: int
+    key: str
 
 
 class StoreWriter:
@@ -101,12 +113,14 @@ class StoreWriter:
             InputError: another process holds it, or the folder cannot be made.
         """
         path = self.path / ".lock"
-        new = not self.path.exists()
         try:
+            new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
         except OSError as error:
-            raise InputError(f"Expected a folder that can be written at {self.path} but: {error.strerror}.") from error
+            raise InputError(
+                f"Expected a folder that can be written at {self.path} but got: {error.strerror}; choose another store."
+            ) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,21 +187,15 @@ class StoreWriter:
 
     def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
         """Writes the table of the proteins that are new, and nothing if there is none or one is refused."""
-        added = 0
-        temporary = self.path / f".{name}"
         rows = self._new_rows(proteins, manifest)
-        try:
-            with temporary.open("wb") as file:
-                with pa.ipc.new_file(file, PROTEINS) as writer:
-                    while block := list(islice(rows, ROWS_AT_ONCE)):
-                        writer.write_batch(_record_batch(block))
-                        added += len(block)
-                file.flush()
-                os.fsync(file.fileno())
-            if added:
-                temporary.replace(self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        block = list(islice(rows, ROWS_AT_ONCE))
+        added = len(block)
+        if added:
+            with whole_file(self.path / name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
+                while block:
+                    writer.write_batch(_record_batch(block))
+                    block = list(islice(rows, ROWS_AT_ONCE))
+                    added += len(block)
         return added
 
     def _new_rows(self, proteins: Iterable[Protein], manifest: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
@@ -199,6 +207,12 @@ class StoreWriter:
                 for name, sequence, row in zip(*columns, strict=True):
                     row_of.setdefault(sequence, row)
                     row_of_name.setdefault(name, row)
+        cut = max((shard["rows"][1] for shard in manifest["shards"]), default=0)
+        if cut != len(row_of):
+            raise InputError(
+                f"Expected shards for {len(row_of)} sequences in {self.path}/manifest.json but got shards for {cut}; "
+                "it was changed by hand: restore it, or choose another store."
+            )
         for protein in proteins:
             known = row_of_name.get(protein.id)
             row = row_of.setdefault(protein.sequence, len(row_of))
@@ -249,9 +263,16 @@ class StoreWriter:
 
     def pending(self) -> list[Shard]:
         """The shards that the manifest does not know as finished, in order."""
+        manifest = self.manifest
         return [
-            Shard(shard["file"], tuple(shard["rows"]), tuple(shard["proteins"]), shard["residues"])
-            for shard in self.manifest["shards"]
+            Shard(
+                shard["file"],
+                tuple(shard["rows"]),
+                tuple(shard["proteins"]),
+                shard["residues"],
+                _key(shard, manifest),
+            )
+            for shard in manifest["shards"]
             if "sha256" not in shard
         ]
 
@@ -266,9 +287,15 @@ class StoreWriter:
                     found.setdefault(row, sequence)
         return found
 
+    def ids(self, shard: Shard, rows: Sequence[int]) -> list[str]:
+        """The proteins of the shard's table that some of its rows belong to."""
+        name, start, stop = shard.proteins
+        table = read_table(self.path / name).slice(start, stop - start)
+        return table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))["id"].to_pylist()
+
     def is_sealed(self, shard: Shard) -> bool:
         """Whether the shard's file is in place."""
-        return (self.path / shard.file).exists()
+        return _computed(self.path / shard.file, shard.key) is not None
 
     def _parts(self, shard: Shard) -> Path:
         return self.path / "parts" / shard.file.removesuffix(".arrow")
@@ -277,8 +304,9 @@ class StoreWriter:
         """The rows that finished batches hold, those of skipped sequences included."""
         rows: set[int] = set()
         for part in sorted(self._parts(shard).glob("*.arrow")):
-            table = read_table(part)
-            rows.update(json.loads(table.schema.metadata[b"rows"]))
+            table = _computed(part, shard.key)
+            if table is not None:
+                rows.update(json.loads(table.schema.metadata[b"rows"]))
         return rows
 
     def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
@@ -290,10 +318,8 @@ class StoreWriter:
             counts: How many vectors each has; 0 for one that was skipped.
             vectors: (sum of counts, dim) float32.
         """
-        folder = self._parts(shard)
-        folder.mkdir(parents=True, exist_ok=True)
-        table = _vector_table(np.repeat(rows, counts), vectors)
-        write_atomically(folder / f"{rows[0]}.arrow", table.replace_schema_metadata({"rows": json.dumps(rows)}))
+        table = _vector_table(np.repeat(rows, counts), vectors, {"key": shard.key, "rows": json.dumps(rows)})
+        write_atomically(self._parts(shard) / f"{rows[0]}.arrow", table)
 
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them."""
@@ -301,15 +327,21 @@ class StoreWriter:
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         vectors = np.concatenate([vectors_of(part) for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
-        write_atomically(self.path / shard.file, _vector_table(rows[order], vectors[order]))
+        write_atomically(self.path / shard.file, _vector_table(rows[order], vectors[order], {"key": shard.key}))
         shutil.rmtree(self._parts(shard))
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
-        """Notes size and hash of each shard that is in place; leaves of killed runs go."""
+        """Notes size and hash of each shard that is in place, forgets those that are not; leaves of killed runs go."""
         for shard in manifest["shards"]:
             file = self.path / shard["file"]
-            if "sha256" not in shard and file.exists():
-                rows = read_table(file)["row"].to_numpy()
+            if "sha256" in shard and size_of(file) != shard["bytes"]:
+                logger.warning("%s is missing or damaged: it is computed again", file)
+                file.unlink(missing_ok=True)
+                for fact in ("vectors", "skipped", "bytes", "sha256"):
+                    shard.pop(fact, None)
+            table = None if "sha256" in shard else _computed(file, _key(shard, manifest))
+            if table is not None:
+                rows = table["row"].to_numpy()
                 shard["vectors"] = len(rows)
                 shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
                 shard.update(_fingerprint(file))
@@ -329,6 +361,27 @@ class StoreWriter:
             shutil.rmtree(self.path / "parts", ignore_errors=True)
 
 
+def _key(shard: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """Digest of what the shard's vectors follow from: the settings, and its lines in which table of proteins."""
+    name = shard["proteins"][0]
+    table = next(file["sha256"] for file in manifest["proteins"] if file["file"] == name)
+    facts = [[manifest.get(setting) for setting in SETTINGS], table, shard["proteins"], shard["rows"]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _computed(file: Path, key: str) -> pa.Table | None:
+    """The vectors that were computed for this key; a file of that name which holds anything else is removed."""
+    if not file.exists():
+        return None
+    with suppress(InputError):
+        table = read_table(file)
+        if (table.schema.metadata or {}).get(b"key") == key.encode():
+            return table
+    logger.warning("%s is damaged or of other proteins or settings: it is computed again", file)
+    file.unlink()
+    return None
+
+
 def _fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
@@ -338,6 +391,6 @@ def _record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=PROTEINS)
 
 
-def _vector_table(rows: np.ndarray, vectors: np.ndarray) -> pa.Table:
+def _vector_table(rows: np.ndarray, vectors: np.ndarray, about: dict[str, str]) -> pa.Table:
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    return pa.table({"row": pa.array(rows, pa.int64()), "embedding": embedding})
+    return pa.table({"row": pa.array(rows, pa.int64()), "embedding": embedding}, metadata=about)

@@ -6,6 +6,7 @@ Everything goes through a client of its own: MLflow's current run, tracking addr
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.telemetry import set_telemetry_client
+from sqlalchemy.exc import SQLAlchemyError
 
 from distil_rank.errors import InputError
 from distil_rank.runs import provenance
@@ -167,10 +169,11 @@ def start_run(
         if process_rank() > 0:
             tracking_uri = f"sqlite:///{stack.enter_context(tempfile.TemporaryDirectory())}/mlflow.db"
         try:
-            client = connect(tracking_uri)
-            experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
+            with _alone_with(tracking_uri):
+                client = connect(tracking_uri)
+                experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
             made = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError) as error:
             raise InputError(
                 f"Expected MLflow to keep runs at {shown(tracking_uri)} but it said: {_first_line(error)}"
             ) from error
@@ -179,6 +182,30 @@ def start_run(
         with _ended(run), exit_on_signals(signal.SIGTERM), _monitored(run, system_metrics):
             run.log_params(params)
             yield run
+
+
+@contextmanager
+def _alone_with(tracking_uri: str) -> Iterator[None]:
+    """Makes other processes wait that would make the same local database or experiment at the same time.
+
+    Raises:
+        InputError: if the database's folder cannot be written.
+    """
+    if not tracking_uri.startswith("sqlite:///"):
+        yield
+        return
+    folder = Path(tracking_uri.removeprefix("sqlite:///")).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"Expected a folder that can be written for runs at {folder} but got: {error.strerror}; work in another "
+            "folder, or set MLFLOW_TRACKING_URI."
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed
+        yield
 
 
 def connect(tracking_uri: str) -> mlflow.MlflowClient:

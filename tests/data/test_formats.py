@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from distil_rank.data import formats
 from distil_rank.data.formats import Embeddings, load_matrix, save_matrix
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store_writer import StoreWriter
@@ -110,9 +111,47 @@ def test_hdf5_as_uniprot_and_bio_embeddings_write_it(tmp_path):
     assert sorted(load_matrix(tmp_path / "uniprot.h5").ids) == ["P69905", "Q9XYZ1"]
 
 
+def test_hdf5_names_that_look_like_ours(tmp_path):
+    ids = ["protein_1", "b/c", "protein_1_"]
+    save_matrix(Embeddings(ids, X[:3]), tmp_path / "e.h5")
+    found = load_matrix(tmp_path / "e.h5")
+    assert {name: row.tolist() for name, row in zip(found.ids, found.x, strict=True)} == dict(
+        zip(ids, X[:3].tolist(), strict=True)
+    )
+
+
 def test_hdf5_refuses_a_name_twice(tmp_path):
     with pytest.raises(InputError, match="each protein once"):
         save_matrix(Embeddings(["a", "b", "a"], X[:3]), tmp_path / "e.h5")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".safetensors", ".h5"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"e{suffix}"
+    save_matrix(FULL, path)
+    before, write = path.read_bytes(), formats.WRITERS[suffix]
+
+    def fails(found, path):
+        write(found, path)
+        raise OSError("disk full")
+
+    monkeypatch.setitem(formats.WRITERS, suffix, fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_matrix(Embeddings(["z"], X[:1]), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_long_sequence_does_not_blow_up_an_npz(tmp_path):
+    long = Embeddings(list("abc"), X[:3], ["M" * 1_000_000, "", "MK"])
+    save_matrix(long, tmp_path / "e.npz")
+    assert (tmp_path / "e.npz").stat().st_size < 1_100_000
+    assert load_matrix(tmp_path / "e.npz").sequences == long.sequences
+
+
+def test_sequences_as_an_array_of_texts(tmp_path):
+    np.savez(tmp_path / "e.npz", embeddings=X, sequences=np.array(FULL.sequences))
+    assert load_matrix(tmp_path / "e.npz").sequences == FULL.sequences
 
 
 @pytest.mark.parametrize("kind", ["mean_representations", "bos_representations", "representations"])
@@ -129,12 +168,28 @@ def test_fair_esms_folder(tmp_path, kind):
     assert len(load_matrix(tmp_path / "P1.pt").x) == (2 if kind == "representations" else 1)
 
 
+@pytest.mark.parametrize(
+    ("other", "got"),
+    [
+        ({"mean_representations": {6: torch.zeros(4)}}, "mean of layer 6"),
+        ({"bos_representations": {33: torch.zeros(4)}}, "bos of layer 33"),
+    ],
+)
+def test_fair_esms_folder_with_two_kinds_is_refused(tmp_path, other, got):
+    torch.save({"label": "P1", "mean_representations": {33: torch.zeros(4)}}, tmp_path / "P1.pt")
+    torch.save({"label": "P2", **other}, tmp_path / "P2.pt")
+    with pytest.raises(InputError, match=rf"but got mean of layer 33 in P1\.pt and {got} in P2\.pt; separate them"):
+        load_matrix(tmp_path)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "residue"])
 def test_our_store(tmp_path, pooling):
     writer = StoreWriter(tmp_path / "s")
     settings = {"dim": 4, "pooling": pooling, "long": "window", "max_length": 9}
     with writer.lock():
-        writer.plan([Protein("a", "MK"), Protein("b", "MKV")], settings, {}, CleaningReport(""))
+        writer.plan(
+            [Protein("a", "MK"), Protein("b", "MKV")], settings, {"backbone": "x", "fallback": None}, CleaningReport("")
+        )
         for shard in writer.pending():
             counts = [2, 3] if pooling == "residue" else [1, 1]
             writer.write_part(shard, [0, 1], counts, X[: sum(counts)])

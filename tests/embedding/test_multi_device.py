@@ -37,7 +37,7 @@ for job in sys.argv[2:]:
 
 @given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 8))
 def test_shards_are_dealt_out_by_work(work, ranks):
-    shards = [Shard(str(i), (i, i + 1), ("", 0, 1), residues) for i, residues in enumerate(work)]
+    shards = [Shard(str(i), (i, i + 1), ("", 0, 1), residues, "") for i, residues in enumerate(work)]
     parts = balanced(shards, ranks)
     assert len(parts) == ranks
     assert sorted(shard.file for part in parts for shard in part) == sorted(shard.file for shard in shards)

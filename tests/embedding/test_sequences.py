@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distil_rank.embedding.compact_map import CompactMap
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins, read_proteins
 from distil_rank.errors import InputError
 
@@ -35,6 +36,8 @@ def read(tmp_path: Path, content: bytes | str, name: str = "in.fasta"):
         ("M K\tV", "MKV", []),
         ("m-k*", "MK", ["lowercase", "gaps", "stops"]),
         ("ACGT" * 10, "ACGT" * 10, ["nucleotides"]),
+        ("acgt" * 10, "ACGT" * 10, ["lowercase", "nucleotides"]),
+        ("ACGU" * 10, "ACGU" * 10, ["rare", "nucleotides"]),
     ],
 )
 def test_what_is_cleaned_is_counted(tmp_path, raw, clean, counted):
@@ -106,6 +109,31 @@ def test_tables_with_named_columns(tmp_path, name, text):
     assert proteins[0][0] == "a"
 
 
+def test_names_in_a_table_are_whole_cells(tmp_path):
+    text = "id,sequence\nheavy chain 1,MK\nheavy chain 2,MV\nsp|P12345|A_B protein,MA\n"
+    assert [name for name, _ in read(tmp_path, text, "in.csv")[0]] == ["heavy chain 1", "heavy chain 2", "P12345"]
+
+
+def test_quotes_in_a_tsv_are_characters(tmp_path):
+    text = 'id\tnote\t"sequence"\n5" end\t"open\tMK\n"b"\tx\t"MV"\n'
+    assert read(tmp_path, text, "in.tsv")[0] == [('5" end', "MK"), ("b", "MV")]
+
+
+def test_cells_that_say_missing_are_no_proteins(tmp_path):
+    missing = ["NA", "N/A", "nan", "NaN", "NULL", "null", "None", ""]
+    proteins, report = read(tmp_path, "id,sequence\n" + "".join(f"x,{text}\n" for text in [*missing, "MK"]), "in.csv")
+    assert proteins == [("x", "MK")]
+    assert report.counts["empty"] == len(missing)
+
+
+def test_many_proteins_of_one_name_do_not_look_for_a_number_from_two_on(tmp_path, monkeypatch):
+    lookups, get = [], CompactMap.get
+    monkeypatch.setattr(CompactMap, "get", lambda self, name: lookups.append(name) or get(self, name))
+    proteins, _ = read(tmp_path, "".join(f">chain {i}\nMK{'A' * i}\n" for i in range(500)))
+    assert [name for name, _ in proteins] == ["chain", *(f"chain_{number}" for number in range(2, 501))]
+    assert len(lookups) <= 2 * 500
+
+
 def test_table_without_names_or_with_short_lines(tmp_path):
     proteins, report = read(tmp_path, "family,sequence\nx,MK\nonly\ny,MV\n", "in.csv")
     assert proteins == [("protein_1", "MK"), ("protein_3", "MV")]
@@ -127,6 +155,7 @@ def test_table_without_names_or_with_short_lines(tmp_path):
         ("in.fasta.gz", b"\x1f\x8bnot gzip at all", "cut off or damaged"),
         ("in.csv", b"id,family\na,x\n", "column named sequence or seq .* but got id, family"),
         ("in.csv", b"", "but got nothing"),
+        ("in.csv", b"id,sequence\na,MK\nb, x,MV\n", r"Expected 2 cells, .* in .*in\.csv, line 3, but got 3"),
         ("in.csv", b'id,sequence\na,"MK\n', r"in\.csv but line 2 is malformed"),
     ],
 )
@@ -141,6 +170,14 @@ def test_missing_and_folder(tmp_path):
         read_proteins(tmp_path / "none.fasta")
     with pytest.raises(InputError, match="there is a folder"):
         read_proteins(tmp_path)
+
+
+def test_no_standard_input_and_a_name_that_is_too_long(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="standard input but this process has none"):
+        read_proteins("-")
+    with pytest.raises(InputError, match=r"readable FASTA file .*File name too long"):
+        read_proteins("n" * 300)
 
 
 def test_the_iterator_reads_no_further_than_asked(tmp_path):

@@ -20,7 +20,7 @@ def make(path, proteins=PROTEINS, settings=SETTINGS, skip=()):
     """A finished store whose vectors count from the sequence's number, one tenth a residue."""
     writer = StoreWriter(path)
     with writer.lock():
-        writer.plan(proteins, settings, {}, CleaningReport("in.fasta"))
+        writer.plan(proteins, settings, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta"))
         for shard in writer.pending():
             texts = writer.sequences(shard)
             counts = [
@@ -96,6 +96,40 @@ def test_foreign_manifest(tmp_path, content):
         Store.open(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["dim", "backbone", "fallback", "proteins", "shards"])
+@pytest.mark.parametrize("value", [None, 1.5, {}])
+def test_a_manifest_without_or_with_another_kind_of_value(tmp_path, key, value):
+    make(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = {name: kept for name, kept in manifest.items() if name != key} | ({key: value} if value else {})
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"but {key} is missing or wrong; restore it"):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("which", "change"),
+    [
+        ("shards", {"bytes": "many"}),
+        ("shards", {"rows": [1, 3]}),
+        ("shards", {"rows": [0, "3"]}),
+        ("shards", {"rows": None}),
+        ("shards", {"proteins": ["other.arrow", 0, 4]}),
+        ("shards", {"residues": None}),
+        ("shards", {"file": None}),
+        ("proteins", {"sha256": None}),
+        ("proteins", {"bytes": None}),
+    ],
+)
+def test_a_manifest_whose_files_were_edited(tmp_path, which, change):
+    make(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest[which][0] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"but {which}: .* is missing or wrong; restore it"):
+        Store.open(tmp_path)
+
+
 def test_unfinished_store_says_how_to_go_on(tmp_path):
     make(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -135,9 +169,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=f"Expected to write {path} but got: No space left .*; free space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_read_table_refuses_what_is_no_arrow(tmp_path):

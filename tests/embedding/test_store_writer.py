@@ -1,6 +1,8 @@
 """Planning, parts and sealing; the lock; what is refused."""
 
+import errno
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ SETTINGS = {"dim": 3, "pooling": "mean", "long": "truncate", "max_length": 5}
 def plan(path, proteins, **changed):
     writer = StoreWriter(path)
     with writer.lock():
-        return writer, writer.plan(proteins, SETTINGS | changed, {"backbone": "x"}, CleaningReport("in.fasta"))
+        return writer, writer.plan(
+            proteins, SETTINGS | changed, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta")
+        )
 
 
 def fill(writer):
@@ -117,6 +121,42 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
         plan(tmp_path / "s", proteins("MK"))
 
 
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"folder that can be written .* but got: File name too long"):
+        plan(tmp_path / ("s" * 300), proteins("MK"))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_refused(tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.stat", forbidden)  # which root would be allowed
+    with pytest.raises(InputError, match=r"folder that can be written .* but got: Permission denied"):
+        plan(tmp_path / "s", proteins("MK"))
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch, fails):
+    """The table of proteins, the manifest, a part, the shard: whichever does not fit."""
+    whole, _ = plan(tmp_path / "whole", proteins("MK"))
+    fill(whole)
+    sync, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) == 2 * fails + 1:  # of a file and of its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(InputError, match=r"Expected to write .* but got: No space left on device; free space"):
+            fill(plan(tmp_path / "s", proteins("MK"))[0])
+    fill(plan(tmp_path / "s", proteins("MK"))[0])
+    content = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "s")]
+    assert content[0] == content[1]
+
+
 def test_leaves_of_killed_runs_go(tmp_path):
     plan(tmp_path / "s", proteins("MK"))
     for name in (".proteins-00001.arrow", ".vectors-00000.arrow.123", ".manifest.json.77"):
@@ -137,6 +177,76 @@ def test_a_shard_sealed_before_the_kill_is_not_computed_again(tmp_path):
     writer.seal(shard)
     plan(tmp_path / "s", proteins("MK"))  # the next run's first step
     assert writer.pending() == []
+
+
+@pytest.mark.parametrize("changed", [{}, {"pooling": "bos"}])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_vectors_of_other_proteins_or_settings_are_not_taken(tmp_path, caplog, sealed, changed):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    (shard,) = writer.pending()
+    writer.write_part(shard, [0, 1], [1, 1], np.ones((2, 3), np.float32))
+    if sealed:
+        writer.seal(shard)
+    (tmp_path / "s" / "manifest.json").unlink()
+    plan(tmp_path / "s", proteins("MK", "MV" if changed else "MM"), **changed)
+    (shard,) = writer.pending()
+    assert not writer.is_sealed(shard)
+    assert writer.done(shard) == set()
+    assert "computed again" in caplog.text
+    fill(writer)
+    assert Store.open(tmp_path / "s").embeddings()[:, 0].tolist() == [0, 1]
+
+
+def test_vectors_of_the_same_proteins_and_settings_outlive_a_lost_manifest(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    fill(writer)
+    before = (tmp_path / "s" / "manifest.json").read_bytes()
+    (tmp_path / "s" / "manifest.json").unlink()
+    plan(tmp_path / "s", proteins("MK", "MV"))
+    assert writer.is_sealed(*writer.pending())
+    writer.finish()
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == before
+
+
+def test_a_manifest_that_lost_its_last_shard_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_writer, "SHARD_RESIDUES", (2, 2))
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    fill(writer)
+    writer.update(shards=writer.manifest["shards"][:-1])
+    with pytest.raises(InputError, match=r"Expected shards for 2 sequences .* but got shards for 1"):
+        plan(tmp_path / "s", proteins("MK", "MV", "ML"))
+
+
+def test_a_truncated_part_is_computed_again(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    (shard,) = writer.pending()
+    for row in (0, 1):
+        writer.write_part(shard, [row], [1], np.full((1, 3), row, np.float32))
+    part = next((tmp_path / "s" / "parts").rglob("1.arrow"))
+    part.write_bytes(part.read_bytes()[:-20])
+    assert writer.done(shard) == {0}
+    fill(writer)
+    assert Store.open(tmp_path / "s").embeddings()[:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_shard_of_a_finished_store_is_computed_again(tmp_path, monkeypatch, caplog, damage):
+    monkeypatch.setattr(store_writer, "SHARD_RESIDUES", (2, 2))
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV", "ML"))
+    fill(writer)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
+    shard = tmp_path / "s" / "vectors-00001.arrow"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"vectors-00001.*run the same embed command again"):
+        Store.open(tmp_path / "s")
+    plan(tmp_path / "s", proteins("MK", "MV", "ML"))
+    assert "vectors-00001.arrow is missing or damaged: it is computed again" in caplog.text
+    assert [shard.file for shard in writer.pending()] == ["vectors-00001.arrow"]
+    fill(writer)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == before
 
 
 def test_the_manifest_depends_on_content_only(tmp_path):

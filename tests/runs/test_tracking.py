@@ -1,3 +1,4 @@
+import fcntl
 import json
 import logging
 import socket
@@ -290,3 +291,40 @@ def test_a_server_lost_in_the_middle_does_not_hide_what_ended_the_run(project, m
         monkeypatch.setattr(MlflowClient, "set_terminated", lost)
         _ = 1 / 0
     assert "connection lost" in caplog.text
+
+
+def test_the_database_is_made_by_one_process_at_a_time(project):
+    def run():
+        with start_run("embed", "one", params={}, tags={}, root=project):
+            pass
+
+    other = threading.Thread(target=run)
+    with (project / "mlruns" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+        assert client(project).get_experiment_by_name("embed") is None
+    other.join(60)
+    assert client(project).get_experiment_by_name("embed") is not None
+
+
+def test_a_folder_for_runs_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlruns").touch()
+    with (
+        pytest.raises(
+            InputError, match=r"folder that can be written for runs at .*mlruns but got: .*; work in another"
+        ),
+        start_run("embed", "one", params={}, tags={}, root=tmp_path),
+    ):
+        pass
+
+
+def test_a_damaged_database_is_one_line(project):
+    (project / "mlruns" / "mlflow.db").write_bytes(b"no database" * 500)
+    with (
+        pytest.raises(InputError, match=r"Expected MLflow to keep runs at .* but it said: .*not a database"),
+        start_run("embed", "one", params={}, tags={}, root=project),
+    ):
+        pass
