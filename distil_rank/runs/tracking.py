@@ -204,7 +204,8 @@ def _alone_with(tracking_uri: str) -> Iterator[None]:
             "folder, or set MLFLOW_TRACKING_URI."
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed
         yield
 
 

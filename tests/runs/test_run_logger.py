@@ -61,7 +61,7 @@ def test_checkpoints_lie_under_mlruns(project):
         fit(run)
     (checkpoint,) = project.rglob("*.ckpt")
     assert checkpoint.parent == project / "mlruns" / "lightning" / "distil" / run.id / "checkpoints"
-    assert {path.name for path in (project / "mlruns").iterdir()} <= {".lock", "mlflow.db", "artifacts", "lightning"}
+    assert {path.name for path in (project / "mlruns").iterdir()} <= {"mlflow.db", ".lock", "artifacts", "lightning"}
 
 
 class Signal(Callback):
