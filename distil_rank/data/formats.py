@@ -251,7 +251,7 @@ def _h5py() -> Any:
     try:
         import h5py  # noqa: PLC0415  (an extra: only who reads HDF5 needs it)
     except ImportError as error:
-        raise InputError("Expected h5py for HDF5 files but it is missing; pip install 'distil-rank[hdf5]'.") from error
+        raise InputError("Expected h5py for HDF5 files but it is missing; pip install h5py.") from error
     return h5py
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,9 @@ class Extraction:
         Returns:
             The number of proteins that were added, and what reading them changed.
         """
+        report = CleaningReport(str(self.request.fasta))
+        proteins = self._proteins(report)
+        proteins = chain([next(proteins)], proteins)  # a file that cannot be read is told before a model is fetched
         request, backbone, known = self.request, self.backbone, self.writer.manifest
         layer = backbone.num_layers if request.layer is None else request.layer
         if not 0 <= layer <= backbone.num_layers:
@@ -103,8 +107,7 @@ class Extraction:
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("distil-rank", "torch", "fair-esm", "pyarrow")},
         }
-        report = CleaningReport(str(request.fasta))
-        added = self.writer.plan(self._proteins(report), settings, provenance, report)
+        added = self.writer.plan(proteins, settings, provenance, report)
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", self.writer.path)
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")

@@ -185,6 +185,12 @@ def test_bf16_that_is_off_gives_way_to_fp32_aloud(run, fasta, monkeypatch, caplo
     assert run(fasta).precision == "fp32", "and the decision stays"
 
 
+def test_an_unreadable_file_is_told_before_any_model_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "load_backbone", lambda name: pytest.fail("fetched a model"))
+    with pytest.raises(InputError, match="absent"):
+        embed(tmp_path / "absent.fasta", tmp_path / "store", accelerator="cpu")
+
+
 def test_a_store_that_was_asked_for_in_bf16_stays_so(run, fasta, monkeypatch):
     monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
     monkeypatch.setattr(extraction, "GATE", 1.1)
