@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,11 +33,13 @@ class Inputs:
         fit: sums over the rows to fit to.
         held_out: sums over the rows to measure on.
         rows: some of the latter, at most about `ROWS_KEPT`.
+        runs: how often the layer ran in a batch at most.
     """
 
     fit: MomentSums
     held_out: MomentSums
     rows: list[Tensor] = field(default_factory=list)
+    runs: int = 0
     time_first: bool = False
     warned: bool = False
 
@@ -169,11 +172,11 @@ def count_runs(
 ) -> dict[str, int]:
     """How often each layer runs in a batch at most, by name, in the order in which they first run."""
     most: dict[str, int] = {}
-    now: dict[str, int] = {}
+    now: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            now[name] = now.get(name, 0) + 1
+            now[name] += 1
             most[name] = max(most.get(name, 0), now[name])
 
         return hook
@@ -216,6 +219,7 @@ def capture(
     """
     found: dict[str, Inputs] = {}
     given: dict[str, Tensor] = {}
+    now: Counter[str] = Counter()
     held_out = False
     current: Tensor | None = None
 
@@ -233,6 +237,8 @@ def capture(
                 near = (torch.cat(x.unbind()) if x.is_nested else x).double().reshape(-1, module.in_features).mean(0)
                 fit, measure = (MomentSums.zeros(module.in_features, x.device, origin=near) for _ in range(2))
                 found[name] = Inputs(fit, measure)
+            now[name] += 1
+            found[name].runs = max(found[name].runs, now[name])
             found[name].add(x, None if current is None else current.to(x.device), held_out)
             if once:
                 raise _SeenEnough
@@ -247,6 +253,7 @@ def capture(
         with evaluating(model), torch.no_grad():
             for batch, held_out in batches:  # noqa: B007, the hooks read it
                 current = _as_mask(mask(batch))
+                now.clear()
                 try:
                     forward(model, batch)
                 except _SeenEnough:

@@ -195,10 +195,11 @@ def compress(
     if (tune or one_by_one) and batches.unrepeatable:
         raise InputError(batches.unrepeatable)
     # One by one, a first pass only tells the order of the layers; a budget needs every layer's spectrum beforehand.
-    runs = count_runs(model, dense, batches, forward) if one_by_one else {}
     whole = not one_by_one or parameters is not None
     found = capture(model, dense, batches, forward, mask) if whole else {}
-    _check_ran(dense, runs or found, batches)
+    counted = {name: inputs.runs for name, inputs in found.items()}
+    runs = counted if whole else count_runs(model, dense, batches, forward)
+    _check_ran(dense, runs, batches)
     if parameters is not None:
         wanted |= _within_budget({name: dense[name] for name in dense.keys() - shared.keys()}, dense, found, parameters)
 
@@ -207,7 +208,7 @@ def compress(
     rows: dict[str, LayerRow] = {}
     solved: dict[str, tuple[LowRankLinear, Inputs]] = {}
     try:
-        for name in list(runs or found):
+        for name in runs:
             log.info("compressing %s (%d of %d)", name, len(rows) + 1, len(dense))
             if name in found and not (one_by_one and originals):
                 inputs = found.pop(name)
