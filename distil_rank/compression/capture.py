@@ -223,23 +223,30 @@ def capture(
     held_out = False
     current: Tensor | None = None
 
+    def see(name: str) -> None:
+        now[name] += 1
+        found[name].runs = max(found[name].runs, now[name])
+        x = given.pop(name)
+        found[name].add(x, None if current is None else current.to(x.device), held_out)
+
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             given[name] = arguments[0] if arguments else keywords["input"]
+            if once and name in found:  # what it does with it was checked the first time
+                see(name)
+                raise _SeenEnough
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, arguments: tuple[Any, ...], output: Any) -> None:
-            x = given.pop(name)
             if name not in found:
+                x = given[name]
                 _check_affine(name, module, x, output)
                 near = (torch.cat(x.unbind()) if x.is_nested else x).double().reshape(-1, module.in_features).mean(0)
                 fit, measure = (MomentSums.zeros(module.in_features, x.device, origin=near) for _ in range(2))
                 found[name] = Inputs(fit, measure)
-            now[name] += 1
-            found[name].runs = max(found[name].runs, now[name])
-            found[name].add(x, None if current is None else current.to(x.device), held_out)
+            see(name)
             if once:
                 raise _SeenEnough
 
