@@ -169,16 +169,16 @@ def compress(
             fine-tuning and for the report.
         forward: runs the model on a batch and returns its output. By default a mapping is passed as keyword arguments,
             a tensor as it is, and of a tuple or list the first element.
-        mask: gives the `(batch, time)` mask of a batch, true for what is not padding; by default `attention_mask` of a
-            mapping.
+        mask: gives the `(batch, time)` mask of a batch, true for what is not padding; by default the batch's
+            `attention_mask`, if it has one.
         inplace: change `model` itself, not a copy.
 
     Returns:
         The model and a row for each layer; `print` shows a table.
 
     Raises:
-        InputError: a pattern that matches no linear layer, a layer that never runs, a rank or budget out of range, data
-            that cannot be passed over again where that is needed.
+        InputError: a pattern that matches no linear layer, a layer that never runs or does more than its weights say, a
+            rank or budget out of range, data that cannot be passed over again where that is needed.
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
     >>> report = compress(model, {"0": 3}, data=torch.randn(200, 16))

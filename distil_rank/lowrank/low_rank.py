@@ -85,7 +85,6 @@ class LowRankLinear(TwoFactors):
     B: nn.Parameter
     bias: nn.Parameter | None
     input_mean: Tensor | None
-    guard: Guard | None
 
     def __init__(
         self,
