@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDE = 1024  # dimensions from which one operation keeps all cores of a CPU busy
+# glibc's M_MMAP_THRESHOLD (32 is the most it takes), M_TRIM_THRESHOLD and M_TOP_PAD, in MiB
+MALLOC_OPTIONS = {-3: 32, -1: 1024, -2: 64}
 OVERLAP = 4  # windows share a quarter of their length, so that each residue has context on both sides in one of them
 
 
@@ -139,6 +144,8 @@ class Embedder:
             batches: Anything with a list of sequences as `texts`; read no further ahead than there are cores.
         """
         threads = torch.get_num_threads()
+        if self.encoder.device.type == "cpu":
+            _keep_freed_memory()
         if self.encoder.device.type != "cpu" or threads == 1 or self.dim >= WIDE:
             yield from ((batch, self.embed(batch.texts)) for batch in batches)
             return
@@ -256,6 +263,18 @@ def windows(length: int, window: int | None) -> list[tuple[int, int]]:
     number = -(-(length - window) // step) + 1
     starts = [round(i * (length - window) / (number - 1)) for i in range(number)]
     return [(start, start + window) for start in starts]
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Has glibc keep the memory of freed tensors for the next ones, in all of the process.
+
+    By default it hands most of it back to the kernel after every batch, and waits for it at the next.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, mebibytes in MALLOC_OPTIONS.items():
+            mallopt(option, mebibytes << 20)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,11 +2,17 @@
 
 fair-esm pads a batch to its longest sequence, materialises every attention matrix and ends in a language-model head.
 Here the residues of all sequences lie one behind the other, (T,), so that no multiplication is spent on padding;
-attention runs within each sequence through `scaled_dot_product_attention`; the head is never computed.
+attention runs within each sequence through `scaled_dot_product_attention`; the head is never computed. The first
+layer's queries, keys and values depend on a token alone and not on its place, so they are read from a table.
+
+In bfloat16 only the factors of the matrix products are rounded. Hidden states, norms, rotations and biases stay in
+float32, and on a CPU so does attention: rounding costs most there, and arithmetic least. A norm's scale and shift move
+into the map behind it, so that what is rounded is centred.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +24,11 @@ from esm.model.esm2 import ESM2
 from torch import Tensor
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout makes up for
+EXACT = 2  # layers whose queries and keys are not rounded: their errors are those that the other layers amplify
+ROWS = 64  # a bfloat16 pass has a multiple of them: oneDNN compiles its product for every number of rows that it meets
+KEYS = 16  # what a CPU's softmax takes at once; it takes a remainder of keys one by one, as slowly as many
+
+Affine = tuple[Tensor, Tensor]  # weight and bias
 
 
 def tokenise(sequences: list[str], alphabet: Alphabet) -> tuple[Tensor, list[int]]:
@@ -36,14 +47,15 @@ def tokenise(sequences: list[str], alphabet: Alphabet) -> tuple[Tensor, list[int
 
 
 class _Layer(NamedTuple):
-    """The parameters of one transformer layer; query, key and value in one matrix."""
+    """The parameters of one transformer layer."""
 
-    norm1: tuple[Tensor, Tensor]
-    qkv: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    norm2: tuple[Tensor, Tensor]
-    fc1: tuple[Tensor, Tensor]
-    fc2: tuple[Tensor, Tensor]
+    norm1: Affine
+    qk: Affine  # query and key in one matrix
+    v: Tensor  # its bias goes through attention unchanged, and is part of the output's
+    out: Affine
+    norm2: Affine
+    fc1: Affine
+    fc2: Affine
 
 
 class FusedEncoder:
@@ -51,7 +63,7 @@ class FusedEncoder:
 
     Args:
         model: fair-esm's model. Its parameters are shared where dtype and device allow it.
-        dtype: Of weights and activations.
+        dtype: Of the weights, and of what they are multiplied with.
         device: Where to compute.
         layer: The layer whose hidden states are wanted; the last one by default, with its final norm as in fair-esm.
     """
@@ -67,44 +79,55 @@ class FusedEncoder:
         self.heads: int = model.attention_heads
         self.dtype = dtype
         self.device = torch.device(device)
-        self.scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
-
-        def cast(*tensors: Tensor) -> Tensor:
-            joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-            return joined.detach().to(self.device, dtype)
-
-        def pair(module: Any) -> tuple[Tensor, Tensor]:
-            return cast(module.weight), cast(module.bias)
-
-        head_dim = model.embed_dim // model.attention_heads
-        adjacent = torch.arange(head_dim).view(2, -1).t().flatten()  # the two halves of a rotary pair side by side
-
-        def paired(tensor: Tensor) -> Tensor:
-            """Reorders what a query or key projection gives; attention does not see the order within a head."""
-            return tensor.unflatten(0, (self.heads, head_dim))[:, adjacent].flatten(0, 1)
-
-        def qkv(attention: Any) -> tuple[Tensor, Tensor]:
-            q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-            return (
-                cast(paired(q.weight), paired(k.weight), v.weight),
-                cast(paired(q.bias), paired(k.bias), v.bias),
-            )
-
-        self.embedding = cast(model.embed_tokens.weight)
-        self.layers = [
-            _Layer(
-                norm1=pair(module.self_attn_layer_norm),
-                qkv=qkv(module.self_attn),
-                out=pair(module.self_attn.out_proj),
-                norm2=pair(module.final_layer_norm),
-                fc1=pair(module.fc1),
-                fc2=pair(module.fc2),
-            )
-            for module in model.layers[: self.layer]
-        ]
-        self.norm_after = pair(model.emb_layer_norm_after) if self.layer == model.num_layers else None
+        self.attention_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.eps: float = model.emb_layer_norm_after.eps
         self.frequencies: Tensor = model.layers[0].self_attn.rot_emb.inv_freq.float().cpu()
+        self.layers = [
+            self._layer(module, dtype, self.attention_dtype if number < EXACT else dtype)
+            for number, module in enumerate(model.layers[: self.layer])
+        ]
+        self.norm_after = self._parameters(model.emb_layer_norm_after) if self.layer == model.num_layers else None
+        scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
+        self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
+        exact = self._layer(model.layers[0], torch.float32, torch.float32)
+        self.first = self._project(self.embedding, exact)  # what follows from each token, (tokens, ...)
+
+    def _parameters(self, module: Any) -> Affine:
+        weight, bias = (part.detach().to(self.device, torch.float32) for part in (module.weight, module.bias))
+        return weight, bias
+
+    @torch.no_grad()
+    def _layer(self, module: Any, dtype: torch.dtype, qk_dtype: torch.dtype) -> _Layer:
+        attention = module.self_attn
+        head_dim = module.fc1.in_features // self.heads
+        adjacent = torch.arange(head_dim).view(2, -1).t().flatten()  # the two halves of a rotary pair side by side
+
+        def paired(affine: Affine) -> Affine:
+            """Reorders what a query or key projection gives; attention does not see the order within a head."""
+            weight, bias = (part.unflatten(0, (self.heads, head_dim))[:, adjacent].flatten(0, 1) for part in affine)
+            return weight, bias
+
+        def joined(*affines: Affine) -> Affine:
+            return torch.cat([weight for weight, _ in affines]), torch.cat([bias for _, bias in affines])
+
+        def rounded(affine: Affine, dtype: torch.dtype) -> Affine:
+            return affine[0].to(dtype), affine[1]
+
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, module.fc1, module.fc2]
+        q, k, v, out, fc1, fc2 = map(self._parameters, projections)
+        norm1, norm2 = self._parameters(module.self_attn_layer_norm), self._parameters(module.final_layer_norm)
+        norm1, (qk, v) = _into(norm1, joined(paired(q), paired(k)), v)
+        if dtype != torch.float32:  # which shares the model's own
+            norm2, (fc1,) = _into(norm2, fc1)
+        return _Layer(
+            norm1=norm1,
+            qk=rounded(qk, qk_dtype),
+            v=v[0].to(dtype),
+            out=rounded((out[0], out[1] + out[0] @ v[1]), dtype),
+            norm2=norm2,
+            fc1=rounded(fc1, dtype),
+            fc2=rounded(fc2, dtype),
+        )
 
     def _rotations(self, lengths: list[int]) -> Tensor:
         """Each token's rotary angles as complex numbers of modulus 1, (T, 1, D / 2); float32, as fair-esm has them."""
@@ -112,8 +135,14 @@ class FusedEncoder:
         position = torch.cat([torch.arange(length) for length in lengths])
         return torch.polar(torch.ones_like(angles), angles).to(self.device)[position.to(self.device), None]
 
-    def _norm(self, x: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
+    def _norm(self, x: Tensor, parameters: Affine) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *parameters, self.eps)
+
+    def _project(self, x: Tensor, layer: _Layer) -> tuple[Tensor, Tensor]:
+        """Queries and keys before their rotation, (T, 2 C) float32, and values without their bias, (T, C)."""
+        x = self._norm(x, layer.norm1)
+        rounded = x.to(layer.v.dtype)
+        return _linear(x if layer.qk[0].dtype == x.dtype else rounded, layer.qk), F.linear(rounded, layer.v)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
@@ -124,28 +153,71 @@ class FusedEncoder:
             lengths: Tokens of each sequence; they sum to T.
 
         Returns:
-            (T, dim) in the encoder's dtype.
+            (T, dim) float32.
         """
-        x = F.embedding(tokens.to(self.device), self.embedding) * self.scale  # (T, C)
+        total = len(tokens)
+        tokens = tokens.to(self.device)
+        more = -total % ROWS if self.device.type == "cpu" and self.dtype != torch.float32 else 0
+        if more:  # one more sequence, which nobody reads
+            tokens, lengths = F.pad(tokens, (0, more)), [*lengths, more]
+        x = F.embedding(tokens, self.embedding)  # (T, C)
         rotations = self._rotations(lengths)
         attend = _attend_each if self.device.type == "cpu" else _attend_at_once
-        for layer in self.layers:
-            qkv = F.linear(self._norm(x, layer.norm1), *layer.qkv).unflatten(-1, (3 * self.heads, -1))  # (T, 3 H, D)
-            v = qkv[:, 2 * self.heads :]
-            q, k = _rotated(qkv[:, : 2 * self.heads], rotations).chunk(2, dim=1)
-            attended = attend(q, k, v, lengths)
-            x = x + F.linear(attended.flatten(1), *layer.out)
-            x = x + F.linear(F.gelu(F.linear(self._norm(x, layer.norm2), *layer.fc1)), *layer.fc2)
-        return x if self.norm_after is None else self._norm(x, self.norm_after)
+        for number, layer in enumerate(self.layers):
+            qk, v = self._project(x, layer) if number else (F.embedding(tokens, table) for table in self.first)
+            qk = _rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).to(self.attention_dtype)  # (T, 2 H, D)
+            q, k = qk.chunk(2, dim=1)
+            attended = attend(q, k, v.unflatten(-1, (self.heads, -1)).to(qk.dtype), lengths)
+            x += _linear(attended.flatten(1), layer.out)
+            x += self._feed_forward(x, layer)
+        return (x if self.norm_after is None else self._norm(x, self.norm_after))[:total]
+
+    def _feed_forward(self, x: Tensor, layer: _Layer) -> Tensor:
+        weight, bias = layer.fc1
+        hidden = F.linear(self._norm(x, layer.norm2).to(self.dtype), weight, bias.to(self.dtype))
+        return _linear(F.gelu(hidden), layer.fc2)
+
+
+def _into(norm: Affine, *behind: Affine) -> tuple[Affine, list[Affine]]:
+    """Moves a norm's scale and shift into the linear maps behind it."""
+    scale, shift = norm
+    moved = [(weight * scale, bias + weight @ shift) for weight, bias in behind]
+    return (torch.ones_like(scale), torch.zeros_like(shift)), moved  # torch is slower without any
+
+
+def _linear(x: Tensor, affine: Affine) -> Tensor:
+    """Multiplies in the weight's dtype; the bias is added, and the result is, in float32."""
+    weight, bias = affine
+    if weight.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    return F.linear(x.to(weight.dtype), weight).float().add_(bias)
 
 
 def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Attention within each sequence, one after the other; q, k, v and the result are (T, H, D)."""
+    """Attention within each sequence, one after the other; q, k, v and the result are (T, H, D).
+
+    Each is given keys up to a multiple of `KEYS`, those of its successors, and a mask that hides them.
+    """
     attended = torch.empty_like(v, memory_format=torch.contiguous_format)
     for start, stop in pairwise(np.cumsum([0, *lengths]).tolist()):
-        one = [tensor[start:stop].transpose(0, 1)[None] for tensor in (q, k, v)]  # (1, H, L, D)
-        attended[start:stop] = F.scaled_dot_product_attention(one[0], one[1], one[2])[0].transpose(0, 1)
+        more = -(stop - start) % KEYS
+        keys, values = k[start : stop + more], v[start : stop + more]
+        missing = stop + more - start - len(keys)
+        if missing:
+            keys, values = (F.pad(tensor, (0, 0, 0, 0, 0, missing)) for tensor in (keys, values))
+        mask = _mask(stop - start, more, q.dtype) if more else None
+        one = [tensor.transpose(0, 1)[None] for tensor in (q[start:stop], keys, values)]  # (1, H, L, D)
+        result = F.scaled_dot_product_attention(one[0], one[1], one[2], attn_mask=mask)
+        attended[start:stop] = result[0].transpose(0, 1)
     return attended
+
+
+@lru_cache(maxsize=2048)
+def _mask(seen: int, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Hides keys at the end, (1, 1, queries, keys)."""
+    mask = torch.zeros(seen + hidden, dtype=dtype)
+    mask[seen:] = -torch.inf
+    return mask.expand(1, 1, seen, -1)
 
 
 def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -162,7 +234,7 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tens
 
 
 def _rotated(x: Tensor, rotations: Tensor) -> Tensor:
-    """Turns adjacent pairs of the last dimension of x, (T, heads, D), by their angles; in place where x is float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    """Turns adjacent pairs of the last dimension of x, (T, heads, D) float32, by their angles; in place."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     pairs *= rotations
-    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs).flatten(-2)

@@ -30,8 +30,9 @@ def fasta(tmp_path) -> Path:
 
 
 @pytest.fixture
-def run(tiny_esm2, tmp_path):
-    """`embed` with the tiny model into one store."""
+def run(tiny_esm2, tmp_path, monkeypatch):
+    """`embed` with the tiny model into one store; `auto` is fp32 on any machine, where a test does not change it."""
+    monkeypatch.setattr(extraction, "native_precision", lambda device: "fp32")
 
     def call(fasta, **options):
         return embed(
@@ -284,7 +285,8 @@ def test_dna_is_pointed_out(run, tmp_path, caplog):
 def test_any_fasta_ends_in_the_vectors_of_its_proteins(tiny_esm2, tmp_path_factory, records, max_tokens, pooling):
     folder = tmp_path_factory.mktemp("any")
     (folder / "in.fasta").write_text("".join(f">{name}\n{text}\n" for name, text in records))
-    options = {"backbone": str(tiny_esm2.fair_esm), "max_tokens": max_tokens, "pooling": pooling, "accelerator": "cpu"}
+    options = {"backbone": str(tiny_esm2.fair_esm), "max_tokens": max_tokens, "pooling": pooling}
+    options |= {"accelerator": "cpu", "precision": "fp32"}
     try:
         proteins, _ = read_proteins(folder / "in.fasta")
     except InputError:
