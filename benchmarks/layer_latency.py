@@ -1,7 +1,8 @@
 """Time a dense 1280 → 1280 layer beside its students in every runtime: eager, compiled, ONNX Runtime; float32 and int8.
 
 All candidates of one batch size and thread count take turns in one process, so that a busy moment slows them all; the
-figures are medians. Where a CUDA device is there, it is timed too, with the launches captured in a graph.
+figures are medians. ONNX Runtime's inputs and outputs are bound once (`io_binding`), as a server would have them. Where
+a CUDA device is there, it is timed too, with the launches captured in a graph.
 
     python benchmarks/layer_latency.py
 """
@@ -24,22 +25,34 @@ from torch import Tensor, nn
 from distil_rank import LowRankLinear
 from distil_rank.deployment.export import to_onnx
 from distil_rank.deployment.int8 import Int8LowRankLinear
+from distil_rank.deployment.integer_onnx import to_integer_onnx
 from distil_rank.lowrank.low_rank import break_even_rank
+from distil_rank.lowrank.moments import Moments
 from distil_rank.measure.latency import Timing, paired_ratio, time_interleaved, torch_threads
 
 Call = Callable[[], object]
 
 
 def sessions(layers: dict[str, Any], threads: int, folder: Path) -> dict[str, Any]:
-    """Each layer in ONNX Runtime."""
+    """Each layer in ONNX Runtime; the student in its integer kernels too."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow the others
     found = {}
-    for name, layer in layers.items():
-        path = to_onnx(layer, folder / f"{name}.onnx")
+    paths = {name: to_onnx(layer, folder / f"{name}.onnx") for name, layer in layers.items()}
+    x = torch.randn(4096, layers["dense"].in_features)
+    paths["integers"] = to_integer_onnx(layers["student"], folder / "integers.onnx", Moments.of(x), x, tolerance=1.0)
+    for name, path in paths.items():
         found[name] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return found
+
+
+def bound(session: Any, x: Tensor, width: int) -> Call:
+    """One run from memory that stays to memory that stays, as eager torch has its own cache of freed memory."""
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x.numpy()))
+    binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(torch.empty(len(x), width).numpy()))
+    return partial(session.run_with_iobinding, binding)
 
 
 def captured(layer: nn.Module, x: Tensor) -> Call:
@@ -61,8 +74,8 @@ def timings(layers: dict[str, Any], batch: int, threads: int, repeats: int, comp
         candidates |= {f"compiled {name}": partial(torch.compile(layers[name]), x) for name in ("dense", "student")}
     with tempfile.TemporaryDirectory() as folder:
         runtime = sessions(layers, threads, Path(folder))
-    feed = {"x": x.numpy()}
-    candidates |= {f"ONNX Runtime {name}": partial(one.run, None, feed) for name, one in runtime.items()}
+    width = layers["dense"].out_features
+    candidates |= {f"ONNX Runtime {name}": bound(one, x, width) for name, one in runtime.items()}
     return time_interleaved(candidates, repeats=repeats)
 
 
@@ -77,7 +90,7 @@ def break_even(dense: nn.Linear, ranks: tuple[int, ...], repeats: int) -> list[d
     """Time of the dense layer over the student's, eager and in ONNX Runtime, 32 rows, one thread, by rank."""
     rows = []
     for rank in ranks:
-        layers = {"dense": dense, "student": LowRankLinear(dense.in_features, dense.out_features, rank)}
+        layers = {"dense": dense, "student": LowRankLinear.from_linear(dense, rank, solver="svd")}
         found = timings(layers, 32, 1, repeats, compiled=False)
         ratio = {
             runtime: paired_ratio(found[f"{runtime} dense"], found[f"{runtime} student"])
@@ -93,7 +106,7 @@ def main(
     batches: tuple[int, ...] = (1, 8, 32, 128, 1024),
     threads: tuple[int, ...] = (1, 2),
     ranks: tuple[int, ...] = (16, 64, 128, 256, 384, 512, 640, 768),
-    repeats: int = 50,
+    repeats: int = 100,
     compiled: bool = True,
     output: Path = Path("results/layer_latency.json"),
 ) -> None:
@@ -110,8 +123,9 @@ def main(
         output: Where the figures go; the drawing lies beside it.
     """
     torch.manual_seed(0)
-    student = LowRankLinear(width, width, rank)
-    layers = {"dense": nn.Linear(width, width), "student": student, "int8": Int8LowRankLinear.from_low_rank(student)}
+    dense = nn.Linear(width, width)
+    student = LowRankLinear.from_linear(dense, rank, solver="svd")
+    layers = {"dense": dense, "student": student, "int8": Int8LowRankLinear.from_low_rank(student)}
     rows: list[dict[str, Any]] = []
     for count in threads:
         with torch_threads(count):
@@ -172,13 +186,13 @@ def draw(rows: list[dict[str, Any]], curve: list[dict[str, float]], even: float,
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     one = [row for row in rows if row["threads"] == "1"]
     colours = {"eager": "tab:blue", "compiled": "tab:green", "ONNX Runtime": "tab:orange"}
-    dashes = {"dense": "-", "student": "--", "int8": ":"}
+    dashes = {"dense": "-", "student": "--", "int8": ":", "integers": "-."}
     for name in dict.fromkeys(row["runtime"] for row in one):
         runtime, _, kind = name.rpartition(" ")
         points = [(row["batch"], row["median_us"]) for row in one if row["runtime"] == name]
         left.loglog(*zip(*points, strict=True), dashes[kind], marker=".", color=colours[runtime], label=name)
     left.set(xlabel="rows in a call", ylabel="µs (median), one thread")
-    left.legend(fontsize=8)
+    left.legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for runtime in ("eager", "ONNX Runtime"):
         ratios = [row[runtime] for row in curve]
         right.semilogy([row["rank"] for row in curve], ratios, marker=".", color=colours[runtime], label=runtime)

@@ -1,14 +1,15 @@
 """What bounds an exported student: the rate of this core's matrix product, and what integer arithmetic would cost.
 
 Times, in turns on one thread at 32 rows: a dense 1280 → 1280 layer in eager torch; its rank-64 student in ONNX Runtime;
-each of the student's two products alone; the student in ONNX Runtime's integer kernels (`DynamicQuantizeMatMul`: inputs
-rounded to 8 bits in each call, weights to 8 or 7). The R² they lose is that of held-out rows of real embeddings.
+each of the student's two products alone; the student in ONNX Runtime's integer kernels, as `distil-rank export --to
+onnx-int8` writes it. The R² that these lose is that of held-out rows of real embeddings.
 
     python benchmarks/onnx_bound.py
 """
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import onnxruntime
 import torch
 from embedding import matrix_rate
 from jsonargparse import auto_cli
+from layer_latency import bound
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.deployment.integer_onnx import to_integer_onnx
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.measure.latency import paired_ratio, time_interleaved, torch_threads
@@ -29,6 +32,7 @@ from distil_rank.measure.metrics import r2
 from distil_rank.training.teacher import random_teacher
 
 ROWS, WIDTH, RANK = 32, 1280, 64
+INTEGERS = "student, integers"
 OPERATIONS = 2 * ROWS * WIDTH * RANK  # of one of the student's two products
 
 
@@ -40,53 +44,54 @@ def session(nodes: list[Any], constants: dict[str, np.ndarray], width: int) -> o
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets)
     model.ir_version = 9
+    return loaded(model.SerializeToString())
+
+
+def loaded(model: bytes) -> onnxruntime.InferenceSession:
+    """On one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def gemm(weight: Tensor, bias: Tensor | None = None) -> onnxruntime.InferenceSession:
     """One float32 product."""
-    constants = {"W": weight.numpy()} | ({} if bias is None else {"c": bias.numpy()})
-    return session([helper.make_node("Gemm", ["x", *constants], ["y"], transB=1)], constants, weight.shape[1])
+    constants = {"W": weight.T.numpy()} | ({} if bias is None else {"c": bias.numpy()})
+    return session([helper.make_node("Gemm", ["x", *constants], ["y"])], constants, weight.shape[1])
 
 
 def student(A: Tensor, B: Tensor, bias: Tensor) -> onnxruntime.InferenceSession:
     """Both, as `distil-rank export --to onnx` writes them."""
     nodes = [
-        helper.make_node("Gemm", ["x", "A"], ["h"], transB=1),
-        helper.make_node("Gemm", ["h", "B", "c"], ["y"], transB=1),
+        helper.make_node("Gemm", ["x", "A"], ["h"]),
+        helper.make_node("Gemm", ["h", "B", "c"], ["y"]),
     ]
-    return session(nodes, {"A": A.numpy(), "B": B.numpy(), "c": bias.numpy()}, A.shape[1])
+    return session(nodes, {"A": A.T.numpy(), "B": B.T.numpy(), "c": bias.numpy()}, A.shape[1])
 
 
-def integers(A: Tensor, B: Tensor, bias: Tensor, levels: int) -> onnxruntime.InferenceSession:
-    """Both in integer kernels, each row of weights in 2 · levels + 1 steps."""
-    constants = {"c": bias.numpy()}
-    for name, weight in (("A", A), ("B", B)):
-        scale = weight.abs().amax(1) / levels
-        constants[name] = (weight / scale[:, None]).round().to(torch.int8).T.numpy()
-        constants[f"{name}_scale"] = scale.numpy()
-    nodes = [
-        helper.make_node("DynamicQuantizeMatMul", ["x", "A", "A_scale"], ["h"], domain="com.microsoft"),
-        helper.make_node("DynamicQuantizeMatMul", ["h", "B", "B_scale", "", "c"], ["y"], domain="com.microsoft"),
-    ]
-    return session(nodes, constants, A.shape[1])
+def integers(layer: LowRankLinear, moments: Moments, held_out: Tensor) -> onnxruntime.InferenceSession:
+    """As `distil-rank export --to onnx-int8` writes it, however much it loses."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = to_integer_onnx(layer, Path(folder) / "layer.onnx", moments, held_out, tolerance=1.0)
+        return loaded(path.read_bytes())
 
 
 @torch.no_grad()
-def r2_lost(data: EmbeddingDataModule, levels: int) -> float:
-    """By the integer student of a random teacher, against the same student in float32, on held-out rows."""
-    teacher = random_teacher(data.dim, seed=0)
-    layer = LowRankLinear.from_linear(teacher, rank=RANK, moments=Moments.of(data.stream("train")))
-    factors = layer.A.detach(), layer.B.detach(), layer.bias.detach()
-    rows = data.rows("test").float()
-    expected, batches = teacher(rows), [batch.numpy() for batch in rows.split(ROWS)]
-    found = []
-    for runtime in (student(*factors), integers(*factors, levels)):
-        got = torch.cat([torch.from_numpy(runtime.run(None, {"x": batch})[0]) for batch in batches])
-        found.append(float(r2(got, expected, expected.mean(0))))
-    return found[0] - found[1]
+def r2_lost(source: Path) -> float:
+    """By the integers of a random teacher's student, against the same student in float32, on held-out rows."""
+    data = EmbeddingDataModule(str(source))
+    data.prepare_data()
+    data.setup()
+    teacher, moments, rows = (
+        random_teacher(data.dim, seed=0),
+        Moments.of(data.stream("train")),
+        data.rows("test").float(),
+    )
+    layer = LowRankLinear.from_linear(teacher, rank=RANK, moments=moments)
+    runtime, expected = integers(layer, moments, rows), teacher(rows)
+    got = torch.cat([torch.from_numpy(runtime.run(None, {"x": batch.numpy()})[0]) for batch in rows.split(ROWS)])
+    mean = expected.mean(0)
+    return float(r2(layer(rows), expected, mean)) - float(r2(got, expected, mean))
 
 
 def main(source: Path = Path("data/sample"), repeats: int = 100, output: Path = Path("results/onnx_bound.md")) -> None:
@@ -98,26 +103,26 @@ def main(source: Path = Path("data/sample"), repeats: int = 100, output: Path = 
         output: Where the table goes.
     """
     torch.manual_seed(0)
-    dense, layer = nn.Linear(WIDTH, WIDTH), LowRankLinear(WIDTH, WIDTH, RANK)
+    dense, many = nn.Linear(WIDTH, WIDTH), torch.randn(4096, WIDTH)
+    layer = LowRankLinear.from_linear(dense, RANK, solver="svd")
     A, B, bias = layer.A.detach(), layer.B.detach(), layer.bias.detach()
     x, h = torch.randn(ROWS, WIDTH), torch.randn(ROWS, RANK)
     sessions = {
         "student, float32": (student(A, B, bias), x, 2 * OPERATIONS),
         "its first product alone": (gemm(A), x, OPERATIONS),
         "its second product alone": (gemm(B, bias), h, OPERATIONS),
-        "student, integers, weights of 8 bits": (integers(A, B, bias, 127), x, 0),
-        "student, integers, weights of 7 bits": (integers(A, B, bias, 63), x, 0),
+        INTEGERS: (integers(layer, Moments.of(many), many), x, 0),
     }
     calls: dict[str, Any] = {"eager dense layer": partial(dense, x)}
-    calls |= {name: partial(one.run, None, {"x": rows.numpy()}) for name, (one, rows, _) in sessions.items()}
+    calls |= {
+        name: bound(one, rows, RANK if name == "its first product alone" else WIDTH)
+        for name, (one, rows, _) in sessions.items()
+    }
     with torch_threads(1):
         found = time_interleaved(calls, repeats=repeats)
         peak = matrix_rate(torch.float32)
     base = found["eager dense layer"]
-    data = EmbeddingDataModule(str(source))
-    data.prepare_data()
-    data.setup()
-    lost = {bits: r2_lost(data, 2 ** (bits - 1) - 1) for bits in (8, 7)}
+    lost = r2_lost(source)
     floor = 2 * OPERATIONS / peak
     text = [
         "| 32 rows, one thread | µs | eager dense layer over it | GFLOP/s | R² lost on held-out rows |",
@@ -126,7 +131,7 @@ def main(source: Path = Path("data/sample"), repeats: int = 100, output: Path = 
     for name, timing in found.items():
         work = OPERATIONS * WIDTH // RANK if timing is base else sessions[name][2]
         rate = f"{work / timing.median_s / 1e9:.0f}" if work else ""
-        loss = next((f"{lost[bits]:.4f}" for bits in lost if name.endswith(f"{bits} bits")), "")
+        loss = f"{lost:.4f}" if name == INTEGERS else ""
         text.append(f"| {name} | {1e6 * timing.median_s:,.0f} | {paired_ratio(base, timing):.1f}x | {rate} | {loss} |")
     text.append(
         f"| *the student's operations at this core's best rate* | {1e6 * floor:,.0f} | {base.median_s / floor:.1f}x "

@@ -17,6 +17,7 @@ from distil_rank.compression.own_layer import load_linear, load_tail
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import Student, check_place, load, save
 from distil_rank.deployment.export import to_dense, to_int8, to_onnx, to_torch
+from distil_rank.deployment.integer_onnx import to_integer_onnx
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
@@ -102,7 +103,7 @@ def _held_out_r2(
 
 def export_artefact(
     artefact: str,
-    to: Literal["onnx", "torch", "dense", "int8"] = "onnx",
+    to: Literal["onnx", "onnx-int8", "torch", "dense", "int8"] = "onnx",
     rank: int | None = None,
     output: str | None = None,
     teacher: str | None = None,
@@ -112,12 +113,12 @@ def export_artefact(
 
     Args:
         artefact: The folder that `compress` or `distil` made.
-        to: `onnx`; `torch`, a program for `torch.export.load`; `dense`, weight and bias of one plain layer; or
-            `int8`, another such folder of about a quarter of the bytes.
+        to: `onnx`; `onnx-int8`, which ONNX Runtime computes in integers; `torch`, a program for `torch.export.load`;
+            `dense`, weight and bias of one plain layer; or `int8`, another such folder of about a quarter of the bytes.
         rank: A lower rank than the saved one.
         output: The file or folder; by default within or beside the artefact.
         teacher: For int8: the dense layer, `<file>:<key>`, that fidelity is measured against.
-        data: For int8: embeddings to measure it on; whatever `compress` takes as their source.
+        data: For int8 and onnx-int8: embeddings to measure it on; whatever `compress` takes as their source.
 
     Raises:
         InputError: the artefact is damaged or holds a whole model, or int8 would cost more than 0.001 of R².
@@ -137,6 +138,15 @@ def export_artefact(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(safetensors.torch.save(dict(to_dense(student).state_dict())))
         return path
+    if to == "onnx-int8":
+        if data is None or not isinstance(student, LowRankLinear):
+            raise InputError("Expected a float student and `data` for onnx-int8, whose cost is measured; give them.")
+        rows = EmbeddingDataModule(source=data)
+        rows.setup()
+        if rows.dim != student.in_features:
+            raise InputError(f"Expected inputs of width {student.in_features} but the data have {rows.dim}.")
+        place = output or folder / "layer-int8.onnx"
+        return to_integer_onnx(student, place, Moments.of(rows.stream("train")), rows.rows("test"))
     if teacher is None or data is None or not isinstance(student, LowRankLinear):
         raise InputError("Expected a float student, `teacher` and `data` for int8, whose cost is measured; give them.")
     rows = EmbeddingDataModule(source=data)

@@ -127,10 +127,8 @@ def to_onnx(layer: Layer, path: str | Path) -> Path:
         InputError: onnx or onnxruntime is not installed.
         RuntimeError: ONNX Runtime does not give what the layer gives.
     """
-    onnx, runtime = _onnx()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(_graph(onnx, layer), path)
+    onnx, runtime = onnx_packages()
+    path = save_graph(onnx, _graph(onnx, layer), path)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     plain = copy.deepcopy(layer).cpu().float()
     with torch.no_grad():
@@ -140,7 +138,21 @@ def to_onnx(layer: Layer, path: str | Path) -> Path:
     return path
 
 
-def _onnx() -> tuple[Any, Any]:
+def save_graph(onnx: Any, model: Any, path: str | Path) -> Path:
+    """Write a graph in the format that `IR_VERSION` names, and the folders that it lies in."""
+    model.ir_version = IR_VERSION
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path)
+    return path
+
+
+def onnx_packages() -> tuple[Any, Any]:
+    """onnx and onnxruntime, which are optional.
+
+    Raises:
+        InputError: one of them is missing.
+    """
     try:
         import onnx  # noqa: PLC0415
         import onnxruntime  # noqa: PLC0415
@@ -150,7 +162,7 @@ def _onnx() -> tuple[Any, Any]:
 
 
 def _graph(onnx: Any, layer: Layer) -> Any:
-    """One `Gemm` for each factor."""
+    """One `Gemm` for each factor; these lie transposed, as ONNX Runtime multiplies them a little faster."""
     helper, tensors, nodes = onnx.helper, [], []
 
     def constant(name: str, value: Tensor) -> str:
@@ -160,17 +172,17 @@ def _graph(onnx: Any, layer: Layer) -> Any:
 
     def factor(name: str, value: Tensor, scale: Tensor | None) -> str:
         if scale is None:
-            return constant(name, value)
-        nodes.append(helper.make_node("Cast", [constant(f"{name}_int8", value)], [f"{name}_wide"], to=1))
-        nodes.append(helper.make_node("Mul", [f"{name}_wide", constant(f"{name}_scale", scale[:, None])], [name]))
+            return constant(name, value.T)
+        nodes.append(helper.make_node("Cast", [constant(f"{name}_int8", value.T)], [f"{name}_wide"], to=1))
+        nodes.append(helper.make_node("Mul", [f"{name}_wide", constant(f"{name}_scale", scale)], [name]))
         return name
 
     def gemm(x: str, weight: str, bias: Tensor | None, y: str) -> None:
         inputs = [x, weight] if bias is None else [x, weight, constant("c", bias)]
-        nodes.append(helper.make_node("Gemm", inputs, [y], transB=1))
+        nodes.append(helper.make_node("Gemm", inputs, [y]))
 
     if isinstance(layer, nn.Linear):
-        gemm("x", constant("W", layer.weight), layer.bias, "y")
+        gemm("x", factor("W", layer.weight, None), layer.bias, "y")
     else:
         scales = (layer.A_scale, layer.B_scale) if isinstance(layer, Int8LowRankLinear) else (None, None)
         gemm("x", factor("A", layer.A, scales[0]), None, "h")

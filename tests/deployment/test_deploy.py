@@ -67,6 +67,10 @@ def test_one_folder_goes_everywhere(files):
     teacher = f"{folder / 'head.safetensors'}:dense"
     small = export_artefact(str(folder / "out"), "int8", teacher=teacher, data=str(folder / "x.npz"))
     assert small == folder / "out-int8" and isinstance(load(small), Int8LowRankLinear)
+    integers = export_artefact(str(folder / "out"), "onnx-int8", data=str(folder / "x.npz"))
+    assert integers == folder.resolve() / "out" / "layer-int8.onnx" and integers.exists()
+    with pytest.raises(InputError, match="float student and `data` for onnx-int8"):
+        export_artefact(str(small), "onnx-int8", data=str(folder / "x.npz"))
     load(folder / "out")  # what was exported into the folder does not make it another artefact
     with pytest.raises(InputError, match="`teacher` and `data` for int8"):
         export_artefact(str(folder / "out"), "int8")
