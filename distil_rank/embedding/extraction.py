@@ -144,6 +144,8 @@ class Extraction:
         if not worst >= GATE:  # NaN too
             logger.warning("bf16 reaches a cosine of only %.4f to fp32 on the first batch: going on in fp32", worst)
             facts["precision"] = "fp32"
+        else:
+            logger.info("computing in bf16: cosine to fp32 of at least %.5f on the first batch", worst)
         self.writer.update(**facts)
 
     def _embedder(self, precision: str) -> Embedder:

@@ -169,7 +169,9 @@ def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch
 
 def test_bf16_is_gated(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
-    assert run(fasta).precision == "bf16"
+    with caplog.at_level(logging.INFO):
+        assert run(fasta).precision == "bf16"
+    assert "computing in bf16: cosine to fp32 of at least 0.99" in caplog.text
     manifest = Store.open(fasta.parent / "store").manifest
     assert 0.999 < manifest["bf16_cosine"] < 1
     assert "going on in fp32" not in caplog.text
