@@ -121,7 +121,7 @@ def export_artefact(
         data: For int8 and onnx-int8: embeddings to measure it on; whatever `compress` takes as their source.
 
     Raises:
-        InputError: the artefact is damaged or holds a whole model, or int8 would cost more than 0.001 of R².
+        InputError: the artefact is damaged or holds a whole model, or integers would cost more than 0.001 of R².
     """
     student = cast(Student, load(artefact, rank))
     folder = Path(artefact).resolve()
@@ -138,18 +138,14 @@ def export_artefact(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(safetensors.torch.save(dict(to_dense(student).state_dict())))
         return path
-    if to == "onnx-int8":
-        if data is None or not isinstance(student, LowRankLinear):
-            raise InputError("Expected a float student and `data` for onnx-int8, whose cost is measured; give them.")
-        rows = EmbeddingDataModule(source=data)
-        rows.setup()
-        if rows.dim != student.in_features:
-            raise InputError(f"Expected inputs of width {student.in_features} but the data have {rows.dim}.")
-        place = output or folder / "layer-int8.onnx"
-        return to_integer_onnx(student, place, Moments.of(rows.stream("train")), rows.rows("test"))
-    if teacher is None or data is None or not isinstance(student, LowRankLinear):
-        raise InputError("Expected a float student, `teacher` and `data` for int8, whose cost is measured; give them.")
+    if data is None or (teacher is None and to == "int8") or not isinstance(student, LowRankLinear):
+        needed = "a float student, `teacher` and `data`" if to == "int8" else "a float student and `data`"
+        raise InputError(f"Expected {needed} for {to}, whose cost is measured; give them.")
     rows = EmbeddingDataModule(source=data)
     rows.setup()
+    if to == "onnx-int8":
+        place = output or folder / "layer-int8.onnx"
+        return to_integer_onnx(student, place, Moments.of(rows.stream("train")), rows.rows("test"))
+    assert teacher is not None
     small = to_int8(student, load_linear(teacher), Moments.of(rows.rows("test")))
     return save(small, output or folder.with_name(f"{folder.name}-int8"), data=rows.description())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.measure.metrics import r2
 
-LEVELS = 63  # 7 bits and a sign: CPUs without VNNI add two products of 8 bits in 16, and would overflow
+LEVELS = 63  # 7 bits with the sign: CPUs without VNNI add two products of 8 bits in 16, and would overflow
 ROWS = 256  # at once when the loss is measured: the rounding's range is that of all rows in a call
 CONTRIB = "com.microsoft"
 
@@ -26,8 +27,8 @@ def to_integer_onnx(
 ) -> Path:
     """Save a student as a graph for ONNX Runtime that rounds its inputs to 8 bits in each call, and its factors to 7.
 
-    Inputs are rounded around their mean, and half of the logarithm of each dimension's spread moves from what is
-    rounded in the call into the factor behind it, as SmoothQuant does (Xiao et al., 2023, arXiv:2211.10438).
+    Inputs are rounded around their mean, and the square root of each dimension's spread moves from what is rounded in
+    the call into the factor behind it, as SmoothQuant does (Xiao et al., 2023, arXiv:2211.10438).
 
     Args:
         student: float factors.
@@ -37,14 +38,18 @@ def to_integer_onnx(
         tolerance: the share of its outputs' variance from which the loss is refused.
 
     Raises:
-        InputError: integers lose more than `tolerance`; or onnx or onnxruntime is not installed.
+        InputError: integers lose more than `tolerance`; the inputs are not this student's; or onnx or onnxruntime is
+            not installed.
     """
+    widths = moments.mean.shape[-1], held_out.shape[-1]
+    if widths != (student.in_features, student.in_features):
+        raise InputError(f"Expected inputs of width {student.in_features} but got {widths[0]} and {widths[1]}.")
     onnx, runtime = onnx_packages()
     path = save_graph(onnx, _graph(onnx, student, moments), path)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    x = held_out.float()
+    x, plain = held_out.cpu().float(), copy.deepcopy(student).cpu().float()
     got = torch.cat([torch.from_numpy(session.run(None, {"x": rows.numpy()})[0]) for rows in x.split(ROWS)])
-    expected = student.float()(x) if student.A.dtype == torch.float32 else student.to_linear().float()(x)
+    expected = plain(x)
     lost = 1 - float(r2(got, expected, expected.mean(0)))
     if not lost <= tolerance:  # also where it is not a number
         path.unlink()

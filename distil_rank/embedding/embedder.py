@@ -70,7 +70,7 @@ class Embedder:
     Args:
         backbone: The model.
         pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector each.
-        precision: `fp32` or `bf16`, of weights and activations; pooling sums in fp32.
+        precision: `fp32` or `bf16`, of the matrix products; see `FusedEncoder`. Pooling sums in fp32.
         device: Where to compute.
         layer: Whose hidden states; the last by default.
         window: Residues that go through the model at once; longer sequences go in overlapping windows, and a residue
@@ -138,7 +138,7 @@ class Embedder:
 
         On a CPU each core computes a batch of its own where the model is narrow: no operation waits for the others to
         join. A wide model's operations are long enough for all cores to share each, and no core idles beside the last
-        batch. A GPU gets one batch after the other.
+        batch. A GPU gets one batch after the other. On a CPU the process keeps freed memory from here on.
 
         Args:
             batches: Anything with a list of sequences as `texts`; read no further ahead than there are cores.
@@ -210,14 +210,14 @@ class Embedder:
         if self.pooling == "bos":
             first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=hidden.device)
             per_piece = torch.cat([weights[piece.owner] for piece in pieces])
-            return hidden[first].float() * per_piece.to(hidden.device)[:, None]
+            return hidden[first] * per_piece.to(hidden.device)[:, None]
         per_token = torch.cat(
             [F.pad(weights[piece.owner][piece.start : piece.start + len(piece.text)], (1, 1)) for piece in pieces]
         )
         if self.pooling == "residue":
             residues = per_token.nonzero()[:, 0]  # all but BOS and EOS
-            return hidden[residues.to(hidden.device)].float() * per_token[residues].to(hidden.device)[:, None]
-        weighted = hidden.float() * per_token.to(hidden.device)[:, None]
+            return hidden[residues.to(hidden.device)] * per_token[residues].to(hidden.device)[:, None]
+        weighted = hidden * per_token.to(hidden.device)[:, None]
         return torch.segment_reduce(weighted, "sum", lengths=torch.tensor(lengths, device=hidden.device), axis=0)
 
 

@@ -5,9 +5,9 @@ Here the residues of all sequences lie one behind the other, (T,), so that no mu
 attention runs within each sequence through `scaled_dot_product_attention`; the head is never computed. The first
 layer's queries, keys and values depend on a token alone and not on its place, so they are read from a table.
 
-In bfloat16 only the factors of the matrix products are rounded. Hidden states, norms, rotations and biases stay in
-float32, and on a CPU so does attention: rounding costs most there, and arithmetic least. A norm's scale and shift move
-into the map behind it, so that what is rounded is centred.
+In bfloat16 are only the matrix products and the activation between two of them. Hidden states, norms and rotations
+stay in float32, and on a CPU so does attention: rounding costs most there, and arithmetic least. A norm's scale and
+shift move into the map behind it, so that what is rounded is centred.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return attended
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=256)  # more than a batch has lengths: each layer asks for the same ones
 def _mask(seen: int, hidden: int, dtype: torch.dtype) -> Tensor:
     """Hides keys at the end, (1, 1, queries, keys)."""
     mask = torch.zeros(seen + hidden, dtype=dtype)

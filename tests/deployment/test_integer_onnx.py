@@ -46,6 +46,12 @@ def test_a_loss_that_is_too_great_is_refused(tmp_path, case):
     assert not (tmp_path / "layer.onnx").exists()
 
 
+def test_inputs_of_another_width_are_refused(tmp_path, case):
+    student, moments, x = case
+    with pytest.raises(InputError, match="inputs of width 64 but got 64 and 63"):
+        to_integer_onnx(student, tmp_path / "layer.onnx", moments, x[:, 1:])
+
+
 def test_a_dimension_that_never_changes_does_no_harm(tmp_path, case):
     student, _, x = case
     x = x.clone()
