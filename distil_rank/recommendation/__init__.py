@@ -1,0 +1,1 @@
+"""The cheapest pipeline that keeps a task's function."""

@@ -1,0 +1,1 @@
+"""Labelled tasks: what embeddings are for, and how well different representations of them do it."""
