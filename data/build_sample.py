@@ -26,7 +26,7 @@ AMINO_ACIDS = set("ACDEFGHIKLMNPQRSTVWY")
 Record = tuple[str, str]  # UniProt's header line and the sequence
 
 
-def candidates() -> dict[str, Record]:
+def read_records(lengths: range) -> dict[str, Record]:
     """Whole proteins of the wanted lengths in the twenty amino acids, by accession."""
     with gzip.open(SOURCE, "rt") as file:
         blocks = f"\n{file.read()}".split("\n>")[1:]  # a header may hold a > of its own
@@ -36,7 +36,7 @@ def candidates() -> dict[str, Record]:
         sequence = "".join(sequence.split())
         header, split = header.strip().rsplit(" Split=", 1)
         whole = split == "0" and "(Fragment" not in header
-        if whole and len(sequence) in LENGTHS and set(sequence) <= AMINO_ACIDS:
+        if whole and len(sequence) in lengths and set(sequence) <= AMINO_ACIDS:
             records[header.split("|")[1]] = (header, sequence)
     return records
 
@@ -70,7 +70,7 @@ def write_fasta(records: dict[str, Record], accessions: list[str], path: Path, f
 
 def main() -> None:
     """Chooses by hash, so that the choice is arbitrary and repeatable; embeds; replaces the old sample."""
-    records = candidates()
+    records = read_records(LENGTHS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         unrelated = representatives(records, folder)

