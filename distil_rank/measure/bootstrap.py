@@ -69,7 +69,7 @@ def resampled_ratio(counts: np.ndarray, numerator: ArrayLike, denominator: Array
     bottom = np.ones(counts.shape[1]) if denominator is None else np.asarray(denominator, dtype=np.float64)
     if bottom.ndim < top.ndim:
         bottom = bottom[:, None]
-    return _sums(counts, top) / _sums(counts, bottom)
+    return resampled_sums(counts, top) / resampled_sums(counts, bottom)
 
 
 def resampled_quantile(counts: np.ndarray, values: ArrayLike, quantile: float) -> np.ndarray:
@@ -142,7 +142,8 @@ def group_sums(values: ArrayLike, group: ArrayLike) -> np.ndarray:
     return np.bincount(index, weights=np.asarray(values, dtype=np.float64))
 
 
-def _sums(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+def resampled_sums(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sums over each bootstrap sample, `(draws, ...)`, of values `(n, ...)`, some rows of counts at a time."""
     rows = max(1, CHUNK // counts.shape[1])
     return np.concatenate(
         [counts[start : start + rows].astype(np.float64) @ values for start in range(0, len(counts), rows)]

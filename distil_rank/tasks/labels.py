@@ -74,8 +74,8 @@ class LabelTable:
         rows = [row for row, name in enumerate(ids) if name in self.labels]
         if not rows:
             raise InputError(
-                f"Expected labels in {self.source} for ids such as {_examples(ids)} but got {len(self.labels):,} for ids "
-                f"such as {_examples(self.labels)}; give a table whose ids are the data's."
+                f"Expected labels in {self.source} for ids such as {_examples(ids)} but got {len(self.labels):,} for "
+                f"ids such as {_examples(self.labels)}; give a table whose ids are the data's."
             )
         notes = list(self.notes)
         if len(rows) < len(ids):
@@ -197,8 +197,8 @@ def _table(path: Path, pairs: Sequence[tuple[str, str]], columns: Mapping[str, M
     for name, label in _labelled(pairs):
         if labels.setdefault(name, label) != label:
             raise InputError(
-                f"Expected one label for each protein in {path} but {name} has {labels[name]!r} and {label!r}; keep one, "
-                "or give several as A|B."
+                f"Expected one label for each protein in {path} but {name} has {labels[name]!r} and {label!r}; keep "
+                "one, or give several as A|B."
             )
     if not labels:
         raise InputError(f"Expected labels in {path} but every one is empty; choose another --labels.column.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -69,8 +70,9 @@ def retrieve(
         <level>@1       is the nearest protein of the same class at the finest level?
         <level>@1 remote  the same at the next coarser level, once the own class at the finest level is left out
         sens1fp <level> share of the proteins that the query has in common with it at this level, but at no finer one,
-                        that score above the first false positive, a protein of another class at the coarsest level:
-                        the convention of Foldseek's benchmark on SCOPe (van Kempen et al. 2024)
+                        that score above the first false positive, a protein of another class at the coarsest level;
+                        of queries that have something to find at every level: the convention of Foldseek's
+                        benchmark on SCOPe (van Kempen et al. 2024)
 
     A protein that was not found at all (a score of −∞) adds nothing to average precision.
 
@@ -85,10 +87,10 @@ def retrieve(
     Returns:
         By metric, one figure for each query, `(Q,)` float64; NaN where the query has nothing to find.
 
-    >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.6]])
+    >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.7, 0.6]])
     >>> relevance = Relevance(np.array([[0, 0, 1, 1]]), ("class",))
-    >>> {name: values.tolist() for name, values in retrieve(inner_product(x, x), relevance).items()}["map"]
-    [1.0, 1.0, 1.0, 0.3333333333333333]
+    >>> retrieve(inner_product(x, x), relevance)["map"].round(2).tolist()
+    [1.0, 1.0, 1.0, 0.33]
     """
     count = relevance.levels.shape[1]
     queries = np.arange(count) if queries is None else np.asarray(queries)
@@ -110,9 +112,7 @@ def _block(
     """Every figure for some queries; `scores` is `(Q, T)` and is changed."""
     itself = torch.from_numpy(targets)[None] == torch.from_numpy(queries)[:, None]
     scores.masked_fill_(itself, -torch.inf)
-    same = [level[queries][:, None] == level[targets][None] for level in levels]  # each (Q, T) bool
-    for mask in same:
-        mask &= ~itself
+    same = [(level[queries][:, None] == level[targets][None]) & ~itself for level in levels]  # each (Q, T) bool
     names = relevance.names
     values = {
         "map": average_precision(scores, same[relevance.level], cutoff),
@@ -120,14 +120,17 @@ def _block(
     }
     if len(names) > 1:
         values[f"{names[1]}@1 remote"] = _first_is(scores.masked_fill(same[0], -torch.inf), same[1] & ~same[0])
-    false = scores.masked_fill(same[-1], -torch.inf).amax(1, keepdim=True)  # (Q, 1): the first false positive
+    return values | _sensitivities(scores, same, names)
+
+
+def _sensitivities(scores: Tensor, same: list[Tensor], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Sensitivity up to the first false positive at each level."""
+    false = scores.masked_fill(same[-1], -torch.inf).amax(1, keepdim=True)  # (Q, 1)
     above = scores > false
-    finer: Tensor | None = None
-    for name, mask in zip(names, same, strict=True):
-        only = mask if finer is None else mask & ~finer
-        values[f"sens1fp {name}"] = _share(above & only, only)
-        finer = mask
-    return values
+    only = [same[0], *(coarse & ~fine for fine, coarse in pairwise(same))]
+    shares = [_share(above & mask, mask) for mask in only]
+    undefined = np.isnan(shares).any(axis=0)
+    return {f"sens1fp {name}": np.where(undefined, np.nan, share) for name, share in zip(names, shares, strict=True)}
 
 
 def _first_is(scores: Tensor, right: Tensor) -> np.ndarray:
