@@ -14,6 +14,9 @@ SPLIT ?= auto
 TEACHER ?= denoising
 RANK ?= 64
 OUT ?= compressed
+LABELS ?=
+GROUPS ?=
+TASK ?= auto
 ARGS ?=
 
 # Lightning takes RANK in its environment for the number of a process among many; make would put it there.
@@ -59,6 +62,10 @@ compress: .venv/installed ## A layer of your own model, to a folder that deploys
 	@$(RUN) compress --model "$(MODEL)" $(if $(LAYER),--layer "$(LAYER)") \
 	  $(if $(filter file,$(origin RANK)),,--rank "$(RANK)") --output "$(OUT)" $(DATA_ARGS) $(ARGS)
 
+judge: .venv/installed ## Representations on a labelled task (DATA= LABELS= GROUPS= TASK=; alone: on the labelled sample)
+	@$(RUN) judge --data "$(DATA)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
+	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") $(ARGS)
+
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
 
@@ -76,4 +83,4 @@ clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
 	@rm -rf .venv results .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup embed train-teacher distil benchmark sweep compress ui test notebooks lint clean
+.PHONY: help setup embed train-teacher distil benchmark sweep compress judge ui test notebooks lint clean

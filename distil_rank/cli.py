@@ -149,6 +149,19 @@ def _embed(argv: Sequence[str]) -> int:
     return 0
 
 
+def _judge(argv: Sequence[str]) -> int:
+    """representations of the same proteins on a labelled task"""
+    from distil_rank.commands.judging import judge
+    from distil_rank.reporting import judgement
+
+    parser = _parser("judge", judge.__doc__)
+    parser.add_function_arguments(judge, None, as_group=False, skip={"config"})
+    parsed = _parse(parser, argv)
+    options = {key: value for key, value in parser.instantiate_classes(parsed).as_dict().items() if key != "config"}
+    judgement.show(judge(**options, config=parser.dump(parsed)))
+    return 0
+
+
 def _ui(argv: Sequence[str]) -> int:
     """browse the runs in MLflow's own pages"""
     from distil_rank.runs.ui import serve_ui
@@ -167,6 +180,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sweep": _sweep,
     "compress": _compress,
     "export": _export,
+    "judge": _judge,
     "ui": _ui,
 }
 

@@ -21,7 +21,16 @@ from distil_rank.reporting.evaluate import Row
 
 SCHEMA = 1
 WIDTH = 100  # characters in a line, where it is not a terminal that says
-NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10", "probe")  # what narrow tables go without first
+NARROW = (
+    "kept 95 %",
+    "rel. MSE",
+    "cosine",
+    "cos p5",
+    "95 %",
+    "cen. cos",
+    "kNN@10",
+    "probe",
+)  # what narrow tables go without first
 LADDER_COLUMNS = (
     ("r2", "R²"),
     ("centred_cosine", "cen. cos"),
@@ -192,7 +201,18 @@ def show(report: dict[str, Any]) -> None:
     for teacher in report["teachers"]:
         _print_table(console, title_of(teacher), *ladder_rows(teacher))
     _print_table(console, "Plain SVD beside Distil-Rank", *summary_rows(report))
-    for line in notes(report):
+    show_notes(notes(report))
+
+
+def show_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """Print a table whose figures are never cut."""
+    _print_table(_console(), title, head, rows)
+
+
+def show_notes(lines: list[str]) -> None:
+    """Print notes, one a line; warnings stand out."""
+    console = _console()
+    for line in lines:
         console.print(line, style="bold yellow" if line.startswith(("NOTE", "WARNING")) else None)
 
 

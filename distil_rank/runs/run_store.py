@@ -49,6 +49,11 @@ RUN_LISTS = {
         params=("teacher", "rank", "backbone"),
         metrics=(*_FIDELITY, "speed_up", "parameter_ratio"),
     ),
+    "judge": RunList(
+        "Representations of the same proteins on labelled tasks: what each keeps of the full vector's function.",
+        params=("source", "task", "labels", "metric", "best"),
+        metrics=("full", "best", "kept", "kept_low", "best_bytes"),
+    ),
 }
 
 

@@ -64,7 +64,7 @@ def make_groups(
         InputError: an unknown choice, fewer than two groups, or a side without groups.
     """
     if not 0 < fit_fraction < 1:
-        raise InputError(f"Expected --fit-fraction between 0 and 1 but got {fit_fraction}.")
+        raise InputError(f"Expected --fit_fraction between 0 and 1 but got {fit_fraction}.")
     available = _available(target, ids, sequences, clusters, columns or {})
     if choice is not None and choice not in available and Path(choice).is_file():
         return _from_file(Path(choice), available)

