@@ -153,12 +153,13 @@ def _judge(argv: Sequence[str]) -> int:
     """representations of the same proteins on a labelled task"""
     from distil_rank.commands.judging import judge
     from distil_rank.reporting import judgement
+    from distil_rank.tasks.labels import LabelSource
 
     parser = _parser("judge", judge.__doc__)
     parser.add_function_arguments(judge, None, as_group=False, skip={"config"})
     parsed = _parse(parser, argv)
-    options = {key: value for key, value in parser.instantiate_classes(parsed).as_dict().items() if key != "config"}
-    judgement.show(judge(**options, config=parser.dump(parsed)))
+    options = {**parsed.as_dict(), "config": parser.dump(parsed)}
+    judgement.show(judge(**{**options, "labels": LabelSource(**options["labels"])}))
     return 0
 
 

@@ -103,7 +103,8 @@ def matthews(predicted: np.ndarray, y: np.ndarray, group: np.ndarray, classes: i
         c, s = totals[..., 0], totals[..., 1]
         p, t = totals[..., 2 : 2 + classes], totals[..., 2 + classes :]
         above = c * s - (p * t).sum(-1)
-        return above / np.sqrt((s**2 - (p**2).sum(-1)) * (s**2 - (t**2).sum(-1)))
+        below = np.sqrt((s**2 - (p**2).sum(-1)) * (s**2 - (t**2).sum(-1)))
+        return np.where(below > 0, above / np.maximum(below, 1e-300), 0.0)  # one class only: as scikit-learn has it
 
     return Statistic(_table(group, [*right, *rows, *p, *t]), of_totals)
 

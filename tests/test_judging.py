@@ -1,0 +1,98 @@
+"""The `judge` command: results, files, MLflow, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+
+from distil_rank.cli import main
+from distil_rank.deployment.artefact import save
+from distil_rank.lowrank.low_rank import LowRankLinear
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = str(ROOT / "data" / "functions")
+
+
+@pytest.fixture
+def workplace(tmp_path, empty_database, monkeypatch):
+    """An empty project with a run database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_database, tmp_path / "mlruns")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_judging_the_sample(workplace, capsys):
+    save(LowRankLinear(320, 320, rank=8, input_mean=False), workplace / "student")
+    np.savez(workplace / "other.npz", embeddings=np.random.default_rng(0).normal(size=(706, 7)), ids=ids())
+    command = [
+        "judge",
+        "--data",
+        SAMPLE,
+        "--ranks",
+        "[32]",
+        "--students",
+        "[student:4]",
+        "--others",
+        "[noise=other.npz]",
+    ]
+    assert main([*command, "--alignment", "false"]) == 0
+    printed = capsys.readouterr().out
+    folder = workplace / "results" / "judge" / "functions"
+    content = json.loads((folder / "judgement.json").read_text())
+    names = [entry["name"] for entry in content["entries"]]
+    assert names == ["full vector", "chance", "student, rank 32", "student:4", "noise", "composition"]
+    assert content["schema"] == 1 and content["metrics"][0] == "mAP" and content["judged"] == 353
+    bytes_of = {entry["name"]: entry["bytes"] for entry in content["entries"]}
+    assert (bytes_of["full vector"], bytes_of["student, rank 32"], bytes_of["student:4"]) == (1280, 128, 16)
+    assert "| student, rank 32 | 128 |" in (folder / "judgement.md").read_text() and "student, rank 32" in printed
+    assert (folder / "judgement.png").read_bytes().startswith(b"\x89PNG")
+    noise, chance = (next(e for e in content["entries"] if e["name"] == name) for name in ("noise", "chance"))
+    assert noise["scores"]["mAP"]["value"] < 0.06 and chance["scores"]["mAP"]["value"] < 0.06
+
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlruns' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("judge")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    ours = content["entries"][2]
+    assert run.data.metrics["student_rank_32/mAP"] == pytest.approx(ours["scores"]["mAP"]["value"])
+    assert run.data.metrics["kept"] == pytest.approx(ours["kept"]["mAP"]["value"])
+    assert run.data.params["best"] == "student, rank 32" and run.data.params["metric"] == "mAP"
+    assert {"judgement.json", "judgement.md", "judgement.png"} <= {
+        f.path for f in client.list_artifacts(run.info.run_id)
+    }
+
+
+def ids() -> np.ndarray:
+    lines = (ROOT / "data/functions/labels.tsv").read_text().splitlines()[1:]
+    return np.array([line.split("\t")[0] for line in lines])
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ("id,label\nX1,a\nX2,b\n", [], "such as A0A011AB45"),
+        (None, ["--labels.column", "nothing"], "a column 'nothing'"),
+        (None, ["--labels.column", "organism", "--task", "regression"], "a number for each protein"),
+        (None, ["--groups", "nothing"], "--groups out of"),
+        (None, ["--task", "classification", "--groups", "label"], "--groups out of"),
+        (None, ["--ranks", "[999]"], "ranks in [1, 320]"),
+        (None, ["--students", "[absent]"], "absent"),
+        (None, ["--others", "[absent.npy]"], "absent.npy"),
+        (None, ["--others", f"[a={SAMPLE},a={SAMPLE}]"], "'a' comes twice"),
+        ("PK\x03\x04", [], "Excel"),
+        ("id,label\n" + "".join(f"{name},one\n" for name in ids()), [], "at least two classes"),
+        ("id,label\n" + "".join(f"{name},{name}\n" for name in ids()), [], "at least two proteins"),
+    ],
+)
+def test_what_is_refused(workplace, capsys, labels, options, message):
+    if labels is not None:
+        (workplace / "labels.csv").write_text(labels)
+        options = ["--labels.source", "labels.csv", *options]
+    assert main(["judge", "--data", SAMPLE, "--alignment", "false", *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1] and lines[-1].startswith("distil-rank: Expected")
