@@ -22,14 +22,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 
 from distil_rank.errors import InputError
 
-FORMAT, VERSION = "distil-rank embeddings", 1
+EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # `format` of a manifest: what its shards hold
+VERSION = 1
 SETTINGS = (
     "weights_sha256",
     "dim",
@@ -40,6 +41,7 @@ SETTINGS = (
     "max_length",
 )  # what the vectors depend on
 _MANIFEST = {"dim": int, "backbone": str, "fallback": str | None, "proteins": list, "shards": list}
+_CODE = {"sha256": str, "rank": int, "dtype": str, "bytes": int}
 _FILE = {"file": str, "bytes": int, "sha256": str}
 _SHARD = {"file": str, "rows": list, "proteins": list, "residues": int}
 
@@ -110,31 +112,35 @@ class Store:
     """A finished store, opened for reading. Nothing is read before it is asked for.
 
     Attributes:
+        content: What it holds.
         path: The folder.
         manifest: Backbone, weights' SHA-256, layer, pooling, precision, versions, counts, files.
         digest: SHA-256 over what the vectors depend on and every file's SHA-256: equal digests mean equal content.
         dim: Width of the vectors.
     """
 
+    content: ClassVar[str] = EMBEDDINGS
+
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
         self.dim: int = manifest["dim"]
         files = [file["sha256"] for file in manifest["proteins"] + manifest["shards"]]
-        content = [[manifest.get(key) for key in SETTINGS], files]
+        content = [settings_of(manifest), files]
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @classmethod
-    def open(cls, path: str | Path) -> Store:
+    def open(cls, path: str | Path) -> Self:
         """Opens a finished store.
 
         Raises:
             InputError: the folder is no store, is unfinished, or a file is missing or has another size.
         """
         path = Path(path)
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, cls.content)
         if manifest is None:
-            raise InputError(f"Expected an embedding store at {path} but it has no manifest.json; make it with embed.")
+            noun = cls.content.removeprefix("distil-rank ")
+            raise InputError(f"Expected a store of {noun} at {path} but it has no manifest.json; make it with embed.")
         pending = [shard for shard in manifest["shards"] if "sha256" not in shard]
         if pending:
             raise InputError(
@@ -242,26 +248,39 @@ class Store:
             yield table["row"].to_numpy(), vectors_of(table)
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def settings_of(manifest: dict[str, Any]) -> list[Any]:
+    """The values of what the stored rows depend on; codes depend on the hash of their code map too."""
+    values = [manifest.get(key) for key in SETTINGS]
+    return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
+
+
+def read_manifest(path: Path, content: str = EMBEDDINGS) -> dict[str, Any] | None:
     """The manifest of a store, finished or not; None where there is none.
 
+    Args:
+        path: The store's folder.
+        content: What the store must hold, `EMBEDDINGS` or `CODES`.
+
     Raises:
-        InputError: there is one, but not one of ours.
+        InputError: there is one, but not one of ours, or it is of a store of something else.
     """
+    noun = content.removeprefix("distil-rank ")
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_bytes())
-        known = manifest["format"] == FORMAT and manifest["version"] == VERSION
+        known = manifest["format"] == content and manifest["version"] == VERSION
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"Expected the manifest of an embedding store in {file} but it cannot be read.") from error
+        raise InputError(f"Expected the manifest of a store of {noun} in {file} but it cannot be read.") from error
+    if not known and {manifest["format"], content} == {EMBEDDINGS, CODES}:
+        raise InputError(f"Expected a store of {noun} at {path} but it holds {manifest['format'].split()[-1]}.")
     if not known:
-        raise InputError(f"Expected {FORMAT} version {VERSION} in {file} but got another; make the store again.")
+        raise InputError(f"Expected {content} version {VERSION} in {file} but got another; make the store again.")
     wrong = next(_misfits(manifest), None)
     if wrong is not None:
         raise InputError(
-            f"Expected the manifest of an embedding store in {file} but {wrong} is missing or wrong; restore it, or "
+            f"Expected the manifest of a store of {noun} in {file} but {wrong} is missing or wrong; restore it, or "
             "choose another store."
         )
     return manifest
@@ -270,6 +289,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 def _misfits(manifest: dict[str, Any]) -> Iterator[str]:
     """What in a manifest is not as it is written; each may rely on none having come before."""
     yield from _mistyped("", manifest, _MANIFEST)
+    if manifest["format"] == CODES:
+        yield from _mistyped("code: ", manifest.get("code"), _CODE)
     for table in manifest["proteins"]:
         yield from _mistyped("proteins: ", table, _FILE)
     tables = {table["file"] for table in manifest["proteins"]}

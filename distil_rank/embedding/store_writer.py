@@ -35,11 +35,11 @@ import pyarrow.compute as pc
 from distil_rank.embedding.compact_map import CompactMap
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store import (
-    FORMAT,
-    SETTINGS,
+    EMBEDDINGS,
     VERSION,
     read_manifest,
     read_table,
+    settings_of,
     sha256_of,
     size_of,
     vectors_of,
@@ -91,15 +91,17 @@ class StoreWriter:
 
     Args:
         path: The folder; made by `plan`.
+        content: What the store holds, `EMBEDDINGS` or `CODES`.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, content: str = EMBEDDINGS):
         self.path = Path(path)
+        self.content = content
 
     @property
     def manifest(self) -> dict[str, Any]:
         """As it is on disk now; empty before `plan`."""
-        return read_manifest(self.path) or {}
+        return read_manifest(self.path, self.content) or {}
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         if manifest != self.manifest:
@@ -162,19 +164,7 @@ class StoreWriter:
         Raises:
             InputError: the settings differ from the store's, or a name is there with another sequence.
         """
-        manifest = self.manifest
-        if not manifest:
-            strangers = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
-            strangers = [name for name in strangers if name != "parts" and not name.endswith(".arrow")]
-            if strangers:
-                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {strangers[0]}.")
-            manifest = {"format": FORMAT, "version": VERSION, **settings, **provenance, "proteins": [], "shards": []}
-        for key, value in settings.items():
-            if manifest.get(key) != value:
-                raise InputError(
-                    f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
-                    f"{value!r}; choose another store."
-                )
+        manifest = self._begin(settings, provenance)
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
         added = self._write_proteins(name, proteins, manifest)
@@ -184,6 +174,28 @@ class StoreWriter:
             manifest["proteins"].append({**about, **_fingerprint(self.path / name)})
         self._write_manifest(manifest)
         return added
+
+    def _begin(self, settings: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+        """The manifest of a store that is made with these settings; a new one where there is none.
+
+        Raises:
+            InputError: a folder of something else, or a store of other settings.
+        """
+        manifest = self.manifest
+        if not manifest:
+            strangers = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
+            strangers = [name for name in strangers if name != "parts" and not name.endswith(".arrow")]
+            if strangers:
+                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {strangers[0]}.")
+            about = {"format": self.content, "version": VERSION}
+            manifest = {**about, **settings, **provenance, "proteins": [], "shards": []}
+        for key, value in settings.items():
+            if manifest.get(key) != value:
+                raise InputError(
+                    f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
+                    f"{value!r}; choose another store."
+                )
+        return manifest
 
     def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
         """Writes the table of the proteins that are new, and nothing if there is none or one is refused."""
@@ -318,7 +330,7 @@ class StoreWriter:
             counts: How many vectors each has; 0 for one that was skipped.
             vectors: (sum of counts, dim) float32.
         """
-        table = _vector_table(np.repeat(rows, counts), vectors, {"key": shard.key, "rows": json.dumps(rows)})
+        table = vector_table(np.repeat(rows, counts), vectors, {"key": shard.key, "rows": json.dumps(rows)})
         write_atomically(self._parts(shard) / f"{rows[0]}.arrow", table)
 
     def seal(self, shard: Shard) -> None:
@@ -327,7 +339,7 @@ class StoreWriter:
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         vectors = np.concatenate([vectors_of(part) for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
-        write_atomically(self.path / shard.file, _vector_table(rows[order], vectors[order], {"key": shard.key}))
+        write_atomically(self.path / shard.file, vector_table(rows[order], vectors[order], {"key": shard.key}))
         shutil.rmtree(self._parts(shard))
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
@@ -365,7 +377,7 @@ def _key(shard: dict[str, Any], manifest: dict[str, Any]) -> str:
     """Digest of what the shard's vectors follow from: the settings, and its lines in which table of proteins."""
     name = shard["proteins"][0]
     table = next(file["sha256"] for file in manifest["proteins"] if file["file"] == name)
-    facts = [[manifest.get(setting) for setting in SETTINGS], table, shard["proteins"], shard["rows"]]
+    facts = [settings_of(manifest), table, shard["proteins"], shard["rows"]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -391,6 +403,7 @@ def _record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=PROTEINS)
 
 
-def _vector_table(rows: np.ndarray, vectors: np.ndarray, about: dict[str, str]) -> pa.Table:
+def vector_table(rows: np.ndarray, vectors: np.ndarray, about: dict[str, str]) -> pa.Table:
+    """The table of a shard or part: row numbers, `(vectors,)`, and their vectors or codes, `(vectors, width)`."""
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
     return pa.table({"row": pa.array(rows, pa.int64()), "embedding": embedding}, metadata=about)
