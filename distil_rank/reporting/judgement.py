@@ -75,7 +75,7 @@ def markdown(judgement: Judgement) -> str:
 
 def show(judgement: Judgement) -> None:
     """Print the table and its notes."""
-    report.show_table(title(judgement), *table(judgement))
+    report.show_table(title(judgement), *table(judgement), narrow=(*judgement.metrics[:0:-1], "95 %", "kept 95 %"))
     report.show_notes(notes(judgement))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -204,9 +205,9 @@ def show(report: dict[str, Any]) -> None:
     show_notes(notes(report))
 
 
-def show_table(title: str, head: list[str], rows: list[list[str]]) -> None:
-    """Print a table whose figures are never cut."""
-    _print_table(_console(), title, head, rows)
+def show_table(title: str, head: list[str], rows: list[list[str]], narrow: Sequence[str] = ()) -> None:
+    """Print a table whose figures are never cut; columns named in `narrow` go first where it does not fit."""
+    _print_table(_console(), title, head, rows, narrow)
 
 
 def show_notes(lines: list[str]) -> None:
@@ -238,10 +239,12 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
-def _print_table(console: Console, title: str, head: list[str], rows: list[list[str]]) -> None:
+def _print_table(
+    console: Console, title: str, head: list[str], rows: list[list[str]], narrow: Sequence[str] = NARROW
+) -> None:
     """A table whose figures are never cut: what does not fit is left out in whole columns."""
     table, unlimited = _table(title, head, rows), console.options.update(max_width=10_000)
-    for name in NARROW:
+    for name in narrow:
         if console.measure(table, options=unlimited).maximum <= console.width:
             break
         if name in head:
