@@ -25,7 +25,7 @@ def read(path, content, **options):
         ("a.txt", "label\tid\nkinase\tP1\nprotease\tP2\n"),
         ("quoted.csv", '"id","label"\n"P1","kinase"\n\n"P2","protease"\n'),
         ("a.fasta", ">P1 kinase\nMK\n>sp|P2|X_HUMAN protease\nMV\n"),
-        ("a.csv.gz", gzip.compress(b"id,label\nP1,kinase\nP2,protease\n")),
+        ("a.csv.gz", gzip.compress(b"id,label\nP1,kinase\nP2,protease\n", mtime=0)),
     ],
 )
 def test_the_same_labels_in_every_form(tmp_path, name, content):
