@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +74,7 @@ def main(
     print("\n".join(text))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text("\n".join(text) + "\n")
-    output.write_text(json.dumps({"data": rows.description(), "rows": found}, indent=1) + "\n")
+    output.write_text(json.dumps({"data": asdict(rows.description()), "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def main() -> None:
         rows[kind] = compare(teacher, data, options.rank, options.seeds)
     path = Path(options.output) / f"recipe-{Path(options.data).stem}.json"
     path.write_text(
-        json.dumps({"data": data.description(), "threads": torch.get_num_threads(), "rows": rows}, indent=1)
+        json.dumps({"data": asdict(data.description()), "threads": torch.get_num_threads(), "rows": rows}, indent=1)
     )
     head = [
         "teacher",
@@ -123,8 +124,8 @@ def main() -> None:
         seconds = f"{row['seconds']['recipe']:.2f} → {row['seconds']['closed form']:.3f}"
         lines.append([kind, lost, f"{row['residual ratio']:.2f}", *pairs, seconds, f"{row['time ratio']:.0f}x"])
     about = data.description()
-    print(f"{about['source']}, rank {options.rank}, {options.seeds} seeds, {about['rows']['test']} held-out rows")
-    print(f"split by {about['split']}; {torch.get_num_threads()} threads\n")
+    print(f"{about.source}, rank {options.rank}, {options.seeds} seeds, {about.rows.test} held-out rows")
+    print(f"split by {about.split}; {torch.get_num_threads()} threads\n")
     print(markdown_table(head, lines))
 
 

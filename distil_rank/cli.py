@@ -44,7 +44,7 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
     from distil_rank.commands.teachers import train_teacher
     from distil_rank.data.datamodule import EmbeddingDataModule
     from distil_rank.training.distil import DistilModule
-    from distil_rank.training.experiment import QUIET
+    from distil_rank.training.experiment import TRAINER_DEFAULTS
 
     sections = {"data", "teacher", "distil", "trainer", "config", "parent", "experiment", "reuse"}
     parser = _parser(name, command.__doc__)
@@ -58,7 +58,7 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
         parser.add_argument("--output", default="results", help="Folder for results.")
     fixed = {"logger", "callbacks", "default_root_dir", "enable_checkpointing", "enable_progress_bar"}
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=fixed)
-    parser.set_defaults({f"trainer.{key}": value for key, value in QUIET.items() if key not in fixed})
+    parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items() if key not in fixed})
     return parser
 
 

@@ -19,7 +19,7 @@ CACHE = cache_folder()
 CLAIMS = {
     "01_quickstart": """
 assert vectors.shape == (5, 320) and torch.allclose(vectors, shipped, atol=1e-4)
-found = {row.method: row.estimates["r2"].value for row in rows}
+found = {row.method: row.metrics["r2"].value for row in rows}
 assert found["svd"] < 0 < found["svd_bias"] < found["closed_form"] and abs(found["constant"]) < 0.01
 assert abs(found["closed_form"] - 0.90) < 0.01 and abs(after / before - 0.4) < 0.01
 """,
@@ -33,12 +33,12 @@ assert flagged[0] < 0.02 and min(flagged[1:]) > 0.9
 assert r2["before"] - r2["after"] < 0.001 and (OUT / "layer.pt2").exists() and (OUT / "layer.onnx").exists()
 """,
     "03_reading_the_report": """
-known = {row.method: {key: value.value for key, value in row.estimates.items()} for row in rows}
+known = {row.method: {key: value.value for key, value in row.metrics.items()} for row in rows}
 assert known["constant"]["cosine"] > known["svd"]["cosine"] and known["constant"]["centred_cosine"] < 0.01
 assert known["svd"]["knn_overlap"] > 0.7 > 0.1 > known["constant"]["knn_overlap"]
-assert all(abs(each["predicted_r2"] - each["r2"]) < 0.03 for each in points)
+assert all(abs(each.predicted_r2 - each.r2) < 0.03 for each in points)
 kept = (places <= 10).double().mean(0)
-assert abs(kept.mean() - point["knn_overlap"]) < 0.001 and kept[0] > 0.99 > kept[9]
+assert abs(kept.mean() - point.knn_overlap) < 0.001 and kept[0] > 0.99 > kept[9]
 assert (places[query] <= 10).sum() == 9
 """,
 }

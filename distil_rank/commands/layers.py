@@ -29,15 +29,18 @@ def compress(data: EmbeddingDataModule, options: dict[str, Any], config: str = "
     data.setup()
     about = data.description()
     name = " ".join(filter(None, [Path(options["model"]).stem, options["layer"]]))
-    asked = {"rank_requested": options["rank"], **{key: options[key] for key in ("tail", "tune", "outputs", "int8")}}
+    requested = {
+        "rank_requested": options["rank"],
+        **{key: options[key] for key in ("tail", "tune", "outputs", "int8")},
+    }
     with start_run(
         "distil",
-        f"{name} r{options['rank']} {Path(about['source']).stem}",
-        params={"teacher": name, "backbone": about["backbone"], "source": about["source"], **asked},
+        f"{name} r{options['rank']} {Path(about.source).stem}",
+        params={"teacher": name, "backbone": about.backbone, "source": about.source, **requested},
         tags=lineage(about),
     ) as run:
-        done, folder = compress_file(data, **options)
-        row = done.layers[0]
+        compressed, folder = compress_file(data, **options)
+        row = compressed.layers[0]
         student = load(folder)
         r2 = read_manifest(folder)["metrics"]["held_out_r2"]["value"]
         run.log_params({"rank": row.rank})
@@ -45,9 +48,9 @@ def compress(data: EmbeddingDataModule, options: dict[str, Any], config: str = "
         figures = {"predicted_r2": row.predicted_r2, "speed_up": row.dense_us / row.student_us}
         run.log_metrics({"test/r2": r2, "parameter_ratio": row.dense_parameters / row.parameters, **figures})
         run.log_text(config, "config.yaml")
-        run.note(str(done))
+        run.note(str(compressed))
         for path in sorted(folder.iterdir()):
             run.log_artifact(path)
         log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2})
     log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
-    return done
+    return compressed

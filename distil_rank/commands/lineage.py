@@ -1,15 +1,15 @@
-"""What a run stands on: the tags that lead from it to its data."""
+"""Tags that lead from a run to the data behind it."""
 
 from __future__ import annotations
 
-from typing import Any
+from distil_rank.data.description import DataDescription
 
 
-def lineage(about: dict[str, Any]) -> dict[str, str]:
-    """Tags that tell a run what it stands on."""
-    tags = {"data_digest": about["digest"], "backbone": about["backbone"], "split": about["split"]}
-    if about.get("embedding_run"):
-        tags["embedding_run"] = about["embedding_run"]
-    if about["fallback"]:
-        tags["fallback"] = about["fallback"]
+def lineage(data: DataDescription) -> dict[str, str]:
+    """The data's digest, backbone and split, and the run that made them, if known."""
+    tags = {"data_digest": data.digest, "backbone": data.backbone, "split": data.split}
+    if data.embedding_run:
+        tags["embedding_run"] = data.embedding_run
+    if data.fallback:
+        tags["fallback"] = data.fallback
     return tags

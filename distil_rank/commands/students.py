@@ -1,10 +1,11 @@
-"""One teacher distilled: the student, its report, and both in an MLflow run."""
+"""Distil one teacher as an MLflow run, which keeps the student and its report."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import save
 from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.reporting import figures, report
-from distil_rank.reporting.evaluate import OURS
+from distil_rank.reporting.results import OURS, Result, TeacherResult, save_json
 from distil_rank.runs.registry import log_student, promote_champion
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import Run, start_run
@@ -39,7 +40,7 @@ def distil(
     config: str = "",
     parent: Run | None = None,
     experiment: str = "distil",
-) -> dict[str, Any]:
+) -> Result:
     """Distil one teacher and report what survived.
 
     Args:
@@ -58,10 +59,10 @@ def distil(
         parent: The run that this one is part of.
         experiment: MLflow experiment.
     """
-    found = train_teacher(data, **(teacher or {}), output=output, config=config, reuse=True)
+    made = train_teacher(data, **(teacher or {}), output=output, config=config, reuse=True)
     about = data.description()
-    title = f"{found.name} r{rank} {warm_start} {about['dim']}-d {Path(about['source']).stem}"
-    asked = {
+    title = f"{made.name} r{rank} {warm_start} {about.dim}-d {Path(about.source).stem}"
+    requested = {
         "rank_requested": rank,
         "warm_start": warm_start,
         "shrinkage": shrinkage,
@@ -73,23 +74,23 @@ def distil(
         experiment,
         title,
         params={
-            "teacher": found.name,
-            "backbone": about["backbone"],
-            **asked,
+            "teacher": made.name,
+            "backbone": about.backbone,
+            **requested,
             "data": data.hparams,
             "distil": distil or {},
         },
-        tags={**lineage(about), "teacher_run": found.run_id},
+        tags={**lineage(about), "teacher_run": made.run_id},
         parent=parent,
     ) as run:
         for part in ("train", "val", "test"):
-            shape = (about["rows"][part], about["dim"])
-            name = f"{Path(about['source']).stem} {part}"  # MLflow takes two of one name and digest for the same
-            run.log_dataset(shape, name=name, digest=about["digest"], context=part, source=about["source"])
+            shape = (getattr(about.rows, part), about.dim)
+            name = f"{Path(about.source).stem} {part}"  # MLflow takes two of one name and digest for the same
+            run.log_dataset(shape, name=name, digest=about.digest, context=part, source=about.source)
         outcome = run_experiment(
-            found.name,
-            found.layer,
-            found.check,
+            made.name,
+            made.layer,
+            made.check,
             data,
             rank,
             warm_start,
@@ -97,35 +98,36 @@ def distil(
             seeds,
             {**(distil or {}), **({} if tail is None else {"tail": load_tail(tail)})},
             trainer,
-            checkpoints=Path(output) / "checkpoints" / f"{found.name}-r{rank}",
+            checkpoints=Path(output) / "checkpoints" / f"{made.name}-r{rank}",
             ckpt_path=ckpt_path,
             logger=RunLogger(run),
         )
-        outcome.result["run_id"] = run.id
-        content = report.assemble(about, [outcome.result], time.perf_counter() - started)
-        folder = Path(output) / "distil" / f"{found.name}-r{outcome.result['rank']}"
-        save_report(content, folder / "summary.json", folder / "report.png", run)
-        kept = {"held_out_r2": report.rung(outcome.result, OURS)["metrics"]["r2"]}
+        result = Result(
+            data=about,
+            teachers=[replace(outcome.result, run_id=run.id)],
+            seconds=time.perf_counter() - started,
+        )
+        folder = Path(output) / "distil" / f"{made.name}-r{outcome.result.rank}"
+        save_report(result, folder / "summary.json", folder / "report.png", run)
+        held_out = {"held_out_r2": asdict(outcome.result.row(OURS).metrics["r2"])}
         outcome.student.provenance |= {
-            "teacher_sha256": tensor_digest(found.layer.weight, found.layer.bias),
+            "teacher_sha256": tensor_digest(made.layer.weight, made.layer.bias),
             "warm_start": warm_start,
             "trained_steps": outcome.fit.steps if outcome.fit.training_helped else 0,
         }
-        student = save(outcome.student, folder / "student", metrics=kept, data=about)
+        student = save(outcome.student, folder / "student", metrics=held_out, data=asdict(about))
         log.info("Student: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", student)
-        log_outcome(run, data, found, outcome, config)
-    return content
+        log_outcome(run, data, made, outcome, config)
+    return result
 
 
-def save_report(content: dict[str, Any], json_path: Path, png_path: Path, run: Run) -> None:
-    """Write JSON, Markdown and picture, and keep all three with the run."""
-    if report.is_of_other_data(json_path, content):
-        log.warning("Replacing the report on other data in %s; --output names another folder.", json_path.parent)
-    report.save_json(content, json_path)
-    text = report.markdown(content)
+def save_report(result: Result, json_path: Path, png_path: Path, run: Run) -> None:
+    """Write JSON, Markdown and figure, and keep all three with the run."""
+    save_json(result, json_path)
+    text = report.markdown(result)
     markdown_path = json_path.with_suffix(".md")
     markdown_path.write_text(text)
-    figures.final_report(content, png_path)
+    figures.final_report(result, png_path)
     for path in (json_path, markdown_path, png_path):
         run.log_artifact(path)
     run.note(text)
@@ -133,27 +135,33 @@ def save_report(content: dict[str, Any], json_path: Path, png_path: Path, run: R
 
 
 def log_outcome(run: Run, data: EmbeddingDataModule, teacher: Teacher, outcome: Experiment, config: str) -> None:
-    """Final figures, configuration and the student itself."""
+    """Log final figures, the configuration and the student itself."""
     result = outcome.result
-    ours = report.rung(result, OURS)
-    metrics = {f"test/{name}": estimate["value"] for name, estimate in ours["metrics"].items()}
-    metrics |= {
-        f"test_svd/{name}": estimate["value"] for name, estimate in report.rung(result, "svd")["metrics"].items()
-    }
-    metrics |= {
-        "predicted_r2": result["predicted_r2"],
-        "parameter_ratio": result["parameters"]["ratio"],
-        "speed_up": next(row["ratio"] for row in result["latency"] if row["batch"] == 32),
-        "share_of_optimum": ours["share_of_optimum"],
-    }
-    run.log_params({"rank": result["rank"]})
+    metrics = final_metrics(result)
+    run.log_params({"rank": result.rank})
     run.log_metrics(metrics)
     run.log_text(config, "config.yaml")
     uri = log_student(run, outcome.student, data.rows("test").numpy()[:4], metrics={"r2": metrics["test/r2"]})
-    kind = {"rank": result["rank"], "teacher": _digest(teacher), "data": data.digest}
-    promote_champion(run, uri, r2=metrics["test/r2"], **kind)
+    promote_champion(run, uri, r2=metrics["test/r2"], rank=result.rank, teacher=_digest(teacher), data=data.digest)
+
+
+def final_metrics(result: TeacherResult) -> dict[str, float]:
+    """What MLflow's run list shows of one distilled layer."""
+    ours = result.row(OURS)
+    metrics = {f"test/{name}": estimate.value for name, estimate in ours.metrics.items()}
+    metrics |= {f"test_svd/{name}": estimate.value for name, estimate in result.row("svd").metrics.items()}
+    metrics |= {
+        "predicted_r2": result.predicted_r2,
+        "parameter_ratio": result.parameters.ratio,
+        "share_of_optimum": ours.share_of_optimum,
+    }
+    if (speed_up := result.speed_up()) is not None:
+        metrics["speed_up"] = speed_up
+    if ours.function_kept is not None:
+        metrics["test/function_kept"] = ours.function_kept.kept.value
+    return metrics
 
 
 def _digest(teacher: Teacher) -> str:
-    """Tells layers apart that have one name."""
+    """A name that differs for different layers of the same name."""
     return f"{teacher.name} {tensor_digest(teacher.layer.weight, teacher.layer.bias)[:16]}"

@@ -1,4 +1,4 @@
-"""Several distillations as children of one run: three teachers, or several ranks."""
+"""Studies of several distillations as children of one run: three teachers, or several ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 from distil_rank.commands.lineage import lineage
 from distil_rank.commands.students import distil, save_report
-from distil_rank.commands.teachers import MADE_UP
+from distil_rank.commands.teachers import BUILT_IN
 from distil_rank.compression.own_layer import load_linear
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
-from distil_rank.reporting import figures, report
+from distil_rank.reporting import figures
+from distil_rank.reporting.results import OURS, Result
 from distil_rank.runs.tracking import start_run
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def benchmark(
     seeds: Sequence[int] = (42, 43, 44, 45, 46),
     output: str = "results",
     config: str = "",
-) -> dict[str, Any]:
+) -> Result:
     """The three teachers of the original, one table.
 
     Args:
@@ -44,7 +45,7 @@ def benchmark(
         output: Folder for results.
         config: The resolved configuration, kept with the run.
     """
-    return _together(
+    return _study(
         "benchmark",
         [{"teacher": {**(teacher or {}), "kind": kind}, "rank": rank} for kind in ("random", "denoising", "spectral")],
         data,
@@ -61,7 +62,7 @@ def sweep(
     seeds: Sequence[int] = (42,),
     output: str = "results",
     config: str = "",
-) -> dict[str, Any]:
+) -> Result:
     """One teacher at several ranks: a parent run with a child for each.
 
     Args:
@@ -77,12 +78,12 @@ def sweep(
     data.prepare_data()
     data.setup()
     kind = _kind({"teacher": teacher})
-    widest = data.dim if kind in MADE_UP else min(load_linear(kind).weight.shape)
+    widest = data.dim if kind in BUILT_IN else min(load_linear(kind).weight.shape)
     if ranks is None:
         ranks = [rank for rank in RANKS if rank <= widest]
     if beyond := [rank for rank in ranks if rank > widest]:
         raise InputError(f"Expected ranks up to {widest}, the width of the layer, but got {beyond[0]:g}.")
-    return _together(
+    return _study(
         "sweep",
         [{"teacher": teacher, "rank": rank} for rank in ranks],
         data,
@@ -90,9 +91,7 @@ def sweep(
     )
 
 
-def _together(
-    name: str, children: list[dict[str, Any]], data: EmbeddingDataModule, common: dict[str, Any]
-) -> dict[str, Any]:
+def _study(name: str, children: list[dict[str, Any]], data: EmbeddingDataModule, common: dict[str, Any]) -> Result:
     """Several distillations as children of one run, and one report over all of them."""
     data.prepare_data()
     data.setup()
@@ -102,25 +101,23 @@ def _together(
     started = time.perf_counter()
     with start_run(
         experiment,
-        f"{name} {about['dim']}-d {Path(about['source']).stem}",
-        params={"backbone": about["backbone"], "teacher": " ".join(dict.fromkeys(_kind(child) for child in children))},
+        f"{name} {about.dim}-d {Path(about.source).stem}",
+        params={"backbone": about.backbone, "teacher": " ".join(dict.fromkeys(_kind(child) for child in children))},
         tags=lineage(about),
     ) as parent:
-        results = []
+        teachers = []
         for number, child in enumerate(children, 1):
             log.info("%s: %d of %d", name, number, len(children))
-            results += distil(data, **child, **common, parent=parent, experiment=experiment)["teachers"]
-        content = report.assemble(about, results, time.perf_counter() - started)
+            teachers += distil(data, **child, **common, parent=parent, experiment=experiment).teachers
+        result = Result(data=about, teachers=teachers, seconds=time.perf_counter() - started)
         stem = "distil_rank" if name == "benchmark" else f"distil_rank_{name}"
-        save_report(content, output / f"{stem}_summary.json", output / f"{stem}_final_report.png", parent)
+        save_report(result, output / f"{stem}_summary.json", output / f"{stem}_final_report.png", parent)
         if name == "sweep":
-            parent.log_artifact(figures.sweep(content, output / "distil_rank_sweep.png"))
-            for result in results:
-                ours = report.rung(result, "Distil-Rank")["metrics"]
-                parent.log_metrics(
-                    {f"rank/{key}": ours[key]["value"] for key in ("r2", "knn_overlap")}, step=result["rank"]
-                )
-    return content
+            parent.log_artifact(figures.sweep(result, output / "distil_rank_sweep.png"))
+            for teacher in teachers:
+                ours = teacher.row(OURS).metrics
+                parent.log_metrics({f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}, step=teacher.rank)
+    return result
 
 
 def _kind(child: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""The dense layer that is to be distilled: made, trained or taken from a file, checked, and found again."""
+"""The dense layer to be distilled: generated, trained or read from a file, checked, saved and reused."""
 
 from __future__ import annotations
 
 import json
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,20 +19,21 @@ from distil_rank.compression.own_layer import load_linear
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
+from distil_rank.reporting.results import TeacherCheck
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import start_run
 from distil_rank.training.callbacks import LogLosses, Progress
-from distil_rank.training.experiment import QUIET
-from distil_rank.training.teacher import TeacherCheck, TeacherModule, check_teacher, random_teacher, spectral_teacher
+from distil_rank.training.experiment import TRAINER_DEFAULTS
+from distil_rank.training.teacher import TeacherModule, check_teacher, random_teacher, spectral_teacher
 
 log = logging.getLogger(__name__)
 
-MADE_UP = ("denoising", "random", "spectral")
+BUILT_IN = ("denoising", "random", "spectral")
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A dense layer and where it comes from."""
+    """A dense layer, its check, its file and the MLflow run that made it."""
 
     name: str
     layer: nn.Linear
@@ -70,23 +71,23 @@ def train_teacher(
         config: The resolved configuration, kept with the run.
         reuse: Take the one that an earlier command made with these very options on these very data, if it did.
     """
-    if kind not in MADE_UP and ":" not in kind and not Path(kind).exists():
-        raise InputError(f"Expected a teacher out of {', '.join(MADE_UP)}, or <file>:<key>, but got {kind!r}.")
+    if kind not in BUILT_IN and ":" not in kind and not Path(kind).exists():
+        raise InputError(f"Expected a teacher out of {', '.join(BUILT_IN)}, or <file>:<key>, but got {kind!r}.")
     data.prepare_data()
     data.setup()
     settings: dict[str, Any] = {"teacher": kind, "data": data.digest, "seed": seed}
     if kind == "denoising":
         settings |= {"noise": noise, "noise_scale": noise_scale, "lr": lr, "steps": steps}
         settings |= {name: data.hparams[name] for name in ("batch_size", "replacement")}
-    name = kind if kind in MADE_UP else _name_of(kind)
+    name = kind if kind in BUILT_IN else _name_of(kind)
     path = Path(output) / "teachers" / f"{name}.safetensors"
-    if reuse and kind in MADE_UP and (known := _known(path, settings)):
-        return known
+    if reuse and kind in BUILT_IN and (saved := _saved_teacher(path, settings)):
+        return saved
     about = data.description()
     with start_run(
         "teacher",
-        f"{name} {about['dim']}-d {Path(about['source']).stem}",
-        params={**settings, "backbone": about["backbone"], "source": about["source"]},
+        f"{name} {about.dim}-d {Path(about.source).stem}",
+        params={**settings, "backbone": about.backbone, "source": about.source},
         tags=lineage(about),
     ) as run:
         moments = Moments.of(data.stream("train"))
@@ -98,7 +99,7 @@ def train_teacher(
             seed_everything(seed, verbose=False)
             std = moments.covariance.diagonal().clamp_min(0).sqrt()
             module = TeacherModule(data.dim, noise, noise_scale, lr, std)
-            options = {**QUIET, **(trainer or {}), "max_steps": steps, "enable_checkpointing": False}
+            options = {**TRAINER_DEFAULTS, **(trainer or {}), "max_steps": steps, "enable_checkpointing": False}
             Trainer(**options, logger=RunLogger(run), callbacks=[LogLosses(), Progress("training the teacher")]).fit(
                 module, data
             )
@@ -107,14 +108,14 @@ def train_teacher(
             layer = load_linear(kind)
         held_out = data.rows("test") if kind == "denoising" else None
         check = check_teacher(layer, moments, held_out, noise, relative=noise_scale == "relative")
-        figures_of = {key: value for key, value in check.as_dict().items() if isinstance(value, float)}
+        figures_of = {key: value for key, value in asdict(check).items() if isinstance(value, float)}
         run.log_metrics(figures_of)
         if check.warning:
             run.set_tags({"warning": check.warning})
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.contiguous() for key, value in layer.state_dict().items()}
         save_file(
-            tensors, path, {"settings": json.dumps(settings), "run_id": run.id, "check": json.dumps(check.as_dict())}
+            tensors, path, {"settings": json.dumps(settings), "run_id": run.id, "check": json.dumps(asdict(check))}
         )
         run.log_artifact(path)
         run.log_text(config, "config.yaml")
@@ -124,7 +125,7 @@ def train_teacher(
 
 
 def _name_of(layer: str) -> str:
-    """What a layer of one's own is called: its file, and its name within.
+    """The name of a layer in a file: the file's name, and the layer's within it.
 
     >>> _name_of("models/head.safetensors:classifier.dense"), _name_of("head.pt")
     ('head-classifier.dense', 'head')
@@ -133,12 +134,12 @@ def _name_of(layer: str) -> str:
     return f"{Path(file).stem}-{key}" if file else Path(layer).stem
 
 
-def _known(path: Path, settings: dict[str, Any]) -> Teacher | None:
+def _saved_teacher(path: Path, settings: dict[str, Any]) -> Teacher | None:
     """The teacher in a file, if it was made with these very settings on these very data."""
     with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError), safe_open(path, "pt") as file:
-        known = file.metadata()
-        if json.loads(known["settings"]) == settings:
+        metadata = file.metadata()
+        if json.loads(metadata["settings"]) == settings:
             log.info("Using the teacher in %s.", path)
-            check = TeacherCheck(**json.loads(known["check"]))
-            return Teacher(settings["teacher"], load_linear(str(path)), check, path, known["run_id"])
+            check = TeacherCheck(**json.loads(metadata["check"]))
+            return Teacher(settings["teacher"], load_linear(str(path)), check, path, metadata["run_id"])
     return None

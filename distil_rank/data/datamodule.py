@@ -16,6 +16,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from distil_rank.data.description import DataDescription, SplitSizes
 from distil_rank.data.formats import Embeddings, load_matrix
 from distil_rank.data.splits import Split, check_split, make_split
 from distil_rank.embedding.embed import embed
@@ -206,20 +207,21 @@ class EmbeddingDataModule(LightningDataModule):
             sha.update(np.asarray(part, dtype=np.int64).tobytes())
         return sha.hexdigest()[:16]
 
-    def description(self) -> dict[str, Any]:
-        """What a report says of the data: where from, how many, how split, which backbone, what fell back."""
+    def description(self) -> DataDescription:
+        """Where the data come from, how many rows there are, how they were split, and which backbone made them."""
         provenance = self.embeddings.provenance
-        return {
-            "source": self.source,
-            "digest": self.digest,
-            "dim": self.dim,
-            "rows": {part: len(getattr(self.split_rows, part)) for part in ("train", "val", "test")},
-            "split": self.split_rows.method,
-            "backbone": provenance.get("backbone", "unknown"),
-            "pooling": provenance.get("pooling", "unknown"),
-            "fallback": provenance.get("fallback"),
-            "embedding_run": provenance.get("embedding_run"),
-        }
+        parts = self.split_rows
+        return DataDescription(
+            source=self.source,
+            digest=self.digest,
+            dim=self.dim,
+            rows=SplitSizes(len(parts.train), len(parts.val), len(parts.test)),
+            split=parts.method,
+            backbone=provenance.get("backbone", "unknown"),
+            pooling=provenance.get("pooling", "unknown"),
+            fallback=provenance.get("fallback"),
+            embedding_run=provenance.get("embedding_run"),
+        )
 
 
 def given_sides(data: Embeddings, digests: Sequence[bytes]) -> list[str] | None:

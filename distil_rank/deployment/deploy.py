@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -85,7 +85,7 @@ def compress_file(
     if int8:
         row = timed_row(replace(row, held_out_r2=r2["value"]), dense, final)
     report = replace(report, layers=[row])
-    return report, save(final, output, metrics={"held_out_r2": r2, **report.to_dict()}, data=data.description())
+    return report, save(final, output, metrics={"held_out_r2": r2, **report.to_dict()}, data=asdict(data.description()))
 
 
 @torch.no_grad()
@@ -148,4 +148,4 @@ def export_artefact(
         return to_integer_onnx(student, place, Moments.of(rows.stream("train")), rows.rows("test"))
     assert teacher is not None
     small = to_int8(student, load_linear(teacher), Moments.of(rows.rows("test")))
-    return save(small, output or folder.with_name(f"{folder.name}-int8"), data=rows.description())
+    return save(small, output or folder.with_name(f"{folder.name}-int8"), data=asdict(rows.description()))

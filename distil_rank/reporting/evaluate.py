@@ -1,4 +1,4 @@
-"""The ladder: every way to replace one teacher, measured on the same held-out rows."""
+"""The ladder: every replacement of one teacher, measured on the same held-out rows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import SOLVERS, Solver, solve
 from distil_rank.measure import bootstrap, metrics
+from distil_rank.reporting.results import OURS, RECIPE, Estimate, FunctionKept, LadderRow
 
 log = logging.getLogger(__name__)
 
-RECIPE = "original recipe"
-OURS = "Distil-Rank"
 NEIGHBOURS = 10
 MAX_ROWS = 10_000  # held-out rows that the ladder measures on at most: neighbours take quadratic time
 TRAINED = (RECIPE, OURS)
 
 
 class ConstantOutput(nn.Module):
-    """Answers the teacher's mean output to everything: what a metric must not reward."""
+    """Returns the teacher's mean output for every input: what a metric must not reward."""
 
     value: Tensor
 
@@ -40,42 +39,8 @@ class ConstantOutput(nn.Module):
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A held-out figure with its 95 % interval over proteins, and its spread over seeds where there are several."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    std: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One rung of the ladder.
-
-    Attributes:
-        method: its name.
-        parameters: of the replacement.
-        estimates: by metric: `r2`, `centred_cosine`, `knn_overlap`, `cosine`, `cosine_p5`, `relative_mse`, `cka`, and
-            with labels `probe_accuracy` and `probe_agreement`.
-        share_of_optimum: R² over the closed form's on the same rows.
-        ties_with_optimum: whether the paired interval of the difference in R² to the closed form holds zero.
-        seeds: how many trained students stand behind the row; 0 for a solver.
-        seconds: wall time to make one.
-    """
-
-    method: str
-    parameters: int
-    estimates: dict[str, Estimate]
-    share_of_optimum: float
-    ties_with_optimum: bool
-    seeds: int = 0
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
 class HeldOut:
-    """What every rung is measured on.
+    """The rows that every replacement is measured on.
 
     Attributes:
         x: test rows, `(N, n)`.
@@ -83,7 +48,7 @@ class HeldOut:
         labels: class of each row as a number, `(N,)`, if the data have labels.
         train_x: training rows for the probe.
         train_labels: and their classes.
-        note: said where fewer rows were taken than there are.
+        note: says so where only some of the rows were taken.
     """
 
     x: Tensor
@@ -95,13 +60,13 @@ class HeldOut:
 
     @classmethod
     def of(cls, data: EmbeddingDataModule) -> HeldOut:
-        """The test rows of a data module; of more than `MAX_ROWS` a draw of whole proteins, which the note tells."""
+        """The test rows of a data module; a random sample of whole proteins if there are more than `MAX_ROWS`."""
         proteins = data.proteins("test")
         kept, note = np.arange(len(proteins)), None
         if len(proteins) > MAX_ROWS:
-            drawn = np.random.default_rng(0).permutation(proteins.max() + 1)
-            sizes = np.bincount(proteins)[drawn].cumsum()
-            kept = np.flatnonzero(np.isin(proteins, drawn[: max(1, int((sizes <= MAX_ROWS).sum()))]))
+            order = np.random.default_rng(0).permutation(proteins.max() + 1)
+            total = np.bincount(proteins)[order].cumsum()
+            kept = np.flatnonzero(np.isin(proteins, order[: max(1, int((total <= MAX_ROWS).sum()))]))
             note = f"FEWER ROWS: measured on {len(kept)} of {len(proteins)} held-out rows (kNN is quadratic)"
             log.warning(note)
         proteins = np.unique(proteins[kept], return_inverse=True)[1]
@@ -117,11 +82,11 @@ class HeldOut:
 
 
 @dataclass
-class _Measured:
+class _PerProtein:
     """Per-protein figures of one replacement, from which every estimate and interval follows."""
 
     residual: np.ndarray  # (P,) squared error, summed over the protein's rows
-    means: dict[str, np.ndarray]  # each (P,): cosine, neighbours kept, …
+    means: dict[str, np.ndarray]  # each (P,): cosine, neighbour overlap, …
     cka: float
 
 
@@ -144,7 +109,8 @@ def ladder(
     optimum: str = "closed_form",
     draws: int = 2000,
     seconds: Mapping[str, float] | None = None,
-) -> list[Row]:
+    function_kept: Mapping[str, FunctionKept] | None = None,
+) -> list[LadderRow]:
     """Measure replacements of one teacher on the same held-out rows, with the same resamples of their proteins.
 
     Every interval is a 95 % percentile interval of a paired bootstrap: one set of resampled proteins serves all
@@ -157,44 +123,32 @@ def ladder(
         held_out: the rows.
         optimum: the method that `share_of_optimum` and the ties refer to.
         draws: bootstrap resamples.
-        seconds: wall time behind each method, for the report.
+        seconds: wall time of each method, for the report.
+        function_kept: what each method keeps of the teacher's score on a labelled task, where that was measured.
 
     Returns:
         One row per method, in the order of `candidates`.
     """
-    bench = _Bench(teacher, mean, held_out)
-    measured = {name: [bench.measure(module) for module in modules] for name, modules in candidates.items()}
-    counts = bootstrap.resample_counts(len(bench.energy), draws=draws, seed=0)
+    reference = _Reference(teacher, mean, held_out)
+    measured = {name: [reference.measure(module) for module in modules] for name, modules in candidates.items()}
+    counts = bootstrap.resample_counts(len(reference.energy), draws=draws, seed=0)
     best = _average(measured[optimum])
-    best_lost = bootstrap.resampled_ratio(counts, best.residual, bench.variance)
-    best_r2 = 1 - best.residual.sum() / bench.variance.sum()
-    rows = []
-    for name, runs in measured.items():
-        average = _average(runs)
-        estimates = _estimates(average, bench, counts)
-        if len(runs) > 1:
-            singles = [_estimates(run, bench, counts[:2]) for run in runs]
-            estimates = {
-                key: replace(value, std=float(np.std([one[key].value for one in singles], ddof=1)))
-                for key, value in estimates.items()
-            }
-        lost = bootstrap.resampled_ratio(counts, average.residual, bench.variance)
-        rows.append(
-            Row(
-                name,
-                _parameters(candidates[name][0]),
-                estimates,
-                share_of_optimum=float(estimates["r2"].value / best_r2),
-                ties_with_optimum=bootstrap.is_tie(lost, best_lost),
-                seeds=len(runs) if name in TRAINED else 0,
-                seconds=(seconds or {}).get(name),
-            )
+    return [
+        LadderRow(
+            name,
+            _parameters(candidates[name][0]),
+            _estimates_over_seeds(runs, reference, counts),
+            *_beside_optimum(_average(runs), best, reference, counts),
+            seeds=len(runs) if name in TRAINED else 0,
+            seconds=(seconds or {}).get(name),
+            function_kept=(function_kept or {}).get(name),
         )
-    return rows
+        for name, runs in measured.items()
+    ]
 
 
-class _Bench:
-    """The teacher's held-out outputs, and everything about them that all replacements are compared with."""
+class _Reference:
+    """The teacher's outputs on the held-out rows, and what every replacement is compared with."""
 
     def __init__(self, teacher: nn.Module, mean: Tensor, held_out: HeldOut) -> None:
         self.held_out, self.mean = held_out, mean
@@ -202,9 +156,9 @@ class _Bench:
         self.counts = np.bincount(held_out.proteins)
         self.energy = self.per_protein(metrics.energy(self.target))
         self.variance = self.per_protein(metrics.energy(self.target, mean))
-        self.teacher_says: Tensor | None = None
+        self.teacher_classes: Tensor | None = None
         if held_out.labels is not None and held_out.train_x is not None:
-            self.teacher_says = self.classify(teacher)
+            self.teacher_classes = self.classify(teacher)
 
     def per_protein(self, rows: Tensor) -> np.ndarray:
         """Sum a figure per row over each protein's rows: `(N,)` to `(P,)`."""
@@ -216,7 +170,7 @@ class _Bench:
         assert h.train_x is not None and h.train_labels is not None
         return metrics.linear_probe(module(h.train_x), h.train_labels, module(h.x))
 
-    def measure(self, module: nn.Module) -> _Measured:
+    def measure(self, module: nn.Module) -> _PerProtein:
         """Figures of one replacement."""
         output = module(self.held_out.x)
         rows = {
@@ -225,32 +179,55 @@ class _Bench:
             "knn_overlap": metrics.knn_overlap(output, self.target, k=NEIGHBOURS),
         }
         means = {name: self.per_protein(value) / self.counts for name, value in rows.items()}
-        if self.teacher_says is not None and self.held_out.labels is not None:
-            says = self.classify(module)
-            means["probe_accuracy"] = self.per_protein(says == self.held_out.labels) / self.counts
-            means["probe_agreement"] = self.per_protein(says == self.teacher_says) / self.counts
+        if self.teacher_classes is not None and self.held_out.labels is not None:
+            classes = self.classify(module)
+            means["probe_accuracy"] = self.per_protein(classes == self.held_out.labels) / self.counts
+            means["probe_agreement"] = self.per_protein(classes == self.teacher_classes) / self.counts
         residual = self.per_protein(metrics.residual(output, self.target))
-        return _Measured(residual, means, metrics.linear_cka(output, self.target))
+        return _PerProtein(residual, means, metrics.linear_cka(output, self.target))
 
 
-def _average(runs: Sequence[_Measured]) -> _Measured:
+def _average(runs: Sequence[_PerProtein]) -> _PerProtein:
     """Per-protein means over seeds."""
-    return _Measured(
+    return _PerProtein(
         np.mean([run.residual for run in runs], axis=0),
         {name: np.mean([run.means[name] for run in runs], axis=0) for name in runs[0].means},
         float(np.mean([run.cka for run in runs])),
     )
 
 
-def _estimates(measured: _Measured, bench: _Bench, counts: np.ndarray) -> dict[str, Estimate]:
-    """Every figure with its interval."""
-    lost = bootstrap.ratio_interval(measured.residual, bench.variance, counts)
-    relative = bootstrap.ratio_interval(measured.residual, bench.energy, counts)
+def _beside_optimum(
+    measured: _PerProtein, best: _PerProtein, reference: _Reference, counts: np.ndarray
+) -> tuple[float, bool]:
+    """R² over the optimum's, and whether the paired interval of their difference holds zero."""
+    lost, best_lost = (bootstrap.resampled_ratio(counts, one.residual, reference.variance) for one in (measured, best))
+    r2, best_r2 = (1 - one.residual.sum() / reference.variance.sum() for one in (measured, best))
+    return float(r2 / best_r2), bootstrap.is_tie(lost, best_lost)
+
+
+def _estimates_over_seeds(
+    runs: Sequence[_PerProtein], reference: _Reference, counts: np.ndarray
+) -> dict[str, Estimate]:
+    """Every metric of the per-protein means over seeds, with its standard deviation over them."""
+    estimates = _estimates(_average(runs), reference, counts)
+    if len(runs) == 1:
+        return estimates
+    singles = [_estimates(run, reference, counts[:2]) for run in runs]
+    return {
+        key: replace(estimate, std=float(np.std([single[key].value for single in singles], ddof=1)))
+        for key, estimate in estimates.items()
+    }
+
+
+def _estimates(measured: _PerProtein, reference: _Reference, counts: np.ndarray) -> dict[str, Estimate]:
+    """Every metric with its interval."""
+    lost = bootstrap.ratio_interval(measured.residual, reference.variance, counts)
+    relative = bootstrap.ratio_interval(measured.residual, reference.energy, counts)
     worst = bootstrap.interval(bootstrap.resampled_quantile(counts, measured.means["cosine"], 0.05))
-    lost_share = float(measured.residual.sum() / bench.variance.sum())
+    lost_share = float(measured.residual.sum() / reference.variance.sum())
     estimates = {
         "r2": Estimate(1 - lost_share, 1 - lost.high, 1 - lost.low),
-        "relative_mse": Estimate(float(measured.residual.sum() / bench.energy.sum()), relative.low, relative.high),
+        "relative_mse": Estimate(float(measured.residual.sum() / reference.energy.sum()), relative.low, relative.high),
         "cosine_p5": Estimate(float(np.percentile(measured.means["cosine"], 5)), worst.low, worst.high),
         "cka": Estimate(measured.cka),
     }

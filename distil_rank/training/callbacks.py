@@ -1,4 +1,4 @@
-"""What is watched while a student trains: its fidelity beside the baseline's, and how fast it runs."""
+"""Lightning callbacks: log and record losses, fidelity and latency, and show progress, while a student trains."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distil_rank.measure.latency import compare_layers
+from distil_rank.measure.latency import LayerLatency, compare_layers
 from distil_rank.measure.metrics import Fidelity
+from distil_rank.reporting.results import Curve
 from distil_rank.training.distil import DistilModule
 
 
@@ -37,7 +38,7 @@ class LogFidelity(Callback):
     The metric names are `val/<metric>/<method>`, so that the tracking server draws one metric's methods side by side.
 
     Args:
-        baselines: other replacements of the same teacher, by name; they do not change, and show as level lines.
+        baselines: other replacements of the same teacher, by name; they do not change, and appear as horizontal lines.
         mean: the teacher's mean output on the training rows, `(m,)`.
     """
 
@@ -74,12 +75,12 @@ class CurveRecorder(Callback):
         mean: the teacher's mean output on the training rows, `(m,)`.
 
     Attributes:
-        curve: lists `step`, `val_residual` and `val_loss`.
+        curve: what was recorded.
     """
 
     def __init__(self, mean: Tensor) -> None:
         self.fidelity = Fidelity(mean)
-        self.curve: dict[str, list[float]] = {"step": [], "val_residual": [], "val_loss": []}
+        self.curve = Curve()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new pass."""
@@ -93,17 +94,17 @@ class CurveRecorder(Callback):
         self.fidelity.update(pl_module.student(batch), pl_module.teacher(batch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the pass."""
-        self.curve["step"].append(trainer.global_step)
-        self.curve["val_residual"].append(1 - float(self.fidelity.compute()["r2"]))
-        self.curve["val_loss"].append(float(trainer.callback_metrics["val/loss"]))
+        """Append the pass to the curve."""
+        self.curve.step.append(trainer.global_step)
+        self.curve.val_residual.append(1 - float(self.fidelity.compute()["r2"]))
+        self.curve.val_loss.append(float(trainer.callback_metrics["val/loss"]))
 
 
 class Progress(Callback):
     """One progress bar over all steps of a run, with the time left; nothing where output is not a terminal.
 
     Args:
-        title: what is going on.
+        title: what the bar says.
     """
 
     def __init__(self, title: str) -> None:
@@ -118,11 +119,11 @@ class Progress(Callback):
         )
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """One step further."""
+        """Advance the bar."""
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the bar away."""
+        """Remove the bar."""
         self.bar.close()
 
 
@@ -134,12 +135,12 @@ class LogLatency(Callback):
         threads: of the processor, while timing.
 
     Attributes:
-        rows: what was measured.
+        rows: the measurements.
     """
 
     def __init__(self, batches: Sequence[int] = (1, 32, 256), threads: int = 1) -> None:
         self.batches, self.threads = batches, threads
-        self.rows: list[Any] = []
+        self.rows: list[LayerLatency] = []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time, on the first process only."""
@@ -149,6 +150,6 @@ class LogLatency(Callback):
         self.rows = compare_layers(pl_module.teacher, pl_module.student, batches=self.batches, threads=self.threads)
         for row in self.rows:
             if trainer.logger is not None:
-                shown = ("dense_us", "dense_p95_us", "student_us", "student_p95_us", "ratio", "threads")
-                metrics = {f"timing/batch{row.batch}/{name}": getattr(row, name) for name in shown}
+                names = ("dense_us", "dense_p95_us", "student_us", "student_p95_us", "ratio", "threads")
+                metrics = {f"timing/batch{row.batch}/{name}": getattr(row, name) for name in names}
                 trainer.logger.log_metrics(metrics, step=trainer.global_step)

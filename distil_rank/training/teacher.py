@@ -1,10 +1,9 @@
-"""Teachers: the dense layers to be distilled, and a gate that tells whether one is worth it."""
+"""Teachers: the dense layers to be distilled, and a check whether one is worth it."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import output_spectrum
 from distil_rank.measure.metrics import effective_rank
+from distil_rank.reporting.results import TeacherCheck
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class TeacherModule(LightningModule):
         return self.layer(x)
 
     def corrupt(self, x: Tensor) -> Tensor:
-        """Add the noise that the layer learns to take away."""
+        """Add the noise that the layer learns to remove."""
         scale = self.std if self.hparams["noise_scale"] == "relative" else 1.0
         return x + self.hparams["noise"] * scale * torch.randn_like(x)
 
@@ -68,14 +68,14 @@ class TeacherModule(LightningModule):
 
 
 def random_teacher(in_features: int, out_features: int | None = None, seed: int = 42) -> nn.Linear:
-    """A layer as `nn.Linear` is born (Kaiming-uniform), the same for the same seed."""
+    """A layer as `nn.Linear` initialises it (Kaiming-uniform), the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Linear(in_features, out_features or in_features)
 
 
 def spectral_teacher(features: int, decay: float = 100.0, scale: float = 2.0, seed: int = 42) -> nn.Linear:
-    """`W = U diag(S) V` with `S_i = scale · exp(−i / decay)` and no bias to speak of.
+    """`W = U diag(S) V` with `S_i = scale · exp(−i / decay)` and a bias of zero.
 
     U and V are the Q factors of Gaussian matrices.
 
@@ -91,28 +91,6 @@ def spectral_teacher(features: int, decay: float = 100.0, scale: float = 2.0, se
         teacher.weight.copy_(U @ (S[:, None] * V))
         teacher.bias.zero_()
     return teacher
-
-
-@dataclass(frozen=True)
-class TeacherCheck:
-    """What the gate found.
-
-    Attributes:
-        denoising_r2: R² of the teacher against the clean input on held-out rows; None unless it is a denoiser. At or
-            below 0 it does worse than predicting the mean protein.
-        noise_to_std: the noise over the median standard deviation of a dimension; None unless it is a denoiser.
-        effective_rank: of the teacher's output on the training rows (Roy and Vetterli, 2007).
-        warning: one line that names the remedy, or None.
-    """
-
-    effective_rank: float
-    denoising_r2: float | None = None
-    noise_to_std: float | None = None
-    warning: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the report."""
-        return asdict(self)
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def test_synthetic_data_are_the_originals_and_named_so():
     std = data.rows("train").std(0)
     assert data.dim == 1280
     assert (std[:100] > 4).all() and (std[100:] < 1.3).all()
-    assert "NOT PROTEINS" in data.description()["fallback"]
+    assert "NOT PROTEINS" in data.description().fallback
 
 
 def test_too_few_rows_are_refused(tmp_path):

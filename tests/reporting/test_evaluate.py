@@ -41,14 +41,14 @@ def test_figures_follow_their_definitions(teacher):
     found = by_method(ladder(teacher, given, mean, HeldOut(test, np.arange(len(test)))))
     with torch.no_grad():
         target, output = teacher(test), given["svd"][0](test)
-    estimates = found["svd"].estimates
+    estimates = found["svd"].metrics
     assert estimates["r2"].value == pytest.approx(metrics.r2(output, target, mean), rel=1e-6)
     assert estimates["relative_mse"].value == pytest.approx(metrics.relative_mse(output, target), rel=1e-6)
     assert estimates["cosine"].value == pytest.approx(float(metrics.cosine(output, target).mean()), rel=1e-6)
     assert estimates["knn_overlap"].value == pytest.approx(float(metrics.knn_overlap(output, target).mean()), rel=1e-6)
     for name in ("r2", "relative_mse", "cosine", "knn_overlap", "cosine_p5"):
         assert estimates[name].low <= estimates[name].value <= estimates[name].high
-    assert found["constant"].estimates["r2"].value == pytest.approx(0, abs=0.05)
+    assert found["constant"].metrics["r2"].value == pytest.approx(0, abs=0.05)
     assert found["closed_form"].share_of_optimum == 1 and found["closed_form"].ties_with_optimum
     assert not found["svd"].ties_with_optimum
     assert found["svd"].parameters == 3 * 20 + 10
@@ -59,7 +59,7 @@ def test_near_constant_outputs_do_not_fool_the_headline(teacher):
     train, test = rows(spread=0.01), rows(spread=0.01, seed=1)
     mean, given = candidates(teacher, train)
     found = by_method(ladder(teacher, given, mean, HeldOut(test, np.arange(len(test)))))
-    constant, best = found["constant"].estimates, found["closed_form"].estimates
+    constant, best = found["constant"].metrics, found["closed_form"].metrics
     assert constant["cosine"].value > 0.99
     assert abs(constant["r2"].value) < 0.1 and constant["centred_cosine"].value < 0.1
     assert constant["knn_overlap"].value < 0.3
@@ -69,9 +69,9 @@ def test_near_constant_outputs_do_not_fool_the_headline(teacher):
 def test_residues_of_a_protein_are_resampled_together(teacher):
     train, test = rows(), rows(seed=1)
     mean, given = candidates(teacher, train)
-    alone = by_method(ladder(teacher, given, mean, HeldOut(test, np.arange(120))))["svd_bias"].estimates["r2"]
+    alone = by_method(ladder(teacher, given, mean, HeldOut(test, np.arange(120))))["svd_bias"].metrics["r2"]
     twice = HeldOut(test.repeat_interleave(4, 0), np.arange(120).repeat(4))
-    repeated = by_method(ladder(teacher, given, mean, twice))["svd_bias"].estimates["r2"]
+    repeated = by_method(ladder(teacher, given, mean, twice))["svd_bias"].metrics["r2"]
     assert repeated.value == pytest.approx(alone.value, rel=1e-6)
     assert repeated.high - repeated.low == pytest.approx(alone.high - alone.low, rel=1e-6)
 
@@ -81,7 +81,7 @@ def test_several_seeds_give_a_mean_and_a_spread(teacher):
     mean, given = candidates(teacher, train)
     given["Distil-Rank"] = [LowRankLinear.from_linear(teacher, rank, Moments.of(train)) for rank in (2, 4)]
     row = by_method(ladder(teacher, given, mean, HeldOut(test, np.arange(len(test)))))["Distil-Rank"]
-    assert row.seeds == 2 and row.estimates["r2"].std > 0
+    assert row.seeds == 2 and row.metrics["r2"].std > 0
 
 
 def test_labels_bring_a_probe(teacher, tmp_path):
@@ -93,9 +93,9 @@ def test_labels_bring_a_probe(teacher, tmp_path):
     data.setup()
     mean, given = candidates(teacher, data.rows("train"), rank=8)
     found = by_method(ladder(teacher, given, mean, HeldOut.of(data)))
-    assert found["closed_form"].estimates["probe_accuracy"].value > 0.6
-    assert found["closed_form"].estimates["probe_agreement"].value > 0.8
-    assert found["constant"].estimates["probe_accuracy"].value < 0.5
+    assert found["closed_form"].metrics["probe_accuracy"].value > 0.6
+    assert found["closed_form"].metrics["probe_agreement"].value > 0.8
+    assert found["constant"].metrics["probe_accuracy"].value < 0.5
 
 
 def test_more_rows_than_can_be_compared_are_said(teacher, tmp_path, monkeypatch, caplog):

@@ -1,9 +1,9 @@
-"""What is printed: every figure whole, whatever the terminal's width."""
+"""Printed tables: every figure whole, whatever the terminal's width."""
 
 import pytest
 from rich.console import Console
 
-from distil_rank.reporting.report import NARROW, _print_table, is_of_other_data, save_json
+from distil_rank.reporting.report import NARROW, _print_table
 
 HEAD = ["method", "R²", "95 %", "cen. cos", "kNN@10", "cos p5", "cosine", "rel. MSE", "optimum", "probe"]
 ROW = [
@@ -24,16 +24,9 @@ ROW = [
 def test_figures_are_never_cut(width):
     console = Console(width=width, record=True)
     _print_table(console, "title", HEAD, [ROW])
-    shown = console.export_text()
-    assert "…" not in shown and max(map(len, shown.splitlines())) <= width
-    kept = [cell for cell in ROW if cell in shown]
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    kept = [cell for cell in ROW if cell in text]
     assert {"Distil-Rank", "-0.9986", "100.0 % ≈"} <= set(kept)
-    assert ("the report has all" in shown) == (len(kept) < len(ROW)) == (width < 200)
+    assert ("the report has all" in text) == (len(kept) < len(ROW)) == (width < 200)
     assert set(HEAD) - set(NARROW) == {"method", "R²", "optimum"}
-
-
-def test_a_report_on_other_data_is_told_from_one_on_the_same(tmp_path):
-    path = save_json({"data": {"digest": "a"}}, tmp_path / "summary.json")
-    assert is_of_other_data(path, {"data": {"digest": "b"}})
-    assert not is_of_other_data(path, {"data": {"digest": "a"}})
-    assert not is_of_other_data(tmp_path / "absent.json", {"data": {"digest": "a"}})
