@@ -86,3 +86,33 @@ def test_heavy_dependencies_stay_in_their_rooms():
 def test_the_public_names_bring_neither_lightning_nor_mlflow():
     code = "import sys; from distil_rank import *; assert not {'lightning', 'mlflow', 'esm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+SMALL_INSTALL = """
+import importlib.abc, sys
+from importlib.metadata import packages_distributions
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"{name} is not part of the small install", name=name)
+
+PRESENT = {"distil_rank", "torch", "torchgen", "functorch", "numpy", "safetensors"}
+PRESENT |= {"filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec"}  # torch's
+ABSENT = packages_distributions().keys() - PRESENT
+assert {"lightning", "mlflow", "scipy", "pyarrow", "sklearn", "esm"} <= ABSENT
+sys.meta_path.insert(0, Absent())
+
+import torch
+import distil_rank as dr
+
+model = torch.nn.Sequential(torch.nn.Linear(12, 12))
+dr.compress(model, {"0": 3}, data=torch.randn(200, 12) @ torch.randn(12, 12))
+dr.save(model[0], sys.argv[1])
+x = torch.randn(4, 12)
+assert torch.equal(dr.load(sys.argv[1])(x), model[0](x))
+"""
+
+
+def test_a_student_needs_torch_numpy_and_safetensors_alone(tmp_path):
+    subprocess.run([sys.executable, "-c", SMALL_INSTALL, str(tmp_path / "student")], check=True)
