@@ -76,11 +76,14 @@ notebooks: .venv/installed-dev ## Run the notebooks in full; copies with outputs
 	@mkdir -p results/notebooks && cp notebooks/*.ipynb results/notebooks
 	@$(BIN)/jupyter-execute --inplace results/notebooks/*.ipynb
 
+docs: .venv/installed-dev ## Build the documentation site into site/, strictly
+	@$(BIN)/zensical build --strict $(ARGS)
+
 lint: .venv/installed-dev ## Format check, lint and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
-	@rm -rf .venv results .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv results site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup embed train-teacher distil benchmark sweep compress judge ui test notebooks lint clean
+.PHONY: help setup embed train-teacher distil benchmark sweep compress judge ui test notebooks docs lint clean
