@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from distil_rank.cli import main
 from distil_rank.deployment.artefact import load, read_manifest
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.provenance import embedding_run
 from distil_rank.training.experiment import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -278,7 +278,7 @@ def test_of_two_processes_one_speaks_and_is_remembered(tiny_esm2, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Embeddings") == 1
     (run,) = runs(tmp_path, "embed")
-    assert Store.open(tmp_path / "store").manifest["embedding_run"] == run.info.run_id
+    assert embedding_run(tmp_path / "store", {}) == run.info.run_id
 
 
 def test_the_makefile_keeps_its_rank_from_lightning():

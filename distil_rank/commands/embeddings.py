@@ -14,24 +14,24 @@ from distil_rank.runs.tracking import process_rank, start_run
 
 
 def extract(options: dict[str, Any]) -> EmbedSummary:
-    """Extract embeddings as an MLflow run; the store remembers the run, so that later ones can name it.
+    """Extract embeddings as an MLflow run; the store's provenance names the run, so that later runs can refer to it.
 
     Args:
         options: of `distil_rank.embedding.embed.embed`.
     """
     name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
-    asked = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
-    with start_run("embed", name, params=asked, tags={}, system_metrics=True) as run:
+    params = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
+    with start_run("embed", name, params=params, tags={}, system_metrics=True) as run:
         done = embed(**options)
-        facts = asdict(done)
-        counts = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+        summary = asdict(done)
+        counts = {key: value for key, value in summary.items() if isinstance(value, int | float)}
         run.log_metrics({**counts, "residues_per_second": done.residues / done.seconds if done.seconds else 0.0})
-        run.log_params({key: facts[key] for key in ("backbone", "precision")})
-        tags = {key: facts[key] for key in ("digest", "cleaning", "backbone", "fallback") if facts[key]}
+        run.log_params({key: summary[key] for key in ("backbone", "precision")})
+        tags = {key: summary[key] for key in ("digest", "cleaning", "backbone", "fallback") if summary[key]}
         run.set_tags(tags)
-        run.note("\n".join(f"- {key}: {value}" for key, value in facts.items()))
-        if done.computed and process_rank() == 0:  # the other processes' runs are thrown away
+        run.note("\n".join(f"- {key}: {value}" for key, value in summary.items()))
+        if done.computed and process_rank() == 0:  # only rank 0's run is kept
             writer = StoreWriter(done.store)
-            with suppress(InputError), writer.lock():  # who fills the store by now says so himself
-                writer.update(embedding_run=run.id)
+            with suppress(InputError), writer.lock():  # locked: another process is already extending the store
+                writer.record_run(run.id)
     return done

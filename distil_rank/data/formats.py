@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from distil_rank.embedding.provenance import embedding_run
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
@@ -257,14 +258,15 @@ def _h5py() -> Any:
 
 def _read_store(path: Path) -> Embeddings:
     store = Store.open(path)
+    run = embedding_run(path, store.manifest)
     owner = store.protein_of_row()
     ids, sequences = store.ids, store.sequences
-    facts = {key: value for key, value in store.manifest.items() if key not in ("proteins", "shards")}
+    description = {key: value for key, value in store.manifest.items() if key not in ("proteins", "shards")}
     return Embeddings(
         [ids[i] for i in owner],
         store.embeddings(),
         [sequences[i] for i in owner],
-        provenance={**facts, "format": "store", "digest": store.digest},
+        provenance={**description, "format": "store", "digest": store.digest, "embedding_run": run},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 
-EMPTY = 2**64 - 1  # marks a free slot; no number that is stored comes near it
+EMPTY = 2**64 - 1  # marks a free slot; stored numbers are smaller
 
 
 class CompactMap:
@@ -38,7 +38,7 @@ class CompactMap:
         return None if number == EMPTY else number
 
     def setdefault(self, text: str, number: int) -> int:
-        """The text's number, which is this one from now on if it has none yet."""
+        """The text's number, set to this one if it has none yet."""
         high, low = _digest(text)
         slot = self._slot(high, low)
         if self._number[slot] == EMPTY:
@@ -50,7 +50,7 @@ class CompactMap:
         return self._number[slot]
 
     def _slot(self, high: int, low: int) -> int:
-        """Where the digest is, or the free slot where it belongs."""
+        """The digest's slot, or the free one where it would be stored."""
         slot = low & self._mask
         while self._number[slot] != EMPTY and (self._low[slot] != low or self._high[slot] != high):
             slot = (slot + 1) & self._mask

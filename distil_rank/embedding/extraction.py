@@ -1,17 +1,15 @@
-"""One process's part in filling a store: plan what is missing, compute shards of it."""
+"""What one process does to fill a store: plan the missing shards and compute some of them."""
 
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
+from distil_rank.embedding.provenance import environment, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins
 from distil_rank.embedding.store_writer import Shard, StoreWriter
 from distil_rank.errors import InputError
@@ -28,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 Long = Literal["window", "truncate", "error"]
 Precision = Literal["auto", "fp32", "bf16"]
-GATE = 0.999  # cosine to fp32 below which bf16 is not trusted
-MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # at once: what stays in a CPU's caches, what keeps a GPU busy
+MIN_BF16_COSINE = 0.999  # to fp32; below it bf16 is not used
+MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a batch: fits a CPU's caches, keeps a GPU busy
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Extraction:
     """A request on one device.
 
     Args:
-        request: What to embed.
+        request: What to embed, and how.
         device: Where to compute.
     """
 
@@ -66,32 +65,32 @@ class Extraction:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The model that was asked for; for `auto` the one that the store was made with, if there is one."""
-        known = self.writer.manifest
-        if self.request.backbone != "auto" or not known:
+        """The requested model; for `auto` the existing store's, if there is one."""
+        manifest = self.writer.manifest
+        if self.request.backbone != "auto" or not manifest:
             return load_backbone(self.request.backbone)
-        if known["fallback"]:
-            logger.warning("%s (as when the store %s was made)", known["fallback"], self.writer.path)
-        return load_backbone(known["backbone"])
+        if manifest["fallback"]:
+            logger.warning("%s (as when the store %s was made)", manifest["fallback"], self.writer.path)
+        return load_backbone(manifest["backbone"])
 
     def plan(self) -> tuple[int, CleaningReport]:
-        """Adds the proteins that are new, decides on the precision, leaves the shards to compute in the manifest.
+        """Adds the new proteins, decides on the precision and writes the shards to compute into the manifest.
 
         The caller holds the store's lock.
 
         Returns:
-            The number of proteins that were added, and what reading them changed.
+            The number of added proteins, and what cleaning changed.
         """
         report = CleaningReport(str(self.request.fasta))
         proteins = self._proteins(report)
-        proteins = chain([next(proteins)], proteins)  # a file that cannot be read is told before a model is fetched
-        request, backbone, known = self.request, self.backbone, self.writer.manifest
+        proteins = chain([next(proteins)], proteins)  # report an unreadable file before fetching a model
+        request, backbone, existing = self.request, self.backbone, self.writer.manifest
         layer = backbone.num_layers if request.layer is None else request.layer
         if not 0 <= layer <= backbone.num_layers:
             raise InputError(f"Expected a layer from 0 to {backbone.num_layers} of {backbone.name} but got {layer}.")
         precision: str = request.precision
         if precision == "auto":
-            precision = known.get("precision") or native_precision(self.device)
+            precision = existing.get("precision") or native_precision(self.device)
         settings = {
             "weights_sha256": backbone.sha256,
             "dim": backbone.dim,
@@ -101,19 +100,15 @@ class Extraction:
             "long": request.long,
             "max_length": request.max_length,
         }
-        provenance = {
-            "backbone": backbone.name,
-            "fallback": backbone.fallback,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("distil-rank", "torch", "fair-esm", "pyarrow")},
-        }
-        added = self.writer.plan(proteins, settings, provenance, report)
+        description = {"backbone": backbone.name, "fallback": backbone.fallback}
+        added = self.writer.plan(proteins, settings, description, report)
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", self.writer.path)
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
         untouched = len(self.writer.pending()) == len(self.writer.manifest["shards"]) > 0
-        if request.precision == "auto" and precision == "bf16" and untouched and "bf16_cosine" not in known:
-            self._gate()
+        compared = "bf16_cosine" in read_provenance(self.writer.path)
+        if request.precision == "auto" and precision == "bf16" and untouched and not compared:
+            self._compare_bf16()
         return added, report
 
     def _proteins(self, report: CleaningReport) -> Iterator[Protein]:
@@ -126,8 +121,8 @@ class Extraction:
                 )
             yield protein
 
-    def _gate(self) -> None:
-        """Computes the first batch both ways; goes on in fp32 where bf16 is off."""
+    def _compare_bf16(self) -> None:
+        """Computes the first batch in fp32 and bf16; sets the store to fp32 if they disagree."""
         texts = self._texts(self.writer.pending()[0])
         both = []
         for precision in ("fp32", "bf16"):
@@ -140,13 +135,12 @@ class Extraction:
             if len(a) and len(a) == len(b)
         ]
         worst = float(np.min(cosines, initial=1.0))  # which is NaN where any of them is
-        facts: dict[str, Any] = {"bf16_cosine": worst}
-        if not worst >= GATE:  # NaN too
+        if not worst >= MIN_BF16_COSINE:  # NaN too
             logger.warning("bf16 reaches a cosine of only %.4f to fp32 on the first batch: going on in fp32", worst)
-            facts["precision"] = "fp32"
+            self.writer.update(precision="fp32")
         else:
             logger.info("computing in bf16: cosine to fp32 of at least %.5f on the first batch", worst)
-        self.writer.update(**facts)
+        self.writer.record(bf16_cosine=worst)
 
     def _embedder(self, precision: str) -> Embedder:
         manifest = self.writer.manifest
@@ -163,29 +157,29 @@ class Extraction:
 
     @cached_property
     def embedder(self) -> Embedder:
-        """What the store's manifest asks for."""
+        """The embedder with the store's settings."""
         return self._embedder(self.writer.manifest["precision"])
 
     def _texts(self, shard: Shard) -> dict[int, str]:
-        """Row and what of the sequence goes through the model."""
+        """The sequences, truncated if requested, by row."""
         cut = self.request.max_length if self.request.long == "truncate" else None
         return {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
 
     def compute(self, shards: list[Shard], progress: bool = True) -> tuple[int, int]:
-        """Computes what is missing of some shards; batches are written while others are computed.
+        """Computes what is missing of some shards; a thread writes each batch while the next is computed.
 
         Args:
-            shards: Which.
-            progress: Whether to show a bar, if on a terminal.
+            shards: The shards to complete.
+            progress: Whether to show a progress bar, if on a terminal.
 
         Returns:
-            Distinct sequences and residues that went through the model.
+            Number of distinct sequences computed, and of their residues.
         """
         computed = residues = 0
         total = sum(shard.residues for shard in shards)
-        quiet = None if progress else True  # None: quiet where standard error is no terminal
+        hidden = None if progress else True  # None: hidden unless standard error is a terminal
         with (
-            tqdm(total=total, desc="embed", unit="residue", unit_scale=True, disable=quiet) as bar,
+            tqdm(total=total, desc="embed", unit="residue", unit_scale=True, disable=hidden) as bar,
             ThreadPoolExecutor(max_workers=1) as pool,
         ):
             writing: Future[None] | None = None
@@ -200,8 +194,18 @@ class Extraction:
                 writing.result()
         return computed, residues
 
+    def finish(self, computed: int, residues: int, seconds: float) -> None:
+        """Records complete shards in the manifest and, where something was computed, the run in the provenance.
+
+        The caller holds the store's lock.
+        """
+        self.writer.finish()
+        if computed:
+            counts = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
+            self.writer.record_extraction(**environment(self.device), **counts)
+
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
-        """What is to compute of each shard; the last batch of a shard may be empty."""
+        """The batches to compute of each shard; its last one is empty and tells that the shard can be sealed."""
         for shard in shards:
             if self.writer.is_sealed(shard):
                 yield _Batch(shard, [], [], shard.residues, last=False)
@@ -209,20 +213,20 @@ class Extraction:
             texts, done = self._texts(shard), self.writer.done(shard)
             rows = list(texts)
             for batch in self.embedder.batches([len(text) for text in texts.values()]):
-                left = [rows[i] for i in batch if rows[i] not in done]
-                work = sum(len(texts[rows[i]]) for i in batch)
-                yield _Batch(shard, left, [texts[row] for row in left], work, last=False)
+                missing = [rows[i] for i in batch if rows[i] not in done]
+                residues = sum(len(texts[rows[i]]) for i in batch)
+                yield _Batch(shard, missing, [texts[row] for row in missing], residues, last=False)
             yield _Batch(shard, [], [], 0, last=True)
 
     def _write(self, batch: _Batch, result: Embedded) -> None:
-        """Waits for the device and writes."""
+        """Writes one batch; `cpu()` waits for the device."""
         if batch.rows:
             vectors = result.vectors.cpu().numpy()
             owner = np.repeat(batch.rows, result.counts)
-            wrong = owner[~np.isfinite(vectors).all(axis=1)]
-            if len(wrong):
+            invalid = owner[~np.isfinite(vectors).all(axis=1)]
+            if len(invalid):
                 raise InputError(
-                    f"Expected finite vectors but {self.writer.ids(batch.shard, wrong[:1])[0]} has NaN or inf; "
+                    f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
                     f"check the weights {self.backbone.name}, or use another store with --precision fp32."
                 )
             self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
@@ -235,10 +239,10 @@ class _Batch:
     """Sequences of one shard that go through the model together.
 
     Attributes:
-        shard: Theirs.
-        rows: Their numbers.
-        texts: Their residues.
-        residues: What the progress bar counts, with those that were there already.
+        shard: Their shard.
+        rows: Their rows.
+        texts: The sequences.
+        residues: What the progress bar counts: with those computed by an earlier run.
         last: Whether the shard is complete after it.
     """
 
@@ -253,5 +257,5 @@ def native_precision(device: torch.device) -> str:
     """`bf16` where the hardware multiplies it natively, otherwise `fp32`."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has = torch.cpu.get_capabilities()
-    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"

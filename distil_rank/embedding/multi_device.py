@@ -1,7 +1,7 @@
 """Several devices or nodes fill one store, through Lightning's `Trainer`.
 
-The first rank plans while the others wait; then each computes whole shards of about the same work, and the first one
-notes them in the manifest. A shard that a dead rank leaves behind is computed by the next run.
+Rank 0 plans while the others wait; then each rank computes whole shards of about the same work, and rank 0 records them
+in the manifest. The next run computes the shards of a rank that died.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distil_rank.errors import InputError
 
 
 def balanced(shards: list[Shard], ranks: int) -> list[list[Shard]]:
-    """Gives each rank shards of about the same number of residues: the largest first, to who has least.
+    """Gives each rank shards of about the same number of residues: greedily, largest first, to the least loaded.
 
     >>> shards = [Shard(str(work), (0, 1), ("", 0, 1), work, "") for work in (5, 4, 3, 3, 3)]
     >>> [[shard.residues for shard in part] for part in balanced(shards, 2)]
@@ -38,14 +38,14 @@ class _Extractor(LightningModule):
     """Plans in `setup`, computes this rank's shards in `predict_step`, finishes in `teardown`.
 
     Args:
-        request: What to embed.
+        request: What to embed, and how.
 
     Attributes:
-        added: The number of proteins that were added (in the first rank, as the next).
-        report: What reading them changed.
-        shards: What was left to compute for all ranks.
+        added: The number of added proteins (known to rank 0).
+        report: What cleaning changed (known to rank 0).
+        shards: The shards to compute, of all ranks.
         seconds: From the first batch until the last rank is done.
-        store: The filled store, opened before another process may plan for it.
+        store: The filled store, opened before the lock is released.
     """
 
     shards: list[Shard]
@@ -57,7 +57,7 @@ class _Extractor(LightningModule):
         self.request = request
         self.added = 0
         self.report = CleaningReport(str(request.fasta))
-        self._held = ExitStack()
+        self._lock = ExitStack()
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
@@ -65,18 +65,28 @@ class _Extractor(LightningModule):
         problem = None
         if self.trainer.is_global_zero:
             try:
-                self._held.enter_context(self.extraction.writer.lock())
+                self._lock.enter_context(self.extraction.writer.lock())
                 self.added, self.report = self.extraction.plan()
             except InputError as error:
                 problem = str(error)
-        problem = strategy.broadcast(problem)  # or the others would wait for ever
+        problem = strategy.broadcast(problem)  # or the other ranks would wait forever
         if problem is not None:
-            self._held.close()
+            self._lock.close()
             raise InputError(problem)
         self.shards = self.extraction.writer.pending()
 
+    @property
+    def computed(self) -> int:
+        """Distinct sequences that all ranks computed."""
+        return sum(shard.rows[1] - shard.rows[0] for shard in self.shards)
+
+    @property
+    def residues(self) -> int:
+        """Their residues."""
+        return sum(shard.residues for shard in self.shards)
+
     def predict_dataloader(self) -> Any:
-        return DataLoader(range(1), batch_size=None)  # type: ignore[arg-type]  # one step, which is never too few
+        return DataLoader(range(1), batch_size=None)  # type: ignore[arg-type]  # a single step
 
     def predict_step(self, _: Any) -> None:
         self._start = time.perf_counter()
@@ -87,18 +97,18 @@ class _Extractor(LightningModule):
         self.trainer.strategy.barrier("all shards")
         self.seconds = time.perf_counter() - self._start
         if self.trainer.is_global_zero:
-            self.extraction.writer.finish()
+            self.extraction.finish(self.computed, self.residues, self.seconds)
         self.trainer.strategy.barrier("finished")
         self.store = Store.open(self.request.store)
         self.trainer.strategy.barrier("opened")
-        self._held.close()
+        self._lock.close()
 
 
 def extract_on_devices(request: Request, accelerator: str, devices: int, num_nodes: int, strategy: str) -> _Extractor:
     """Fills the store with `devices` processes on each of `num_nodes` nodes, as Lightning launches them.
 
     Returns:
-        What this process did and found.
+        The module after prediction, with this process's results.
 
     Raises:
         InputError: Lightning has no such devices or strategy, or the request cannot be met.
@@ -112,13 +122,13 @@ def extract_on_devices(request: Request, accelerator: str, devices: int, num_nod
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
-            inference_mode=False,  # nested tensors, which attention on a GPU takes, do not mix with it
-            enable_progress_bar=False,  # ours counts residues
-            use_distributed_sampler=False,  # shards are dealt out by work, not by number
+            inference_mode=False,  # incompatible with nested tensors, which attention on a GPU uses
+            enable_progress_bar=False,  # `Extraction.compute` shows one that counts residues
+            use_distributed_sampler=False,  # `balanced` distributes shards by work
         )
     except (ValueError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"Expected devices and a strategy that Lightning knows but it said: {reason}") from error
+        raise InputError(f"Expected devices and a strategy that Lightning knows but got: {reason}") from error
     extractor = _Extractor(request)
     trainer.predict(extractor, return_predictions=False)
     return extractor

@@ -1,7 +1,8 @@
-"""Embeddings on disk: Arrow shards and a manifest that ties them together.
+"""Embeddings on disk: Arrow shards and a manifest that lists them.
 
     store/
       manifest.json           settings, counts, and each file's size and SHA-256
+      provenance.json         when and where it was computed (see `provenance.py`); not part of the content
       proteins-00000.arrow    id, sequence, sha256, length, row, notes; in input order
       vectors-00000.arrow     row, embedding; the rows of one shard in order
 
@@ -9,8 +10,8 @@ A *row* numbers the distinct sequences in the order of their first appearance; p
 one. A pooled store has one vector for each row, a per-residue store as many as the sequence has residues. A row without
 a vector was skipped.
 
-Arrow IPC rather than safetensors because one format then holds both the vectors and the table of proteins, strings
-included; both kinds of file are memory-mapped, so that opening a store reads almost nothing.
+Arrow IPC rather than safetensors because one format then holds both the vectors and the table of proteins, including
+strings; both kinds of file are memory-mapped, so that opening a store reads almost nothing.
 """
 
 from __future__ import annotations
@@ -29,17 +30,10 @@ import pyarrow as pa
 
 from distil_rank.errors import InputError
 
-EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # `format` of a manifest: what its shards hold
+EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # a manifest's `format`: what the shards hold
 VERSION = 1
-SETTINGS = (
-    "weights_sha256",
-    "dim",
-    "layer",
-    "pooling",
-    "precision",
-    "long",
-    "max_length",
-)  # what the vectors depend on
+# what the vectors depend on
+SETTINGS = ("weights_sha256", "dim", "layer", "pooling", "precision", "long", "max_length")
 _MANIFEST = {"dim": int, "backbone": str, "fallback": str | None, "proteins": list, "shards": list}
 _CODE = {"sha256": str, "rank": int, "dtype": str, "bytes": int}
 _FILE = {"file": str, "bytes": int, "sha256": str}
@@ -47,11 +41,11 @@ _SHARD = {"file": str, "rows": list, "proteins": list, "residues": int}
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that is put in place whole or not at all: temporary file, fsync, rename, fsync of the folder.
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write atomically: temporary file, fsync, rename, fsync of the folder.
 
     Raises:
-        InputError: it cannot be written; what was there before stays.
+        InputError: it cannot be written; the previous file stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -68,8 +62,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             os.close(folder)
     except OSError as error:
         raise InputError(
-            f"Expected to write {path} but got: {error.strerror or error}; free space there, or see to that, and run "
-            "the same command again: what was finished is kept."
+            f"Expected to write {path} but got: {error.strerror or error}; free space there, or remove the cause, and "
+            "run the same command again: finished work is kept."
         ) from error
     finally:
         with suppress(OSError):
@@ -77,8 +71,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, content: bytes | pa.Table) -> None:
-    """Writes a `whole_file`."""
-    with whole_file(path) as file:
+    """Writes bytes, or a table as an Arrow file, through an `atomic_file`."""
+    with atomic_file(path) as file:
         if isinstance(content, bytes):
             file.write(content)
         else:
@@ -87,7 +81,7 @@ def write_atomically(path: Path, content: bytes | pa.Table) -> None:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Maps an Arrow file into memory without reading it.
+    """Memory-maps an Arrow file.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -102,19 +96,19 @@ def read_table(path: Path) -> pa.Table:
 def vectors_of(table: pa.Table) -> np.ndarray:
     """The `embedding` column as (vectors, dim) float32, without a copy where the table is one record batch."""
     column = table["embedding"].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # no chunk at all, or too many for one array
+    if isinstance(column, pa.ChunkedArray):  # no chunk, or too many for one array
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     values = column.flatten().to_numpy(zero_copy_only=True)
     return values.reshape(-1, column.type.list_size)
 
 
 class Store:
-    """A finished store, opened for reading. Nothing is read before it is asked for.
+    """A finished store, opened for reading. Files are read on first use.
 
     Attributes:
-        content: What it holds.
+        content: What it holds, `EMBEDDINGS` or `CODES`.
         path: The folder.
-        manifest: Backbone, weights' SHA-256, layer, pooling, precision, versions, counts, files.
+        manifest: Backbone, weights' SHA-256, layer, pooling, precision, counts, files.
         digest: SHA-256 over what the vectors depend on and every file's SHA-256: equal digests mean equal content.
         dim: Width of the vectors.
     """
@@ -134,7 +128,7 @@ class Store:
         """Opens a finished store.
 
         Raises:
-            InputError: the folder is no store, is unfinished, or a file is missing or has another size.
+            InputError: the folder is not a store, is unfinished, or a file is missing or has another size.
         """
         path = Path(path)
         manifest = read_manifest(path, cls.content)
@@ -148,14 +142,14 @@ class Store:
                 f"missing; run the same embed command again."
             )
         for file in manifest["proteins"] + manifest["shards"]:
-            found = path / file["file"]
-            size = size_of(found)
+            location = path / file["file"]
+            size = size_of(location)
             if size != file["bytes"]:
                 remedy = (
                     "run the same embed command again" if file in manifest["shards"] else "delete it and embed again"
                 )
                 raise InputError(
-                    f"Expected {file['bytes']} bytes in {found} but got {size if size is not None else 'no file'}; "
+                    f"Expected {file['bytes']} bytes in {location} but got {size if size is not None else 'no file'}; "
                     f"the store is damaged: {remedy}."
                 )
         return cls(path, manifest)
@@ -168,7 +162,7 @@ class Store:
         """
         for file in self.manifest["proteins"] + self.manifest["shards"]:
             if sha256_of(self.path / file["file"]) != file["sha256"]:
-                raise InputError(f"Expected {self.path / file['file']} as it was written but it changed; embed again.")
+                raise InputError(f"Expected {self.path / file['file']} unchanged but its SHA-256 differs; embed again.")
 
     @cached_property
     def _all_proteins(self) -> pa.Table:
@@ -183,14 +177,14 @@ class Store:
         return read_table(self.path / shard["file"])
 
     @cached_property
-    def _kept(self) -> np.ndarray:
+    def _has_vectors(self) -> np.ndarray:
         """Which of the proteins have vectors, (proteins,) bool."""
         return np.isin(self._all_proteins["row"].to_numpy(), self._vector_rows)
 
     @cached_property
     def proteins(self) -> pa.Table:
         """id, sequence, sha256, length, row and notes of each protein that has vectors, in input order."""
-        return self._all_proteins if self._kept.all() else self._all_proteins.filter(pa.array(self._kept))
+        return self._all_proteins if self._has_vectors.all() else self._all_proteins.filter(pa.array(self._has_vectors))
 
     @cached_property
     def ids(self) -> list[str]:
@@ -210,7 +204,7 @@ class Store:
     @property
     def skipped(self) -> list[str]:
         """Names of the proteins that have no vectors, because they did not fit into memory."""
-        return self._all_proteins.filter(pa.array(~self._kept))["id"].to_pylist()
+        return self._all_proteins.filter(pa.array(~self._has_vectors))["id"].to_pylist()
 
     def __len__(self) -> int:
         return len(self.proteins)
@@ -249,7 +243,7 @@ class Store:
 
 
 def settings_of(manifest: dict[str, Any]) -> list[Any]:
-    """The values of what the stored rows depend on; codes depend on the hash of their code map too."""
+    """The values of all settings that the stored rows depend on; for codes with the hash of their code map."""
     values = [manifest.get(key) for key in SETTINGS]
     return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
 
@@ -262,32 +256,32 @@ def read_manifest(path: Path, content: str = EMBEDDINGS) -> dict[str, Any] | Non
         content: What the store must hold, `EMBEDDINGS` or `CODES`.
 
     Raises:
-        InputError: there is one, but not one of ours, or it is of a store of something else.
+        InputError: it cannot be read, is not a store's, or belongs to a store of something else.
     """
     noun = content.removeprefix("distil-rank ")
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_bytes())
-        known = manifest["format"] == content and manifest["version"] == VERSION
+        matches = manifest["format"] == content and manifest["version"] == VERSION
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"Expected the manifest of a store of {noun} in {file} but it cannot be read.") from error
-    if not known and {manifest["format"], content} == {EMBEDDINGS, CODES}:
+    if not matches and {manifest["format"], content} == {EMBEDDINGS, CODES}:
         raise InputError(f"Expected a store of {noun} at {path} but it holds {manifest['format'].split()[-1]}.")
-    if not known:
+    if not matches:
         raise InputError(f"Expected {content} version {VERSION} in {file} but got another; make the store again.")
-    wrong = next(_misfits(manifest), None)
-    if wrong is not None:
+    invalid = next(_invalid_entries(manifest), None)
+    if invalid is not None:
         raise InputError(
-            f"Expected the manifest of a store of {noun} in {file} but {wrong} is missing or wrong; restore it, or "
+            f"Expected the manifest of a store of {noun} in {file} but {invalid} is missing or wrong; restore it, or "
             "choose another store."
         )
     return manifest
 
 
-def _misfits(manifest: dict[str, Any]) -> Iterator[str]:
-    """What in a manifest is not as it is written; each may rely on none having come before."""
+def _invalid_entries(manifest: dict[str, Any]) -> Iterator[str]:
+    """Names of invalid entries; each check relies on the ones before it having passed."""
     yield from _mistyped("", manifest, _MANIFEST)
     if manifest["format"] == CODES:
         yield from _mistyped("code: ", manifest.get("code"), _CODE)
@@ -314,7 +308,7 @@ def _mistyped(where: str, entry: Any, kinds: dict[str, Any]) -> Iterator[str]:
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes in a file; None where there is none."""
+    """Size of a file in bytes; None where there is none."""
     return path.stat().st_size if path.exists() else None
 
 

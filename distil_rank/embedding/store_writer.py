@@ -1,16 +1,16 @@
-"""Filling a store so that it survives being killed at any moment.
+"""Filling a store so that being killed at any moment loses nothing but the batch in progress.
 
-Three steps, each of which leaves whole files only:
+Three steps, each of which writes files atomically:
 
 1. *Plan* (one process, under a lock): new proteins go into a table, and distinct sequences are cut into shards of
    about equal work. The manifest names the shards before the first is computed.
 2. *Compute* (any number of processes): each batch becomes a part file; when a shard has all its parts they are merged
-   in order of the rows and removed. The batches of a shard follow from its sequences alone, so that whoever resumes
+   in order of the rows and removed. The batches of a shard follow from its sequences alone, so that a resumed run
    computes the same ones, and results do not depend on interruptions or on the number of processes.
 3. *Finish* (one process): the shards' sizes and hashes go into the manifest.
 
 Parts and shards carry the key of what they were computed from. A file with another key, or one that cannot be read, is
-removed and computed again.
+deleted and computed again.
 """
 
 from __future__ import annotations
@@ -33,27 +33,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distil_rank.embedding.compact_map import CompactMap
+from distil_rank.embedding.provenance import FORMERLY_IN_MANIFEST, read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store import (
     EMBEDDINGS,
     VERSION,
+    atomic_file,
     read_manifest,
     read_table,
     settings_of,
     sha256_of,
     size_of,
     vectors_of,
-    whole_file,
     write_atomically,
 )
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SHARDS_WANTED = 256  # enough to balance a cluster, few enough for any file system
+SHARD_COUNT = 256  # enough to balance a cluster, few enough for any file system
 SHARD_RESIDUES = (2**16, 2**22)  # bounds of a shard's size
-SHARD_BYTES = 2**28  # of vectors; what merging a shard may take of memory
-ROWS_AT_ONCE = 4096  # proteins in one record batch of the table
+SHARD_BYTES = 2**28  # of vectors: limits the memory that merging a shard takes
+BATCH_ROWS = 4096  # proteins in one record batch of the table
+
+OWN_NAMES = ("parts", "provenance.json")  # what a store holds beside its .arrow files and the manifest
 
 PROTEINS = pa.schema(
     [
@@ -75,8 +78,8 @@ class Shard:
         file: Name of its Arrow file in the store.
         rows: First row and the one behind the last.
         proteins: Where in the table of proteins these rows first appear: file, first line, line behind the last.
-        residues: Its work.
-        key: Digest of what its vectors follow from.
+        residues: Residues to compute.
+        key: Digest of what determines its vectors.
     """
 
     file: str
@@ -90,7 +93,7 @@ class StoreWriter:
     """A store that is being filled.
 
     Args:
-        path: The folder; made by `plan`.
+        path: The folder; created by `lock`.
         content: What the store holds, `EMBEDDINGS` or `CODES`.
     """
 
@@ -100,7 +103,7 @@ class StoreWriter:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """As it is on disk now; empty before `plan`."""
+        """The manifest on disk; empty before `plan`."""
         return read_manifest(self.path, self.content) or {}
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -109,7 +112,7 @@ class StoreWriter:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes from filling the same store; the kernel lets go of it when this one dies.
+        """Takes the store's exclusive lock; the kernel releases it when the process dies.
 
         Raises:
             InputError: another process holds it, or the folder cannot be made.
@@ -126,69 +129,71 @@ class StoreWriter:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = os.path.samestat(os.fstat(file.fileno()), path.stat())  # or the last holder has just removed it
+                # a lock file that its last holder has just deleted excludes nobody
+                locked = os.path.samestat(os.fstat(file.fileno()), path.stat())
             except OSError:
-                held = False
-            if not held:
+                locked = False
+            if not locked:
                 raise InputError(
-                    f"Expected to be alone in {self.path} but another process is filling it; wait for it, or choose "
-                    "another store."
+                    f"Expected exclusive access to {self.path} but another process is filling it; wait for it, or "
+                    "choose another store."
                 )
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
                 if new:
-                    with suppress(OSError):  # what was refused leaves no empty folder
+                    with suppress(OSError):  # a refused request leaves no empty folder
                         self.path.rmdir()
 
     def plan(
         self,
         proteins: Iterable[Protein],
         settings: dict[str, Any],
-        provenance: dict[str, Any],
+        description: dict[str, Any],
         report: CleaningReport,
     ) -> int:
-        """Adds the proteins that are not there yet and cuts their sequences into shards.
+        """Adds the proteins that the store lacks and cuts their sequences into shards.
 
         Args:
             proteins: Names and cleaned sequences.
-            settings: What the vectors depend on; must be those of the proteins that are there. Needs `pooling`, `dim`,
-                and `long`, what happens to proteins above `max_length` residues.
-            provenance: What else the manifest of a new store should tell.
-            report: What reading `proteins` changed; kept beside their table.
+            settings: What the vectors depend on; must equal the store's. Needs `pooling`, `dim`, and `long`, what
+                happens to proteins above `max_length` residues.
+            description: Further entries of a new store's manifest, such as the backbone's name.
+            report: What reading `proteins` changed; kept in the manifest.
 
         Returns:
-            The number of proteins that were added.
+            The number of added proteins.
 
         Raises:
-            InputError: the settings differ from the store's, or a name is there with another sequence.
+            InputError: the settings differ from the store's, or the store has a name with another sequence.
         """
-        manifest = self._begin(settings, provenance)
+        manifest = self._begin(settings, description)
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
         added = self._write_proteins(name, proteins, manifest)
         if added:
-            manifest["shards"] += self._cut(name, manifest)
-            about = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
-            manifest["proteins"].append({**about, **_fingerprint(self.path / name)})
+            manifest["shards"] += self._new_shards(name, manifest)
+            entry = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
+            manifest["proteins"].append({**entry, **_fingerprint(self.path / name)})
         self._write_manifest(manifest)
         return added
 
-    def _begin(self, settings: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
-        """The manifest of a store that is made with these settings; a new one where there is none.
+    def _begin(self, settings: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+        """The manifest of a store with these settings; a new one where there is none.
 
         Raises:
             InputError: a folder of something else, or a store of other settings.
         """
         manifest = self.manifest
         if not manifest:
-            strangers = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
-            strangers = [name for name in strangers if name != "parts" and not name.endswith(".arrow")]
-            if strangers:
-                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {strangers[0]}.")
-            about = {"format": self.content, "version": VERSION}
-            manifest = {**about, **settings, **provenance, "proteins": [], "shards": []}
+            visible = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
+            unexpected = [name for name in visible if name not in OWN_NAMES and not name.endswith(".arrow")]
+            if unexpected:
+                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {unexpected[0]}.")
+            header = {"format": self.content, "version": VERSION}
+            manifest = {**header, **settings, **description, "proteins": [], "shards": []}
+        self._move_provenance(manifest)
         for key, value in settings.items():
             if manifest.get(key) != value:
                 raise InputError(
@@ -197,21 +202,31 @@ class StoreWriter:
                 )
         return manifest
 
+    def _move_provenance(self, manifest: dict[str, Any]) -> None:
+        """Moves what manifests held up to version 0.1 into the file for provenance."""
+        former = {key: manifest.pop(key) for key in FORMERLY_IN_MANIFEST if key in manifest}
+        if former:
+            provenance = read_provenance(self.path)
+            first = {"versions": former.get("versions"), "run": former.get("embedding_run")}
+            provenance["extractions"].insert(0, {key: value for key, value in first.items() if value})
+            provenance |= {key: value for key, value in former.items() if key == "bf16_cosine"}
+            write_provenance(self.path, provenance)
+
     def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
-        """Writes the table of the proteins that are new, and nothing if there is none or one is refused."""
+        """Writes the table of the new proteins; writes nothing if there is none or one is refused."""
         rows = self._new_rows(proteins, manifest)
-        block = list(islice(rows, ROWS_AT_ONCE))
+        block = list(islice(rows, BATCH_ROWS))
         added = len(block)
         if added:
-            with whole_file(self.path / name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
+            with atomic_file(self.path / name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
                 while block:
                     writer.write_batch(_record_batch(block))
-                    block = list(islice(rows, ROWS_AT_ONCE))
+                    block = list(islice(rows, BATCH_ROWS))
                     added += len(block)
         return added
 
     def _new_rows(self, proteins: Iterable[Protein], manifest: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """The lines of the table for proteins that are new; the numbers of new sequences go on from the last one."""
+        """Table rows of the new proteins; new sequences are numbered from the last one on."""
         row_of, row_of_name = CompactMap(), CompactMap()
         for file in manifest["proteins"]:
             for batch in read_table(self.path / file["file"]).to_batches():
@@ -219,18 +234,18 @@ class StoreWriter:
                 for name, sequence, row in zip(*columns, strict=True):
                     row_of.setdefault(sequence, row)
                     row_of_name.setdefault(name, row)
-        cut = max((shard["rows"][1] for shard in manifest["shards"]), default=0)
-        if cut != len(row_of):
+        sharded = max((shard["rows"][1] for shard in manifest["shards"]), default=0)
+        if sharded != len(row_of):
             raise InputError(
-                f"Expected shards for {len(row_of)} sequences in {self.path}/manifest.json but got shards for {cut}; "
-                "it was changed by hand: restore it, or choose another store."
+                f"Expected shards for {len(row_of)} sequences in {self.path}/manifest.json but got shards for "
+                f"{sharded}; it was changed by hand: restore it, or choose another store."
             )
         for protein in proteins:
-            known = row_of_name.get(protein.id)
+            stored_row = row_of_name.get(protein.id)
             row = row_of.setdefault(protein.sequence, len(row_of))
-            if known == row:
+            if stored_row == row:
                 continue
-            if known is not None:
+            if stored_row is not None:
                 raise InputError(
                     f"Expected {protein.id} with the sequence that {self.path} has for it but got another; "
                     "rename it, or choose another store."
@@ -239,24 +254,24 @@ class StoreWriter:
             note = manifest["long"] if length > manifest["max_length"] else ""
             yield protein.id, protein.sequence, digest, length, row, note
 
-    def _cut(self, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-        """Cuts the new rows into shards of about equal work."""
+    def _new_shards(self, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        """Entries for shards of about equal work that hold the new rows."""
         table = read_table(self.path / name)
         lengths, rows = table["length"].to_numpy(), table["row"].to_numpy()
-        known = max((shard["rows"][1] for shard in manifest["shards"]), default=0)
-        highest = np.maximum.accumulate(np.concatenate([[known - 1], rows]))
+        first_new = max((shard["rows"][1] for shard in manifest["shards"]), default=0)
+        highest = np.maximum.accumulate(np.concatenate([[first_new - 1], rows]))
         first_seen = rows > highest[:-1]
         work = np.where(first_seen, lengths, 0)
         low, high = SHARD_RESIDUES
-        size = min(max(int(work.sum()) // SHARDS_WANTED, low), high)
+        size = min(max(int(work.sum()) // SHARD_COUNT, low), high)
         if manifest["pooling"] == "residue":
             size = min(size, SHARD_BYTES // (4 * manifest["dim"]))
-        done = np.cumsum(work)
+        cumulative = np.cumsum(work)
         shards: list[dict[str, Any]] = []
         start = 0
         while start < len(work):
-            before = int(done[start - 1]) if start else 0
-            stop = max(int(np.searchsorted(done, before + size, "right")), start + 1)
+            before = int(cumulative[start - 1]) if start else 0
+            stop = max(int(np.searchsorted(cumulative, before + size, "right")), start + 1)
             if first_seen[start:stop].any():
                 shards.append(
                     {
@@ -269,12 +284,25 @@ class StoreWriter:
             start = stop
         return shards
 
-    def update(self, **facts: Any) -> None:
-        """Writes facts into the manifest."""
-        self._write_manifest({**self.manifest, **facts})
+    def update(self, **entries: Any) -> None:
+        """Sets entries of the manifest."""
+        self._write_manifest({**self.manifest, **entries})
+
+    def record(self, **entries: Any) -> None:
+        """Sets entries of the provenance."""
+        write_provenance(self.path, {**read_provenance(self.path), **entries})
+
+    def record_extraction(self, **entries: Any) -> None:
+        """Appends an extraction to the provenance."""
+        self.record(extractions=[*read_provenance(self.path)["extractions"], entries])
+
+    def record_run(self, run: str) -> None:
+        """Names the MLflow run of the last extraction in the provenance."""
+        *before, last = read_provenance(self.path)["extractions"] or [{}]
+        self.record(extractions=[*before, {**last, "run": run}])
 
     def pending(self) -> list[Shard]:
-        """The shards that the manifest does not know as finished, in order."""
+        """The shards that the manifest does not list as finished, in order."""
         manifest = self.manifest
         return [
             Shard(
@@ -292,28 +320,28 @@ class StoreWriter:
         """Row and sequence of the shard's distinct sequences, in order of the rows."""
         name, start, stop = shard.proteins
         table = read_table(self.path / name).slice(start, stop - start).select(["row", "sequence"])
-        found: dict[int, str] = {}
+        sequence_of: dict[int, str] = {}
         for batch in table.to_batches():
             for row, sequence in zip(batch["row"].to_pylist(), batch["sequence"].to_pylist(), strict=True):
                 if shard.rows[0] <= row < shard.rows[1]:
-                    found.setdefault(row, sequence)
-        return found
+                    sequence_of.setdefault(row, sequence)
+        return sequence_of
 
     def ids(self, shard: Shard, rows: Sequence[int]) -> list[str]:
-        """The proteins of the shard's table that some of its rows belong to."""
+        """Names of the shard's proteins that have these rows."""
         name, start, stop = shard.proteins
         table = read_table(self.path / name).slice(start, stop - start)
         return table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))["id"].to_pylist()
 
     def is_sealed(self, shard: Shard) -> bool:
-        """Whether the shard's file is in place."""
+        """Whether the shard's file is complete."""
         return _computed(self.path / shard.file, shard.key) is not None
 
     def _parts(self, shard: Shard) -> Path:
         return self.path / "parts" / shard.file.removesuffix(".arrow")
 
     def done(self, shard: Shard) -> set[int]:
-        """The rows that finished batches hold, those of skipped sequences included."""
+        """The rows of finished batches, including skipped sequences."""
         rows: set[int] = set()
         for part in sorted(self._parts(shard).glob("*.arrow")):
             table = _computed(part, shard.key)
@@ -322,12 +350,12 @@ class StoreWriter:
         return rows
 
     def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
-        """Keeps one batch.
+        """Writes one batch.
 
         Args:
-            shard: Where it belongs.
-            rows: The batch's sequences.
-            counts: How many vectors each has; 0 for one that was skipped.
+            shard: The batch's shard.
+            rows: Rows of the batch's sequences.
+            counts: Number of vectors of each; 0 for a skipped one.
             vectors: (sum of counts, dim) float32.
         """
         table = vector_table(np.repeat(rows, counts), vectors, {"key": shard.key, "rows": json.dumps(rows)})
@@ -343,14 +371,14 @@ class StoreWriter:
         shutil.rmtree(self._parts(shard))
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
-        """Notes size and hash of each shard that is in place, forgets those that are not; leaves of killed runs go."""
+        """Sets size and hash of complete shards, clears those of damaged ones; deletes killed runs' temporary files."""
         for shard in manifest["shards"]:
             file = self.path / shard["file"]
             if "sha256" in shard and size_of(file) != shard["bytes"]:
                 logger.warning("%s is missing or damaged: it is computed again", file)
                 file.unlink(missing_ok=True)
-                for fact in ("vectors", "skipped", "bytes", "sha256"):
-                    shard.pop(fact, None)
+                for entry in ("vectors", "skipped", "bytes", "sha256"):
+                    shard.pop(entry, None)
             table = None if "sha256" in shard else _computed(file, _key(shard, manifest))
             if table is not None:
                 rows = table["row"].to_numpy()
@@ -358,11 +386,11 @@ class StoreWriter:
                 shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
                 shard.update(_fingerprint(file))
                 shutil.rmtree(self.path / "parts" / file.stem, ignore_errors=True)
-        for leaf in [*self.path.glob(".*.arrow*"), *self.path.glob(".manifest.json.*")]:
-            leaf.unlink(missing_ok=True)
+        for temporary in [*self.path.glob(".*.arrow*"), *self.path.glob(".*.json.*")]:
+            temporary.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Notes finished shards in the manifest; removes the folder of parts when no shard is left.
+        """Records complete shards in the manifest; deletes the folder of parts when no shard is pending.
 
         The manifest then depends on the proteins and the settings only.
         """
@@ -374,15 +402,15 @@ class StoreWriter:
 
 
 def _key(shard: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """Digest of what the shard's vectors follow from: the settings, and its lines in which table of proteins."""
+    """Digest of what determines the shard's vectors: the settings, and its lines of a table of proteins."""
     name = shard["proteins"][0]
     table = next(file["sha256"] for file in manifest["proteins"] if file["file"] == name)
-    facts = [settings_of(manifest), table, shard["proteins"], shard["rows"]]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    inputs = [settings_of(manifest), table, shard["proteins"], shard["rows"]]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def _computed(file: Path, key: str) -> pa.Table | None:
-    """The vectors that were computed for this key; a file of that name which holds anything else is removed."""
+    """The vectors computed for this key; a file with another key, or a damaged one, is deleted."""
     if not file.exists():
         return None
     with suppress(InputError):
@@ -403,7 +431,7 @@ def _record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=PROTEINS)
 
 
-def vector_table(rows: np.ndarray, vectors: np.ndarray, about: dict[str, str]) -> pa.Table:
+def vector_table(rows: np.ndarray, vectors: np.ndarray, metadata: dict[str, str]) -> pa.Table:
     """The table of a shard or part: row numbers, `(vectors,)`, and their vectors or codes, `(vectors, width)`."""
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    return pa.table({"row": pa.array(rows, pa.int64()), "embedding": embedding}, metadata=about)
+    return pa.table({"row": pa.array(rows, pa.int64()), "embedding": embedding}, metadata=metadata)

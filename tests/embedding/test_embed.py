@@ -1,6 +1,7 @@
 """From a file to a store: idempotent, never mixing, nothing said quietly."""
 
 import logging
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from distil_rank.embedding import backbones, extraction
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, read_proteins
 from distil_rank.embedding.store import SETTINGS, Store
 from distil_rank.embedding.store_writer import StoreWriter
@@ -64,14 +66,31 @@ def test_the_store_holds_what_the_embedder_gives(run, fasta, tiny_esm2, pooling)
     assert store.protein_of_row().tolist() == np.repeat(np.arange(4), lengths).tolist()
 
 
-def test_manifest_tells_what_the_vectors_depend_on(run, fasta, tiny_esm2):
+def test_manifest_tells_what_the_vectors_depend_on_and_provenance_how(run, fasta, tiny_esm2):
     run(fasta, layer=1)
     manifest = Store.open(fasta.parent / "store").manifest
     assert manifest["layer"] == 1
     assert manifest["backbone"] == str(tiny_esm2.fair_esm)
     assert manifest["weights_sha256"] == load_backbone(str(tiny_esm2.fair_esm)).sha256
-    assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["proteins"][0]["cleaning"]["records"] == 4
+    (extraction,) = read_provenance(fasta.parent / "store")["extractions"]
+    assert extraction["versions"]["torch"] == torch.__version__
+    assert (extraction["computed"], extraction["residues"]) == (3, 34)
+    assert extraction["seconds"] > 0 and extraction["machine"]["device"]
+    run(fasta, layer=1)
+    assert len(read_provenance(fasta.parent / "store")["extractions"]) == 1, "nothing was computed"
+
+
+def test_two_extractions_of_one_file_differ_in_provenance_only(run, fasta, tmp_path):
+    contents = []
+    for _ in range(2):
+        run(fasta)
+        StoreWriter(tmp_path / "store").record_run(f"run {len(contents)}")
+        contents.append({file.name: file.read_bytes() for file in (tmp_path / "store").iterdir()})
+        shutil.rmtree(tmp_path / "store")
+    first, second = contents
+    assert first.keys() == second.keys()
+    assert {name for name in first if first[name] != second[name]} == {"provenance.json"}
 
 
 def test_more_proteins_are_added_and_only_they_are_computed(run, fasta, tmp_path):
@@ -172,14 +191,13 @@ def test_bf16_is_gated(run, fasta, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert run(fasta).precision == "bf16"
     assert "computing in bf16: cosine to fp32 of at least 0.99" in caplog.text
-    manifest = Store.open(fasta.parent / "store").manifest
-    assert 0.999 < manifest["bf16_cosine"] < 1
+    assert 0.999 < read_provenance(fasta.parent / "store")["bf16_cosine"] < 1
     assert "going on in fp32" not in caplog.text
 
 
 def test_bf16_that_is_off_gives_way_to_fp32_aloud(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
-    monkeypatch.setattr(extraction, "GATE", 1.1)
+    monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
     with caplog.at_level(logging.WARNING):
         assert run(fasta).precision == "fp32"
     assert "going on in fp32" in caplog.text
@@ -196,7 +214,7 @@ def test_an_unreadable_file_is_told_before_any_model_is_fetched(tmp_path, monkey
 
 def test_a_store_that_was_asked_for_in_bf16_stays_so(run, fasta, monkeypatch):
     monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
-    monkeypatch.setattr(extraction, "GATE", 1.1)
+    monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
     assert run(fasta, precision="bf16").computed > 0
     assert (run(fasta).precision, run(fasta).computed) == ("bf16", 0)
     fasta.write_text(fasta.read_text() + ">new\nMKVLAAGIV\n")

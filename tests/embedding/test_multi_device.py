@@ -16,6 +16,7 @@ from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import Shard, StoreWriter
 
 SCRIPT = """
+import os
 import sys
 import torch
 from distil_rank.embedding import store_writer
@@ -29,9 +30,10 @@ for job in sys.argv[2:]:
     store_writer.SHARD_RESIDUES = (int(shard), int(shard))
     try:
         summary = embed(fasta, store, backbone=backbone, accelerator="cpu", devices=2)
-        print("SUMMARY", store, summary.proteins, summary.added, summary.computed, flush=True)
+        line = f"SUMMARY {store} {summary.proteins} {summary.added} {summary.computed}\\n"
     except InputError as error:
-        print("REFUSED", error, flush=True)
+        line = f"REFUSED {error}\\n"
+    os.write(1, line.encode())  # a single write: two processes share the pipe
 """
 
 

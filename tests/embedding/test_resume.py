@@ -52,7 +52,9 @@ def forks():
 
 
 def content(store: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(store.iterdir()) if file.is_file()}
+    """Every file but the provenance, which tells the runs apart."""
+    files = [file for file in sorted(store.iterdir()) if file.is_file() and file.name != "provenance.json"]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def lines(log: Path) -> int:

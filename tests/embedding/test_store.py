@@ -157,7 +157,7 @@ def test_a_changed_byte_is_found(tmp_path, file):
     content = bytearray((tmp_path / file).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(InputError, match=f"{file} as it was written"):
+    with pytest.raises(InputError, match=f"{file} unchanged but its SHA-256 differs"):
         store.verify()
 
 

@@ -6,10 +6,11 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distil_rank.embedding import store_writer
+from distil_rank.embedding.provenance import embedding_run, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
@@ -54,6 +55,7 @@ def test_plan_notes_long_proteins_and_settings(tmp_path):
 sequences = st.lists(st.text("ACD", min_size=1, max_size=12), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(sequences, sequences, st.integers(1, 60), st.sampled_from(["mean", "residue"]))
 def test_shards_cover_every_distinct_sequence_once(tmp_path_factory, first, second, size, pooling):
     """Whatever is planned, in two goes, each distinct sequence is in exactly one shard, in order."""
@@ -157,7 +159,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch,
     assert content[0] == content[1]
 
 
-def test_leaves_of_killed_runs_go(tmp_path):
+def test_temporary_files_of_killed_runs_are_deleted(tmp_path):
     plan(tmp_path / "s", proteins("MK"))
     for name in (".proteins-00001.arrow", ".vectors-00000.arrow.123", ".manifest.json.77"):
         (tmp_path / "s" / name).touch()
@@ -247,6 +249,38 @@ def test_a_damaged_shard_of_a_finished_store_is_computed_again(tmp_path, monkeyp
     assert [shard.file for shard in writer.pending()] == ["vectors-00001.arrow"]
     fill(writer)
     assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == before
+
+
+def test_provenance_of_older_manifests_moves_to_its_own_file(tmp_path):
+    """Up to version 0.1 a manifest held versions and the MLflow run."""
+    path = tmp_path / "s"
+    writer, _ = plan(path, proteins("MK"))
+    fill(writer)
+    content, digest = writer.manifest, Store.open(path).digest
+    writer.update(versions={"torch": "2.0"}, embedding_run="abc", bf16_cosine=0.9999)
+    old = Store.open(path)
+    assert old.digest == digest
+    assert embedding_run(path, old.manifest) == "abc"
+    writer.record_extraction(computed=3)
+    plan(path, proteins("MK"))
+    assert writer.manifest == content
+    assert read_provenance(path) == {
+        "extractions": [{"versions": {"torch": "2.0"}, "run": "abc"}, {"computed": 3}],
+        "bf16_cosine": 0.9999,
+    }
+    assert embedding_run(path, writer.manifest) == "abc"
+    writer.record_run("def")
+    assert embedding_run(path, writer.manifest) == "def"
+    assert Store.open(path).digest == digest
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"extractions": 3}', '{"extractions": [3]}'])
+def test_a_damaged_provenance_is_reported_and_the_store_still_opens(tmp_path, caplog, content):
+    writer, _ = plan(tmp_path / "s", proteins("MK"))
+    fill(writer)
+    (tmp_path / "s" / "provenance.json").write_text(content)
+    assert embedding_run(tmp_path / "s", Store.open(tmp_path / "s").manifest) is None
+    assert "provenance.json cannot be read" in caplog.text
 
 
 def test_the_manifest_depends_on_content_only(tmp_path):

@@ -1,0 +1,81 @@
+"""How a store was made: versions, machine, MLflow run, time. Kept beside the store's content, not in its digest.
+
+    store/provenance.json   {"extractions": [{"versions", "machine", "computed", "residues", "seconds", "run"}, ...],
+                             further facts by name}
+
+There is one entry for each run that computed something, in order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distil_rank.embedding.store import write_atomically
+
+logger = logging.getLogger(__name__)
+
+FILE = "provenance.json"
+PACKAGES = ("distil-rank", "torch", "fair-esm", "pyarrow")
+FORMERLY_IN_MANIFEST = ("versions", "embedding_run", "bf16_cosine")  # up to version 0.1
+
+
+def read_provenance(store: str | Path) -> dict[str, Any]:
+    """What is recorded of how a store was made; `extractions` is always there, and empty where nothing is recorded.
+
+    A file that cannot be read is reported in a warning: the store's content does not depend on it.
+    """
+    file = Path(store) / FILE
+    try:
+        content = json.loads(file.read_bytes())
+        if isinstance(content["extractions"], list) and all(isinstance(one, dict) for one in content["extractions"]):
+            return dict(content)
+        reason = "it has no list of extractions"
+    except FileNotFoundError:
+        return {"extractions": []}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    logger.warning("%s cannot be read (%s): going on without what it records", file, reason)
+    return {"extractions": []}
+
+
+def write_provenance(store: str | Path, content: dict[str, Any]) -> None:
+    """Replaces the record atomically, if it changed; the caller holds the store's lock.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if content != read_provenance(store):
+        write_atomically(Path(store) / FILE, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def embedding_run(store: str | Path, manifest: dict[str, Any]) -> str | None:
+    """The MLflow run of the last extraction; None where none is recorded.
+
+    Args:
+        store: The folder.
+        manifest: Its manifest, which held the run up to version 0.1.
+    """
+    runs = [one["run"] for one in read_provenance(store)["extractions"] if one.get("run")]
+    return runs[-1] if runs else manifest.get("embedding_run")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions of what the vectors are computed with, and the machine."""
+    cuda = device.type == "cuda"
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": {
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
