@@ -51,7 +51,7 @@ def distilled(workplace):
         assert main(["distil", "--data.source", "proteins.npz", "--teacher.steps", "40", *QUICK]) == 0
     finally:
         os.chdir(old)
-    return json.loads((workplace / "results/distil/denoising-r8/summary.json").read_text())
+    return json.loads((workplace / "results/distil/denoising-r8/latest/summary.json").read_text())
 
 
 def client(workplace) -> mlflow.MlflowClient:
@@ -59,8 +59,8 @@ def client(workplace) -> mlflow.MlflowClient:
 
 
 def runs(workplace, experiment):
-    found = client(workplace).get_experiment_by_name(experiment)
-    return client(workplace).search_runs([found.experiment_id])
+    entry = client(workplace).get_experiment_by_name(experiment)
+    return [] if entry is None else client(workplace).search_runs([entry.experiment_id])
 
 
 def test_the_report_has_the_whole_ladder(distilled):
@@ -100,7 +100,7 @@ def test_mlflow_holds_what_a_reader_needs(distilled, workplace):
 
 
 def test_the_student_is_a_folder_that_loads_and_exports(distilled, workplace):
-    folder = workplace / "results/distil/denoising-r8/student"
+    folder = workplace / "results/distil/denoising-r8/latest/student"
     student, manifest = load(folder), read_manifest(folder)
     measured = distilled["teachers"][0]["ladder"][-1]["metrics"]["r2"]
     assert manifest["metrics"]["held_out_r2"]["value"] == pytest.approx(measured["value"])
@@ -178,10 +178,19 @@ def test_ranks_beyond_the_layer_are_refused_before_the_first_run(workplace, caps
     asked: list[int] = []
     command = ["sweep", "--data.source", "proteins.npz", "--teacher.kind", "spectral", "--data.split", "exact"]
     assert main([*command, "--ranks", "[2, 64]"]) == 2
-    assert "ranks up to 32, the width of the layer, but got 64" in capsys.readouterr().err
+    assert "`rank` in [1, 32] but got 64" in capsys.readouterr().err
     with pytest.raises(AttributeError):  # nothing comes of it here
         main(command)
     assert asked == [8]
+
+
+def test_a_rank_beyond_the_layer_is_refused_before_the_teacher_is_trained(workplace, capsys):
+    before = len(runs(workplace, "teacher"))
+    command = ["--data.source", "proteins.npz", "--data.split", "exact", "--teacher.noise", "0.123", "--rank", "33"]
+    for name in ("distil", "benchmark"):
+        assert main([name, *command]) == 2
+        assert "`rank` in [1, 32] but got 33" in capsys.readouterr().err
+    assert len(runs(workplace, "teacher")) == before
 
 
 def test_a_layer_from_a_file_becomes_a_folder_and_a_model(workplace, capsys):
@@ -206,7 +215,7 @@ def test_a_layer_from_a_file_becomes_a_folder_and_a_model(workplace, capsys):
 def test_a_plain_squared_error_is_left_to_the_closed_form(workplace):
     command = ["distil", "--data.source", "proteins.npz", "--teacher.kind", "random", "--distil.alpha", "0", *QUICK]
     assert main([*command, "--output", "results/plain"]) == 0
-    (teacher,) = json.loads((workplace / "results/plain/distil/random-r8/summary.json").read_text())["teachers"]
+    (teacher,) = json.loads((workplace / "results/plain/distil/random-r8/latest/summary.json").read_text())["teachers"]
     r2 = {row["method"]: row["metrics"]["r2"]["value"] for row in teacher["ladder"]}
     assert r2["Distil-Rank"] == r2["closed_form"] > r2["original recipe"]
     assert "exact minimum" in teacher["training_note"]
@@ -218,7 +227,7 @@ def test_what_stands_behind_the_layer_is_trained_for_even_without_a_cosine_term(
     save_file(torch.nn.ModuleDict({"out": torch.nn.Linear(32, 2)}).state_dict(), "mine/tail.safetensors")
     command = ["distil", "--data.source", "proteins.npz", "--teacher.kind", "random", "--distil.alpha", "0", *QUICK]
     assert main([*command, "--tail", "tanh,mine/tail.safetensors:out", "--output", "results/tail"]) == 0
-    (teacher,) = json.loads((workplace / "results/tail/distil/random-r8/summary.json").read_text())["teachers"]
+    (teacher,) = json.loads((workplace / "results/tail/distil/random-r8/latest/summary.json").read_text())["teachers"]
     assert "12 steps" in teacher["training_note"]
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distil_rank.commands.lineage import lineage
-from distil_rank.commands.teachers import Teacher, train_teacher
+from distil_rank.commands.teachers import Teacher, check_rank_request, train_teacher
 from distil_rank.compression.own_layer import load_tail
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import save
 from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.reporting import figures, report
 from distil_rank.reporting.results import OURS, Result, TeacherResult, save_json
+from distil_rank.reporting.run_folder import run_folder, set_latest
 from distil_rank.runs.registry import log_student, promote_champion
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import Run, start_run
@@ -59,6 +60,9 @@ def distil(
         parent: The run that this one is part of.
         experiment: MLflow experiment.
     """
+    data.prepare_data()
+    data.setup()
+    check_rank_request(data, rank, teacher)
     made = train_teacher(data, **(teacher or {}), output=output, config=config, reuse=True)
     about = data.description()
     title = f"{made.name} r{rank} {warm_start} {about.dim}-d {Path(about.source).stem}"
@@ -107,7 +111,7 @@ def distil(
             teachers=[replace(outcome.result, run_id=run.id)],
             seconds=time.perf_counter() - started,
         )
-        folder = Path(output) / "distil" / f"{made.name}-r{outcome.result.rank}"
+        folder = run_folder(Path(output) / "distil" / f"{made.name}-r{outcome.result.rank}", run.id)
         save_report(result, folder / "summary.json", folder / "report.png", run)
         held_out = {"held_out_r2": asdict(outcome.result.row(OURS).metrics["r2"])}
         outcome.student.provenance |= {
@@ -115,7 +119,8 @@ def distil(
             "warm_start": warm_start,
             "trained_steps": outcome.fit.steps if outcome.fit.training_helped else 0,
         }
-        student = save(outcome.student, folder / "student", metrics=held_out, data=asdict(about))
+        save(outcome.student, folder / "student", metrics=held_out, data=asdict(about))
+        student = set_latest(folder) / "student"
         log.info("Student: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", student)
         log_outcome(run, data, made, outcome, config)
     return result

@@ -10,12 +10,11 @@ from typing import Any
 
 from distil_rank.commands.lineage import lineage
 from distil_rank.commands.students import distil, save_report
-from distil_rank.commands.teachers import BUILT_IN
-from distil_rank.compression.own_layer import load_linear
+from distil_rank.commands.teachers import check_rank_request, kind_of, largest_rank
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.errors import InputError
 from distil_rank.reporting import figures
 from distil_rank.reporting.results import OURS, Result
+from distil_rank.reporting.run_folder import link, run_folder, set_latest
 from distil_rank.runs.tracking import start_run
 
 log = logging.getLogger(__name__)
@@ -77,12 +76,8 @@ def sweep(
     """
     data.prepare_data()
     data.setup()
-    kind = _kind({"teacher": teacher})
-    widest = data.dim if kind in BUILT_IN else min(load_linear(kind).weight.shape)
     if ranks is None:
-        ranks = [rank for rank in RANKS if rank <= widest]
-    if beyond := [rank for rank in ranks if rank > widest]:
-        raise InputError(f"Expected ranks up to {widest}, the width of the layer, but got {beyond[0]:g}.")
+        ranks = [rank for rank in RANKS if rank <= largest_rank(data, teacher)]
     return _study(
         "sweep",
         [{"teacher": teacher, "rank": rank} for rank in ranks],
@@ -95,6 +90,8 @@ def _study(name: str, children: list[dict[str, Any]], data: EmbeddingDataModule,
     """Several distillations as children of one run, and one report over all of them."""
     data.prepare_data()
     data.setup()
+    for child in children:
+        check_rank_request(data, child["rank"], child["teacher"])
     about = data.description()
     experiment = "sweep" if name == "sweep" else "distil"
     output = Path(common["output"])
@@ -102,7 +99,10 @@ def _study(name: str, children: list[dict[str, Any]], data: EmbeddingDataModule,
     with start_run(
         experiment,
         f"{name} {about.dim}-d {Path(about.source).stem}",
-        params={"backbone": about.backbone, "teacher": " ".join(dict.fromkeys(_kind(child) for child in children))},
+        params={
+            "backbone": about.backbone,
+            "teacher": " ".join(dict.fromkeys(kind_of(child["teacher"]) for child in children)),
+        },
         tags=lineage(about),
     ) as parent:
         teachers = []
@@ -110,15 +110,15 @@ def _study(name: str, children: list[dict[str, Any]], data: EmbeddingDataModule,
             log.info("%s: %d of %d", name, number, len(children))
             teachers += distil(data, **child, **common, parent=parent, experiment=experiment).teachers
         result = Result(data=about, teachers=teachers, seconds=time.perf_counter() - started)
+        folder = run_folder(output / name, parent.id)
         stem = "distil_rank" if name == "benchmark" else f"distil_rank_{name}"
-        save_report(result, output / f"{stem}_summary.json", output / f"{stem}_final_report.png", parent)
+        save_report(result, folder / f"{stem}_summary.json", folder / f"{stem}_final_report.png", parent)
         if name == "sweep":
-            parent.log_artifact(figures.sweep(result, output / "distil_rank_sweep.png"))
+            parent.log_artifact(figures.sweep(result, folder / "distil_rank_sweep.png"))
             for teacher in teachers:
                 ours = teacher.row(OURS).metrics
                 parent.log_metrics({f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}, step=teacher.rank)
+        latest = set_latest(folder)
+        for file in folder.iterdir():
+            link(output / file.name, latest / file.name)
     return result
-
-
-def _kind(child: dict[str, Any]) -> str:
-    return str((child["teacher"] or {}).get("kind", "denoising"))

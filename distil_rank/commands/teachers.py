@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import Trainer, seed_everything
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from distil_rank.compression.own_layer import load_linear
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
+from distil_rank.lowrank.solvers import choose_rank
 from distil_rank.reporting.results import TeacherCheck
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import start_run
@@ -40,6 +42,22 @@ class Teacher:
     check: TeacherCheck
     path: Path
     run_id: str
+
+
+def kind_of(teacher: dict[str, Any] | None) -> str:
+    """The kind in options of `train_teacher`."""
+    return str((teacher or {}).get("kind", "denoising"))
+
+
+def largest_rank(data: EmbeddingDataModule, teacher: dict[str, Any] | None) -> int:
+    """Of a student of the layer that `train_teacher` makes on these data with these options."""
+    kind = kind_of(teacher)
+    return data.dim if kind in BUILT_IN else min(load_linear(kind).weight.shape)
+
+
+def check_rank_request(data: EmbeddingDataModule, rank: int | float | str, teacher: dict[str, Any] | None) -> None:
+    """Raise `InputError` for a rank that no teacher of these options has, before one is trained."""
+    choose_rank(torch.ones(largest_rank(data, teacher)), rank)
 
 
 def train_teacher(

@@ -135,7 +135,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         kind, version, files = manifest["format"], manifest["version"], dict(manifest["files"])
-        hashes = {name: str(known["sha256"]) for name, known in files.items()}
+        hashes = {name: str(file["sha256"]) for name, file in files.items()}
     except FileNotFoundError as error:
         raise InputError(f"Expected an artefact at {path} but it has no {MANIFEST}; make one with `save`.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -182,12 +182,12 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
     state = _tensors(path / WEIGHTS)
     try:
         state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
-        known = manifest["layers"]
-        own = {name: _empty(description) for name, description in known.items() if "same_as" not in description}
-        students = {name: own[description.get("same_as", name)] for name, description in known.items()}
+        layers = manifest["layers"]
+        own = {name: _empty(description) for name, description in layers.items() if "same_as" not in description}
+        students = {name: own[description.get("same_as", name)] for name, description in layers.items()}
         _check_rank(rank, own, path)
         if GUARD in manifest["files"]:
-            _attach_guards(own, known, _tensors(path / GUARD))
+            _attach_guards(own, layers, _tensors(path / GUARD))
         if not manifest["whole_model"]:
             model: nn.Module = own[""]
             _assign(model, state)
@@ -213,7 +213,7 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
     small = {name: student.truncate(min(rank, student.rank)) for name, student in own.items()}
     if "" in small:
         return small[""]
-    install(model, {name: small[description.get("same_as", name)] for name, description in known.items()})
+    install(model, {name: small[description.get("same_as", name)] for name, description in layers.items()})
     return model
 
 
@@ -252,7 +252,9 @@ def _describe(student: Student) -> dict[str, Any]:
         "dtype": str(student.A.dtype).removeprefix("torch."),
         "parameters": parameter_count(n, m, student.rank, student.bias is not None),
         "dense_parameters": parameter_count(n, m, None, student.bias is not None),
-        "guard": None if guard is None else {"scale": guard.scale, "threshold": guard.threshold},
+        "guard": None
+        if guard is None
+        else {"scale": guard.scale, "threshold": guard.threshold, "thresholds": list(guard.thresholds)},
         "provenance": student.provenance,
     }
 
@@ -296,10 +298,13 @@ def _places(into: nn.Module | None, students: Mapping[str, Student], path: Path)
 
 def _attach_guards(students: Mapping[str, Student], layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     for name, student in students.items():
-        if (known := layers[name]["guard"]) is not None:
-            if not known["scale"] > 0 or not (known["threshold"] is None or known["threshold"] >= 0):
-                raise InputError(f"Expected a guard of positive scale and threshold for {name!r} but got {known}.")
-            guard = Guard(tensors[f"{name}.sketch"], tensors[f"{name}.offset"], known["scale"], known["threshold"])
+        if (saved := layers[name]["guard"]) is not None:
+            # Until 0.1.0 there was one threshold, of the saved rank.
+            thresholds = saved.get("thresholds", [one for one in [saved.get("threshold")] if one is not None])
+            fits = len(thresholds) <= student.rank and all(threshold >= 0 for threshold in thresholds)
+            if not saved["scale"] > 0 or not fits:
+                raise InputError(f"Expected a guard of positive scale and thresholds for {name!r} but got {saved}.")
+            guard = Guard(tensors[f"{name}.sketch"], tensors[f"{name}.offset"], saved["scale"], thresholds)
             if guard.sketch.shape != (len(guard.offset), student.in_features):
                 raise InputError(f"Expected a guard of width {student.in_features} for {name!r} in {GUARD}.")
             student.guard = guard

@@ -80,7 +80,7 @@ class Int8LowRankLinear(TwoFactors):
         new = cls(layer.in_features, layer.out_features, layer.rank, layer.bias is not None, mean is not None)
         new.A, new.A_scale = quantise_rows(layer.A)
         new.B, new.B_scale = quantise_rows(layer.B)
-        A, B = new._factors(torch.float64)
+        A, B = new.factors(torch.float64)
         if layer.bias is not None:
             bias = layer.bias.double()
             if mean is not None:
@@ -89,12 +89,13 @@ class Int8LowRankLinear(TwoFactors):
         if mean is not None:
             new.kept_mean = (A @ mean.double()).float()
         new.provenance = dict(layer.provenance)
-        if layer.guard is not None:  # rounding adds to the error; its threshold hardly moves
+        if layer.guard is not None:  # rounding adds to the error; its thresholds hardly move
             guard = layer.guard.plus(layer.A, layer.B, layer.bias)
-            new.guard = guard.plus(A, -B, None if new.bias is None else -new.bias, layer.guard.threshold)
+            new.guard = guard.plus(A, -B, None if new.bias is None else -new.bias, layer.guard.thresholds)
         return new
 
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A `(r, n)` and B `(m, r)`, dequantised."""
         return (
             self.A.to(dtype) * self.A_scale.to(dtype)[:, None],
             self.B.to(dtype) * self.B_scale.to(dtype)[:, None],
@@ -102,7 +103,7 @@ class Int8LowRankLinear(TwoFactors):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, n)` → `(…, m)`."""
-        A, B = self._factors(x.dtype)
+        A, B = self.factors(x.dtype)
         return F.linear(F.linear(x, A), B, None if self.bias is None else self.bias.to(x.dtype))
 
     def truncate(self, rank: int) -> Self:
@@ -113,7 +114,7 @@ class Int8LowRankLinear(TwoFactors):
         """
         if not 1 <= rank <= self.rank:
             raise InputError(f"Expected `rank` in [1, {self.rank}], this student's own, but got {rank}.")
-        A, B = self._factors(torch.float32)
+        A, B = self.factors(torch.float32)
         new = type(self)(self.in_features, self.out_features, rank, self.bias is not None, self.kept_mean is not None)
         new.A, new.A_scale, new.B, new.B_scale = self.A[:rank], self.A_scale[:rank], self.B[:, :rank], self.B_scale
         dropped = None if self.bias is None or self.kept_mean is None else self.kept_mean[rank:]
@@ -126,7 +127,7 @@ class Int8LowRankLinear(TwoFactors):
     @torch.no_grad()
     def dequantised(self) -> LowRankLinear:
         """The same map with float32 factors, for where speed counts more than bytes."""
-        A, B = self._factors(torch.float32)
+        A, B = self.factors(torch.float32)
         state = {"A": A, "B": B, "bias": self.bias}
         if self.kept_mean is not None:  # of the means with this image, the shortest: `truncate` asks for no more
             state["input_mean"] = (torch.linalg.pinv(A.double()) @ self.kept_mean.double()).float()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from typing import Self
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,22 @@ from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 
-QUANTILE = 0.99  # a hundredth of the rows that the guard was calibrated on lies beyond its threshold
+QUANTILE = 0.99  # share of the calibration rows whose estimated error stays under the threshold
+
+
+class Factored(Protocol):
+    """A layer `y = B (A x) + c` that can drop its last directions, as `TwoFactors` is."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """c, `(m,)`."""
+
+    @property
+    def kept_mean(self) -> Tensor | None:
+        """`A mean`, `(r,)`, whose image under dropped columns of B moves into the bias; None where the bias stays."""
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A `(r, n)` and B `(m, r)`."""
 
 
 class Guard(nn.Module):
@@ -23,62 +38,81 @@ class Guard(nn.Module):
     far off, `‖S e(x)‖²` estimates `‖e(x)‖²` without bias and with a relative standard deviation of at most `√(2/k)`
     (Achlioptas, J. Comput. Syst. Sci. 66, 2003). It costs k rows beside the student's r + m.
 
-    Attributes:
+    Args:
         sketch: `S (W − B A)`, `(k, n)`.
         offset: `S (b − c)`, `(k,)`.
         scale: what estimates are divided by: the teacher's output variance over the calibration rows, and the ratio of
             mean estimate to mean error there, so that on those rows the shares average to 1 − R² exactly.
-        threshold: the estimate that `QUANTILE` of the calibration rows stay under; None where it is not known.
+        thresholds: the estimate that `QUANTILE` of the calibration rows stay under, at ranks …, r − 1, r of the
+            student, as far down as they are known; empty where none is.
     """
 
     sketch: Tensor
     offset: Tensor
 
-    def __init__(self, sketch: Tensor, offset: Tensor, scale: float, threshold: float | None = None) -> None:
+    def __init__(self, sketch: Tensor, offset: Tensor, scale: float, thresholds: Sequence[float] = ()) -> None:
         super().__init__()
         # Not persistent: a state dict with and without a guard is the same.
         self.register_buffer("sketch", sketch, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
-        self.scale, self.threshold = scale, threshold
+        self.scale, self.thresholds = scale, tuple(thresholds)
+
+    @property
+    def threshold(self) -> float | None:
+        """At the student's own rank; None where it is not known."""
+        return self.thresholds[-1] if self.thresholds else None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, teacher: nn.Linear, student: nn.Module, x: Tensor, size: int = 16) -> Self:
-        """The guard of a student, calibrated on rows that neither was fitted to.
+    def of(cls, teacher: nn.Linear, student: Factored, x: Tensor, size: int = 16) -> Self:
+        """The guard of a student, calibrated at each of its ranks on rows that neither was fitted to.
 
         Args:
             teacher: the dense layer.
-            student: any affine stand-in for it.
+            student: its replacement.
             x: calibration rows `(N, n)`, N ≥ 2.
             size: k.
 
         Raises:
             InputError: fewer than two rows.
 
+        >>> from distil_rank.lowrank.low_rank import LowRankLinear
         >>> teacher, x = nn.Linear(8, 6), torch.randn(500, 8)
-        >>> guard = Guard.of(teacher, teacher, x)
-        >>> guard(x).max().item() < 1e-9
-        True
+        >>> guard = Guard.of(teacher, LowRankLinear.from_linear(teacher, 6, solver="svd"), x)
+        >>> guard(x).max().item() < 1e-9, len(guard.thresholds)
+        (True, 6)
         """
         if len(x) < 2:
             raise InputError(f"Expected at least 2 rows to calibrate a guard on but got {len(x)}.")
-        n = teacher.in_features
         signs = _signs(size, teacher.out_features).to(x.device)
-        teacher, student = copy.deepcopy(teacher).double(), copy.deepcopy(student).double()
-        probe = torch.cat([x.new_zeros(1, n), torch.eye(n).to(x)]).double()  # an affine map, read off its basis
-        error = (teacher(probe) - student(probe)) @ signs.T
-        target = teacher(x.double())
+        A, B = student.factors(torch.float64)
+        weight = teacher.weight.double() - B @ A
+        bias = sum(
+            (sign * term.double() for sign, term in ((1, teacher.bias), (-1, student.bias)) if term is not None),
+            torch.zeros_like(weight[:, 0]),
+        )
+        target = F.linear(x.double(), teacher.weight.double())
         scale = float((target - target.mean(0)).square().sum(1).mean())
-        guard = cls((error[1:] - error[0]).T.float(), error[0].float(), scale if scale > 0 else 1.0)
-        exact = float((target - student(x.double())).square().sum(1).mean())
+        guard = cls((signs @ weight).float(), (signs @ bias).float(), scale if scale > 0 else 1.0)
+        exact = float(F.linear(x.double(), weight, bias).square().sum(1).mean())
         if exact > 0:
             guard.scale *= float(guard(x).mean()) * guard.scale / exact
-        return guard.calibrated(x)
+        return guard.calibrated(student, x)
 
-    def calibrated(self, x: Tensor) -> Self:
-        """The same guard with the threshold that these rows give."""
-        threshold = float(torch.quantile(self(x).double(), QUANTILE))
-        return type(self)(self.sketch, self.offset, self.scale, threshold)
+    @torch.no_grad()
+    def calibrated(self, student: Factored, x: Tensor) -> Self:
+        """The same guard of the same student with the thresholds that these rows give, at each of its ranks."""
+        A, B = student.factors(torch.float64)
+        directions = _signs(len(self.offset), len(B)).to(B.device) @ B  # (k, r)
+        scores = x.double() @ A.T  # (N, r)
+        if student.bias is not None and student.kept_mean is not None:
+            scores = scores - student.kept_mean.double()
+        error = F.linear(x.double(), self.sketch.double(), self.offset.double())  # (N, k), sketched
+        thresholds = []
+        for rank in range(len(A), 0, -1):
+            thresholds.append(float(torch.quantile(error.square().sum(1) / self.scale, QUANTILE)))
+            error = error + scores[:, rank - 1, None] * directions[:, rank - 1]  # of the student one rank lower
+        return type(self)(self.sketch, self.offset, self.scale, thresholds[::-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """The estimated squared error of each row as a share of the output's variance: `(…, n)` → `(…,)`."""
@@ -92,8 +126,8 @@ class Guard(nn.Module):
         """
         if self.threshold is None:
             raise InputError(
-                "Expected a calibrated guard but the threshold at this rank is not known; set"
-                " `layer.guard = layer.guard.calibrated(rows)` with rows like those the layer is for."
+                "Expected a calibrated guard but the threshold at this rank is not known; set "
+                "`layer.guard = layer.guard.calibrated(layer, rows)` with rows like those the layer is for."
             )
         return self(x) > self.threshold
 
@@ -112,15 +146,15 @@ class Guard(nn.Module):
         """
         if len(A) == 0:
             return self
-        return self.plus(A, B, None if kept_mean is None else -B @ kept_mean)
+        return self.plus(A, B, None if kept_mean is None else -B @ kept_mean, self.thresholds[: -len(A)])
 
     @torch.no_grad()
-    def plus(self, A: Tensor, B: Tensor, c: Tensor | None, threshold: float | None = None) -> Self:
+    def plus(self, A: Tensor, B: Tensor, c: Tensor | None, thresholds: Sequence[float] = ()) -> Self:
         """The guard of a student whose error is greater by `B A x + c`."""
         signs = _signs(len(self.offset), len(B)).to(B.device)
         sketch = self.sketch.double() + signs @ B.double() @ A.double()
         offset = self.offset.double() + (0 if c is None else signs @ c.double())
-        return type(self)(sketch.float(), offset.float(), self.scale, threshold)
+        return type(self)(sketch.float(), offset.float(), self.scale, thresholds)
 
 
 def _signs(size: int, width: int) -> Tensor:

@@ -45,7 +45,7 @@ class TwoFactors(nn.Module):
         """The estimated squared error on each row as a share of the output's variance: `(…, n)` → `(…,)`.
 
         It averages to 1 − R² on data like those the student was made for, and grows on others; `guard.flags` says
-        where it is beyond what they showed.
+        where it is beyond the calibration rows' own.
 
         Raises:
             InputError: the layer has no guard.
@@ -74,8 +74,8 @@ class LowRankLinear(TwoFactors):
             `truncate` folds the mean of what it drops into the bias.
 
     Attributes:
-        guard: estimates the error on each input (`expected_error`); None where nobody made one.
-        provenance: what is known of where the factors come from, in plain JSON values; saved with the layer.
+        guard: estimates the error on each input (`expected_error`); None where there is none.
+        provenance: where the factors come from, in plain JSON values; saved with the layer.
 
     Raises:
         InputError: the rank is out of range.
@@ -176,6 +176,18 @@ class LowRankLinear(TwoFactors):
         return layer
 
     @property
+    def kept_mean(self) -> Tensor | None:
+        """`A mean`, `(r,)`: for the directions that it drops, `truncate` moves its image under B into the bias.
+
+        None where there is no bias or no mean.
+        """
+        return None if self.bias is None or self.input_mean is None else self.A @ self.input_mean
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A `(r, n)` and B `(m, r)`."""
+        return self.A.to(dtype), self.B.to(dtype)
+
+    @property
     def weight(self) -> Tensor:
         """`B A`, for code that asks a linear layer for its dense weight, as `nn.TransformerEncoderLayer` does."""
         return self.B @ self.A
@@ -190,9 +202,9 @@ class LowRankLinear(TwoFactors):
         return F.linear(F.linear(x, self.A[:rank]), self.B[:, :rank], bias)
 
     def _truncated_bias(self, rank: int) -> Tensor | None:
-        if self.bias is None or self.input_mean is None:
+        if self.bias is None or self.kept_mean is None:
             return self.bias
-        return self.bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
+        return self.bias + self.B[:, rank:] @ self.kept_mean[rank:]
 
     def truncate(self, rank: int) -> Self:
         """The nested student of a lower rank: the first columns of B and rows of A.
@@ -218,8 +230,8 @@ class LowRankLinear(TwoFactors):
         state = {"A": self.A[:rank], "B": self.B[:, :rank], "bias": bias, "input_mean": self.input_mean}
         layer.load_state_dict({name: value for name, value in state.items() if value is not None})
         if self.guard is not None:
-            kept_mean = None if bias is None or self.input_mean is None else self.A[rank:] @ self.input_mean
-            layer.guard = self.guard.without(self.A[rank:], self.B[:, rank:], kept_mean)
+            mean = None if self.kept_mean is None else self.kept_mean[rank:]
+            layer.guard = self.guard.without(self.A[rank:], self.B[:, rank:], mean)
         layer.provenance = truncated_provenance(self.provenance, rank)
         return layer
 

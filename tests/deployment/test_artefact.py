@@ -50,7 +50,8 @@ def test_a_layer_comes_back_bit_for_bit(tmp_path, dtype):
     for name, value in layer.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]) and value.dtype == again.state_dict()[name].dtype
     assert torch.equal(layer.guard.sketch, again.guard.sketch)
-    assert (again.guard.scale, again.guard.threshold) == (layer.guard.scale, layer.guard.threshold)
+    assert (again.guard.scale, again.guard.thresholds) == (layer.guard.scale, layer.guard.thresholds)
+    assert load(tmp_path, rank=2).guard.thresholds == layer.guard.thresholds[:2]
     assert again.provenance == layer.provenance
     assert again.A.requires_grad
 
@@ -277,3 +278,19 @@ def test_loading_takes_torch_and_safetensors_only(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "torch.Size([1, 14])"
+
+
+def test_a_guard_saved_with_the_threshold_of_one_rank_still_loads(tmp_path):
+    layer = student()
+    save(layer, tmp_path)
+    rewrite(tmp_path, lambda manifest: manifest["layers"][""]["guard"].pop("thresholds"))
+    assert load(tmp_path).guard.thresholds == (layer.guard.threshold,)
+    assert load(tmp_path, rank=3).guard.threshold is None
+
+
+@pytest.mark.parametrize("thresholds", [[-1.0], [1.0] * 7, "x", [None]])
+def test_thresholds_that_cannot_be_are_refused(tmp_path, thresholds):
+    save(student(), tmp_path)
+    rewrite(tmp_path, lambda manifest: manifest["layers"][""]["guard"].update(thresholds=thresholds))
+    with pytest.raises(InputError):
+        load(tmp_path)

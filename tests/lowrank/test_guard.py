@@ -61,16 +61,38 @@ def test_far_off_inputs_that_the_student_still_gets_right_pass(case):
 
 
 @torch.no_grad()
-def test_a_truncated_student_brings_the_guard_of_its_own_rank(case):
+def test_a_truncated_student_has_the_guard_and_threshold_of_its_own_rank(case):
     teacher, student, x = case
     student.guard = Guard.of(teacher, student, x)
+    assert len(student.guard.thresholds) == student.rank
+    for rank in (1, 3, 7):
+        small = student.truncate(rank)
+        direct = Guard.of(teacher, small, x)
+        errors = small.expected_error(x) * small.guard.scale, direct(x) * direct.scale
+        torch.testing.assert_close(*errors, rtol=1e-3, atol=1e-5)
+        assert len(small.guard.thresholds) == rank
+        assert float(small.guard.flags(x).float().mean()) == pytest.approx(1 - QUANTILE, abs=0.002)
+        assert small.guard.calibrated(small, x).thresholds == pytest.approx(small.guard.thresholds, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_guard_that_knows_the_saved_rank_only_says_so_at_a_lower_one(case):
+    teacher, student, x = case
+    guard = Guard.of(teacher, student, x)
+    student.guard = Guard(guard.sketch, guard.offset, guard.scale, [guard.threshold])
     small = student.truncate(3)
-    afresh = Guard.of(teacher, small, x)
-    errors = small.expected_error(x) * small.guard.scale, afresh(x) * afresh.scale
-    torch.testing.assert_close(*errors, rtol=1e-3, atol=1e-5)
+    assert student.guard.flags(x).any()
     with pytest.raises(InputError, match="calibrated guard"):
         small.guard.flags(x)
-    assert small.guard.calibrated(x).flags(x).any()
+    assert small.guard.calibrated(small, x).flags(x).any()
+
+
+@torch.no_grad()
+def test_thresholds_of_an_int8_student_hold_at_every_rank(case):
+    teacher, student, x = case
+    student.guard = Guard.of(teacher, student, x)
+    small = Int8LowRankLinear.from_low_rank(student).truncate(4)
+    assert float(small.guard.flags(x).float().mean()) == pytest.approx(1 - QUANTILE, abs=0.005)
 
 
 @torch.no_grad()

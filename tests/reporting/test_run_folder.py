@@ -1,0 +1,37 @@
+"""A folder per run, and the link to the latest."""
+
+from pathlib import Path
+
+import pytest
+
+from distil_rank.reporting.run_folder import link, run_folder, set_latest
+
+
+@pytest.fixture(params=["links", "no links"])
+def file_system(request, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    if request.param == "no links":
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+
+
+def test_every_run_keeps_its_folder_and_latest_follows(tmp_path, file_system):
+    for number, run_id in enumerate(("aaaaaaaaaa", "bbbbbbbbbb", "cccccccccc")):
+        folder = run_folder(tmp_path / "distil" / "random-r8", run_id)
+        (folder / "student").mkdir()
+        (folder / "student" / "weights").write_text(str(number))
+        latest = set_latest(folder)
+        assert (latest / "student" / "weights").read_text() == str(number)
+    kept = sorted(path.name for path in latest.parent.iterdir() if not path.name.startswith(("latest", ".")))
+    assert [name[-8:] for name in kept] == ["aaaaaaaa", "bbbbbbbb", "cccccccc"]
+    assert (latest.parent / kept[0] / "student" / "weights").read_text() == "0"
+
+
+def test_a_file_can_be_linked_and_the_whole_tree_moved(tmp_path, file_system):
+    (tmp_path / "old" / "run").mkdir(parents=True)
+    (tmp_path / "old" / "run" / "summary.json").write_text("1")
+    (tmp_path / "old" / "summary.json").write_text("a file of an earlier version")
+    link(tmp_path / "old" / "summary.json", tmp_path / "old" / "run" / "summary.json")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert (tmp_path / "new" / "summary.json").read_text() == "1"
