@@ -67,6 +67,17 @@ def test_judging_the_sample(workplace, capsys):
     }
 
 
+def test_nothing_is_kept_of_a_score_that_is_not_positive(workplace, capsys):
+    """Targets without any relation to the vectors: the full vector's correlation may be negative."""
+    y = np.random.default_rng(3).normal(size=706)
+    lines = [f"{name};{value:.4f}" for name, value in zip(ids(), y, strict=True)]
+    (workplace / "numbers.csv").write_text("\n".join(["id;label", *lines]))
+    assert main(["judge", "--data", SAMPLE, "--labels.source", "numbers.csv", "--ranks", "[4]", "--metric", "r2"]) == 0
+    content = json.loads((workplace / "results/judge/functions/judgement.json").read_text())
+    assert content["task"] == "regression" and content["metrics"] == ["r2", "spearman"]
+    assert content["entries"][0]["scores"]["r2"]["value"] <= 0.01
+
+
 def ids() -> np.ndarray:
     lines = (ROOT / "data/functions/labels.tsv").read_text().splitlines()[1:]
     return np.array([line.split("\t")[0] for line in lines])

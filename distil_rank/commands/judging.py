@@ -46,6 +46,7 @@ def judge(
     students: Sequence[str] = (),
     others: Sequence[str] = (),
     alignment: bool = True,
+    metric: str | None = None,
     fit_fraction: float = 0.5,
     neighbours: int = CUTOFF,
     max_queries: int = MAX_QUERIES,
@@ -68,6 +69,7 @@ def judge(
         students: Folders of artefacts; FOLDER:RANK takes a lower rank.
         others: Further matrices of the same proteins, NAME=PATH.
         alignment: Search with MMseqs2 too, where it is installed (retrieval only).
+        metric: That function kept is about; by default mAP (retrieval), accuracy, macro_f1 or spearman.
         fit_fraction: Share of the proteins to fit on.
         neighbours: What average precision looks at.
         max_queries: Judged proteins to search with at most.
@@ -101,7 +103,16 @@ def judge(
     }
     with start_run("judge", name, params=params, tags=_lineage(opened, students)) as run:
         done = judge_task(
-            opened.target, opened.groups, candidates, opened.labels, scores, notes, max_queries, neighbours, seed
+            opened.target,
+            opened.groups,
+            candidates,
+            opened.labels,
+            scores,
+            notes,
+            max_queries,
+            neighbours,
+            metric,
+            seed,
         )
         folder = Path(output) / "judge" / Path(opened.source).stem
         _log(run, done, report.save(done, folder), config)
@@ -170,8 +181,9 @@ def _log(run: Run, done: Judgement, files: Sequence[Path], config: str) -> None:
     if students:
         best = max(students, key=lambda entry: entry.scores[done.headline].value)
         run.log_params({"best": best.name})
-        kept = {"kept": best.kept[done.headline].value, "kept_low": best.kept[done.headline].low}
-        run.log_metrics({"best": best.scores[done.headline].value, "best_bytes": best.bytes or 0, **kept})
+        run.log_metrics({"best": best.scores[done.headline].value, "best_bytes": best.bytes or 0})
+        if kept := best.kept.get(done.headline):  # none where the full vector's score is not positive
+            run.log_metrics({"kept": kept.value, "kept_low": kept.low})
     run.log_text(config, "config.yaml")
     for file in files:
         run.log_artifact(file)

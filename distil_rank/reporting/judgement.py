@@ -41,11 +41,11 @@ def table(judgement: Judgement) -> tuple[list[str], list[list[str]]]:
         score, kept = entry.scores[headline], entry.kept.get(headline)
         cells = [entry.name, "–" if entry.bytes is None else f"{entry.bytes:,.0f}"]
         cells += ["–" if entry.cost is None else f"{entry.cost:.2f}"] if costs else []
-        cells += [f"{score.value:.3f}", _interval(score)]
+        cells += [_number(score.value), _interval(score)]
         cells += (
             ["1" if entry.role == "reference" else "–", ""] if kept is None else [_kept(entry, kept), _interval(kept)]
         )
-        rows.append(cells + [f"{entry.scores[metric].value:.3f}" for metric in judgement.metrics[1:]])
+        rows.append(cells + [_number(entry.scores[metric].value) for metric in judgement.metrics[1:]])
     return [*head, *judgement.metrics[1:]], rows
 
 
@@ -53,8 +53,12 @@ def _kept(entry: Entry, kept: Interval) -> str:
     return f"{kept.value:.3f}" + (" ≈" if kept.low <= 1 <= kept.high else "")
 
 
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
 def _interval(interval: Interval) -> str:
-    return f"[{interval.low:.3f}, {interval.high:.3f}]"
+    return "" if not math.isfinite(interval.low) else f"[{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def title(judgement: Judgement) -> str:
@@ -80,7 +84,7 @@ def show(judgement: Judgement) -> None:
 
 
 def as_json(judgement: Judgement) -> str:
-    """The judgement as `docs/report.md` documents it; figures that are not numbers become null."""
+    """The judgement as `docs/judge.md` documents it; figures that are not numbers become null."""
     return json.dumps({"schema": SCHEMA, **_finite(asdict(judgement))}, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -51,7 +51,8 @@ def make_groups(
         choice: name of a column of the label table or of a level of the label, `clusters` (given with the data),
             `mmseqs` (clusters at 30 % identity), `none` (each protein by itself), or a file of the groups to fit on, a
             name of a column's or level's group in each line. By default, for retrieval the level above the one that
-            counts (fold for superfamily), otherwise the clusters given with the data, then MMseqs2's.
+            counts (fold for superfamily), or the next finer one that has enough groups; otherwise the clusters given
+            with the data, then MMseqs2's.
         target: of the task.
         ids: of the proteins, `(N,)`.
         sequences: of the proteins.
@@ -108,10 +109,12 @@ def _available(
 
 
 def _default(target: Target, available: Mapping[str, Callable[[], Sequence[str]]]) -> str:
-    if target.relevance is not None:
-        names = target.relevance.names
-        return names[min(target.relevance.level + 1, len(names) - 1)]
-    return next(name for name in ("group", "groups", "cluster", "clusters", "mmseqs", "none") if name in available)
+    if target.relevance is None:
+        return next(name for name in ("group", "groups", "cluster", "clusters", "mmseqs", "none") if name in available)
+    names, above = target.relevance.names, target.relevance.level + 1
+    coarse_to_fine = range(min(above, len(names) - 1), -1, -1)
+    counts = {level: len(set(target.levels[level])) for level in coarse_to_fine}
+    return names[next((level for level in coarse_to_fine if counts[level] >= FEW), coarse_to_fine[-1])]
 
 
 def _from_file(path: Path, available: Mapping[str, Callable[[], Sequence[str]]]) -> Groups:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from distil_rank.errors import InputError
 from distil_rank.measure import bootstrap
 from distil_rank.tasks.groups import Groups
 from distil_rank.tasks.representations import ALIGNMENT, CHANCE, COMPOSITION, Candidate, Role
@@ -101,6 +102,7 @@ def judge(
     notes: Sequence[str] = (),
     max_queries: int = MAX_QUERIES,
     cutoff: int = CUTOFF,
+    metric: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Judgement:
@@ -115,17 +117,19 @@ def judge(
         notes: to pass on to the reader.
         max_queries: judged proteins to search with at most.
         cutoff: neighbours that average precision looks at.
+        metric: the headline; by default the first that the task has.
         seed: of draws and permutations.
         progress: whether to show it, on a terminal.
 
     Raises:
-        InputError: nothing to judge on the judged side, or nothing to fit on.
+        InputError: nothing to judge on the judged side, nothing to fit on, or a metric that the task does not have.
     """
     trial: RetrievalTrial | ProbeTrial
     if target.kind == "retrieval":
         trial = RetrievalTrial(target, groups, max_queries, cutoff, seed)
     else:
         trial = ProbeTrial(target, groups, seed)
+    metrics = _metrics(trial.metrics, metric)
     steps = len(candidates) + 1 + (alignment is not None)
     measured: list[_Measured] = []
     with tqdm(total=steps, desc="judge", disable=None if progress else True) as bar:
@@ -148,17 +152,26 @@ def judge(
             bar.update()
     entries = _entries(measured, trial.judged_groups)
     every_note = [*notes, *trial.notes, *filter(None, (candidate.note for candidate in candidates))]
-    every_note += _verdicts(entries, trial.metrics[0])
+    every_note += _verdicts(entries, metrics[0])
     return Judgement(
         target.kind,
         labels,
         groups.description,
         int(groups.fit.sum()),
         int((~groups.fit).sum()),
-        trial.metrics,
+        metrics,
         tuple(entries),
         tuple(every_note),
     )
+
+
+def _metrics(names: tuple[str, ...], headline: str | None) -> tuple[str, ...]:
+    """All metrics, the headline first."""
+    if headline is None:
+        return names
+    if headline not in names:
+        raise InputError(f"Expected --metric out of {', '.join(names)} but got {headline!r}.")
+    return (headline, *(name for name in names if name != headline))
 
 
 def _entries(measured: Sequence[_Measured], groups: int) -> list[Entry]:
@@ -174,7 +187,7 @@ def _entries(measured: Sequence[_Measured], groups: int) -> list[Entry]:
 
 
 def _verdicts(entries: Sequence[Entry], headline: str) -> list[str]:
-    """What the table says that nobody should overlook."""
+    """Rivals that do no worse than the full vector."""
     full = entries[0].scores[headline].value
     for entry in entries[1:]:
         score = entry.scores[headline].value

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,12 @@ from distil_rank.embedding.sequences import DIALECTS, ID_COLUMNS, name_in_header
 from distil_rank.errors import InputError
 
 LABEL_COLUMNS = ("label", "labels", "class", "family", "function", "target", "value", "y")
-BINARY_TABLES = {b"PK\x03\x04": "an Excel or zip file", b"\xd0\xcf\x11\xe0": "an old Excel file"}
+NO_TABLES = {
+    b"PK\x03\x04": "an Excel or zip file",
+    b"\xd0\xcf\x11\xe0": "an old Excel file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
 EXAMPLES = 3  # named in a message about ids that do not match
 
 
@@ -110,8 +116,8 @@ def read_labels(source: LabelSource) -> LabelTable:
 def _text(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(4)
-    if kind := next((kind for magic, kind in BINARY_TABLES.items() if start.startswith(magic)), None):
-        raise InputError(f"Expected a CSV or TSV table in {path} but got {kind}; save the sheet as CSV.")
+    if kind := next((kind for magic, kind in NO_TABLES.items() if start.startswith(magic)), None):
+        raise InputError(f"Expected a CSV or TSV table in {path} but got {kind}; save it as CSV (UTF-8).")
     with open_lines(path) as lines:
         return "\n".join(line for _, line in lines)
 
@@ -151,10 +157,9 @@ def _from_npz(path: Path, column: str) -> LabelTable:
 
 
 def _from_table(path: Path, text: str, column: str | None) -> LabelTable:
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    dialect = DIALECTS.get(suffix) or ({"delimiter": "\t"} if "\t" in text.partition("\n")[0] else {"delimiter": ","})
     try:
-        lines = [[cell.strip() for cell in line] for line in csv.reader(io.StringIO(text, newline=""), **dialect)]
+        reader = csv.reader(io.StringIO(text, newline=""), **_dialect(path, text.partition("\n")[0]))
+        lines = [[cell.strip() for cell in line] for line in reader]
     except csv.Error as error:
         raise InputError(f"Expected a table of labels in {path} but it is malformed ({error}).") from error
     lines = [line for line in lines if any(line)]
@@ -175,6 +180,14 @@ def _from_table(path: Path, text: str, column: str | None) -> LabelTable:
     cells = {name: index for index, name in enumerate(header) if index not in (id_index, label_index)}
     others = {name: {line[id_index]: line[index] for line in body if line[index]} for name, index in cells.items()}
     return _table(path, [(line[id_index], line[label_index]) for line in body], others)
+
+
+def _dialect(path: Path, first: str) -> dict[str, Any]:
+    """How cells are separated: by the file's name, except that many spreadsheets write .csv with semicolons."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix != ".tsv" and ";" in first and "," not in first and "\t" not in first:
+        return {"delimiter": ";"}
+    return DIALECTS.get(suffix) or {"delimiter": "\t" if "\t" in first else ","}
 
 
 def _columns(path: Path, header: Sequence[str], column: str | None) -> tuple[int, int]:

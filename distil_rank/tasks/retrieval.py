@@ -1,6 +1,7 @@
 """Retrieval: does the nearest protein share the label? Figures for each query, from scores in blocks.
 
-All figures come from one pass over blocks of the score matrix, so that memory does not grow with its square. Targets
+Every figure follows from the nearest few hundred targets of a query, so that memory does not grow with the square of
+the proteins and a block of scores is read once. The few queries that this does not decide are sorted in full. Targets
 are compared in a fixed random order: proteins often lie in a file sorted by label, and ties broken by that order
 would flatter a representation with many of them.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 CUTOFF = 200  # neighbours that average precision looks at
-BLOCK_SCORES = 1 << 22  # of one block of the score matrix: 16 MiB, and its masks as much again
+NEAREST = 256  # targets that are looked at first; more where average precision looks at more
+BLOCK_SCORES = 1 << 22  # of one block of the score matrix: 16 MiB
 Scores = Callable[[np.ndarray, np.ndarray], Tensor]  # (queries, targets) as indices -> (Q, T) float32, larger is nearer
 
 
@@ -95,95 +96,89 @@ def retrieve(
     count = relevance.levels.shape[1]
     queries = np.arange(count) if queries is None else np.asarray(queries)
     targets = np.random.default_rng(seed).permutation(count)
-    levels = torch.from_numpy(np.ascontiguousarray(relevance.levels))
+    column_of = np.argsort(targets)  # of each protein in a block of scores
     size = max(1, BLOCK_SCORES // max(count, 1))
     blocks = range(0, len(queries), size)
     results: dict[str, list[np.ndarray]] = {name: [] for name in relevance.metrics}
     for start in tqdm(blocks, desc=progress, disable=None if progress else True, leave=False):
         block = queries[start : start + size]
-        for name, values in _block(scores(block, targets), block, targets, levels, relevance, cutoff).items():
+        similarity = scores(block, targets)
+        similarity[torch.arange(len(block)), torch.from_numpy(column_of[block])] = -torch.inf
+        for name, values in _block(similarity, block, targets, relevance, cutoff).items():
             results[name].append(values)
     return {name: np.concatenate(values) for name, values in results.items()}
 
 
 def _block(
-    scores: Tensor, queries: np.ndarray, targets: np.ndarray, levels: Tensor, relevance: Relevance, cutoff: int
+    scores: Tensor, queries: np.ndarray, targets: np.ndarray, relevance: Relevance, cutoff: int
 ) -> dict[str, np.ndarray]:
-    """Every figure for some queries; `scores` is `(Q, T)` and is changed."""
-    itself = torch.from_numpy(targets)[None] == torch.from_numpy(queries)[:, None]
-    scores.masked_fill_(itself, -torch.inf)
-    same = [(level[queries][:, None] == level[targets][None]) & ~itself for level in levels]  # each (Q, T) bool
+    """Every figure for some queries, from their nearest targets; all targets where these do not decide."""
+    nearest = min(max(NEAREST, cutoff), scores.shape[1])
+    values, undecided = _figures(scores, nearest, queries, targets, relevance, cutoff)
+    if undecided.any():
+        rest = torch.from_numpy(undecided)
+        whole, _ = _figures(scores[rest], scores.shape[1], queries[undecided], targets, relevance, cutoff)
+        for name, figures in whole.items():
+            values[name][undecided] = figures
+    return values
+
+
+def _figures(
+    scores: Tensor, nearest: int, queries: np.ndarray, targets: np.ndarray, relevance: Relevance, cutoff: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Figures from the `nearest` targets of each query, and for which queries they are too few, `(Q,)`."""
+    best, column = (part.numpy() for part in scores.topk(nearest))  # (Q, K), nearest first
+    found = best > -np.inf
+    neighbours = targets[column]
+    same = [(level[neighbours] == level[queries, None]) & found for level in relevance.levels]
+    sizes = [np.bincount(level)[level[queries]] - 1 for level in relevance.levels]  # right answers of each query
     names = relevance.names
     values = {
-        "mAP": average_precision(scores, same[relevance.level], cutoff),
-        f"{names[0]}@1": _first_is(scores, same[0]),
+        "mAP": average_precision(same[relevance.level][:, :cutoff], sizes[relevance.level]),
+        f"{names[0]}@1": np.where(sizes[0] > 0, same[0][:, 0], np.nan),
     }
     if len(names) > 1:
-        values[f"{names[1]}@1 remote"] = _first_is(scores.masked_fill(same[0], -torch.inf), same[1] & ~same[0])
-    return values | _sensitivities(scores, same, names)
+        others = found & ~same[0]
+        first = others.argmax(axis=1)[:, None]
+        right = np.take_along_axis(same[1] & others, first, axis=1)[:, 0]
+        values[f"{names[1]}@1 remote"] = np.where(sizes[1] > sizes[0], right, np.nan)
+    false = found & ~same[-1]
+    undecided = ~false.any(axis=1) & found[:, -1] & (nearest < scores.shape[1])
+    return values | _sensitivities(best, same, sizes, false, names), undecided
 
 
-def _sensitivities(scores: Tensor, same: list[Tensor], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _sensitivities(
+    best: np.ndarray, same: list[np.ndarray], sizes: list[np.ndarray], false: np.ndarray, names: tuple[str, ...]
+) -> dict[str, np.ndarray]:
     """Sensitivity up to the first false positive at each level."""
-    false = scores.masked_fill(same[-1], -torch.inf).amax(1, keepdim=True)  # (Q, 1)
-    above = scores > false
-    only = [same[0], *(coarse & ~fine for fine, coarse in pairwise(same))]
-    shares = [_share(above & mask, mask) for mask in only]
-    undefined = np.isnan(shares).any(axis=0)
-    return {f"sens1fp {name}": np.where(undefined, np.nan, share) for name, share in zip(names, shares, strict=True)}
+    limit = np.where(false, best, -np.inf).max(axis=1, keepdims=True)
+    above = [(level & (best > limit)).sum(axis=1) for level in same]
+    counts, wholes = (
+        np.diff(np.stack(one, axis=1), prepend=0) for one in (above, sizes)
+    )  # (Q, levels), at no finer one
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = counts / wholes
+    undefined = ~np.isfinite(shares).all(axis=1)
+    return {f"sens1fp {name}": np.where(undefined, np.nan, share) for name, share in zip(names, shares.T, strict=True)}
 
 
-def _first_is(scores: Tensor, right: Tensor) -> np.ndarray:
-    """Whether the best target is a right one, `(Q,)`; NaN for queries without any right one."""
-    best, index = scores.max(1)
-    hit = right.gather(1, index[:, None])[:, 0] & best.isfinite()
-    return np.where(right.any(1).numpy(), hit.double().numpy(), np.nan)
-
-
-def _share(part: Tensor, whole: Tensor) -> np.ndarray:
-    total = whole.sum(1).double()
-    return (part.sum(1) / torch.where(total > 0, total, torch.nan)).numpy()
-
-
-def average_precision(scores: Tensor, relevant: Tensor, cutoff: int = CUTOFF) -> np.ndarray:
-    """Average precision of each row of scores over its first `cutoff` columns by score (see `retrieve`).
-
-    Of equal scores the earlier column comes first.
-
-    Only the ranks of relevant targets matter, so that rows of values are sorted (fast), not their order.
+def average_precision(right: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Average precision of ranked lists (see `retrieve`).
 
     Args:
-        scores: `(Q, T)` float32; −∞ for a target that was not found.
-        relevant: `(Q, T)` bool.
-        cutoff: ranks beyond it count as not found.
+        right: whether each neighbour is a right one, nearest first, `(Q, K)` bool.
+        total: right answers that there are for each query, `(Q,)`.
 
     Returns:
-        `(Q,)` float64, NaN for rows without a relevant target.
+        `(Q,)` float64, NaN for queries without a right answer.
 
-    >>> average_precision(torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[True, False, True]])).round(4).tolist()
+    >>> average_precision(np.array([[True, False, True]]), np.array([2])).round(4).tolist()
     [0.8333]
     """
-    values, is_relevant = scores.numpy(), relevant.numpy()
-    ascending = np.sort(values, axis=1)
-    result = np.full(len(values), np.nan)
-    for row, (line, ordered) in enumerate(zip(values, ascending, strict=True)):
-        columns = np.flatnonzero(is_relevant[row])
-        if len(columns):
-            reached = columns[line[columns] > -np.inf]
-            ranks = np.sort(_ranks(line, ordered, reached))
-            ranks = ranks[ranks <= cutoff]
-            result[row] = (np.arange(1, len(ranks) + 1) / ranks).sum() / min(len(columns), cutoff)
-    return result
-
-
-def _ranks(line: np.ndarray, ascending: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Ranks from 1 of some columns of a row of scores, given its values in ascending order."""
-    own = line[columns]
-    above = len(line) - np.searchsorted(ascending, own, "right")
-    tied = len(line) - np.searchsorted(ascending, own, "left") - above > 1
-    for i in np.flatnonzero(tied):
-        above[i] += np.count_nonzero(line[: columns[i]] == own[i])
-    return above + 1
+    ranks = np.arange(1, right.shape[1] + 1)
+    precision = np.where(right, np.cumsum(right, axis=1) / ranks, 0.0).sum(axis=1)
+    possible = np.minimum(total, right.shape[1]).astype(float)
+    return precision / np.where(possible > 0, possible, np.nan)
 
 
 def group_by(values: Sequence[str]) -> np.ndarray:

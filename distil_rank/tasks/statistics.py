@@ -29,8 +29,9 @@ class Statistic:
 
     @property
     def value(self) -> float:
-        """On all groups."""
-        return float(self.of_totals(self.sums.sum(axis=0)))
+        """On all groups; NaN where it is undefined."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return float(self.of_totals(self.sums.sum(axis=0)))
 
     def resampled(self, counts: np.ndarray) -> np.ndarray:
         """On each bootstrap sample; `counts` `(draws, groups)` tells how often each group is in it."""

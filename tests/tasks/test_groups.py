@@ -35,6 +35,11 @@ def test_columns_levels_and_clusters(choice):
     assert 0.2 < groups.fit.mean() < 0.4
 
 
+def test_a_finer_level_where_the_coarse_one_has_few_groups():
+    target = make_target([f"{i // 60}_{i // 20}_{i // 2}" for i in range(120)], LabelSource(separator="_"))
+    assert make_groups(None, target, [str(i) for i in range(120)]).description.startswith("level 3: ")
+
+
 def test_a_file_of_groups_to_fit_on(tmp_path):
     file = tmp_path / "folds.txt"
     file.write_text("\ufeffa.0\r\na.3\r\nz.9\r\n")

@@ -85,6 +85,14 @@ def test_alignment_is_a_rival(opened):
     assert any("MMseqs2 search reaches" in note for note in done.notes)
 
 
+def test_the_headline_is_chosen(opened):
+    x = opened.embeddings.x
+    done = judge(opened.target, opened.groups, [full_vector(x), variance_student(x, 8)], metric="class@1")
+    assert done.headline == "class@1" and set(done.metrics) == {"mAP", "class@1", "sens1fp class"}
+    with pytest.raises(InputError, match="--metric out of mAP, class@1"):
+        judge(opened.target, opened.groups, [full_vector(x)], metric="accuracy")
+
+
 def test_fewer_queries_are_told(opened):
     done = judge(opened.target, opened.groups, [full_vector(opened.embeddings.x)], max_queries=50)
     assert any(note.startswith("FEWER QUERIES: 50 of 3") for note in done.notes)

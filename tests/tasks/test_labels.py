@@ -59,6 +59,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     ("name", "content", "options", "message"),
     [
         ("a.csv", b"PK\x03\x04rest", {}, "Excel"),
+        ("a.csv", "id,label\nP1,k\n".encode("utf-16"), {}, "UTF-16"),
         ("a.csv", "", {}, "got nothing"),
         ("a.csv", "id\nP1\n", {}, "one column"),
         ("a.csv", "id,label\nP1,k\nP1,m\n", {}, "P1 has 'k' and 'm'"),
@@ -87,5 +88,5 @@ def test_a_missing_file_and_ids_that_do_not_match(tmp_path):
 def test_a_zip_file_is_no_table(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.tsv", "w") as archive:
         archive.writestr("sheet.xml", "")
-    with pytest.raises(InputError, match="save the sheet as CSV"):
+    with pytest.raises(InputError, match="save it as CSV"):
         read_labels(LabelSource(str(tmp_path / "a.tsv")))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distil_rank.tasks.retrieval import Relevance, average_precision, inner_product, retrieve
+from distil_rank.tasks.retrieval import Relevance, inner_product, retrieve
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,21 @@ def test_chosen_queries_search_among_all(relevance):
 
 
 def test_targets_that_were_not_found_add_nothing():
-    scores = torch.tensor([[0.9, -torch.inf, 0.1]])
-    assert average_precision(scores, torch.tensor([[True, True, False]])).tolist() == [0.5]
-    assert average_precision(scores, torch.tensor([[False, True, False]])).tolist() == [0.0]
+    scores = torch.tensor(
+        [[0.0, 0.9, -torch.inf, 0.1], [0.9, 0.0, 0.8, 0.7], [0.1, 0.2, 0.0, 0.3], [0.4, 0.3, 0.2, 0.0]]
+    )
+    relevance = Relevance(np.array([[0, 0, 0, 1]]), ("class",))
+    figures = retrieve(lambda q, t: scores[q][:, t], relevance)
+    assert figures["mAP"].tolist()[:2] == [0.5, 1.0] and np.isnan(figures["mAP"][3])
+    assert figures["sens1fp class"].tolist()[:3] == [0.5, 1.0, 0.0]
+
+
+def test_queries_that_the_nearest_do_not_decide_are_sorted_in_full(relevance, monkeypatch):
+    x = rows(relevance)
+    whole = retrieve(inner_product(x, x), relevance, cutoff=2)
+    monkeypatch.setattr("distil_rank.tasks.retrieval.NEAREST", 2)
+    for name, values in retrieve(inner_product(x, x), relevance, cutoff=2).items():
+        np.testing.assert_array_equal(values, whole[name])
 
 
 def test_ties_are_not_broken_by_the_order_of_the_file():
