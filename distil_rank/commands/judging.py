@@ -15,7 +15,7 @@ from distil_rank.errors import InputError
 from distil_rank.reporting import judgement as report
 from distil_rank.runs.tracking import Run, start_run
 from distil_rank.tasks.alignment import alignment_scores, has_mmseqs
-from distil_rank.tasks.judge import MAX_QUERIES, Judgement
+from distil_rank.tasks.judge import Judgement
 from distil_rank.tasks.judge import judge as judge_task
 from distil_rank.tasks.labelled import LabelledData, matching_rows, open_labelled
 from distil_rank.tasks.labels import LabelSource
@@ -29,6 +29,7 @@ from distil_rank.tasks.representations import (
 )
 from distil_rank.tasks.retrieval import CUTOFF
 from distil_rank.tasks.task import Kind
+from distil_rank.tasks.trials import MAX_QUERIES
 
 log = logging.getLogger(__name__)
 

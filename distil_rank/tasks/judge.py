@@ -15,9 +15,8 @@ from distil_rank.tasks.representations import ALIGNMENT, CHANCE, COMPOSITION, Ca
 from distil_rank.tasks.retrieval import CUTOFF, Scores
 from distil_rank.tasks.statistics import Interval, Statistic, estimate, kept
 from distil_rank.tasks.task import Target
-from distil_rank.tasks.trials import ProbeTrial, RetrievalTrial
+from distil_rank.tasks.trials import MAX_QUERIES, RetrievalTrial, make_trial
 
-MAX_QUERIES = 10_000  # judged proteins that are searched with at most; every one is a target
 DRAWS = 2000  # bootstrap samples of the groups
 
 
@@ -124,11 +123,7 @@ def judge(
     Raises:
         InputError: nothing to judge on the judged side, nothing to fit on, or a metric that the task does not have.
     """
-    trial: RetrievalTrial | ProbeTrial
-    if target.kind == "retrieval":
-        trial = RetrievalTrial(target, groups, max_queries, cutoff, seed)
-    else:
-        trial = ProbeTrial(target, groups, seed)
+    trial = make_trial(target, groups, max_queries, cutoff, seed)
     metrics = _metrics(trial.metrics, metric)
     steps = len(candidates) + 1 + (alignment is not None)
     measured: list[_Measured] = []

@@ -127,16 +127,24 @@ def _table(source: str, data: Embeddings, labels: LabelSource) -> LabelTable:
     """Labels from where they are named, beside the data, or in them."""
     if labels.source is not None:
         return read_labels(labels)
+    table = own_labels(source, data, labels)
+    if table is None:
+        raise InputError(
+            f"Expected labels of the proteins in {source} but it has none; give --labels.source, a CSV, TSV, FASTA or "
+            ".npz file."
+        )
+    return table
+
+
+def own_labels(source: str, data: Embeddings, labels: LabelSource = LabelSource()) -> LabelTable | None:  # noqa: B008 - frozen
+    """The labels that come with the vectors: a table in the store's folder, or those of the data file; None without."""
     own = Path(source) / OWN_LABELS
     if own.is_file():
         return read_labels(replace(labels, source=str(own)))
     if Path(source).suffix == ".npz" and labels.column is not None:
         return read_labels(replace(labels, source=source))
-    if data.labels is None:
-        raise InputError(
-            f"Expected labels of the proteins in {source} but it has none; give --labels.source, a CSV, TSV, FASTA or "
-            ".npz file."
-        )
+    if data.labels is None or not any(data.labels):
+        return None
     given = {one: label for one, label in zip(data.ids, data.labels, strict=True) if label}
     return LabelTable(source, given)
 

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from distil_rank.errors import InputError
 from distil_rank.tasks.groups import Groups
 from distil_rank.tasks.probes import probe, probe_metrics
 from distil_rank.tasks.representations import Representation
-from distil_rank.tasks.retrieval import Relevance, Scores, inner_product, retrieve
+from distil_rank.tasks.retrieval import CUTOFF, Relevance, Scores, inner_product, retrieve
 from distil_rank.tasks.statistics import Statistic, mean
 from distil_rank.tasks.task import Target
+
+MAX_QUERIES = 10_000  # judged proteins that are searched with at most; every one is a target
+
+
+class Trial(Protocol):
+    """A task that representations of the same proteins are put to, one after the other.
+
+    Attributes:
+        metrics: names, the headline first.
+        notes: what a reader must know.
+        judged_groups: number of groups that intervals are taken over.
+    """
+
+    metrics: tuple[str, ...]
+    notes: list[str]
+    judged_groups: int
+
+    def measure(self, representation: Representation) -> dict[str, Statistic]:
+        """By metric, sums over the judged groups."""
+
+    def chance(self, reference: Representation) -> dict[str, Statistic]:
+        """The same with permuted labels."""
+
+
+def make_trial(
+    target: Target, groups: Groups, max_queries: int = MAX_QUERIES, cutoff: int = CUTOFF, seed: int = 0
+) -> Trial:
+    """The trial that a target asks for.
+
+    Args:
+        target: labels of all `N` proteins.
+        groups: which may be fitted on; the others are judged.
+        max_queries: judged proteins to search with at most (retrieval).
+        cutoff: neighbours that average precision looks at (retrieval).
+        seed: of draws and permutations.
+
+    Raises:
+        InputError: nothing to judge on the judged side.
+    """
+    if target.kind == "retrieval":
+        return RetrievalTrial(target, groups, max_queries, cutoff, seed)
+    return ProbeTrial(target, groups, seed)
 
 
 class RetrievalTrial:

@@ -27,6 +27,7 @@ from distil_rank.lowrank.solvers import choose_rank, output_spectrum, r2_curve, 
 from distil_rank.measure.latency import LayerLatency, compare_layers
 from distil_rank.measure.metrics import r2
 from distil_rank.reporting.evaluate import ConstantOutput, HeldOut, ladder, solved_students
+from distil_rank.reporting.function import function_kept
 from distil_rank.reporting.results import (
     OURS,
     RECIPE,
@@ -158,7 +159,7 @@ def run_experiment(
     )
     recipe = train_recipes(solved, data, seeds)
     held_out = HeldOut.of(data)
-    rows = measure_ladder(solved, trained, recipe, held_out)
+    rows = measure_ladder(solved, trained, recipe, held_out, data)
     result = assemble_result(name, check, rank, solved, trained, recipe, rows, data, held_out)
     assert trained.fit is not None
     return Experiment(result, trained.students[0], trained.fit)
@@ -242,13 +243,16 @@ def train_recipes(solved: Solved, data: EmbeddingDataModule, seeds: Sequence[int
     return Trained(students, curves[0], (time.perf_counter() - started) / len(seeds))
 
 
-def measure_ladder(solved: Solved, trained: Trained, recipe: Trained, held_out: HeldOut) -> list[LadderRow]:
+def measure_ladder(
+    solved: Solved, trained: Trained, recipe: Trained, held_out: HeldOut, data: EmbeddingDataModule
+) -> list[LadderRow]:
     """Every method on the held-out rows, from the constant to ours."""
     candidates: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(solved.mean)]}
     candidates |= {method: [layer] for method, layer in solved.students.items()}
     candidates |= {RECIPE: recipe.students, OURS: trained.students}
     seconds = {"closed_form": solved.seconds, RECIPE: recipe.seconds, OURS: trained.seconds}
-    return ladder(solved.teacher, candidates, solved.mean, held_out, seconds=seconds)
+    function = function_kept(solved.teacher, candidates, solved.mean, data)
+    return ladder(solved.teacher, candidates, solved.mean, held_out, seconds=seconds, function_kept=function)
 
 
 def assemble_result(
