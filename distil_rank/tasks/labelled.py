@@ -65,10 +65,10 @@ def open_labelled(
     """
     source = SAMPLE if source == "auto" and labels.source is None else find_source(source)
     data = load_matrix(source)
-    _check_ids(data.ids, source)
+    check_ids(data.ids, source)
     table = _table(source, data, labels)
     rows, texts, notes = table.aligned(data.ids)
-    embeddings = take(_with_clusters(data, source), rows)
+    embeddings = take(with_clusters(data, source), rows)
     target = make_target(texts, labels, kind)
     columns = {
         name: [cells[one] for one in embeddings.ids]
@@ -103,7 +103,7 @@ def matching_rows(data: Embeddings, ids: Sequence[str], name: str) -> np.ndarray
     Raises:
         InputError: some are missing.
     """
-    _check_ids(data.ids, name)
+    check_ids(data.ids, name)
     row_of = {one: row for row, one in enumerate(data.ids)}
     missing = [one for one in ids if one not in row_of]
     if missing:
@@ -114,7 +114,7 @@ def matching_rows(data: Embeddings, ids: Sequence[str], name: str) -> np.ndarray
     return np.array([row_of[one] for one in ids])
 
 
-def _check_ids(ids: Sequence[str], source: str) -> None:
+def check_ids(ids: Sequence[str], source: str) -> None:
     if len(set(ids)) < len(ids):
         name, times = Counter(ids).most_common(1)[0]
         raise InputError(
@@ -149,6 +149,6 @@ def own_labels(source: str, data: Embeddings, labels: LabelSource = LabelSource(
     return LabelTable(source, given)
 
 
-def _with_clusters(data: Embeddings, source: str) -> Embeddings:
+def with_clusters(data: Embeddings, source: str) -> Embeddings:
     own = Path(source) / OWN_CLUSTERS
     return replace(data, clusters=read_clusters(own, data.ids)) if own.is_file() else data

@@ -70,3 +70,30 @@ def test_intervals_are_over_groups_not_rows():
     once = statistics.estimate(statistics.mean(values, np.arange(30)), resample_counts(30))
     copies = statistics.mean(values.repeat(100), np.arange(30).repeat(100))
     assert statistics.estimate(copies, resample_counts(30)).low == pytest.approx(once.low)
+
+
+def test_the_interval_of_a_ratio_widens_where_few_groups_decide():
+    """Of equal groups it is about as wide as the bootstrap's; of one large group among small ones far wider."""
+    rng = np.random.default_rng(0)
+
+    def pair(sizes):
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        hard = rng.uniform(size=len(sizes))[group]
+        full = (rng.uniform(size=len(group)) < 0.4 + 0.4 * hard).astype(float)
+        less = full * (rng.uniform(size=len(group)) < (0.7 + 0.3 * rng.uniform(size=len(sizes)))[group])
+        return statistics.mean(less, group), statistics.mean(full, group)
+
+    widths = {}
+    for name, sizes in {"equal": [20] * 60, "skewed": [600, *[10] * 59]}.items():
+        ours, theirs = pair(sizes)
+        counts = resample_counts(60)
+        percentile = statistics.kept(ours, theirs, counts)
+        interval = statistics.kept_with_confidence(ours, theirs)
+        assert interval.value == percentile.value and interval.low < interval.value < interval.high
+        widths[name] = (interval.high - interval.low) / (percentile.high - percentile.low)
+    assert 0.9 < widths["equal"] < 1.25 and widths["skewed"] > 1.3 * widths["equal"]
+
+
+def test_one_group_that_holds_everything_has_no_interval():
+    zero = statistics.mean(np.array([1.0, 0.0, 0.0]), np.array([0, 1, 2]))
+    assert statistics.kept_with_confidence(zero, zero) is None
