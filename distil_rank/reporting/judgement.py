@@ -126,13 +126,13 @@ def draw(judgement: Judgement, path: Path) -> None:
 
 
 def _panel(ax: Axes, judgement: Judgement, points: list[tuple[Entry, float]]) -> None:
-    for entry, x in points:
+    for number, (entry, x) in enumerate(sorted(points, key=lambda point: point[1])):
         score, colour = entry.scores[judgement.headline], ROLE_COLOURS[entry.role]
         ax.errorbar(
             x, score.value, ([score.value - score.low], [score.high - score.value]), fmt="o", color=colour, capsize=2
         )
-        side = {"xytext": (-5, 5), "ha": "right"} if x == max(other for _, other in points) else {"xytext": (5, 5)}
-        ax.annotate(entry.name, (x, score.value), textcoords="offset points", fontsize=7, color=colour, **side)
+        end, place = (score.low, (0, -10)) if number % 2 else (score.high, (0, 4))  # in turn, so that names have room
+        ax.annotate(entry.name, (x, end), place, textcoords="offset points", fontsize=7, color=colour, ha="center")
     for entry in judgement.entries:
         if entry.role in ("rival", "chance"):
             value = entry.scores[judgement.headline].value
@@ -148,3 +148,4 @@ def _panel(ax: Axes, judgement: Judgement, points: list[tuple[Entry, float]]) ->
                 color=ROLE_COLOURS[entry.role],
             )
     ax.set_ylim(bottom=0)
+    ax.margins(x=0.12)

@@ -115,6 +115,7 @@ def matching_rows(data: Embeddings, ids: Sequence[str], name: str) -> np.ndarray
 
 
 def check_ids(ids: Sequence[str], source: str) -> None:
+    """Refuse ids that come twice: per-residue vectors, or a damaged file."""
     if len(set(ids)) < len(ids):
         name, times = Counter(ids).most_common(1)[0]
         raise InputError(
@@ -150,5 +151,6 @@ def own_labels(source: str, data: Embeddings, labels: LabelSource = LabelSource(
 
 
 def with_clusters(data: Embeddings, source: str) -> Embeddings:
+    """The same with the clusters in the store's folder, where there are some."""
     own = Path(source) / OWN_CLUSTERS
     return replace(data, clusters=read_clusters(own, data.ids)) if own.is_file() else data

@@ -72,26 +72,30 @@ def test_intervals_are_over_groups_not_rows():
     assert statistics.estimate(copies, resample_counts(30)).low == pytest.approx(once.low)
 
 
-def test_the_interval_of_a_ratio_widens_where_few_groups_decide():
-    """Of equal groups it is about as wide as the bootstrap's; of one large group among small ones far wider."""
+def test_the_interval_of_a_ratio_covers_the_truth_where_few_groups_decide():
+    """Groups drawn from one population, sizes log-normal: the bootstrap's percentile interval is too narrow."""
     rng = np.random.default_rng(0)
 
-    def pair(sizes):
-        group = np.repeat(np.arange(len(sizes)), sizes)
-        hard = rng.uniform(size=len(sizes))[group]
-        full = (rng.uniform(size=len(group)) < 0.4 + 0.4 * hard).astype(float)
-        less = full * (rng.uniform(size=len(group)) < (0.7 + 0.3 * rng.uniform(size=len(sizes)))[group])
-        return statistics.mean(less, group), statistics.mean(full, group)
+    def draw(groups):
+        size = rng.lognormal(0, 1.5, groups)
+        full = size * rng.beta(3, 3, groups)
+        less = full * np.where(rng.random(groups) < 0.2, 0.3, 1.0)
+        return (
+            statistics.Statistic(np.stack([part, size], axis=1), lambda totals: totals[..., 0] / totals[..., 1])
+            for part in (less, full)
+        )
 
-    widths = {}
-    for name, sizes in {"equal": [20] * 60, "skewed": [600, *[10] * 59]}.items():
-        ours, theirs = pair(sizes)
-        counts = resample_counts(60)
-        percentile = statistics.kept(ours, theirs, counts)
-        interval = statistics.kept_with_confidence(ours, theirs)
-        assert interval.value == percentile.value and interval.low < interval.value < interval.high
-        widths[name] = (interval.high - interval.low) / (percentile.high - percentile.low)
-    assert 0.9 < widths["equal"] < 1.25 and widths["skewed"] > 1.3 * widths["equal"]
+    ours, theirs = draw(500_000)
+    truth = ours.value / theirs.value
+    covered, by_bootstrap = [], []
+    counts = resample_counts(40, draws=500)
+    for _ in range(300):
+        ours, theirs = draw(40)
+        interval, percentile = statistics.kept_with_confidence(ours, theirs), statistics.kept(ours, theirs, counts)
+        covered.append(interval.low <= truth)
+        by_bootstrap.append(percentile.low <= truth)
+        assert interval.value == percentile.value
+    assert np.mean(covered) > 0.93 and np.mean(covered) > np.mean(by_bootstrap)
 
 
 def test_one_group_that_holds_everything_has_no_interval():
