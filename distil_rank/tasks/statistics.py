@@ -73,8 +73,8 @@ def kept_with_confidence(statistic: Statistic, reference: Statistic, level: floa
     The percentile interval of a bootstrap is too narrow then: the groups that dominate a metric are few, and a
     bootstrap sample has no others. Here the logarithm of the ratio gets a t-interval. Its variance is the jackknife's
     over groups, `(G − 1)/G Σ e_g²` with `e_g` the deviation of the ratio without group g (Miller 1974), and its degrees
-    of freedom are Satterthwaite's (1946) for a sum of squares of unequal variances, `(Σ σ_g²)² / Σ σ_g⁴`, which for normal `e_g` is
-    estimated by `3 (Σ e²)² / Σ e⁴ − 2`: about G − 1 for equal groups, few where few groups matter.
+    of freedom are Satterthwaite's (1946) for a sum of squares of unequal variances, `(Σ σ_g²)² / Σ σ_g⁴`, which for
+    normal `e_g` is estimated by `3 (Σ e²)² / Σ e⁴ − 2`: about G − 1 for equal groups, few where few groups matter.
 
     >>> equal = np.tile([[1.0, 1.0], [0.5, 1.0]], (50, 1))
     >>> share = lambda sums: Statistic(sums, lambda totals: totals[..., 0] / totals[..., 1])

@@ -79,7 +79,7 @@ def test_the_interval_of_a_ratio_covers_the_truth_where_few_groups_decide():
     def draw(groups):
         size = rng.lognormal(0, 1.5, groups)
         full = size * rng.beta(3, 3, groups)
-        less = full * np.where(rng.random(groups) < 0.2, 0.3, 1.0)
+        less = full * rng.normal(0.9, 0.15, groups).clip(0)
         return (
             statistics.Statistic(np.stack([part, size], axis=1), lambda totals: totals[..., 0] / totals[..., 1])
             for part in (less, full)
@@ -88,14 +88,14 @@ def test_the_interval_of_a_ratio_covers_the_truth_where_few_groups_decide():
     ours, theirs = draw(500_000)
     truth = ours.value / theirs.value
     covered, by_bootstrap = [], []
-    counts = resample_counts(40, draws=500)
+    counts = resample_counts(60, draws=500)
     for _ in range(300):
-        ours, theirs = draw(40)
+        ours, theirs = draw(60)
         interval, percentile = statistics.kept_with_confidence(ours, theirs), statistics.kept(ours, theirs, counts)
         covered.append(interval.low <= truth)
         by_bootstrap.append(percentile.low <= truth)
         assert interval.value == percentile.value
-    assert np.mean(covered) > 0.93 and np.mean(covered) > np.mean(by_bootstrap)
+    assert np.mean(covered) > 0.95 and np.mean(covered) > np.mean(by_bootstrap)
 
 
 def test_one_group_that_holds_everything_has_no_interval():
