@@ -9,6 +9,7 @@ FASTA ?= data/sample.fasta.gz
 STORE ?= embeddings
 BACKBONE ?= auto
 POOLING ?= mean
+LAYERS ?=
 DATA ?= auto
 SPLIT ?= auto
 TEACHER ?= denoising
@@ -42,8 +43,9 @@ help: ## What there is, in one line each
 
 setup: .venv/installed ## Install into .venv, with exact versions
 
-embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE= BACKBONE= POOLING=mean|bos|residue)
-	@$(RUN) embed --fasta "$(FASTA)" --store "$(STORE)" --backbone "$(BACKBONE)" --pooling "$(POOLING)" $(ARGS)
+embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE= BACKBONE= POOLING=mean|bos|residue LAYERS=4|3,4,5|all)
+	@$(RUN) embed --fasta "$(FASTA)" --store "$(STORE)" --backbone "$(BACKBONE)" --pooling "$(POOLING)" \
+	  $(if $(LAYERS),--layer "$(LAYERS)") $(ARGS)
 
 train-teacher: .venv/installed ## Make the dense layer (TEACHER=denoising|random|spectral|FILE:KEY DATA=)
 	@$(RUN) train-teacher --teacher.kind "$(TEACHER)" $(DATA_ARGS) $(ARGS)

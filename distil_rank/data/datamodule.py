@@ -20,6 +20,7 @@ from distil_rank.data.description import DataDescription, SplitSizes
 from distil_rank.data.formats import Embeddings, load_matrix
 from distil_rank.data.splits import Split, check_split, make_split
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.layer_spec import split_source
 from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class EmbeddingDataModule(LightningDataModule):
             self.embeddings = synthetic_embeddings(seed=h["seed"])
         else:
             self.embeddings = load_matrix(self.source)
-            own = Path(self.source) / "clusters.tsv"
+            own = split_source(self.source)[0] / "clusters.tsv"
             if h["clusters"] is not None or own.exists():
                 clusters = read_clusters(Path(h["clusters"] or own), self.embeddings.ids)
                 self.embeddings = replace(self.embeddings, clusters=clusters)

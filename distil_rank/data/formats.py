@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.provenance import embedding_run
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -55,7 +56,8 @@ def load_matrix(path: str | Path) -> Embeddings:
 
     `.npy`, `.npz`, `.safetensors`, `.pt` (a tensor, or a mapping with the key `embeddings`), `.h5`/`.hdf5` (one data
     set per protein, UniProt's convention), a folder of fair-esm's per-protein `.pt` files, a folder with
-    `embeddings_train.pt` and `embeddings_val.pt`, or a store made by `distil-rank embed`. In `.npz`, `.pt` and
+    `embeddings_train.pt` and `embeddings_val.pt`, or a store made by `distil-rank embed` (`STORE:LAYER` for one of
+    several layers). In `.npz`, `.pt` and
     `.safetensors` the matrix is `embeddings`, or the only 2-d array; `ids`, `sequences`, `labels` and `clusters` are
     read when they are there.
 
@@ -69,10 +71,14 @@ def load_matrix(path: str | Path) -> Embeddings:
     >>> found.x.shape, found.ids
     ((3, 5), ['0', '1', '2'])
     """
-    path = Path(path)
+    given, (path, layer) = path, split_source(path)
     if not path.exists():
-        raise InputError(f"Expected embeddings at {path} but there is nothing; make them with `distil-rank embed`.")
+        raise InputError(f"Expected embeddings at {given} but there is nothing; make them with `distil-rank embed`.")
     reader = _folder_reader(path) if path.is_dir() else READERS.get(path.suffix.lower())
+    if layer is not None:
+        if reader is not _read_store:
+            raise InputError(f"Expected a store of embeddings before :{layer} but {path} is none; name the file alone.")
+        path = Path(given)
     if reader is None:
         raise InputError(
             f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {path.name}; convert it first."
@@ -258,10 +264,12 @@ def _h5py() -> Any:
 
 def _read_store(path: Path) -> Embeddings:
     store = Store.open(path)
-    run = embedding_run(path, store.manifest)
+    run = embedding_run(store.path, store.manifest)
     owner = store.protein_of_row()
     ids, sequences = store.ids, store.sequences
     description = {key: value for key, value in store.manifest.items() if key not in ("proteins", "shards")}
+    if store.layer is not None:
+        description["layer"] = store.layer.entry
     return Embeddings(
         [ids[i] for i in owner],
         store.embeddings(),

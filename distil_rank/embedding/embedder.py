@@ -6,7 +6,7 @@ import ctypes
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distil_rank.embedding.backbones import Backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.layer_spec import State
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,17 @@ class Embedded:
     """The vectors of some sequences, concatenated.
 
     Attributes:
-        vectors: (sum of counts, dim) float32, on the device that computed them.
+        layers: (layers, sum of counts, dim) float32, on the device that computed them.
         counts: Number of vectors of each sequence: 1, or its residues; 0 if it did not fit into memory.
     """
 
-    vectors: Tensor
+    layers: Tensor
     counts: list[int]
+
+    @property
+    def vectors(self) -> Tensor:
+        """Those of the last of the layers, (sum of counts, dim)."""
+        return self.layers[-1]
 
     def per_sequence(self) -> list[Tensor]:
         """Views of the vectors, (count, dim) for each sequence."""
@@ -72,7 +78,7 @@ class Embedder:
         pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector per residue.
         precision: `fp32` or `bf16`, of the matrix products; see `FusedEncoder`. Pooling sums in fp32.
         device: Where to compute.
-        layer: Transformer layer whose hidden states are pooled; the last by default.
+        layers: Whose hidden states are pooled, ascending; the last layer's by default.
         window: Residues per pass; longer sequences are computed in overlapping windows, and a residue in several of
             them gets their mean. None: whole sequences, whatever their length.
         max_tokens: Tokens per pass.
@@ -84,11 +90,12 @@ class Embedder:
         pooling: Pooling = "mean",
         precision: str = "fp32",
         device: torch.device | str = "cpu",
-        layer: int | None = None,
+        layers: Sequence[State] | None = None,
         window: int | None = None,
         max_tokens: int = 2048,
     ):
-        self.encoder = FusedEncoder(backbone.model, DTYPES[precision], device, layer)
+        self.layers = tuple(layers or [State(backbone.num_layers)])
+        self.encoder = FusedEncoder(backbone.model, DTYPES[precision], device, self.layers[-1].layer)
         self.alphabet = backbone.alphabet
         self.dim = backbone.dim
         self.pooling = pooling
@@ -127,11 +134,18 @@ class Embedder:
         pieces = [piece for owner, text in enumerate(sequences) for piece in self._pieces(owner, text)]
         per_residue = self.pooling == "residue"
         counts = [len(text) if per_residue else 1 for text in sequences]
-        sums = _Sums(torch.zeros(sum(counts), self.dim, device=self.encoder.device), counts, per_residue)
+        empty = torch.zeros(len(self.layers), sum(counts), self.dim, device=self.encoder.device)
+        sums = _Sums(empty, counts, per_residue)
         weights = [self._weights(text) for text in sequences]
         for group in self.batches([len(piece.text) for piece in pieces]):
             self._add([pieces[i] for i in group], weights, sums)
         return sums.result()
+
+    @property
+    def parallel_batches(self) -> int:
+        """Batches that `stream` computes at once."""
+        narrow = self.encoder.device.type == "cpu" and self.dim < WIDE
+        return torch.get_num_threads() if narrow else 1
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
         """Embeds batch after batch and yields them in order, each with its vectors.
@@ -143,10 +157,10 @@ class Embedder:
         Args:
             batches: Anything with a list of sequences as `texts`; read ahead by at most the number of cores.
         """
-        threads = torch.get_num_threads()
+        threads = self.parallel_batches
         if self.encoder.device.type == "cpu":
             _keep_freed_memory()
-        if self.encoder.device.type != "cpu" or threads == 1 or self.dim >= WIDE:
+        if threads == 1:
             yield from ((batch, self.embed(batch.texts)) for batch in batches)
             return
         waiting: deque[tuple[Batch, Future[Embedded]]] = deque()
@@ -204,21 +218,30 @@ class Embedder:
 
     @torch.no_grad()
     def _contributions(self, pieces: list[_Piece], weights: list[Tensor]) -> Tensor:
-        """The pieces' weighted sums, (pieces, dim), or weighted residues, (residues, dim), concatenated."""
+        """Weighted sums of the pieces, (layers, pieces, dim), or their weighted residues, (layers, residues, dim)."""
         tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)
-        hidden = self.encoder(tokens, lengths)  # (T, dim)
+        pool = self._pooling(pieces, lengths, weights)
+        parts = []
+        for number, hidden in enumerate(self.encoder.states(tokens, lengths)):
+            for state in (state for state in self.layers if state.layer == number):
+                normed = state.normed or number == self.encoder.depth
+                parts.append(pool(self.encoder.normed(hidden) if normed else hidden))
+        return torch.stack(parts)
+
+    def _pooling(self, pieces: list[_Piece], lengths: list[int], weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        """The map from the hidden states of all tokens, (T, dim), to one layer's contributions."""
+        device = self.encoder.device
         if self.pooling == "bos":
-            first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=hidden.device)
-            per_piece = torch.cat([weights[piece.owner] for piece in pieces])
-            return hidden[first] * per_piece.to(hidden.device)[:, None]
-        per_token = torch.cat(
-            [F.pad(weights[piece.owner][piece.start : piece.start + len(piece.text)], (1, 1)) for piece in pieces]
-        )
+            first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=device)
+            per_piece = torch.cat([weights[piece.owner] for piece in pieces]).to(device)[:, None]
+            return lambda hidden: hidden[first] * per_piece
+        padded = [F.pad(weights[piece.owner][piece.start : piece.start + len(piece.text)], (1, 1)) for piece in pieces]
+        per_token = torch.cat(padded).to(device)[:, None]
         if self.pooling == "residue":
-            residues = per_token.nonzero()[:, 0]  # all but BOS and EOS
-            return hidden[residues.to(hidden.device)] * per_token[residues].to(hidden.device)[:, None]
-        weighted = hidden * per_token.to(hidden.device)[:, None]
-        return torch.segment_reduce(weighted, "sum", lengths=torch.tensor(lengths, device=hidden.device), axis=0)
+            residues = per_token[:, 0].nonzero()[:, 0]  # all but BOS and EOS
+            return lambda hidden: hidden[residues] * per_token[residues]
+        on_device = torch.tensor(lengths, device=device)
+        return lambda hidden: torch.segment_reduce(hidden * per_token, "sum", lengths=on_device, axis=0)
 
 
 class _Sums:
@@ -234,19 +257,20 @@ class _Sums:
     def add(self, pieces: list[_Piece], contributions: Tensor) -> None:
         owners = [piece.owner for piece in pieces]
         if not self.per_residue and len(set(owners)) == len(owners):  # each owner once: a single indexed addition
-            self.vectors[[self.first[owner] for owner in owners]] += contributions
+            self.vectors[:, [self.first[owner] for owner in owners]] += contributions
             return
         sizes = [len(piece.text) if self.per_residue else 1 for piece in pieces]
-        for piece, part in zip(pieces, contributions.split(sizes), strict=True):
+        for piece, part in zip(pieces, contributions.split(sizes, dim=1), strict=True):
             start = self.first[piece.owner] + (piece.start if self.per_residue else 0)
-            self.vectors[start : start + len(part)] += part
+            self.vectors[:, start : start + part.shape[1]] += part
 
     def result(self) -> Embedded:
         if not self.skipped:
             return Embedded(self.vectors, self.counts)
         counts = [0 if owner in self.skipped else count for owner, count in enumerate(self.counts)]
-        parts = [part for owner, part in enumerate(self.vectors.split(self.counts)) if owner not in self.skipped]
-        return Embedded(torch.cat(parts) if parts else self.vectors[:0], counts)
+        parts = self.vectors.split(self.counts, dim=1)
+        kept = [part for owner, part in enumerate(parts) if owner not in self.skipped]
+        return Embedded(torch.cat(kept, dim=1) if kept else self.vectors[:, :0], counts)
 
 
 def windows(length: int, window: int | None) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ norm's scale and shift are folded into the linear map that follows, so that the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
+
+from distil_rank.embedding.layer_costs import LayerClock
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
 EXACT = 2  # first layers, whose queries and keys are not rounded: later layers amplify their errors most
@@ -65,7 +68,10 @@ class FusedEncoder:
         model: fair-esm's model. Its parameters are shared where dtype and device allow it.
         dtype: Of the weights and of the inputs of matrix products.
         device: Where to compute.
-        layer: The layer whose hidden states to return; the last by default, with its final norm as in fair-esm.
+        layer: The last layer to compute; the model's own by default.
+
+    Attributes:
+        clock: What each layer took so far.
     """
 
     def __init__(
@@ -86,7 +92,9 @@ class FusedEncoder:
             self._layer(module, dtype, self.attention_dtype if number < EXACT else dtype)
             for number, module in enumerate(model.layers[: self.layer])
         ]
-        self.norm_after = self._parameters(model.emb_layer_norm_after) if self.layer == model.num_layers else None
+        self.depth: int = model.num_layers
+        self.norm_after = self._parameters(model.emb_layer_norm_after)
+        self.clock = LayerClock(self.layer, self.device)
         scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
         self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
         exact = self._layer(model.layers[0], torch.float32, torch.float32)
@@ -144,9 +152,8 @@ class FusedEncoder:
         rounded = x.to(layer.v.dtype)
         return _linear(x if layer.qk[0].dtype == x.dtype else rounded, layer.qk), F.linear(rounded, layer.v)
 
-    @torch.no_grad()
     def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Hidden states of packed sequences.
+        """Hidden states of packed sequences behind the last computed layer; those of the model's last have its norm.
 
         Args:
             tokens: (T,), as `tokenise` packs them.
@@ -155,22 +162,40 @@ class FusedEncoder:
         Returns:
             (T, dim) float32.
         """
-        total = len(tokens)
+        *_, hidden = self.states(tokens, lengths)
+        return self.normed(hidden) if self.layer == self.depth else hidden
+
+    @torch.no_grad()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the model's final norm."""
+        return self._norm(hidden, self.norm_after)
+
+    @torch.no_grad()
+    def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+        """Hidden states behind the embedding and each layer, none of them normed, (T, dim) float32.
+
+        Each is overwritten by the next: use it before going on.
+        """
+        total, lap = len(tokens), self.clock.start()
         tokens = tokens.to(self.device)
         padding = -total % ROWS if self.device.type == "cpu" and self.dtype != torch.float32 else 0
-        if padding:  # as an extra sequence, dropped at the end
+        if padding:  # as an extra sequence, dropped from what is returned
             tokens, lengths = F.pad(tokens, (0, padding)), [*lengths, padding]
         x = F.embedding(tokens, self.embedding)  # (T, C)
         rotations = self._rotations(lengths)
         attend = _attend_sequentially if self.device.type == "cpu" else _attend_jagged
         for number, layer in enumerate(self.layers):
+            self.clock.lap(number, lap)
+            yield x[:total]
+            lap = None if lap is None else self.clock.now()
             qk, v = self._project(x, layer) if number else (F.embedding(tokens, table) for table in self.first)
             qk = _rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).to(self.attention_dtype)  # (T, 2 H, D)
             q, k = qk.chunk(2, dim=1)
             attended = attend(q, k, v.unflatten(-1, (self.heads, -1)).to(qk.dtype), lengths)
             x += _linear(attended.flatten(1), layer.out)
             x += self._feed_forward(x, layer)
-        return (x if self.norm_after is None else self._norm(x, self.norm_after))[:total]
+        self.clock.lap(len(self.layers), lap)
+        yield x[:total]
 
     def _feed_forward(self, x: Tensor, layer: _Layer) -> Tensor:
         weight, bias = layer.fc1

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from tqdm import tqdm
 
 from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
+from distil_rank.embedding.layer_costs import LayerCost, layer_costs
+from distil_rank.embedding.layer_spec import Layers, State, parse_layers
 from distil_rank.embedding.provenance import environment, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins
+from distil_rank.embedding.store import layers_of
 from distil_rank.embedding.store_writer import Shard, StoreWriter
 from distil_rank.errors import InputError
 
@@ -39,7 +42,7 @@ class Request:
     store: str | Path
     backbone: str = "auto"
     pooling: Pooling = "mean"
-    layer: int | None = None
+    layer: Layers = None
     precision: Precision = "auto"
     long: Long = "window"
     max_length: int = 1022
@@ -85,16 +88,15 @@ class Extraction:
         proteins = self._proteins(report)
         proteins = chain([next(proteins)], proteins)  # report an unreadable file before fetching a model
         request, backbone, existing = self.request, self.backbone, self.writer.manifest
-        layer = backbone.num_layers if request.layer is None else request.layer
-        if not 0 <= layer <= backbone.num_layers:
-            raise InputError(f"Expected a layer from 0 to {backbone.num_layers} of {backbone.name} but got {layer}.")
+        layers = parse_layers(request.layer, backbone.num_layers, backbone.name)
+        self._check_layers(existing, layers)
         precision: str = request.precision
         if precision == "auto":
             precision = existing.get("precision") or native_precision(self.device)
         settings = {
             "weights_sha256": backbone.sha256,
             "dim": backbone.dim,
-            "layer": layer,
+            **layer_settings(layers),
             "pooling": request.pooling,
             "precision": precision,
             "long": request.long,
@@ -110,6 +112,16 @@ class Extraction:
         if request.precision == "auto" and precision == "bf16" and untouched and not compared:
             self._compare_bf16()
         return added, report
+
+    def _check_layers(self, manifest: dict[str, Any], layers: list[State]) -> None:
+        """Raises `InputError` where the store exists and holds other layers."""
+        wanted = ",".join(map(str, layers))
+        stored = ",".join(map(str, layers_of(manifest))) or str(manifest.get("layer"))
+        if manifest and wanted != stored:
+            raise InputError(
+                f"Expected layers {stored}, which the store {self.writer.path} was made with, but got {wanted}; "
+                f"use --layer {stored}, or choose another store."
+            )
 
     def _proteins(self, report: CleaningReport) -> Iterator[Protein]:
         limit = self.request.max_length
@@ -150,7 +162,7 @@ class Extraction:
             manifest["pooling"],
             precision,
             self.device,
-            manifest["layer"],
+            layers_of(manifest) or [State.parse(manifest["layer"])],
             manifest["max_length"],
             max_tokens,
         )
@@ -202,7 +214,17 @@ class Extraction:
         self.writer.finish()
         if computed:
             counts = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
-            self.writer.record_extraction(**environment(self.device), **counts)
+            costs = [asdict(cost) for cost in self.costs(computed, residues, seconds)]
+            self.writer.record_extraction(**environment(self.device), **counts, layer_costs=costs)
+
+    def costs(self, computed: int, residues: int, seconds: float) -> list[LayerCost]:
+        """What stopping behind each layer costs, measured in this run; nothing where it computed nothing."""
+        if not computed:
+            return []
+        embedder = self.embedder
+        return layer_costs(
+            embedder.encoder.clock, self.backbone.num_layers, seconds, computed, residues, embedder.parallel_batches
+        )
 
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
         """The batches to compute of each shard; its last one is empty and tells that the shard can be sealed."""
@@ -221,9 +243,9 @@ class Extraction:
     def _write(self, batch: _Batch, result: Embedded) -> None:
         """Writes one batch; `cpu()` waits for the device."""
         if batch.rows:
-            vectors = result.vectors.cpu().numpy()
+            vectors = result.layers.cpu().numpy()
             owner = np.repeat(batch.rows, result.counts)
-            invalid = owner[~np.isfinite(vectors).all(axis=1)]
+            invalid = owner[~np.isfinite(vectors).all(axis=(0, 2))]
             if len(invalid):
                 raise InputError(
                     f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
@@ -251,6 +273,11 @@ class _Batch:
     texts: list[str]
     residues: int
     last: bool
+
+
+def layer_settings(layers: list[State]) -> dict[str, Any]:
+    """Layers as a manifest has them: one as `layer`, several as `layers`."""
+    return {"layer": layers[0].entry} if len(layers) == 1 else {"layers": [layer.entry for layer in layers]}
 
 
 def native_precision(device: torch.device) -> str:

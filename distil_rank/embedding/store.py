@@ -6,6 +6,8 @@
       proteins-00000.arrow    id, sequence, sha256, length, row, notes; in input order
       vectors-00000.arrow     row, embedding; the rows of one shard in order
 
+A store of several layers has a column `embedding_LAYER` for each of them instead, and `layers` in its manifest.
+
 A *row* numbers the distinct sequences in the order of their first appearance; proteins with the same sequence share
 one. A pooled store has one vector for each row, a per-residue store as many as the sequence has residues. A row without
 a vector was skipped.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +31,10 @@ from typing import IO, Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 
+from distil_rank.embedding.layer_spec import STATE, State, split_source
 from distil_rank.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # a manifest's `format`: what the shards hold
 VERSION = 1
@@ -93,9 +99,9 @@ def read_table(path: Path) -> pa.Table:
         raise InputError(f"Expected an Arrow file at {path} but it is missing or damaged; embed again.") from error
 
 
-def vectors_of(table: pa.Table) -> np.ndarray:
-    """The `embedding` column as (vectors, dim) float32, without a copy where the table is one record batch."""
-    column = table["embedding"].combine_chunks()
+def vectors_of(table: pa.Table, name: str = "embedding") -> np.ndarray:
+    """A column of vectors as (vectors, dim) float32, without a copy where the table is one record batch."""
+    column = table[name].combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # no chunk, or too many for one array
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     values = column.flatten().to_numpy(zero_copy_only=True)
@@ -111,26 +117,34 @@ class Store:
         manifest: Backbone, weights' SHA-256, layer, pooling, precision, counts, files.
         digest: SHA-256 over what the vectors depend on and every file's SHA-256: equal digests mean equal content.
         dim: Width of the vectors.
+        layers: The layers of a store that holds several, ascending; empty for a store of one.
+        layer: Which of them this is; None for a store of one.
     """
 
     content: ClassVar[str] = EMBEDDINGS
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
+    def __init__(self, path: Path, manifest: dict[str, Any], layer: State | None = None):
         self.path = path
         self.manifest = manifest
         self.dim: int = manifest["dim"]
+        self.layers = layers_of(manifest)
+        self.layer = layer or (self.layers[-1] if self.layers else None)
         files = [file["sha256"] for file in manifest["proteins"] + manifest["shards"]]
-        content = [settings_of(manifest), files]
+        content = [settings_of(manifest), files, *([str(self.layer)] if self.layers else [])]
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
         """Opens a finished store.
 
+        Args:
+            path: The folder; `FOLDER:LAYER` picks one of several layers, the last of which is taken otherwise.
+
         Raises:
-            InputError: the folder is not a store, is unfinished, or a file is missing or has another size.
+            InputError: the folder is not a store, is unfinished, lacks the layer, or a file is missing or has another
+                size.
         """
-        path = Path(path)
+        path, wanted = split_source(path)
         manifest = read_manifest(path, cls.content)
         if manifest is None:
             noun = cls.content.removeprefix("distil-rank ")
@@ -152,7 +166,15 @@ class Store:
                     f"Expected {file['bytes']} bytes in {location} but got {size if size is not None else 'no file'}; "
                     f"the store is damaged: {remedy}."
                 )
-        return cls(path, manifest)
+        return cls(path, manifest, _layer_of(path, manifest, wanted))
+
+    def at(self, layer: State) -> Self:
+        """The same store at another of its layers.
+
+        Raises:
+            InputError: it lacks the layer.
+        """
+        return type(self)(self.path, self.manifest, _layer_of(self.path, self.manifest, str(layer)))
 
     def verify(self) -> None:
         """Reads every file and compares its SHA-256.
@@ -239,12 +261,41 @@ class Store:
         """Each shard's row numbers, (vectors,), and memory-mapped vectors, (vectors, dim), in order of the rows."""
         for shard in self.manifest["shards"]:
             table = self._shard(shard)
-            yield table["row"].to_numpy(), vectors_of(table)
+            yield table["row"].to_numpy(), vectors_of(table, column_of(self.layer))
+
+
+def layers_of(manifest: dict[str, Any]) -> list[State]:
+    """The layers of a store that holds several, ascending; none for a store of one."""
+    return [State.parse(entry) for entry in manifest.get("layers", [])]
+
+
+def column_of(layer: State | None) -> str:
+    """Name of the column with a layer's vectors; None is for a store of one layer."""
+    return "embedding" if layer is None else f"embedding_{layer}"
+
+
+def _layer_of(path: Path, manifest: dict[str, Any], wanted: str | None) -> State | None:
+    """The layer to read of a store that holds several."""
+    layers, has = layers_of(manifest), manifest.get("layer")
+    if not layers:
+        if wanted not in (None, str(has)):
+            raise InputError(f"Expected layer {wanted} in the store {path} but it holds layer {has} only.")
+        return None
+    names = ", ".join(map(str, layers))
+    if wanted is None:
+        logger.info(
+            "%s holds the layers %s: taking %s, the last (%s:LAYER takes another)", path, names, layers[-1], path
+        )
+        return layers[-1]
+    if State.parse(wanted) not in layers:
+        raise InputError(f"Expected a layer out of {names}, which the store {path} holds, but got {wanted}.")
+    return State.parse(wanted)
 
 
 def settings_of(manifest: dict[str, Any]) -> list[Any]:
-    """The values of all settings that the stored rows depend on; for codes with the hash of their code map."""
-    values = [manifest.get(key) for key in SETTINGS]
+    """The values of all settings that the stored rows depend on: also of `layers` where there are several, and for
+    codes the hash of their code map."""
+    values = [manifest.get(key) for key in (*SETTINGS, *(["layers"] if "layers" in manifest else []))]
     return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
 
 
@@ -283,6 +334,9 @@ def read_manifest(path: Path, content: str = EMBEDDINGS) -> dict[str, Any] | Non
 def _invalid_entries(manifest: dict[str, Any]) -> Iterator[str]:
     """Names of invalid entries; each check relies on the ones before it having passed."""
     yield from _mistyped("", manifest, _MANIFEST)
+    layers = manifest.get("layers", [1, 2])
+    if not isinstance(layers, list) or len(layers) < 2 or not all(STATE.fullmatch(str(layer)) for layer in layers):
+        yield "layers"
     if manifest["format"] == CODES:
         yield from _mistyped("code: ", manifest.get("code"), _CODE)
     for table in manifest["proteins"]:

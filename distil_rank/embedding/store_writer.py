@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -39,6 +39,8 @@ from distil_rank.embedding.store import (
     EMBEDDINGS,
     VERSION,
     atomic_file,
+    column_of,
+    layers_of,
     read_manifest,
     read_table,
     settings_of,
@@ -265,7 +267,7 @@ class StoreWriter:
         low, high = SHARD_RESIDUES
         size = min(max(int(work.sum()) // SHARD_COUNT, low), high)
         if manifest["pooling"] == "residue":
-            size = min(size, SHARD_BYTES // (4 * manifest["dim"]))
+            size = min(size, SHARD_BYTES // (4 * manifest["dim"] * max(len(manifest.get("layers", [])), 1)))
         cumulative = np.cumsum(work)
         shards: list[dict[str, Any]] = []
         start = 0
@@ -356,18 +358,22 @@ class StoreWriter:
             shard: The batch's shard.
             rows: Rows of the batch's sequences.
             counts: Number of vectors of each; 0 for a skipped one.
-            vectors: (sum of counts, dim) float32.
+            vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
         """
-        table = vector_table(np.repeat(rows, counts), vectors, {"key": shard.key, "rows": json.dumps(rows)})
+        columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
+        table = vector_table(np.repeat(rows, counts), columns, {"key": shard.key, "rows": json.dumps(rows)})
         write_atomically(self._parts(shard) / f"{rows[0]}.arrow", table)
+
+    def _columns(self) -> list[str]:
+        return [column_of(layer) for layer in layers_of(self.manifest)] or [column_of(None)]
 
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them."""
         parts = [read_table(part) for part in sorted(self._parts(shard).glob("*.arrow"))]
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
-        vectors = np.concatenate([vectors_of(part) for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
-        write_atomically(self.path / shard.file, vector_table(rows[order], vectors[order], {"key": shard.key}))
+        columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
+        write_atomically(self.path / shard.file, vector_table(rows[order], columns, {"key": shard.key}))
         shutil.rmtree(self._parts(shard))
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
@@ -431,7 +437,10 @@ def _record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=PROTEINS)
 
 
-def vector_table(rows: np.ndarray, vectors: np.ndarray, metadata: dict[str, str]) -> pa.Table:
-    """The table of a shard or part: row numbers, `(vectors,)`, and their vectors or codes, `(vectors, width)`."""
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    return pa.table({"row": pa.array(rows, pa.int64()), "embedding": embedding}, metadata=metadata)
+def vector_table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[str, str]) -> pa.Table:
+    """The table of a shard or part: row numbers, `(vectors,)`, and columns of vectors or codes, `(vectors, width)`."""
+    arrays = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).ravel()), vectors.shape[1])
+        for name, vectors in columns.items()
+    }
+    return pa.table({"row": pa.array(rows, pa.int64()), **arrays}, metadata=metadata)

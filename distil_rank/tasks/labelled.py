@@ -12,6 +12,7 @@ import numpy as np
 
 from distil_rank.data.datamodule import find_source, read_clusters
 from distil_rank.data.formats import Embeddings, load_matrix
+from distil_rank.embedding.layer_spec import split_source
 from distil_rank.errors import InputError
 from distil_rank.tasks.groups import Groups, make_groups
 from distil_rank.tasks.labels import LabelSource, LabelTable, read_labels
@@ -139,7 +140,7 @@ def _table(source: str, data: Embeddings, labels: LabelSource) -> LabelTable:
 
 def own_labels(source: str, data: Embeddings, labels: LabelSource = LabelSource()) -> LabelTable | None:  # noqa: B008 - frozen
     """The labels that come with the vectors: a table in the store's folder, or those of the data file; None without."""
-    own = Path(source) / OWN_LABELS
+    own = split_source(source)[0] / OWN_LABELS
     if own.is_file():
         return read_labels(replace(labels, source=str(own)))
     if Path(source).suffix == ".npz" and labels.column is not None:
@@ -152,5 +153,5 @@ def own_labels(source: str, data: Embeddings, labels: LabelSource = LabelSource(
 
 def with_clusters(data: Embeddings, source: str) -> Embeddings:
     """The same with the clusters in the store's folder, where there are some."""
-    own = Path(source) / OWN_CLUSTERS
+    own = split_source(source)[0] / OWN_CLUSTERS
     return replace(data, clusters=read_clusters(own, data.ids)) if own.is_file() else data

@@ -203,6 +203,27 @@ def test_our_store(tmp_path, pooling):
     assert len(found.provenance["digest"]) == 64
 
 
+def test_one_layer_of_our_store(tmp_path):
+    writer = StoreWriter(tmp_path / "s")
+    settings = {"dim": 4, "pooling": "mean", "long": "window", "max_length": 9, "layers": [1, 2]}
+    with writer.lock():
+        writer.plan([Protein("a", "MK")], settings, {"backbone": "x", "fallback": None}, CleaningReport(""))
+        (shard,) = writer.pending()
+        writer.write_part(shard, [0], [1], np.stack([X[:1], 2 * X[:1]]))
+        writer.seal(shard)
+        writer.finish()
+    for layer, factor in ((1, 1), (2, 2)):
+        found = load_matrix(f"{tmp_path}/s:{layer}")
+        assert np.array_equal(found.x, factor * X[:1]) and found.provenance["layer"] == layer
+    with pytest.raises(InputError, match="layer out of 1, 2"):
+        load_matrix(f"{tmp_path}/s:3")
+    with pytest.raises(InputError, match="nothing"):
+        load_matrix(f"{tmp_path}/none:1")
+    np.save(tmp_path / "x.npy", X)
+    with pytest.raises(InputError, match=r"store of embeddings before :1"):
+        load_matrix(f"{tmp_path}/x.npy:1")
+
+
 class Exploit:
     def __init__(self, target):
         self.target = target

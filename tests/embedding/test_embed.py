@@ -66,6 +66,28 @@ def test_the_store_holds_what_the_embedder_gives(run, fasta, tiny_esm2, pooling)
     assert store.protein_of_row().tolist() == np.repeat(np.arange(4), lengths).tolist()
 
 
+@pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
+def test_several_layers_in_one_store_are_each_as_alone(run, fasta, tiny_esm2, pooling):
+    done = run(fasta, pooling=pooling, layer="1,1n,2")
+    assert done.layers == "1, 1n, 2" and "1: " in done.layer_cost and "1.00 of full depth" in done.layer_cost
+    path = fasta.parent / "store"
+    assert Store.open(path).manifest["layers"] == [1, "1n", 2] and "layer" not in Store.open(path).manifest
+    for layer in (1, 2):
+        store = embed(fasta, path.with_name(f"{layer}"), str(tiny_esm2.fair_esm), pooling, layer, accelerator="cpu")
+        assert np.array_equal(Store.open(f"{path}:{layer}").embeddings(), Store.open(store.store).embeddings())
+    assert Store.open(path).digest == Store.open(f"{path}:2").digest != Store.open(f"{path}:1").digest
+    costs = read_provenance(path)["extractions"][0]["layer_costs"]
+    assert [cost["layer"] for cost in costs] == [1, 2] and costs[1]["share"] == 1
+
+
+@pytest.mark.parametrize(("first", "then"), [("1,2", "2"), ("1,2", None), (1, "1,2"), ("1,2", "1n,2")])
+def test_a_store_is_extended_with_its_own_layers_only(run, fasta, first, then):
+    run(fasta, layer=first)
+    with pytest.raises(InputError, match=f"Expected layers {first}, which the store"):
+        run(fasta, layer=then)
+    assert run(fasta, layer=first).computed == 0
+
+
 def test_manifest_tells_what_the_vectors_depend_on_and_provenance_how(run, fasta, tiny_esm2):
     run(fasta, layer=1)
     manifest = Store.open(fasta.parent / "store").manifest
@@ -128,7 +150,10 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, "layer from 0 to 2"),
+        ({"layer": 3}, "layers from 1 to 2"),
+        ({"layer": 0}, "layers from 1 to 2"),
+        ({"layer": "1,1"}, "1 comes twice"),
+        ({"layer": "1,5"}, "layers from 1 to 2"),
         ({"max_length": 0}, "max_length of at least 1 but got 0"),
         ({"max_tokens": 0}, "max_tokens of at least 1"),
         ({"long": "error", "max_length": 15}, r"at most 15 residues in .*in\.fasta but d has 20; use --long window"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embedder import Embedder, windows
+from distil_rank.embedding.layer_spec import State
 
 SEQUENCES = ["MKTAYIAKQR", "M", "ACDEFGHIKLMNPQRSTVWY" * 3, "GSHMXBZUO", "MKV"]
 
@@ -93,13 +94,13 @@ def short_of_memory(embedder, most_tokens):
     encoder, seen = embedder.encoder, []
 
     class Encoder:
-        device = encoder.device
+        device, depth, normed = encoder.device, encoder.depth, staticmethod(encoder.normed)
 
-        def __call__(self, tokens, lengths):
+        def states(self, tokens, lengths):
             seen.append(len(tokens))
             if len(tokens) > most_tokens:
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-            return encoder(tokens, lengths)
+            return encoder.states(tokens, lengths)
 
     embedder.encoder = Encoder()
     return seen
@@ -145,8 +146,7 @@ def test_other_errors_are_not_taken_for_short_memory(backbone, monkeypatch):
     def broken(tokens, lengths):
         raise RuntimeError("a bug")
 
-    broken.device = embedder.encoder.device
-    monkeypatch.setattr(embedder, "encoder", broken)
+    monkeypatch.setattr(embedder.encoder, "states", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         embedder.embed(SEQUENCES).per_sequence()
 
@@ -158,7 +158,7 @@ def test_real_lack_of_memory_is_recognised(backbone):
     class Greedy:
         device = embedder.encoder.device
 
-        def __call__(self, tokens, lengths):
+        def states(self, tokens, lengths):
             return torch.empty(2**60)
 
     embedder.encoder = Greedy()
@@ -218,3 +218,17 @@ def test_a_failure_in_one_batch_ends_the_stream_and_gives_the_cores_back(backbon
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
+@pytest.mark.parametrize("window", [None, 8])
+def test_several_layers_in_one_pass_are_each_as_alone(tiny_esm2, backbone, pooling, window):
+    layers = [State(1), State(1, normed=True), State(2)]
+    together = Embedder(backbone, pooling, layers=layers, window=window, max_tokens=30).embed(SEQUENCES)
+    for layer, vectors in zip(layers[::2], together.layers[::2], strict=True):
+        alone = Embedder(backbone, pooling, layers=[layer], window=window, max_tokens=30).embed(SEQUENCES)
+        assert alone.counts == together.counts
+        assert torch.equal(vectors, alone.vectors)
+    if window is None and pooling == "residue":  # pooled, a norm of each residue is not the norm of their mean
+        norm = tiny_esm2.model.emb_layer_norm_after
+        torch.testing.assert_close(together.layers[1], norm(together.layers[0]).detach(), atol=1e-5, rtol=0)

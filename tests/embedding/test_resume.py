@@ -28,7 +28,7 @@ def write_fasta(path: Path, number: int, longest: int) -> None:
             file.write(f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(5, longest)))}\n")
 
 
-def attempt(fasta, store, backbone, log):
+def attempt(fasta, store, backbone, log, layer=None):
     """One run, slowed down a little, that writes down each sequence it computes."""
     torch.set_num_threads(1)
     original = Embedder.embed
@@ -41,7 +41,7 @@ def attempt(fasta, store, backbone, log):
 
     Embedder.embed = logged
     # fp32: where auto is bf16, the first batch is computed once more, to compare the two
-    embed(fasta, store, backbone=backbone, max_tokens=MAX_TOKENS, accelerator="cpu", precision="fp32")
+    embed(fasta, store, backbone=backbone, layer=layer, max_tokens=MAX_TOKENS, accelerator="cpu", precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,13 @@ def lines(log: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def test_twenty_kills(tiny_esm2, tmp_path, forks):
+@pytest.mark.parametrize("layer", [None, "all"])
+def test_twenty_kills(tiny_esm2, tmp_path, forks, layer):
     fasta, log = tmp_path / "in.fasta", tmp_path / "log"
     write_fasta(fasta, 900, 60)  # about 150 batches
 
     def start(store, log):
-        process = forks.Process(target=attempt, args=(fasta, store, str(tiny_esm2.fair_esm), log))
+        process = forks.Process(target=attempt, args=(fasta, store, str(tiny_esm2.fair_esm), log, layer))
         process.start()
         return process
 

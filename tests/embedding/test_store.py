@@ -181,3 +181,47 @@ def test_read_table_refuses_what_is_no_arrow(tmp_path):
         read_table(tmp_path / "x.arrow")
     write_atomically(tmp_path / "y.arrow", pa.table({"row": [1]}))
     assert read_table(tmp_path / "y.arrow")["row"].to_pylist() == [1]
+
+
+def make_layers(path):
+    """A finished store of layers 3 and 4, whose vectors are 3 and 4 times those of `make`."""
+    writer = StoreWriter(path)
+    with writer.lock():
+        settings = SETTINGS | {"layers": [3, 4]}
+        writer.plan(PROTEINS, settings, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta"))
+        for shard in writer.pending():
+            texts = writer.sequences(shard)
+            one = np.array([[BY_SEQUENCE[text]] * 4 for text in texts.values()], np.float32)
+            writer.write_part(shard, list(texts), [1] * len(texts), np.stack([3 * one, 4 * one]))
+            writer.seal(shard)
+        writer.finish()
+    return path
+
+
+def test_one_of_several_layers(tmp_path, caplog):
+    path, plain = make_layers(tmp_path / "several"), make(tmp_path / "one").embeddings()
+    with caplog.at_level("INFO"):
+        last = Store.open(path)
+    assert "holds the layers 3, 4: taking 4, the last" in caplog.text
+    third = Store.open(f"{path}:3")
+    assert np.array_equal(third.embeddings(), 3 * plain) and np.array_equal(last.embeddings(), 4 * plain)
+    assert np.array_equal(last.at(third.layer).embeddings(), third.embeddings())
+    assert third.digest != last.digest and third.ids == last.ids
+    with pytest.raises(InputError, match=r"layer out of 3, 4, .* but got 9"):
+        Store.open(f"{path}:9")
+
+
+def test_a_store_of_one_layer_is_itself_by_name(tmp_path):
+    path = tmp_path / "one"
+    make(path, settings=SETTINGS | {"layer": 3})
+    assert Store.open(f"{path}:3").digest == Store.open(path).digest
+    with pytest.raises(InputError, match="holds layer 3 only"):
+        Store.open(f"{path}:4")
+
+
+@pytest.mark.parametrize("layers", [[], [3], "3,4", [3, "x"], [3, None]])
+def test_layers_changed_by_hand(tmp_path, layers):
+    file = make_layers(tmp_path / "s") / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": layers}))
+    with pytest.raises(InputError, match="layers is missing or wrong"):
+        Store.open(tmp_path / "s")

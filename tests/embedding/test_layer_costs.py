@@ -1,0 +1,56 @@
+"""Costs of layers from times that are known."""
+
+import threading
+
+import pytest
+import torch
+
+from distil_rank.embedding.layer_costs import LayerClock, layer_costs
+
+CPU = torch.device("cpu")
+
+
+def test_laps_add_up_over_threads(monkeypatch):
+    clock = LayerClock(2, CPU)
+    monkeypatch.setattr(clock, "now", lambda: 3.0)
+
+    def batches():
+        for _ in range(200):
+            assert clock.lap(1, 1.0) == 3.0
+
+    threads = [threading.Thread(target=batches) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert clock.seconds.tolist() == [0, 1600, 0]
+
+
+def test_at_full_depth_the_last_layer_costs_everything():
+    clock = LayerClock(3, CPU)
+    clock.seconds[:] = 0.2, 1.0, 2.0, 2.0  # of two threads: 2.6 s of 4 s
+    costs = layer_costs(clock, 3, seconds=4.0, sequences=500, residues=1000, threads=2)
+    assert [cost.share for cost in costs] == pytest.approx([2 / 4, 3 / 4, 1.0])
+    assert costs[-1].seconds_per_1000 == 8.0 and costs[0].residues_per_second == 500
+    assert all(cost.measured for cost in costs)
+
+
+def test_layers_that_were_not_run_are_taken_to_cost_what_those_behind_the_first_did():
+    clock = LayerClock(2, CPU)
+    clock.seconds[:] = 0, 1.0, 2.0
+    costs = layer_costs(clock, 4, seconds=3.0, sequences=1, residues=1)
+    assert [cost.share for cost in costs] == pytest.approx([1 / 7, 3 / 7])
+    assert not costs[0].measured and "about 0.14" in str(costs[0])
+
+
+def test_a_gpu_is_timed_for_the_first_batches_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    clock = LayerClock(2, torch.device("cuda"))
+    starts = [clock.start() for _ in range(25)]
+    assert sum(start is not None for start in starts) == 20 and clock.lap(1, starts[-1]) is None
+    clock.seconds[:] = 0, 1.0, 3.0  # a sample: shares of the whole
+    assert [cost.share for cost in layer_costs(clock, 2, 100.0, 10, 10)] == [0.25, 1.0]
+
+
+def test_nothing_computed_costs_nothing():
+    assert layer_costs(LayerClock(2, CPU), 2, 1.0, 0, 0) == []
