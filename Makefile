@@ -6,7 +6,7 @@ RUN := $(BIN)/distil-rank
 
 # What users set: make distil TEACHER=spectral RANK=0.95 DATA=my.npz ARGS="--distil.lr 1e-4"
 FASTA ?= data/sample.fasta.gz
-STORE ?= embeddings
+STORE ?=
 BACKBONE ?= auto
 POOLING ?= mean
 LAYERS ?=
@@ -43,8 +43,8 @@ help: ## What there is, in one line each
 
 setup: .venv/installed ## Install into .venv, with exact versions
 
-embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE= BACKBONE= POOLING=mean|bos|residue LAYERS=4|3,4,5|all)
-	@$(RUN) embed --fasta "$(FASTA)" --store "$(STORE)" --backbone "$(BACKBONE)" --pooling "$(POOLING)" \
+embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME BACKBONE= POOLING=mean|bos|residue LAYERS=4|3,4,5|all)
+	@$(RUN) embed --fasta "$(FASTA)" $(if $(STORE),--store "$(STORE)") --backbone "$(BACKBONE)" --pooling "$(POOLING)" \
 	  $(if $(LAYERS),--layer "$(LAYERS)") $(ARGS)
 
 train-teacher: .venv/installed ## Make the dense layer (TEACHER=denoising|random|spectral|FILE:KEY DATA=)

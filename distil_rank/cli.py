@@ -141,7 +141,9 @@ def _embed(argv: Sequence[str]) -> int:
     from distil_rank.runs.tracking import process_rank
 
     parser = _parser("embed", embed.__doc__)
-    parser.add_function_arguments(embed, None, as_group=False)
+    parser.add_function_arguments(embed, None, as_group=False, skip={"retry_skipped"})
+    retry = "Compute proteins again that were skipped for lack of memory."
+    parser.add_argument("--retry-skipped", action="store_true", help=retry)
     options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}
     done = extract(options)
     if process_rank() == 0:

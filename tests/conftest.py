@@ -13,11 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 from esm.model.esm2 import ESM2
+from hypothesis import settings
 from torch import Tensor
 
 from distil_rank.data.formats import load_matrix
 
 LAYERS, DIM, HEADS = 2, 32, 4
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine fails no test
+settings.load_profile("no deadline")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distil_rank.embedding.embed import EmbedSummary, embed
+from distil_rank.embedding.embed import EmbedSummary, default_store, embed
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.runs.tracking import process_rank, start_run
@@ -19,6 +19,7 @@ def extract(options: dict[str, Any]) -> EmbedSummary:
     Args:
         options: of `distil_rank.embedding.embed.embed`.
     """
+    options = {**options, "store": options.get("store") or default_store(options["fasta"])}
     name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
     params = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
     with start_run("embed", name, params=params, tags={}, system_metrics=True) as run:

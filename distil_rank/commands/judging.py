@@ -79,7 +79,7 @@ def judge(
         config: The resolved configuration, kept with the run.
     """
     if fasta is not None:
-        store = "embeddings" if data == "auto" else data
+        store = None if data == "auto" else data
         data = extract({"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean"}).store
     opened = open_labelled(data, labels, task, groups, fit_fraction, seed)
     candidates = _candidates(opened, ranks, students, others)

@@ -1,4 +1,4 @@
-"""Embeddings as Lightning wants them: extracted where missing, split without leaks, served in batches."""
+"""Embeddings as a LightningDataModule: extracted where missing, split without leaks, in batches."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from distil_rank.data.description import DataDescription, SplitSizes
 from distil_rank.data.formats import Embeddings, load_matrix
 from distil_rank.data.splits import Split, check_split, make_split
-from distil_rank.embedding.embed import embed
+from distil_rank.embedding.embed import STORES, default_store, embed
 from distil_rank.embedding.layer_spec import split_source
+from distil_rank.embedding.store import stores_in
 from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
-# What `source: auto` takes, in this order: what `embed` writes, the original project's pair, the sample that ships.
-USUAL_SOURCES = ("embeddings", ".", "data/sample")
-STREAM_ROWS = 8192  # rows read at once by a pass over all of them
+SAMPLE = "data/sample"  # ships with the project
+STREAM_ROWS = 8192  # rows per block of a pass over all of them
 
 
 class Rows(Dataset[Tensor]):
-    """Chosen rows of a matrix that may be memory-mapped; a batch is gathered in one go, not row by row."""
+    """Selected rows of a matrix that may be memory-mapped; a batch is gathered by one indexing operation."""
 
     def __init__(self, x: np.ndarray, indices: np.ndarray) -> None:
         self.x, self.indices = x, indices
@@ -44,16 +44,16 @@ class Rows(Dataset[Tensor]):
         return torch.from_numpy(self.x[self.indices[index]].copy())
 
     def __getitems__(self, index: list[int]) -> Tensor:
-        """A whole batch `(len(index), d)`; the loader's `collate_fn` has nothing left to do."""
+        """A whole batch `(len(index), d)`, which the loader's `collate_fn` returns unchanged."""
         return torch.from_numpy(self.x[self.indices[np.asarray(index)]])
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def _digests(x: np.ndarray) -> list[bytes]:
-    """A key for each row, so that without sequences at least equal vectors stay together."""
+    """A digest of each row, so that without sequences at least equal vectors stay together."""
     return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest() for row in x]
 
 
@@ -62,16 +62,17 @@ class EmbeddingDataModule(LightningDataModule):
 
     Args:
         source: A store, `.npz`, `.npy`, `.safetensors`, `.h5`, a folder with `embeddings_train.pt` and
-            `embeddings_val.pt`, or `synthetic`. `auto` takes what is there: `embeddings/`, that pair, `data/sample`.
+            `embeddings_val.pt`, or `synthetic`. `auto` takes the first that exists: the store in
+            `embeddings/` that changed last, that pair, `data/sample`.
         fasta: Sequences to extract into `source` first (only what is missing there).
         backbone: ESM-2 model for the extraction (see `distil-rank embed --help`).
         pooling: One vector per protein (`mean`, `bos`) or per residue (`residue`).
         clusters: Sequence clusters to split by, as MMseqs2 writes them: lines of representative, tab, member. A store
             with a `clusters.tsv` in its folder brings its own.
-        split: How rows are kept apart: `clusters` (ids in the data), `mmseqs` (30 % identity), `exact` duplicates only,
-            or `auto`, the strictest that can be had.
-        val_fraction: Share of the rows that chooses the epoch.
-        test_fraction: Share of the rows that only the report sees.
+        split: What stays on one side: `clusters` (ids in the data), `mmseqs` (clusters at 30 % identity), `exact`
+            (duplicates only), or `auto`, the strictest available.
+        val_fraction: Share of the rows for choosing the epoch.
+        test_fraction: Share of the rows for the report alone.
         batch_size: Rows in a training batch.
         replacement: Draw training rows with replacement, as the original does.
         seed: Of the split, and of synthetic data.
@@ -101,7 +102,7 @@ class EmbeddingDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.source = "embeddings" if fasta is not None and source == "auto" else source
+        self.source = str(default_store(fasta)) if fasta is not None and source == "auto" else source
         self._extracted = fasta is None
         self._ready = False
 
@@ -113,7 +114,7 @@ class EmbeddingDataModule(LightningDataModule):
             self._extracted = True
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the embeddings and split them; the second call finds it done."""
+        """Open the embeddings and split them; further calls do nothing."""
         if self._ready:
             return
         h = self.hparams
@@ -122,9 +123,9 @@ class EmbeddingDataModule(LightningDataModule):
             self.embeddings = synthetic_embeddings(seed=h["seed"])
         else:
             self.embeddings = load_matrix(self.source)
-            own = split_source(self.source)[0] / "clusters.tsv"
-            if h["clusters"] is not None or own.exists():
-                clusters = read_clusters(Path(h["clusters"] or own), self.embeddings.ids)
+            shipped = split_source(self.source)[0] / "clusters.tsv"
+            if h["clusters"] is not None or shipped.exists():
+                clusters = read_clusters(Path(h["clusters"] or shipped), self.embeddings.ids)
                 self.embeddings = replace(self.embeddings, clusters=clusters)
         data = self.embeddings
         digests = None if data.sequences is not None else _digests(data.x)
@@ -152,10 +153,10 @@ class EmbeddingDataModule(LightningDataModule):
         """d, the width of an embedding."""
         return self.embeddings.x.shape[1]
 
-    def rows(self, part: Literal["train", "val", "test"], chosen: np.ndarray | None = None) -> Tensor:
-        """The rows of one split at once, or the chosen ones of them, `(N, d)` float32."""
+    def rows(self, part: Literal["train", "val", "test"], selected: np.ndarray | None = None) -> Tensor:
+        """The rows of one split in memory, or selected ones of them, `(N, d)` float32."""
         indices = getattr(self.split_rows, part)
-        return torch.from_numpy(self.embeddings.x[indices if chosen is None else indices[chosen]])
+        return torch.from_numpy(self.embeddings.x[indices if selected is None else indices[selected]])
 
     def proteins(self, part: Literal["train", "val", "test"]) -> np.ndarray:
         """Which protein each row of a split belongs to, numbered from 0, `(N,)`."""
@@ -168,7 +169,7 @@ class EmbeddingDataModule(LightningDataModule):
         return None if labels is None else [labels[i] for i in getattr(self.split_rows, part)]
 
     def stream(self, part: Literal["train", "val", "test"]) -> Iterator[Tensor]:
-        """Pass over one split in order, a few thousand rows at a time, so that it need not fit in memory."""
+        """Iterates over one split in order, in blocks of `STREAM_ROWS`, so that it need not fit in memory."""
         indices = getattr(self.split_rows, part)
         for start in range(0, len(indices), STREAM_ROWS):
             yield torch.from_numpy(self.embeddings.x[indices[start : start + STREAM_ROWS]])
@@ -180,7 +181,7 @@ class EmbeddingDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Shuffled training batches."""
         rows = self.train_dataset()
-        sampler = RandomSampler(rows, replacement=self.hparams["replacement"])  # torch's own seed: the trainer's
+        sampler = RandomSampler(rows, replacement=self.hparams["replacement"])  # seeded by the trainer, through torch
         return self.loader(rows, self.hparams["batch_size"], sampler)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
@@ -192,10 +193,10 @@ class EmbeddingDataModule(LightningDataModule):
         return self.loader(Rows(self.embeddings.x, self.split_rows.test), STREAM_ROWS)
 
     def loader(self, rows: Rows, batch_size: int, sampler: Any = None) -> DataLoader[Tensor]:
-        """Batches of some rows, in order or as the sampler has it."""
+        """Batches of some rows, in order or in the sampler's."""
         workers = self.hparams["num_workers"]
         return DataLoader(
-            rows, batch_size, sampler=sampler, collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0
+            rows, batch_size, sampler=sampler, collate_fn=_identity, num_workers=workers, persistent_workers=workers > 0
         )
 
     @cached_property
@@ -226,58 +227,71 @@ class EmbeddingDataModule(LightningDataModule):
 
 
 def given_sides(data: Embeddings, digests: Sequence[bytes]) -> list[str] | None:
-    """The sides that the original's pair of files prescribes: its validation rows are held out, one third to choose the
-    epoch and the rest to report on. A held-out vector that is also in the training file is trained on, not tested.
+    """The split that the original project's pair of files prescribes; None for anything else.
 
-    None for anything that is not such a pair.
+    Its validation rows are held out, one third to choose the epoch and the rest for the report. A held-out vector that
+    is also in the training file counts as a training row.
     """
     train = data.provenance.get("rows_train")
     if train is None:
         return None
-    known = set(digests[:train])
-    leaked = sum(digest in known for digest in digests[train:])
+    training = set(digests[:train])
+    leaked = sum(digest in training for digest in digests[train:])
     if leaked:
         log.warning(
-            "%d of %d validation vectors are also training vectors: not tested on.", leaked, len(digests) - train
+            "%d of %d validation vectors are also training vectors: not used for validation or test.",
+            leaked,
+            len(digests) - train,
         )
-    held_out = ["train" if digest in known else "val" if digest[0] % 3 == 0 else "test" for digest in digests[train:]]
+    held_out = [
+        "train" if digest in training else "val" if digest[0] % 3 == 0 else "test" for digest in digests[train:]
+    ]
     return ["train"] * train + held_out
 
 
 def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
-    """The cluster of each row, out of a table of representative, tab, member.
+    """The cluster of each row, read from lines of representative, tab, member.
 
     Raises:
-        InputError: the table is not one, or a protein is missing from it.
+        InputError: the file has another format, or a protein is missing from it.
     """
     try:
         lines = path.read_text().splitlines()
         cluster_of = {member: representative for representative, member in (line.split("\t") for line in lines if line)}
     except (OSError, ValueError) as error:
         raise InputError(
-            f"Expected lines of representative, tab, member in {path} but cannot read it so: {error}"
+            f"Expected lines of representative, tab, member in {path} but it cannot be parsed: {error}"
         ) from error
     missing = [name for name in ids if name not in cluster_of]
     if missing:
-        raise InputError(f"Expected a cluster for every protein in {path} but {missing[0]} has none; cluster them all.")
+        raise InputError(
+            f"Expected a cluster for every protein in {path} but {missing[0]} has none; cluster all of them."
+        )
     return [cluster_of[name] for name in ids]
 
 
 def find_source(source: str) -> str:
-    """What `source: auto` stands for here; a path is returned as it is.
+    """Resolves `source: auto`; any other source is returned unchanged.
 
-    With nothing at hand the answer is synthetic data, and a warning in capitals says so.
+    Where there are no embeddings it is synthetic data, with a warning in capitals.
     """
     if source != "auto":
         return source
-    for candidate in USUAL_SOURCES:
-        path = Path(candidate)
-        wanted = path / "embeddings_train.pt" if candidate == "." else path
-        if wanted.exists():
-            log.info("Using the embeddings in %s.", path.resolve())
-            return candidate
+    stores = stores_in(STORES)
+    if len(stores) > 1:
+        others = ", ".join(map(str, stores[1:]))
+        log.warning("Several stores in %s: using %s, which changed last, not %s.", STORES, stores[0], others)
+    candidates = [*stores[:1], *(path for path in (STORES, Path(), Path(SAMPLE)) if _has_embeddings(path))]
+    if candidates:
+        log.info("Using the embeddings in %s.", candidates[0].resolve())
+        return str(candidates[0])
     log.warning("NO EMBEDDINGS FOUND: USING SYNTHETIC DATA. Its numbers say nothing about proteins.")
     return SYNTHETIC
+
+
+def _has_embeddings(folder: Path) -> bool:
+    """Whether a folder is a store or holds the original project's pair of files."""
+    return any((folder / name).exists() for name in ("manifest.json", "embeddings_train.pt"))
 
 
 def synthetic_embeddings(

@@ -1,4 +1,4 @@
-"""Embeddings in other people's formats: one reader for all of them, and one writer.
+"""Embeddings in common file formats: one function to read them all, and one to write them.
 
 Nothing here unpickles: `.pt` files load with `weights_only=True`, NumPy files with `allow_pickle=False`.
 """
@@ -12,7 +12,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,20 @@ from distil_rank.embedding.provenance import embedding_run
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
-FINITE_CHECK_ROWS = 65_536  # rows looked at in one go, so that a file larger than memory can be checked
+FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larger than memory
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A matrix of embeddings and what is known about its rows.
+    """A matrix of embeddings and the annotations of its rows.
 
     Attributes:
         ids: The protein of each row, (N,). A protein's name repeats for each of its residues in per-residue data.
         x: The vectors, (N, d) float32; memory-mapped when the file allows it.
-        sequences: The amino-acid sequence of each row's protein, when known.
-        labels: A class for each row, when given.
-        clusters: The sequence cluster of each row, when given.
-        provenance: Where the matrix comes from: file, format, and for a store what its manifest tells.
+        sequences: The amino-acid sequence of each row's protein, where available.
+        labels: A class for each row, where available.
+        clusters: The sequence cluster of each row, where available.
+        provenance: Where the matrix comes from: file, format, and the entries of a store's manifest.
     """
 
     ids: list[str]
@@ -59,21 +59,21 @@ def load_matrix(path: str | Path) -> Embeddings:
     `embeddings_train.pt` and `embeddings_val.pt`, or a store made by `distil-rank embed` (`STORE:LAYER` for one of
     several layers). In `.npz`, `.pt` and
     `.safetensors` the matrix is `embeddings`, or the only 2-d array; `ids`, `sequences`, `labels` and `clusters` are
-    read when they are there.
+    optional.
 
     Raises:
-        InputError: the path is missing, damaged, of an unknown kind, or holds no finite (N, d) matrix.
+        InputError: the path is missing, damaged, of an unknown format, or holds no finite (N, d) matrix.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.save(Path(folder) / "x.npy", np.eye(3, 5, dtype=np.float32))
-    ...     found = load_matrix(Path(folder) / "x.npy")
-    >>> found.x.shape, found.ids
+    ...     embeddings = load_matrix(Path(folder) / "x.npy")
+    >>> embeddings.x.shape, embeddings.ids
     ((3, 5), ['0', '1', '2'])
     """
     given, (path, layer) = path, split_source(path)
     if not path.exists():
-        raise InputError(f"Expected embeddings at {given} but there is nothing; make them with `distil-rank embed`.")
+        raise InputError(f"Expected embeddings at {given} but it does not exist; make them with `distil-rank embed`.")
     reader = _folder_reader(path) if path.is_dir() else READERS.get(path.suffix.lower())
     if layer is not None:
         if reader is not _read_store:
@@ -84,14 +84,14 @@ def load_matrix(path: str | Path) -> Embeddings:
             f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {path.name}; convert it first."
         )
     try:
-        found = reader(path)
+        embeddings = reader(path)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
         raise _damaged(path, error) from error
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise _damaged(path, error) from error
-    return _validated(found, path)
+    return _validated(embeddings, path)
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
@@ -99,33 +99,35 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.")
 
 
-def _validated(found: Embeddings, path: Path) -> Embeddings:
-    """Checks what every reader must deliver, and makes the matrix float32."""
-    x = found.x
+def _validated(embeddings: Embeddings, path: Path) -> Embeddings:
+    """Checks shapes, lengths and finite values, and converts the matrix to float32."""
+    x = embeddings.x
     if x.ndim != 2 or 0 in x.shape or x.dtype.kind != "f":
         raise InputError(f"Expected a float matrix (N, d) in {path} but got {x.dtype} {x.shape}; convert it first.")
     for name in ("ids", "sequences", "labels", "clusters"):
-        column = getattr(found, name)
+        column = getattr(embeddings, name)
         if column is not None and len(column) != len(x):
             raise InputError(f"Expected {len(x)} {name} in {path}, one for each row, but got {len(column)}.")
     for start in range(0, len(x), FINITE_CHECK_ROWS):
         finite = np.isfinite(x[start : start + FINITE_CHECK_ROWS]).all(axis=1)
         if not finite.all():
             row = start + int(np.argmin(finite))
-            raise InputError(f"Expected finite numbers in {path} but row {row} ({found.ids[row]}) holds NaN or inf.")
+            raise InputError(
+                f"Expected finite numbers in {path} but row {row} ({embeddings.ids[row]}) holds NaN or inf."
+            )
     if x.dtype != np.float32:
         x = x.astype(np.float32)
-    provenance = {"source": str(path), **found.provenance}
-    return Embeddings(found.ids, x, found.sequences, found.labels, found.clusters, provenance)
+    return replace(embeddings, x=x, provenance={"source": str(path), **embeddings.provenance})
 
 
 def _from_mapping(arrays: dict[str, Any], path: Path, kind: str) -> Embeddings:
-    """Picks matrix and columns from named arrays."""
+    """Selects the matrix and the columns from named arrays."""
     matrices = [name for name, value in arrays.items() if getattr(value, "ndim", 0) == 2]
     name = "embeddings" if "embeddings" in arrays else matrices[0] if len(matrices) == 1 else None
     if name is None:
         raise InputError(
-            f"Expected `embeddings` or one 2-d array in {path} but got {', '.join(arrays) or 'nothing'}; name it."
+            f"Expected `embeddings` or one 2-d array in {path} but got {', '.join(arrays) or 'nothing'}; name one of "
+            "them `embeddings`."
         )
     x = np.asarray(arrays[name])
     columns = {
@@ -208,7 +210,7 @@ def _concatenated(parts: list[Embeddings], provenance: dict[str, Any], path: Pat
 
 
 def _read_fair_esm_folder(path: Path) -> Embeddings:
-    files = sorted(path.glob("**/*.pt"))  # a label with slashes becomes sub-folders
+    files = sorted(path.glob("**/*.pt"))  # fair-esm makes sub-folders of a label with slashes
     parts = [_read_fair_esm_file(file) for file in files]
     kinds = [f"{part.provenance['pooling']} of layer {part.provenance['layer']}" for part in parts]
     for file, kind in zip(files, kinds, strict=True):
@@ -221,7 +223,7 @@ def _read_fair_esm_folder(path: Path) -> Embeddings:
 
 
 def _read_pair(path: Path) -> Embeddings:
-    """`embeddings_train.pt` above `embeddings_val.pt`; the names of the rows tell them apart."""
+    """`embeddings_train.pt` followed by `embeddings_val.pt`; prefixes of the rows' names distinguish them."""
     halves = {part: _read_pt(path / f"embeddings_{part}.pt") for part in ("train", "val")}
     named = [
         Embeddings([f"{part}:{name}" for name in half.ids], half.x, half.sequences, half.labels, half.clusters)
@@ -232,7 +234,7 @@ def _read_pair(path: Path) -> Embeddings:
 
 
 def _read_hdf5(path: Path) -> Embeddings:
-    """One data set per protein, (d,) pooled or (L, d) per residue; `original_id` names it where keys are numbers."""
+    """One data set per protein, (d,) pooled or (L, d) per residue, named by its `original_id` attribute or its key."""
     h5py = _h5py()
     ids: list[str] = []
     rows: list[np.ndarray] = []
@@ -256,7 +258,7 @@ def _read_hdf5(path: Path) -> Embeddings:
 
 def _h5py() -> Any:
     try:
-        import h5py  # noqa: PLC0415  (an extra: only who reads HDF5 needs it)
+        import h5py  # noqa: PLC0415  (optional: for HDF5 only)
     except ImportError as error:
         raise InputError("Expected h5py for HDF5 files but it is missing; pip install h5py.") from error
     return h5py
@@ -299,20 +301,20 @@ READERS: dict[str, Callable[[Path], Embeddings]] = {
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_matrix(found: Embeddings, path: str | Path, val_fraction: float = 0.2) -> None:
-    """Writes embeddings in the format that the path's ending names; a path without one is the original's folder.
+def save_matrix(embeddings: Embeddings, path: str | Path, val_fraction: float = 0.2) -> None:
+    """Writes embeddings in the format of the path's suffix; without one, as the original project's folder.
 
-    `.npz` and `.safetensors` keep ids, sequences, labels and clusters, `.npz` the sequences as one text and where each
-    ends; `.npy` the matrix only; `.h5` one data set for each protein, (d,) or per residue (L, d). A folder gets
-    `embeddings_train.pt` and `embeddings_val.pt`, tensors (N, d), in which no sequence is on both sides.
+    `.npz` and `.safetensors` hold ids, sequences, labels and clusters, `.npz` the sequences as one text with the end of
+    each; `.npy` holds the matrix only; `.h5` one data set for each protein, (d,) or per residue (L, d). A folder gets
+    `embeddings_train.pt` and `embeddings_val.pt`, tensors (N, d), with no sequence in both.
 
     Args:
-        found: What to write.
-        path: Where to; replaced if it is there.
+        embeddings: What to write.
+        path: Destination; overwritten if it exists.
         val_fraction: Share of the proteins in `embeddings_val.pt`.
 
     Raises:
-        InputError: the ending is unknown, or a name is not unique (`.h5`).
+        InputError: the suffix is unknown, or a name is not unique (`.h5`).
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -320,65 +322,65 @@ def save_matrix(found: Embeddings, path: str | Path, val_fraction: float = 0.2) 
         raise InputError(f"Expected a path that ends in {', '.join(WRITERS)} or a folder but got {path.name}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not suffix:
-        _write_pair(found, path, val_fraction)
+        _write_pair(embeddings, path, val_fraction)
         return
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        WRITERS[suffix](found, temporary)
+        WRITERS[suffix](embeddings, temporary)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # what failed leaves the old file
+        temporary.unlink(missing_ok=True)  # after a failure the old file stays
 
 
-def _columns(found: Embeddings) -> dict[str, list[str]]:
-    return {name: getattr(found, name) for name in COLUMNS if getattr(found, name) is not None}
+def _columns(embeddings: Embeddings) -> dict[str, list[str]]:
+    return {name: getattr(embeddings, name) for name in COLUMNS if getattr(embeddings, name) is not None}
 
 
-def _write_npz(found: Embeddings, path: Path) -> None:
-    texts = _columns(found)
+def _write_npz(embeddings: Embeddings, path: Path) -> None:
+    texts = _columns(embeddings)
     sequences = texts.pop("sequences", None)
     columns = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
-    if sequences is not None:  # an array of texts would give each the length of the longest
+    if sequences is not None:  # an array of strings would pad each to the longest
         columns["sequences"] = np.frombuffer("".join(sequences).encode(), np.uint8)
         columns["sequence_ends"] = np.cumsum([len(sequence) for sequence in sequences])
     with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, embeddings=found.x, **columns)
+        np.savez(file, allow_pickle=False, embeddings=embeddings.x, **columns)
 
 
-def _write_npy(found: Embeddings, path: Path) -> None:
-    np.save(path, found.x, allow_pickle=False)
+def _write_npy(embeddings: Embeddings, path: Path) -> None:
+    np.save(path, embeddings.x, allow_pickle=False)
 
 
-def _write_safetensors(found: Embeddings, path: Path) -> None:
-    metadata = {name: json.dumps(values) for name, values in _columns(found).items()}
-    save_file({"embeddings": np.ascontiguousarray(found.x)}, path, metadata=metadata)
+def _write_safetensors(embeddings: Embeddings, path: Path) -> None:
+    metadata = {name: json.dumps(values) for name, values in _columns(embeddings).items()}
+    save_file({"embeddings": np.ascontiguousarray(embeddings.x)}, path, metadata=metadata)
 
 
-def _write_hdf5(found: Embeddings, path: Path) -> None:
-    starts = [row for row, name in enumerate(found.ids) if row == 0 or name != found.ids[row - 1]]
-    if len(starts) != len(set(found.ids)):
+def _write_hdf5(embeddings: Embeddings, path: Path) -> None:
+    starts = [row for row, name in enumerate(embeddings.ids) if row == 0 or name != embeddings.ids[row - 1]]
+    if len(starts) != len(set(embeddings.ids)):
         raise InputError("Expected each protein once, its residues together, for HDF5; rename the repeated ones.")
-    per_residue = found.provenance.get("pooling") == "residue" or len(starts) < len(found.ids)
-    names = set(found.ids)
+    per_residue = embeddings.provenance.get("pooling") == "residue" or len(starts) < len(embeddings.ids)
+    names = set(embeddings.ids)
     with _h5py().File(path, "w") as file:
-        for start, stop in pairwise([*starts, len(found.ids)]):
-            name = found.ids[start]
+        for start, stop in pairwise([*starts, len(embeddings.ids)]):
+            name = embeddings.ids[start]
             key = name
-            if set(name) & set("/\0") or not name.strip("."):  # HDF5 would read a path
+            if set(name) & set("/\0") or not name.strip("."):  # HDF5 would interpret it as a path
                 key = f"protein_{start}"
                 while key in names:
                     key += "_"
-            data = file.create_dataset(key, data=found.x[start:stop] if per_residue else found.x[start])
+            data = file.create_dataset(key, data=embeddings.x[start:stop] if per_residue else embeddings.x[start])
             data.attrs["original_id"] = name
 
 
-def _write_pair(found: Embeddings, folder: Path, val_fraction: float) -> None:
-    keys = found.sequences or found.ids
+def _write_pair(embeddings: Embeddings, folder: Path, val_fraction: float) -> None:
+    keys = embeddings.sequences or embeddings.ids
     share = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 for key in keys]
     held_out = np.array(share) < val_fraction
     folder.mkdir(exist_ok=True)
     for part, rows in (("train", ~held_out), ("val", held_out)):
-        torch.save(torch.from_numpy(found.x[rows]), folder / f"embeddings_{part}.pt")
+        torch.save(torch.from_numpy(embeddings.x[rows]), folder / f"embeddings_{part}.pt")
 
 
 WRITERS: dict[str, Callable[[Embeddings, Path], None]] = {

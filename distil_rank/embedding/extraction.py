@@ -20,7 +20,7 @@ from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
 from distil_rank.embedding.layer_costs import LayerCost, layer_costs
 from distil_rank.embedding.layer_spec import Layers, State, parse_layers
-from distil_rank.embedding.provenance import environment, read_provenance
+from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins
 from distil_rank.embedding.store import layers_of
 from distil_rank.embedding.store_writer import Shard, StoreWriter
@@ -47,6 +47,7 @@ class Request:
     long: Long = "window"
     max_length: int = 1022
     max_tokens: int | None = None
+    retry_skipped: bool = False
 
 
 class Extraction:
@@ -111,6 +112,9 @@ class Extraction:
         compared = "bf16_cosine" in read_provenance(self.writer.path)
         if request.precision == "auto" and precision == "bf16" and untouched and not compared:
             self._compare_bf16()
+        retried = self.writer.retry_skipped(memory_of(self.device), self.request.retry_skipped)
+        if retried:
+            logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
         return added, report
 
     def _check_layers(self, manifest: dict[str, Any], layers: list[State]) -> None:
@@ -251,7 +255,7 @@ class Extraction:
                     f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
                     f"check the weights {self.backbone.name}, or use another store with --precision fp32."
                 )
-            self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
+            self.writer.write_part(batch.shard, batch.rows, result.counts, vectors, memory_of(self.device))
         if batch.last:
             self.writer.seal(batch.shard)
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import resource
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def embedding_run(store: str | Path, manifest: dict[str, Any]) -> str | None:
     return runs[-1] if runs else manifest.get("embedding_run")
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of the machine up to this process's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return installed if limit == resource.RLIM_INFINITY else min(installed, limit)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions of what the vectors are computed with, and the machine."""
     cuda = device.type == "cuda"
@@ -77,5 +87,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "memory_bytes": memory_of(device),
         },
     }

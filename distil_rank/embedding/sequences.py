@@ -1,9 +1,9 @@
 """Protein sequences from FASTA or tables: parsed as a stream, cleaned, and every change counted.
 
-What is cleaned: whitespace, digits and alignment gaps go; lowercase is raised; a stop `*` at the end goes, one inside
-becomes `X`, and so does `J` (leucine or isoleucine), which ESM-2 has no token for. `B`, `Z`, `U`, `O` and `X` have
-tokens and stay. Empty records and repeats of a whole record are left out; a name that comes again with another sequence
-gets a number. Anything else is refused, with file, line and record.
+Cleaning removes whitespace, digits, alignment gaps and a stop `*` at the end, and converts lowercase to uppercase. An
+inner stop becomes `X`, and so does `J` (leucine or isoleucine), for which ESM-2 has no token. `B`, `Z`, `U`, `O` and
+`X` have tokens and stay. Empty and repeated records are left out; a repeated name with another sequence gets a number.
+Anything else is an error that names file, line and record.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ID_COLUMNS = ("id", "accession", "entry", "name", "protein_id", "uniprot", "prot
 SEQUENCE_COLUMNS = ("sequence", "seq", "protein_sequence", "aa_sequence")
 DIALECTS: dict[str, dict[str, Any]] = {
     ".csv": {"delimiter": ","},
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # a quote is a character there: 5" end, 3' end
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # quotes are ordinary characters: 5" end, 3' end
     ".tab": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
-MISSING = {"NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none"}  # where a table has no sequence
+MISSING = {"NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none"}  # cells without a sequence
 DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
@@ -47,16 +47,16 @@ _CLEAN = re.compile("[ACDEFGHIKLMNPQRSTVWYX]+")
 _NOT_ALLOWED = re.compile("[^A-Z*]")
 _DIGITS, _GAPS, _RARE = re.compile("[0-9]"), re.compile(r"[-.~]"), re.compile("[BZUO]")
 _UNIPROT = re.compile(r"(?:sp|tr)\|([^|\s]+)\|")
-_MEANING = {  # how a count reads in the summary line
+_DESCRIPTIONS = {  # of the counts, in the summary line
     "lowercase": "in lowercase",
     "gaps": "with gaps removed",
     "digits": "with digits removed",
     "stops": "with stops removed",
-    "unknown": "with J or an inner stop made X",
+    "unknown": "with J or an inner stop replaced by X",
     "rare": "with B, Z, U or O",
     "empty": "empty records left out",
     "repeated": "repeated records left out",
-    "renamed": "renamed because the name came before",
+    "renamed": "renamed because the name is repeated",
     "unnamed": "without a name",
     "comments": "comment lines ignored",
     "nucleotides": "that look like DNA or RNA",
@@ -73,13 +73,15 @@ class Protein:
 
 @dataclass
 class CleaningReport:
-    """What was read, kept and changed; `counts` has a number of records for each kind of change."""
+    """Number of records read and kept, and of records with each kind of change, in `counts`."""
 
     source: str
     counts: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        changes = [f"{self.counts[key]:,} {meaning}" for key, meaning in _MEANING.items() if self.counts[key]]
+        changes = [
+            f"{self.counts[key]:,} {description}" for key, description in _DESCRIPTIONS.items() if self.counts[key]
+        ]
         return ", ".join([f"{self.counts['kept']:,} of {self.counts['records']:,} records kept", *changes])
 
 
@@ -91,7 +93,7 @@ class _Record:
 
 
 def read_proteins(path: str | Path) -> tuple[list[Protein], CleaningReport]:
-    """Reads all proteins of a FASTA file or table; see `iter_proteins`, which takes no more memory than one record.
+    """Reads all proteins of a FASTA file or table; see `iter_proteins`, which streams them.
 
     Raises:
         InputError: see `iter_proteins`.
@@ -110,21 +112,20 @@ records left out')
 
 
 def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
-    """Yields cleaned proteins in the order of the file and counts in `report` what was changed.
+    """Yields cleaned proteins in the order of the file and counts the changes in `report`.
 
     Args:
         path: FASTA, or a `.csv`/`.tsv` with a sequence column; plain or compressed; `-` is standard input (FASTA).
         report: Filled while reading; complete when the iterator is exhausted.
 
     Raises:
-        InputError: the file is missing, binary, damaged or no FASTA, a record holds what is no amino acid, or nothing
-            is left.
+        InputError: the file is missing, binary, damaged or not FASTA, a record holds a character that is not an amino
+            acid, or no protein is left.
     """
-    seen = CompactMap()  # name → digest of its sequence
-    renamed: Counter[str] = Counter()  # names that came again, how often
+    digest_of = CompactMap()  # name → digest of its sequence
+    renamed: Counter[str] = Counter()  # how often each repeated name was renumbered
     with open_lines(path) as lines:
-        suffix = Path(str(path).removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")).suffix.lower()
-        dialect = DIALECTS.get(suffix)
+        dialect = DIALECTS.get(Path(uncompressed_name(path)).suffix.lower())
         records = _table_records(lines, dialect, path) if dialect else _fasta_records(lines, report, path)
         for record in records:
             report.counts["records"] += 1
@@ -135,14 +136,14 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
                 report.counts["empty"] += 1
                 continue
             digest = int.from_bytes(hashlib.blake2b(sequence.encode(), digest_size=7).digest())
-            known = seen.get(name)
-            if known == digest:
+            previous = digest_of.get(name)
+            if previous == digest:
                 report.counts["repeated"] += 1
                 continue
-            if known is not None:
+            if previous is not None:
                 report.counts["renamed"] += 1
-                name = _unused(name, seen, renamed)
-            seen.setdefault(name, digest)
+                name = _unused_name(name, digest_of, renamed)
+            digest_of.setdefault(name, digest)
             report.counts["kept"] += 1
             yield Protein(name, sequence)
     if not report.counts["kept"]:
@@ -152,37 +153,46 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
         )
 
 
-def _unused(name: str, seen: CompactMap, renamed: Counter[str]) -> str:
-    """The name with the next number that is free; `renamed` remembers how far it was looked."""
+def uncompressed_name(path: str | Path) -> str:
+    """A file's name without the suffix of a compressed file.
+
+    >>> uncompressed_name("data/mine.fasta.gz")
+    'mine.fasta'
+    """
+    return Path(path).name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+
+
+def _unused_name(name: str, digest_of: CompactMap, renamed: Counter[str]) -> str:
+    """The name with the next unused number; `renamed` holds the last one tried."""
     while True:
         renamed[name] += 1
         numbered = f"{name}_{renamed[name] + 1}"
-        if seen.get(numbered) is None:
+        if digest_of.get(numbered) is None:
             return numbered
 
 
 def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:
-    """The record's sequence in ESM-2's letters; counts what had to change."""
+    """The record's sequence in ESM-2's letters; counts the changes."""
     sequence = "".join(record.sequence.split())
     if not _CLEAN.fullmatch(sequence):
-        sequence = _mended(sequence, record, name, report)
+        sequence = _repaired(sequence, record, name, report)
     report.counts["nucleotides"] += len(sequence) >= 30 and set(sequence) <= NUCLEOTIDES
     return sequence
 
 
-def _mended(sequence: str, record: _Record, name: str, report: CleaningReport) -> str:
+def _repaired(sequence: str, record: _Record, name: str, report: CleaningReport) -> str:
     counts = report.counts
-    if sequence.isascii():  # upper() makes letters out of some that are none
+    if sequence.isascii():  # upper() turns some non-letters into letters
         counts["lowercase"] += sequence != sequence.upper()
         sequence = sequence.upper()
     for kind, pattern in (("digits", _DIGITS), ("gaps", _GAPS)):
         sequence, removed = pattern.subn("", sequence)
         counts[kind] += removed > 0
-    wrong = _NOT_ALLOWED.search(sequence)
-    if wrong:
+    invalid = _NOT_ALLOWED.search(sequence)
+    if invalid:
         raise InputError(
             f"Expected amino-acid letters in {report.source}, record {name} at line {record.line}, "
-            f"but got {wrong[0]!r}; mend or remove that record."
+            f"but got {invalid[0]!r}; correct or remove that record."
         )
     without_stop = sequence.rstrip("*")
     counts["stops"] += without_stop != sequence
@@ -224,7 +234,7 @@ def name_in_header(header: str) -> str:
 
 
 def _unquoted(cell: str) -> str:
-    """A cell without blanks around it, nor the pair of quotes that some programs put around every cell of a `.tsv`.
+    """A cell without surrounding blanks and without the quotes that some programs put around every cell of a `.tsv`.
 
     >>> _unquoted(' "MKV"'), _unquoted('5" end')
     ('MKV', '5" end')
@@ -234,19 +244,19 @@ def _unquoted(cell: str) -> str:
 
 
 def _table_records(lines: Iterator[tuple[int, str]], dialect: dict[str, Any], path: str | Path) -> Iterator[_Record]:
-    csv.field_size_limit(sys.maxsize)  # titin does not fit into the default
+    csv.field_size_limit(sys.maxsize)  # titin exceeds the default
     reader = csv.reader((line for _, line in lines), strict=True, **dialect)
     try:
         names = [_unquoted(name) for name in next(reader, [])]
         lowered = [name.lower() for name in names]
         columns = [
-            next((lowered.index(name) for name in known if name in lowered), None)
-            for known in (ID_COLUMNS, SEQUENCE_COLUMNS)
+            next((lowered.index(name) for name in accepted if name in lowered), None)
+            for accepted in (ID_COLUMNS, SEQUENCE_COLUMNS)
         ]
         if columns[1] is None:
             raise InputError(
                 f"Expected a column named {' or '.join(SEQUENCE_COLUMNS)} in {path} but got "
-                f"{', '.join(names)[:80] or 'nothing'}; name it so in the first line."
+                f"{', '.join(names)[:80] or 'nothing'}; rename the column in the first line."
             )
         for cells in reader:
             if len(cells) > len(names):
@@ -267,7 +277,7 @@ def _table_records(lines: Iterator[tuple[int, str]], dialect: dict[str, Any], pa
 
 @contextmanager
 def open_lines(path: str | Path) -> Iterator[Iterator[tuple[int, str]]]:
-    """The numbered text lines of a file or standard input, decompressed, whatever its line endings."""
+    """The numbered text lines of a file or standard input, decompressed, with any line endings."""
     if str(path) == "-":
         if sys.stdin is None:  # as in a process without a console
             raise InputError("Expected FASTA on standard input but this process has none; give a file's path.")
@@ -277,10 +287,8 @@ def open_lines(path: str | Path) -> Iterator[Iterator[tuple[int, str]]]:
     try:
         file = path.open("rb")
     except (FileNotFoundError, IsADirectoryError) as error:
-        found = "a folder" if isinstance(error, IsADirectoryError) else "nothing"
-        raise InputError(
-            f"Expected a FASTA file at {path} but there is {found}; give its path, or - for stdin."
-        ) from error
+        problem = "it is a folder" if isinstance(error, IsADirectoryError) else "it does not exist"
+        raise InputError(f"Expected a FASTA file at {path} but {problem}; give its path, or - for stdin.") from error
     except OSError as error:
         raise InputError(
             f"Expected a readable FASTA file at {path} but got: {error.strerror}; give another path."
@@ -307,5 +315,5 @@ def _numbered(file: IO[bytes], source: str) -> Iterator[tuple[int, str]]:
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise InputError(
             f"Expected a whole file in {source} but after line {number} it is cut off or damaged ({error}); "
-            "fetch it again."
+            "download it again."
         ) from error

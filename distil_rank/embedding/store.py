@@ -292,6 +292,13 @@ def _layer_of(path: Path, manifest: dict[str, Any], wanted: str | None) -> State
     return State.parse(wanted)
 
 
+def stores_in(folder: str | Path) -> list[Path]:
+    """The stores in a folder and the folder itself, if it is one (finished or not); the last changed first."""
+    folder = Path(folder)
+    manifests = [*folder.glob("manifest.json"), *folder.glob("*/manifest.json")]
+    return [file.parent for file in sorted(manifests, key=lambda file: (-file.stat().st_mtime_ns, file))]
+
+
 def settings_of(manifest: dict[str, Any]) -> list[Any]:
     """The values of all settings that the stored rows depend on: also of `layers` where there are several, and for
     codes the hash of their code map."""

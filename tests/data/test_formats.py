@@ -1,4 +1,4 @@
-"""Embeddings in and out of each format; nothing foreign is unpickled, nothing damaged is taken."""
+"""Embeddings in and out of each format; nothing is unpickled, damaged files are refused."""
 
 import argparse
 import os
@@ -29,19 +29,19 @@ FULL = Embeddings(
 @pytest.mark.parametrize("name", ["e.npz", "e.safetensors"])
 def test_round_trip_of_everything(tmp_path, name):
     save_matrix(FULL, tmp_path / name)
-    found = load_matrix(tmp_path / name)
-    assert np.array_equal(found.x, X)
+    loaded = load_matrix(tmp_path / name)
+    assert np.array_equal(loaded.x, X)
     for column in ("ids", "sequences", "labels", "clusters"):
-        assert getattr(found, column) == getattr(FULL, column)
-    assert found.provenance["source"] == str(tmp_path / name)
+        assert getattr(loaded, column) == getattr(FULL, column)
+    assert loaded.provenance["source"] == str(tmp_path / name)
 
 
 def test_npy_is_mapped_not_read(tmp_path):
     save_matrix(FULL, tmp_path / "e.npy")
-    found = load_matrix(tmp_path / "e.npy")
-    assert np.array_equal(found.x, X)
-    assert found.ids == list("012345")
-    assert isinstance(found.x.base, np.memmap)
+    loaded = load_matrix(tmp_path / "e.npy")
+    assert np.array_equal(loaded.x, X)
+    assert loaded.ids == list("012345")
+    assert isinstance(loaded.x.base, np.memmap)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
@@ -74,11 +74,11 @@ def test_the_originals_pair(tmp_path):
     assert len(train) + len(val) == 6
     sides = [any(np.array_equal(row, other.numpy()) for other in val) for row in X]
     assert sides[0] == sides[2], "one sequence is on one side"
-    found = load_matrix(tmp_path / "pair")
-    assert found.provenance["rows_train"] == len(train)
-    assert found.ids[0] == "train:0"
-    assert found.ids[-1] == f"val:{len(val) - 1}"
-    assert np.array_equal(found.x, torch.cat([train, val]).numpy())
+    loaded = load_matrix(tmp_path / "pair")
+    assert loaded.provenance["rows_train"] == len(train)
+    assert loaded.ids[0] == "train:0"
+    assert loaded.ids[-1] == f"val:{len(val) - 1}"
+    assert np.array_equal(loaded.x, torch.cat([train, val]).numpy())
 
 
 def test_hdf5_of_pooled_vectors(tmp_path):
@@ -86,9 +86,9 @@ def test_hdf5_of_pooled_vectors(tmp_path):
     with h5py.File(tmp_path / "e.h5") as file:
         assert sorted(file) == FULL.ids
         assert file["b"].shape == (4,)
-    found = load_matrix(tmp_path / "e.h5")
-    assert found.ids == FULL.ids
-    assert np.array_equal(found.x, X)
+    loaded = load_matrix(tmp_path / "e.h5")
+    assert loaded.ids == FULL.ids
+    assert np.array_equal(loaded.x, X)
 
 
 def test_hdf5_per_residue_and_odd_names(tmp_path):
@@ -97,10 +97,10 @@ def test_hdf5_per_residue_and_odd_names(tmp_path):
     with h5py.File(tmp_path / "e.hdf5") as file:
         assert file["P1"].shape == (3, 4)
         assert not any(isinstance(node, h5py.Group) for node in file.values())
-    found = load_matrix(tmp_path / "e.hdf5")
-    assert sorted(found.ids) == sorted(ids)
+    loaded = load_matrix(tmp_path / "e.hdf5")
+    assert sorted(loaded.ids) == sorted(ids)
     for name in set(ids):
-        mine = [row for row, owner in zip(found.x, found.ids, strict=True) if owner == name]
+        mine = [row for row, owner in zip(loaded.x, loaded.ids, strict=True) if owner == name]
         assert np.array_equal(mine, X[[i for i, owner in enumerate(ids) if owner == name]])
 
 
@@ -114,8 +114,8 @@ def test_hdf5_as_uniprot_and_bio_embeddings_write_it(tmp_path):
 def test_hdf5_names_that_look_like_ours(tmp_path):
     ids = ["protein_1", "b/c", "protein_1_"]
     save_matrix(Embeddings(ids, X[:3]), tmp_path / "e.h5")
-    found = load_matrix(tmp_path / "e.h5")
-    assert {name: row.tolist() for name, row in zip(found.ids, found.x, strict=True)} == dict(
+    loaded = load_matrix(tmp_path / "e.h5")
+    assert {name: row.tolist() for name, row in zip(loaded.ids, loaded.x, strict=True)} == dict(
         zip(ids, X[:3].tolist(), strict=True)
     )
 
@@ -126,13 +126,13 @@ def test_hdf5_refuses_a_name_twice(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".npy", ".safetensors", ".h5"])
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, suffix):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"e{suffix}"
     save_matrix(FULL, path)
     before, write = path.read_bytes(), formats.WRITERS[suffix]
 
-    def fails(found, path):
-        write(found, path)
+    def fails(loaded, path):
+        write(loaded, path)
         raise OSError("disk full")
 
     monkeypatch.setitem(formats.WRITERS, suffix, fails)
@@ -159,12 +159,12 @@ def test_fair_esms_folder(tmp_path, kind):
     for i, name in enumerate(["P1", "P2"]):
         vectors = torch.from_numpy(X[2 * i : 2 * i + 2] if kind == "representations" else X[i])
         torch.save({"label": name, kind: {32: vectors + 1, 33: vectors}}, tmp_path / f"{name}.pt")
-    found = load_matrix(tmp_path)
-    assert found.provenance["layer"] == 33
+    loaded = load_matrix(tmp_path)
+    assert loaded.provenance["layer"] == 33
     if kind == "representations":
-        assert (found.ids, found.x.tolist()) == (["P1", "P1", "P2", "P2"], X[:4].tolist())
+        assert (loaded.ids, loaded.x.tolist()) == (["P1", "P1", "P2", "P2"], X[:4].tolist())
     else:
-        assert (found.ids, found.x.tolist()) == (["P1", "P2"], X[:2].tolist())
+        assert (loaded.ids, loaded.x.tolist()) == (["P1", "P2"], X[:2].tolist())
     assert len(load_matrix(tmp_path / "P1.pt").x) == (2 if kind == "representations" else 1)
 
 
@@ -195,12 +195,12 @@ def test_our_store(tmp_path, pooling):
             writer.write_part(shard, [0, 1], counts, X[: sum(counts)])
             writer.seal(shard)
         writer.finish()
-    found = load_matrix(tmp_path / "s")
-    assert found.ids == (["a"] * 2 + ["b"] * 3 if pooling == "residue" else ["a", "b"])
-    assert found.sequences == (["MK"] * 2 + ["MKV"] * 3 if pooling == "residue" else ["MK", "MKV"])
-    assert np.array_equal(found.x, X[: len(found.ids)])
-    assert found.provenance["format"] == "store"
-    assert len(found.provenance["digest"]) == 64
+    loaded = load_matrix(tmp_path / "s")
+    assert loaded.ids == (["a"] * 2 + ["b"] * 3 if pooling == "residue" else ["a", "b"])
+    assert loaded.sequences == (["MK"] * 2 + ["MKV"] * 3 if pooling == "residue" else ["MK", "MKV"])
+    assert np.array_equal(loaded.x, X[: len(loaded.ids)])
+    assert loaded.provenance["format"] == "store"
+    assert len(loaded.provenance["digest"]) == 64
 
 
 def test_one_layer_of_our_store(tmp_path):
@@ -217,7 +217,7 @@ def test_one_layer_of_our_store(tmp_path):
         assert np.array_equal(found.x, factor * X[:1]) and found.provenance["layer"] == layer
     with pytest.raises(InputError, match="layer out of 1, 2"):
         load_matrix(f"{tmp_path}/s:3")
-    with pytest.raises(InputError, match="nothing"):
+    with pytest.raises(InputError, match="does not exist"):
         load_matrix(f"{tmp_path}/none:1")
     np.save(tmp_path / "x.npy", X)
     with pytest.raises(InputError, match=r"store of embeddings before :1"):
@@ -277,18 +277,18 @@ def test_truncated_files_get_one_line(tmp_path, name, keep):
         ({"embeddings": np.where(np.arange(24).reshape(6, 4) == 20, np.inf, X)}, r"row 5 \(5\) holds NaN or inf"),
         ({"embeddings": X, "ids": np.array(["a"])}, "Expected 6 ids .* but got 1"),
         ({"embeddings": X, "labels": np.array(["a"])}, "Expected 6 labels .* but got 1"),
-        ({"a": X, "b": X}, "but got a, b; name it"),
+        ({"a": X, "b": X}, "but got a, b; name one of them"),
         ({}, "but got nothing"),
     ],
 )
-def test_what_is_no_matrix_is_refused(tmp_path, arrays, message):
+def test_other_content_is_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "e.npz", **arrays)
     with pytest.raises(InputError, match=message):
         load_matrix(tmp_path / "e.npz")
 
 
 def test_paths(tmp_path):
-    with pytest.raises(InputError, match="there is nothing"):
+    with pytest.raises(InputError, match="does not exist"):
         load_matrix(tmp_path / "none.npz")
     (tmp_path / "x.csv").touch()
     with pytest.raises(InputError, match=r"\.npz.* but got x\.csv"):

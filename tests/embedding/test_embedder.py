@@ -59,11 +59,11 @@ def load_backbone_once(tiny_esm2):
 
 @given(st.integers(1, 3000), st.integers(1, 200))
 def test_windows_cover_everything_with_overlap(length, window):
-    found = windows(length, window)
-    assert found[0][0] == 0
-    assert found[-1][1] == length
-    assert all(stop - start == min(window, length) for start, stop in found)
-    for (_, stop), (start, _) in pairwise(found):
+    extents = windows(length, window)
+    assert extents[0][0] == 0
+    assert extents[-1][1] == length
+    assert all(stop - start == min(window, length) for start, stop in extents)
+    for (_, stop), (start, _) in pairwise(extents):
         assert stop - start >= window // 4
         assert start > 0
 
@@ -122,7 +122,7 @@ def test_a_batch_that_does_not_fit_is_halved(backbone, caplog):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "residue"])
-def test_one_sequence_that_does_not_fit_is_skipped_and_the_rest_goes_on(backbone, caplog, pooling):
+def test_one_sequence_that_does_not_fit_is_skipped_and_the_rest_is_computed(backbone, caplog, pooling):
     embedder = Embedder(backbone, pooling)
     short_of_memory(embedder, 30)
     with caplog.at_level(logging.WARNING):
@@ -174,18 +174,18 @@ def test_results_do_not_depend_on_the_number_of_cores(backbone):
     dice = random.Random(0)
     batches = [Batch(["".join(dice.choices("ACDEFGHIKL", k=dice.randint(5, 90))) for _ in range(7)]) for _ in range(9)]
     batches.insert(4, Batch([]))
-    before, found = torch.get_num_threads(), []
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             streamed = list(Embedder(backbone).stream(batches))
             assert torch.get_num_threads() == threads, "as it was before"
             assert [batch for batch, _ in streamed] == batches, "in order"
-            found.append(torch.cat([result.vectors for _, result in streamed]))
+            results.append(torch.cat([result.vectors for _, result in streamed]))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_a_wide_model_takes_one_batch_after_the_other_with_all_cores(backbone, monkeypatch):

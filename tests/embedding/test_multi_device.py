@@ -19,7 +19,7 @@ SCRIPT = """
 import os
 import sys
 import torch
-from distil_rank.embedding import store_writer
+from distil_rank.embedding import planning
 from distil_rank.embedding.embed import embed
 from distil_rank.errors import InputError
 
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 backbone = sys.argv[1]
 for job in sys.argv[2:]:
     fasta, store, shard = job.split(",")
-    store_writer.SHARD_RESIDUES = (int(shard), int(shard))
+    planning.SHARD_RESIDUES = (int(shard), int(shard))
     try:
         summary = embed(fasta, store, backbone=backbone, accelerator="cpu", devices=2)
         line = f"SUMMARY {store} {summary.proteins} {summary.added} {summary.computed}\\n"
@@ -38,7 +38,7 @@ for job in sys.argv[2:]:
 
 
 @given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 8))
-def test_shards_are_dealt_out_by_work(work, ranks):
+def test_shards_are_balanced_by_work(work, ranks):
     shards = [Shard(str(i), (i, i + 1), ("", 0, 1), residues, "") for i, residues in enumerate(work)]
     parts = balanced(shards, ranks)
     assert len(parts) == ranks
@@ -64,13 +64,13 @@ def interrupted(fasta: Path, store: Path, backbone: str) -> int:
 
 @pytest.mark.slow
 def test_two_processes_end_in_the_store_of_one(tiny_esm2, tmp_path, monkeypatch):
-    """One launch, as it costs most of the time: a refused input, fewer shards than processes, a run to make good."""
+    """One launch, since launching is slow: an invalid input, fewer shards than processes, an interrupted run."""
     backbone = str(tiny_esm2.fair_esm)
     bad, few, many = (tmp_path / f"{name}.fasta" for name in ("bad", "few", "many"))
     bad.write_text(">a\nMK@\n")
     write_fasta(few, 5, 20)
     write_fasta(many, 300, 60)
-    monkeypatch.setattr("distil_rank.embedding.store_writer.SHARD_RESIDUES", (1000, 1000))
+    monkeypatch.setattr("distil_rank.embedding.planning.SHARD_RESIDUES", (1000, 1000))
     embed(many, tmp_path / "one", backbone=backbone, accelerator="cpu")
     assert interrupted(many, tmp_path / "two", backbone) > 5
 

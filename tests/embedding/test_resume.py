@@ -1,4 +1,4 @@
-"""Killed at any moment, an extraction goes on where it was and ends in the same bytes.
+"""Killed at any moment, an extraction resumes and ends in the same bytes.
 
 A fork server loads torch once; each attempt is a fork of it and starts within milliseconds.
 """
@@ -52,7 +52,7 @@ def forks():
 
 
 def content(store: Path) -> dict[str, bytes]:
-    """Every file but the provenance, which tells the runs apart."""
+    """Every file but the provenance, which differs between runs."""
     files = [file for file in sorted(store.iterdir()) if file.is_file() and file.name != "provenance.json"]
     return {file.name: file.read_bytes() for file in files}
 
@@ -110,7 +110,7 @@ def test_twenty_kills(tiny_esm2, tmp_path, forks, layer):
 
 
 def test_killed_while_planning(tiny_esm2, tmp_path, forks):
-    """Before the manifest names the proteins there is nothing, and the next run starts afresh."""
+    """Before the manifest names the proteins nothing is kept, and the next run starts over."""
     fasta = tmp_path / "in.fasta"
     write_fasta(fasta, 50, 20)
     (tmp_path / "store").mkdir()

@@ -166,9 +166,9 @@ def test_refused_in_one_line(tmp_path, name, content, message):
 
 
 def test_missing_and_folder(tmp_path):
-    with pytest.raises(InputError, match="there is nothing"):
+    with pytest.raises(InputError, match="does not exist"):
         read_proteins(tmp_path / "none.fasta")
-    with pytest.raises(InputError, match="there is a folder"):
+    with pytest.raises(InputError, match="it is a folder"):
         read_proteins(tmp_path)
 
 

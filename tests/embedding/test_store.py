@@ -76,7 +76,7 @@ def test_everything_skipped(tmp_path):
     assert (len(store), store.embeddings().shape) == (0, (0, 4))
 
 
-def test_digest_tells_content(tmp_path):
+def test_equal_digests_mean_equal_content(tmp_path):
     assert make(tmp_path / "one").digest == make(tmp_path / "two").digest
     assert make(tmp_path / "three", skip={"M"}).digest != Store.open(tmp_path / "one").digest
     assert make(tmp_path / "four", settings=SETTINGS | {"layer": 3}).digest != Store.open(tmp_path / "one").digest
@@ -90,7 +90,7 @@ def test_no_store(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "other", "version": 1}', "\0"])
-def test_foreign_manifest(tmp_path, content):
+def test_manifest_of_something_else(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(InputError, match="Expected"):
         Store.open(tmp_path)
@@ -130,7 +130,7 @@ def test_a_manifest_whose_files_were_edited(tmp_path, which, change):
         Store.open(tmp_path)
 
 
-def test_unfinished_store_says_how_to_go_on(tmp_path):
+def test_unfinished_store_reports_how_to_resume(tmp_path):
     make(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     del manifest["shards"][0]["sha256"]
@@ -152,7 +152,7 @@ def test_truncated_or_missing_file(tmp_path, file):
 
 
 @pytest.mark.parametrize("file", ["proteins-00000.arrow", "vectors-00000.arrow"])
-def test_a_changed_byte_is_found(tmp_path, file):
+def test_a_changed_byte_is_detected(tmp_path, file):
     store = make(tmp_path)
     content = bytearray((tmp_path / file).read_bytes())
     content[len(content) // 2] ^= 1
@@ -161,7 +161,7 @@ def test_a_changed_byte_is_found(tmp_path, file):
         store.verify()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
 
@@ -175,7 +175,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_read_table_refuses_what_is_no_arrow(tmp_path):
+def test_read_table_refuses_other_files(tmp_path):
     (tmp_path / "x.arrow").write_bytes(b"ARROW1 or not")
     with pytest.raises(InputError, match="missing or damaged"):
         read_table(tmp_path / "x.arrow")

@@ -3,13 +3,14 @@
 import errno
 import multiprocessing
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from distil_rank.embedding import store_writer
+from distil_rank.embedding import planning
 from distil_rank.embedding.provenance import embedding_run, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store import Store
@@ -55,21 +56,20 @@ def test_plan_notes_long_proteins_and_settings(tmp_path):
 sequences = st.lists(st.text("ACD", min_size=1, max_size=12), min_size=1, max_size=40)
 
 
-@settings(deadline=None)
 @given(sequences, sequences, st.integers(1, 60), st.sampled_from(["mean", "residue"]))
 def test_shards_cover_every_distinct_sequence_once(tmp_path_factory, first, second, size, pooling):
-    """Whatever is planned, in two goes, each distinct sequence is in exactly one shard, in order."""
+    """Whatever is planned, in two steps, each distinct sequence is in exactly one shard, in order."""
     path = tmp_path_factory.mktemp("any") / "s"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_writer, "SHARD_RESIDUES", (size, size))
+        patch.setattr(planning, "SHARD_RESIDUES", (size, size))
         writer, _ = plan(path, proteins(*first), pooling=pooling)
         late = [Protein(f"q{i}", text) for i, text in enumerate(second)]
         plan(path, late, pooling=pooling)
     shards = writer.pending()
-    found = {row: text for shard in shards for row, text in writer.sequences(shard).items()}
-    assert list(found) == list(range(len(set(first + second))))
-    assert list(found.values()) == list(dict.fromkeys(first + second))
-    assert sum(shard.residues for shard in shards) == sum(map(len, found.values()))
+    planned = {row: text for shard in shards for row, text in writer.sequences(shard).items()}
+    assert list(planned) == list(range(len(set(first + second))))
+    assert list(planned.values()) == list(dict.fromkeys(first + second))
+    assert sum(shard.residues for shard in shards) == sum(map(len, planned.values()))
     assert all(len(writer.sequences(shard)) == shard.rows[1] - shard.rows[0] for shard in shards)
     assert all(shard.residues <= size or len(writer.sequences(shard)) == 1 for shard in shards)
 
@@ -128,7 +128,7 @@ def test_a_name_that_is_too_long_is_refused(tmp_path):
         plan(tmp_path / ("s" * 300), proteins("MK"))
 
 
-def test_a_folder_that_may_not_be_looked_into_is_refused(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     def forbidden(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -138,7 +138,7 @@ def test_a_folder_that_may_not_be_looked_into_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fails", range(4))
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch, fails):
+def test_a_full_disk_is_one_line_and_the_next_run_resumes(tmp_path, monkeypatch, fails):
     """The table of proteins, the manifest, a part, the shard: whichever does not fit."""
     whole, _ = plan(tmp_path / "whole", proteins("MK"))
     fill(whole)
@@ -183,7 +183,7 @@ def test_a_shard_sealed_before_the_kill_is_not_computed_again(tmp_path):
 
 @pytest.mark.parametrize("changed", [{}, {"pooling": "bos"}])
 @pytest.mark.parametrize("sealed", [True, False])
-def test_vectors_of_other_proteins_or_settings_are_not_taken(tmp_path, caplog, sealed, changed):
+def test_vectors_of_other_proteins_or_settings_are_not_used(tmp_path, caplog, sealed, changed):
     writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
     (shard,) = writer.pending()
     writer.write_part(shard, [0, 1], [1, 1], np.ones((2, 3), np.float32))
@@ -199,7 +199,7 @@ def test_vectors_of_other_proteins_or_settings_are_not_taken(tmp_path, caplog, s
     assert Store.open(tmp_path / "s").embeddings()[:, 0].tolist() == [0, 1]
 
 
-def test_vectors_of_the_same_proteins_and_settings_outlive_a_lost_manifest(tmp_path):
+def test_vectors_of_the_same_proteins_and_settings_survive_a_lost_manifest(tmp_path):
     writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
     fill(writer)
     before = (tmp_path / "s" / "manifest.json").read_bytes()
@@ -211,12 +211,65 @@ def test_vectors_of_the_same_proteins_and_settings_outlive_a_lost_manifest(tmp_p
 
 
 def test_a_manifest_that_lost_its_last_shard_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_writer, "SHARD_RESIDUES", (2, 2))
+    monkeypatch.setattr(planning, "SHARD_RESIDUES", (2, 2))
     writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
     fill(writer)
     writer.update(shards=writer.manifest["shards"][:-1])
     with pytest.raises(InputError, match=r"Expected shards for 2 sequences .* but got shards for 1"):
         plan(tmp_path / "s", proteins("MK", "MV", "ML"))
+
+
+def skipped(path):
+    """A store of rows 0 to 2, of which 1 was skipped with 100 bytes of memory."""
+    writer, _ = plan(path, proteins("MK", "MV", "ML"))
+    (shard,) = writer.pending()
+    writer.write_part(shard, [0], [1], np.zeros((1, 3), np.float32), memory=100)
+    writer.write_part(shard, [1, 2], [0, 1], np.full((1, 3), 2, np.float32), memory=100)
+    return writer, shard
+
+
+@pytest.mark.parametrize("killed_at", ["write_part", "_write_manifest", "unlink", None])
+def test_retrying_loses_nothing_when_killed(tmp_path, monkeypatch, killed_at):
+    writer, shard = skipped(tmp_path / "s")
+    writer.seal(shard)
+    writer.finish()
+    with monkeypatch.context() as patch:
+        if killed_at:
+
+            def killed(*_, **__):
+                raise KeyboardInterrupt
+
+            patch.setattr(*(("pathlib.Path.unlink",) if killed_at == "unlink" else (StoreWriter, killed_at)), killed)
+        with pytest.raises(KeyboardInterrupt) if killed_at else nullcontext():
+            assert writer.retry_skipped(200) == 1
+    plan(tmp_path / "s", proteins("MK", "MV", "ML"))
+    writer.retry_skipped(200)
+    (shard,) = writer.pending()
+    assert writer.done(shard) == {0, 2}
+    fill(writer)
+    store = Store.open(tmp_path / "s")
+    assert (store.skipped, store.embeddings()[:, 0].tolist()) == ([], [0, 1, 2])
+    assert not (tmp_path / "s" / "parts").exists()
+
+
+def test_a_skipped_sequence_of_a_shard_in_progress_is_retried(tmp_path):
+    writer, shard = skipped(tmp_path / "s")
+    assert writer.retry_skipped(100) == 0
+    assert writer.done(shard) == {0, 1, 2}
+    assert writer.retry_skipped(200) == 1
+    assert writer.done(shard) == {0}, "its batch is computed again"
+
+
+def test_a_skipped_sequence_of_an_older_store_is_retried_on_request(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK"))
+    (shard,) = writer.pending()
+    writer.write_part(shard, [0], [0], np.zeros((0, 3), np.float32))
+    writer.seal(shard)
+    writer.finish()
+    assert writer.retry_skipped(10**15) == 0
+    assert writer.retry_skipped(1, every=True) == 1
+    fill(writer)
+    assert len(Store.open(tmp_path / "s")) == 1
 
 
 def test_a_truncated_part_is_computed_again(tmp_path):
@@ -233,7 +286,7 @@ def test_a_truncated_part_is_computed_again(tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_shard_of_a_finished_store_is_computed_again(tmp_path, monkeypatch, caplog, damage):
-    monkeypatch.setattr(store_writer, "SHARD_RESIDUES", (2, 2))
+    monkeypatch.setattr(planning, "SHARD_RESIDUES", (2, 2))
     writer, _ = plan(tmp_path / "s", proteins("MK", "MV", "ML"))
     fill(writer)
     before = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
@@ -308,4 +361,4 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     finally:
         holder.kill()
         holder.join()
-    assert plan(tmp_path / "s", proteins("MK"))[1] == 1, "the kernel gave the lock back"
+    assert plan(tmp_path / "s", proteins("MK"))[1] == 1, "the kernel released the lock"
