@@ -18,6 +18,10 @@ OUT ?= compressed
 LABELS ?=
 GROUPS ?=
 TASK ?= auto
+METRIC ?= invariant
+DTYPE ?= bit
+BYTES ?=
+CODES ?= codes
 ARGS ?=
 
 # Lightning takes RANK in its environment for the number of a process among many; make would put it there.
@@ -68,6 +72,13 @@ judge: .venv/installed ## Representations on a labelled task (DATA= LABELS= GROU
 	@$(RUN) judge --data "$(DATA)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
 	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") $(ARGS)
 
+code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whitened|invariant RANK= DTYPE=float32|int8|bit|pq BYTES= CODES= LABELS=)
+	@$(RUN) code --data "$(DATA)" --metric "$(METRIC)" --rank "$(RANK)" --dtype "$(DTYPE)" $(if $(BYTES),--bytes "$(BYTES)") \
+	  --codes "$(CODES)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") $(if $(GROUPS),--groups "$(GROUPS)") $(ARGS)
+
+search: .venv/installed ## Proteins against codes, with E-values (CODES= FASTA=; ARGS=--self for all against all)
+	@$(RUN) search --codes "$(CODES)" $(if $(findstring --self,$(ARGS)),,--fasta "$(FASTA)") $(ARGS)
+
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
 
@@ -88,4 +99,4 @@ clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
 	@rm -rf .venv results site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup embed train-teacher distil benchmark sweep compress judge ui test notebooks docs lint clean
+.PHONY: help setup embed train-teacher distil benchmark sweep compress judge code search ui test notebooks docs lint clean

@@ -165,6 +165,47 @@ def _judge(argv: Sequence[str]) -> int:
     return 0
 
 
+def _code(argv: Sequence[str]) -> int:
+    """a few bytes for each protein of a store, fitted and judged"""
+    from distil_rank.codes.perturbation import Perturbations
+    from distil_rank.commands.codes import code
+    from distil_rank.reporting import judgement, report
+    from distil_rank.tasks.labels import LabelSource
+
+    parser = _parser("code", code.__doc__)
+    parser.add_function_arguments(code, None, as_group=False, skip={"config"})
+    parsed = _parse(parser, argv)
+    options = {**parsed.as_dict(), "config": parser.dump(parsed)}
+    options["labels"] = LabelSource(**options["labels"])
+    options["perturbations"] = Perturbations(**options["perturbations"])
+    done = code(**options)
+    if done.judgement is not None:
+        judgement.show(done.judgement)
+    report.show_facts("Codes", {"code map": done.code_map, "store": done.store})
+    return 0
+
+
+def _search(argv: Sequence[str]) -> int:
+    """proteins against a store of codes: hits with E-values"""
+    from distil_rank.codes.search import COLUMNS
+    from distil_rank.commands.searching import search_codes
+    from distil_rank.reporting import report
+
+    parser = _parser("search", search_codes.__doc__)
+    parser.add_function_arguments(search_codes, None, as_group=False, skip={"all_against_all"})
+    parser.add_argument(
+        "--self", action="store_true", help="Search with the codes themselves, each against all others."
+    )
+    options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}
+    done = search_codes(all_against_all=options.pop("self"), **options)
+    if done.table is not None:
+        rows = [[q, t, f"{score:.3f}", str(rank), f"{e:.1e}"] for q, t, score, rank, e in done.first]
+        report.show_table(f"{done.hits:,} hits of {done.queries:,} queries: {done.table}", list(COLUMNS), rows)
+    if done.exported is not None:
+        print(f"Exported: {done.exported}")
+    return 0
+
+
 def _ui(argv: Sequence[str]) -> int:
     """browse the runs in MLflow's own pages"""
     from distil_rank.runs.ui import serve_ui
@@ -184,6 +225,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compress": _compress,
     "export": _export,
     "judge": _judge,
+    "code": _code,
+    "search": _search,
     "ui": _ui,
 }
 

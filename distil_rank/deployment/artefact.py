@@ -1,4 +1,4 @@
-"""Students on disk: a folder of plain tensors and a manifest. Loading it takes torch and safetensors, nothing else.
+"""Students and code maps on disk: plain tensors and a manifest. Loading them takes torch and safetensors, nothing else.
 
 model.safetensors   the weights: of one layer, or of a whole model with student layers in it
 guard.safetensors   what tells inputs that the students were not made for, where there is such a guard
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from distil_rank.compression.capture import install
 from distil_rank.deployment.int8 import Int8LowRankLinear
 from distil_rank.errors import InputError
+from distil_rank.lowrank.code_map import CodeMap
 from distil_rank.lowrank.guard import Guard
 from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
 from distil_rank.runs.provenance import versions
@@ -32,13 +33,14 @@ FORMAT = "distil-rank"
 VERSION = 1
 MANIFEST, WEIGHTS, GUARD = "manifest.json", "model.safetensors", "guard.safetensors"
 LICENCE = "Derived from the teacher's weights and fitted to the calibration data: the terms of both apply."
-KINDS: dict[str, type[LowRankLinear] | type[Int8LowRankLinear]] = {
+KINDS: dict[str, type[LowRankLinear] | type[Int8LowRankLinear] | type[CodeMap]] = {
     "low_rank": LowRankLinear,
     "int8": Int8LowRankLinear,
+    "code_map": CodeMap,
 }
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 DTYPES["float64"] = torch.float64
-Student = LowRankLinear | Int8LowRankLinear
+Student = LowRankLinear | Int8LowRankLinear | CodeMap
 
 
 def save(
@@ -52,8 +54,8 @@ def save(
     """Saves a student layer, or a model with student layers in it, with everything that is known of them.
 
     Args:
-        model: a `LowRankLinear`, an `Int8LowRankLinear`, or a module that contains some. A model is saved with all of
-            its weights.
+        model: a `LowRankLinear`, an `Int8LowRankLinear`, a `CodeMap`, or a module that contains some. A model is saved
+            with all of its weights.
         path: a folder; an artefact that is there already is replaced.
         metrics: measured figures, JSON values, with their intervals.
         data: what the student was calibrated on: source, digest.
@@ -239,8 +241,11 @@ def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _describe(student: Student) -> dict[str, Any]:
+    guard = None if student.guard is None else _describe_guard(student.guard)
+    if isinstance(student, CodeMap):
+        return {"kind": "code_map", **student.options, "guard": guard, "provenance": student.provenance}
     kind = next(name for name, cls in KINDS.items() if isinstance(student, cls))
-    m, n, guard = student.out_features, student.in_features, student.guard
+    m, n = student.out_features, student.in_features
     has_mean = (student.input_mean if isinstance(student, LowRankLinear) else student.kept_mean) is not None
     return {
         "kind": kind,
@@ -252,11 +257,13 @@ def _describe(student: Student) -> dict[str, Any]:
         "dtype": str(student.A.dtype).removeprefix("torch."),
         "parameters": parameter_count(n, m, student.rank, student.bias is not None),
         "dense_parameters": parameter_count(n, m, None, student.bias is not None),
-        "guard": None
-        if guard is None
-        else {"scale": guard.scale, "threshold": guard.threshold, "thresholds": list(guard.thresholds)},
+        "guard": guard,
         "provenance": student.provenance,
     }
+
+
+def _describe_guard(guard: Guard) -> dict[str, Any]:
+    return {"scale": guard.scale, "threshold": guard.threshold, "thresholds": list(guard.thresholds)}
 
 
 def _empty(description: Mapping[str, Any]) -> Student:
@@ -265,10 +272,15 @@ def _empty(description: Mapping[str, Any]) -> Student:
         raise InputError(
             f"Expected a layer of {', '.join(KINDS)} but got {description['kind']!r}; upgrade distil-rank."
         )
-    keys = ("in_features", "out_features", "rank", "bias", "input_mean")
-    options = {key: description[key] for key in keys} | {"device": "meta"}
     student: Student
-    if description["kind"] == "int8":
+    if description["kind"] == "code_map":
+        keys: tuple[str, ...] = ("in_features", "rank", "dtype", "books")
+    else:
+        keys = ("in_features", "out_features", "rank", "bias", "input_mean")
+    options = {key: description[key] for key in keys} | {"device": "meta"}
+    if description["kind"] == "code_map":
+        student = CodeMap(**options)
+    elif description["kind"] == "int8":
         student = Int8LowRankLinear(**options)
     else:
         student = LowRankLinear(**options, dtype=DTYPES[description["dtype"]])

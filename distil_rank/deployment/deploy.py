@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from distil_rank.compression.compress import Report, compress, timed_row
 from distil_rank.compression.own_layer import load_linear, load_tail
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.deployment.artefact import Student, check_place, load, save
+from distil_rank.deployment.artefact import check_place, load, save
 from distil_rank.deployment.export import to_dense, to_int8, to_onnx, to_torch
+from distil_rank.deployment.int8 import Int8LowRankLinear
 from distil_rank.deployment.integer_onnx import to_integer_onnx
 from distil_rank.errors import InputError
+from distil_rank.lowrank.code_map import CodeMap
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.measure import bootstrap
@@ -123,7 +125,12 @@ def export_artefact(
     Raises:
         InputError: the artefact is damaged or holds a whole model, or integers would cost more than 0.001 of R².
     """
-    student = cast(Student, load(artefact, rank))
+    loaded = load(artefact, rank)
+    if isinstance(loaded, CodeMap):
+        raise InputError(
+            f"Expected a student layer to export but {artefact} is a code map; `distil_rank.load` reads it."
+        )
+    student = cast(LowRankLinear | Int8LowRankLinear, loaded)
     folder = Path(artefact).resolve()
     if to != "int8" and output is not None and Path(output).is_dir():
         raise InputError(f"Expected a file to export to but {output} is a folder; name a file in it.")

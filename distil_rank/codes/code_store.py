@@ -1,0 +1,159 @@
+"""Codes on disk: a store like that of the embeddings, with the code map beside the shards.
+
+codes/
+  manifest.json, proteins-00000.arrow, vectors-00000.arrow   as in a store of embeddings; `code` names the map
+  code_map/                                                  the artefact that made the codes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distil_rank.deployment.artefact import load
+from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.store import CODES, SETTINGS, Store, read_table, vectors_of
+from distil_rank.embedding.store_writer import Shard, StoreWriter
+from distil_rank.errors import InputError
+from distil_rank.lowrank.code_map import CodeMap
+
+MAP = "code_map"
+ROWS_AT_ONCE = 16_384  # of encoding
+ORIGIN = ("weights_sha256", "layer", "pooling")  # what the vectors of a map and of a store must agree in
+
+
+class CodeStore(Store):
+    """A finished store of codes, opened for reading; `embeddings` and `shards` give codes."""
+
+    content: ClassVar[str] = CODES
+
+    @cached_property
+    def code_map(self) -> CodeMap:
+        """The map that made the codes.
+
+        Raises:
+            InputError: it is missing, damaged or another one.
+        """
+        found = load_code_map(self.path / MAP)
+        if found.digest != self.manifest["code"]["sha256"]:
+            raise InputError(
+                f"Expected in {self.path / MAP} the code map that made the codes beside it but it is another; restore "
+                "it, or make the codes again."
+            )
+        return found
+
+
+def load_code_map(path: str | Path) -> CodeMap:
+    """A code map from its folder.
+
+    Raises:
+        InputError: it is missing, damaged or an artefact of something else.
+    """
+    found = load(path)
+    if not isinstance(found, CodeMap):
+        raise InputError(f"Expected a code map in {path} but it holds a student layer; make one with `code`.")
+    return found
+
+
+def check_origin(code_map: CodeMap, manifest: Mapping[str, Any], what: str) -> None:
+    """Raises `InputError` unless a code map was fitted to vectors like these.
+
+    Args:
+        code_map: the map.
+        manifest: of a store; `dim`, if it is there, is the width of its vectors.
+        what: the store's name, for the message.
+    """
+    width = manifest.get("dim")
+    if width is not None and width != code_map.in_features:
+        raise InputError(
+            f"Expected vectors of width {code_map.in_features} for this code map but {what} has {width}; use the map "
+            "and the store that belong together."
+        )
+    for key in ORIGIN:
+        mine, theirs = code_map.provenance.get(key), manifest.get(key)
+        if mine is not None and mine != theirs:
+            raise InputError(
+                f"Expected vectors of {_named(key, mine)}, which this code map was fitted to, but {what} has "
+                f"{_named(key, theirs)}; use the map and the store that belong together."
+            )
+
+
+def _named(key: str, value: Any) -> str:
+    return f"the weights {str(value)[:12]}…" if key == "weights_sha256" else f"{key} {value}"
+
+
+def code_entry(code_map: CodeMap) -> dict[str, Any]:
+    """What the manifest of a store of codes tells of their map."""
+    options = {"rank": code_map.rank, "dtype": code_map.dtype, "bytes": code_map.bytes_per_protein}
+    return {"sha256": code_map.digest, **options}
+
+
+def write_codes(source: Store, path: str | Path, code_map: CodeMap) -> CodeStore:
+    """Encode a store of embeddings, shard after shard; what is there already stays.
+
+    Args:
+        source: pooled embeddings.
+        path: folder of the codes, which holds the map.
+        code_map: fitted to vectors of the same backbone, layer and pooling.
+
+    Raises:
+        InputError: map and store do not belong together, the store is per residue, or the folder holds other codes.
+    """
+    check_origin(code_map, source.manifest, str(source.path))
+    if source.manifest["pooling"] == "residue":
+        raise InputError(f"Expected one vector for each protein in {source.path} but it has one for each residue.")
+    writer = StoreWriter(path, CODES)
+    settings = {key: source.manifest[key] for key in SETTINGS}
+    settings |= {"dim": code_map.code_width, "code": code_entry(code_map)}
+    description = {key: source.manifest[key] for key in ("backbone", "fallback")}
+    with writer.lock():
+        writer.plan(_proteins(source), settings, description, CleaningReport(str(source.path)))
+        pending = writer.pending()
+        with tqdm(total=sum(map(_rows, pending)), desc="encode", unit="protein", disable=None) as bar:
+            for shard in pending:
+                if not writer.is_sealed(shard):
+                    _encode_shard(writer, shard, source, code_map)
+                bar.update(_rows(shard))
+        writer.finish()
+        return CodeStore.open(path)
+
+
+def _rows(shard: Shard) -> int:
+    return shard.rows[1] - shard.rows[0]
+
+
+def _proteins(source: Store) -> Iterator[Protein]:
+    """Every protein of a store, those without a vector included: rows then have the same numbers in both stores."""
+    for file in source.manifest["proteins"]:
+        for batch in read_table(source.path / file["file"]).to_batches():
+            for name, sequence in zip(batch["id"].to_pylist(), batch["sequence"].to_pylist(), strict=True):
+                yield Protein(name, sequence)
+
+
+def _encode_shard(writer: StoreWriter, shard: Shard, source: Store, code_map: CodeMap) -> None:
+    low, high = shard.rows
+    counts = np.zeros(high - low, int)
+    parts = [np.empty((0, code_map.code_width), torch.empty(0, dtype=code_map.code_dtype).numpy().dtype)]
+    for rows, vectors in _vectors(source, low, high):
+        counts[rows - low] += 1
+        for start in range(0, len(vectors), ROWS_AT_ONCE):
+            block = torch.from_numpy(vectors[start : start + ROWS_AT_ONCE].copy())
+            parts.append(code_map.encode(block).numpy())
+    writer.write_part(shard, list(range(low, high)), counts.tolist(), np.concatenate(parts))
+    writer.seal(shard)
+
+
+def _vectors(source: Store, low: int, high: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers and vectors of rows from `low` to below `high`."""
+    for shard in source.manifest["shards"]:
+        if shard["rows"][0] < high and low < shard["rows"][1]:
+            table = read_table(source.path / shard["file"])
+            rows = table["row"].to_numpy()
+            first, last = np.searchsorted(rows, [low, high])
+            yield rows[first:last], vectors_of(table)[first:last]

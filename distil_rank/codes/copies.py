@@ -1,0 +1,74 @@
+"""Perturbed copies of proteins, embedded as the proteins themselves were, and kept as an ordinary store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distil_rank.codes.perturbation import Perturbations
+from distil_rank.embedding.embed import embed
+from distil_rank.embedding.store import Store
+from distil_rank.errors import InputError
+
+log = logging.getLogger(__name__)
+
+EMBED_OPTIONS = ("pooling", "layer", "precision", "long", "max_length")
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Embedded copies.
+
+    Attributes:
+        x: `(C, d)` float32.
+        owner: index of the protein that each is a copy of, `(C,)`.
+    """
+
+    x: np.ndarray
+    owner: np.ndarray
+
+
+def embed_copies(
+    sequences: Sequence[str], chosen: np.ndarray, how: Perturbations, about: Mapping[str, Any], folder: str | Path
+) -> Copies:
+    """Perturb some proteins and embed the copies, unless that was done before.
+
+    Args:
+        sequences: of all proteins.
+        chosen: indices of those to perturb.
+        how: rates and seed.
+        about: the manifest of the proteins' own store: backbone, layer, pooling, precision.
+        folder: where stores of copies are kept.
+
+    Raises:
+        InputError: the backbone is not known or cannot be had, or its weights differ from those of the store.
+    """
+    if about.get("weights_sha256") is None or about.get("backbone") is None:
+        raise InputError(
+            "Expected vectors of a known backbone to embed perturbed copies with but these do not tell theirs; give a "
+            "store made by embed, or another source of noise (--noise labels or clusters)."
+        )
+    texts = {f"{row}.{number}": text for row in chosen.tolist() for number, text in enumerate(how.of(sequences[row]))}
+    settings = {key: about[key] for key in EMBED_OPTIONS}
+    content = json.dumps([about["weights_sha256"], settings, asdict(how), texts])
+    path = Path(folder) / f"copies-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    fasta = path.with_suffix(".fasta")
+    fasta.parent.mkdir(parents=True, exist_ok=True)
+    fasta.write_text("".join(f">{name}\n{text}\n" for name, text in texts.items()))
+    log.info("Embedding %s perturbed copies of %s proteins", f"{len(texts):,}", f"{len(chosen):,}")
+    embed(fasta, path, about["backbone"], **settings)
+    store = Store.open(path)
+    if store.manifest["weights_sha256"] != about["weights_sha256"]:
+        raise InputError(
+            f"Expected the weights {about['weights_sha256'][:12]}… of the store but {about['backbone']} now has "
+            f"{store.manifest['weights_sha256'][:12]}…; embed the proteins again, or restore the weights."
+        )
+    owner = np.array([int(name.partition(".")[0]) for name in store.ids])
+    return Copies(store.embeddings(), owner)

@@ -1,0 +1,194 @@
+"""Code maps: fitted, judged, saved and put to work on a store, as one MLflow run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distil_rank.codes.code_store import MAP, CodeStore, check_origin, load_code_map, write_codes
+from distil_rank.codes.fitting import REGULARISATION, Fit, Metric, fit_metric
+from distil_rank.codes.judging import code_candidate, copy_task
+from distil_rank.codes.perturbation import Perturbations
+from distil_rank.codes.sources import NoiseSource, Proteins, copies_of, noise_of, open_proteins
+from distil_rank.deployment.artefact import MANIFEST, save
+from distil_rank.embedding.store import Store
+from distil_rank.errors import InputError
+from distil_rank.lowrank.code_map import CodeMap, CodeType
+from distil_rank.reporting import judgement as report
+from distil_rank.runs.tracking import Run, start_run
+from distil_rank.tasks.judge import Judgement
+from distil_rank.tasks.judge import judge as judge_task
+from distil_rank.tasks.labels import LabelSource
+from distil_rank.tasks.representations import full_vector, variance_student
+from distil_rank.tasks.task import Kind
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CodeResult:
+    """What `code` made.
+
+    Attributes:
+        code_map: folder of the code map.
+        store: folder of the codes; None where the data are no store.
+        judgement: how well the codes do; None where the map was there already.
+    """
+
+    code_map: Path
+    store: Path | None
+    judgement: Judgement | None
+
+
+def code(
+    data: str = "auto",
+    metric: Metric = "invariant",
+    rank: int = 64,
+    dtype: CodeType = "bit",
+    bytes: int | None = None,
+    codes: str = "codes",
+    noise: NoiseSource = "copies",
+    perturbations: Perturbations = Perturbations(),  # noqa: B008 - frozen
+    labels: LabelSource = LabelSource(),  # noqa: B008 - frozen
+    task: Kind | Literal["auto"] = "auto",
+    groups: str | None = None,
+    fit_fraction: float = 0.5,
+    regularisation: float = REGULARISATION,
+    power: float = 1.0,
+    seed: int = 0,
+    output: str = "results",
+    config: str = "",
+) -> CodeResult:
+    """Fit a code map, judge it, and encode a store of embeddings with it.
+
+    Args:
+        data: The vectors: a store, or any file that distil reads (judged and fitted to, but not encoded); auto is the
+            labelled sample.
+        metric: variance, whitened, or invariant against the noise.
+        rank: Numbers in a code before they are quantised.
+        dtype: float32, int8, bit (signs, eight to a byte) or pq (a product quantiser's centroids).
+        bytes: Of a pq code; by default one for eight numbers of the rank.
+        codes: Folder of the store of codes; encoding goes on where it stopped.
+        noise: What should not matter: the differences of perturbed copies, within labels or within clusters.
+        perturbations: How copies are perturbed.
+        labels: Where labels come from; without any, proteins are to be found by their perturbed copies.
+        task: retrieval, classification, multilabel or regression; auto decides by the labels.
+        groups: What is kept on one side; see judge.
+        fit_fraction: Share of the proteins to fit on.
+        regularisation: Of the noise covariance, in units of its mean eigenvalue.
+        power: Of the whitening, 0 to 1.
+        seed: Of all draws.
+        output: Folder for results.
+        config: The resolved configuration, kept with the run.
+    """
+    asked: dict[str, Any] = {"metric": metric, "rank": rank, "dtype": dtype, "bytes": bytes, "seed": seed}
+    asked |= {"regularisation": regularisation, "fit_fraction": fit_fraction, "groups": groups}
+    asked |= {"noise": noise, **asdict(perturbations)} if metric == "invariant" else {}
+    asked |= {"power": power} if metric == "whitened" else {}
+    asked |= {f"labels_{key}": value for key, value in asdict(labels).items() if value is not None}
+    place = Path(codes) / MAP
+    existing = _existing(place, asked)
+    if existing is not None:
+        log.info("Going on with the code map in %s, which was fitted with the same options.", place)
+        check_origin(existing, Store.open(data).manifest, data)
+        return CodeResult(place, write_codes(Store.open(data), codes, existing).path, None)
+    proteins = open_proteins(data, labels, task, groups, fit_fraction, seed)
+    name = f"{Path(proteins.source).stem}-{metric}-r{rank}-{dtype}{bytes or ''}"
+    params = {**asked, "source": proteins.source, "groups": proteins.groups.description}
+    with start_run("code", name, params=params, tags=_tags(proteins)) as run:
+        copies = Path(output) / "copies"
+        fitted = _fit(proteins, asked, perturbations, copies)
+        code_map = fitted.code_map(rank, dtype, bytes, seed)
+        code_map.provenance["asked"] = asked
+        done = _judge(proteins, code_map, rank, perturbations, copies, seed)
+        folder = Path(output) / "code" / name
+        _log(run, done, code_map, report.save(done, folder), config)
+        saved = _save(code_map, done, folder / MAP)
+        for file in sorted(saved.iterdir()):
+            run.log_artifact(file)
+        store = _encode(proteins, code_map, done, codes)
+    log.info("Code map: %s (distil_rank.load reads it).", saved)
+    return CodeResult(saved, None if store is None else store.path, done)
+
+
+def _existing(place: Path, asked: dict[str, Any]) -> CodeMap | None:
+    """The code map of a store of codes that is there.
+
+    Raises:
+        InputError: it was fitted with other options.
+    """
+    if not (place / MANIFEST).exists():
+        return None
+    found = load_code_map(place)
+    before = found.provenance.get("asked", {})
+    if before != asked:
+        key = next((key for key in asked if before.get(key) != asked[key]), next(iter(before.keys() - asked), "none"))
+        raise InputError(
+            f"Expected {key} {before.get(key)!r}, which the codes in {place.parent} were made with, but got "
+            f"{asked.get(key)!r}; name another folder with --codes."
+        )
+    return found
+
+
+def _fit(proteins: Proteins, asked: dict[str, Any], perturbations: Perturbations, copies: Path) -> Fit:
+    """Directions on the fit side."""
+    covariance, words = None, None
+    if asked["metric"] == "invariant":
+        covariance, words = noise_of(proteins, asked["noise"], perturbations, copies)
+        log.info("Noise: %s", words)
+    about = {**proteins.origin, "noise": words}
+    x, fit = proteins.embeddings.x, proteins.groups.fit
+    power = asked.get("power", 1.0)
+    return fit_metric(x, fit, asked["metric"], covariance, asked["regularisation"], power, asked["seed"], about)
+
+
+def _judge(
+    proteins: Proteins, code_map: CodeMap, rank: int, perturbations: Perturbations, copies: Path, seed: int
+) -> Judgement:
+    """The full vector, the student of the same rank, and the codes, on the judged side."""
+    x, groups, target, notes = proteins.embeddings.x, proteins.groups, proteins.target, list(proteins.notes)
+    if target is None:
+        found = copies_of(proteins, True, perturbations, copies)
+        x, target, groups = copy_task(x, groups, found)
+        notes.append("No labels: a protein and its perturbed copy are to find each other among the judged proteins.")
+    name = f"codes, {code_map.provenance['metric']}, rank {code_map.rank}, {code_map.dtype}"
+    candidates = [full_vector(x), variance_student(x, rank), code_candidate(name, code_map, x)]
+    return judge_task(target, groups, candidates, proteins.labels, None, notes, seed=seed)
+
+
+def _save(code_map: CodeMap, done: Judgement, folder: Path) -> Path:
+    entry = done.entries[-1]
+    metrics = {metric: asdict(interval) for metric, interval in entry.scores.items()}
+    kept = {metric: asdict(interval) for metric, interval in entry.kept.items()}
+    return save(code_map, folder, metrics={**metrics, "kept": kept}, data=code_map.provenance)
+
+
+def _encode(proteins: Proteins, code_map: CodeMap, done: Judgement, codes: str) -> CodeStore | None:
+    if proteins.embeddings.provenance.get("format") != "store":
+        log.warning("No codes were written: %s is no store of embeddings (make one with embed).", proteins.source)
+        return None
+    _save(code_map, done, Path(codes) / MAP)
+    store = write_codes(Store.open(proteins.source), codes, code_map)
+    log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", code_map.bytes_per_protein)
+    return store
+
+
+def _tags(proteins: Proteins) -> dict[str, str]:
+    about = proteins.embeddings.provenance
+    return {key: str(about[key]) for key in ("embedding_run", "fallback", "digest") if about.get(key)}
+
+
+def _log(run: Run, done: Judgement, code_map: CodeMap, files: list[Path], config: str) -> None:
+    entry, full = done.entries[-1], done.entries[0]
+    metrics = {"score": entry.scores[done.headline].value, "full": full.scores[done.headline].value}
+    if done.headline in entry.kept:
+        kept = entry.kept[done.headline]
+        metrics |= {"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high}
+    run.log_params({"metric_judged": done.headline, "code_map": code_map.digest})
+    run.log_metrics({**metrics, "bytes": code_map.bytes_per_protein})
+    run.log_text(config, "config.yaml")
+    for file in files:
+        run.log_artifact(file)
+    run.note(report.markdown(done))

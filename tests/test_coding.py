@@ -1,0 +1,182 @@
+"""The commands `code` and `search`, end to end on a tiny backbone, and what they refuse."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import mlflow
+import numpy as np
+import pytest
+
+from distil_rank.cli import main
+from distil_rank.codes.code_store import CodeStore
+from distil_rank.deployment.artefact import load
+from distil_rank.embedding.embed import embed
+
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
+
+
+def relatives(count=40, size=4, seed=0) -> dict[str, str]:
+    """Families of sequences that differ in a few residues."""
+    dice = random.Random(seed)
+    found = {}
+    for family in range(count):
+        ancestor = dice.choices(AMINO_ACIDS, k=60)
+        for member in range(size):
+            changed = [dice.choice(AMINO_ACIDS) if dice.random() < 0.1 else letter for letter in ancestor]
+            found[f"f{family}m{member}"] = "".join(changed)
+    return found
+
+
+@pytest.fixture(scope="module")
+def embedded(tiny_esm2, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("coding")
+    (folder / "all.fasta").write_text("".join(f">{name}\n{text}\n" for name, text in relatives().items()))
+    embed(folder / "all.fasta", folder / "store", str(tiny_esm2.fair_esm), accelerator="cpu", precision="fp32")
+    return folder / "store"
+
+
+@pytest.fixture
+def workplace(tmp_path, empty_database, monkeypatch, embedded):
+    """A project with a run database and a store of its own."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_database, tmp_path / "mlruns")
+    shutil.copytree(embedded, tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def labels(folder: Path) -> str:
+    lines = [f"{name}\t{name.partition('m')[0]}" for name in relatives()]
+    (folder / "labels.tsv").write_text("id\tfamily\n" + "\n".join(lines) + "\n")
+    return "labels.tsv"
+
+
+QUICK = ["--perturbations.proteins", "40", "--rank", "16"]
+
+
+def test_code_and_search_without_labels(workplace, capsys):
+    assert main(["code", "--data", "store", *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert "codes, invariant, rank 16, bit" in printed
+    folder = workplace / "results" / "code" / "store-invariant-r16-bit"
+    content = json.loads((folder / "judgement.json").read_text())
+    assert content["entries"][-1]["bytes"] == 2 and "copy" in " ".join(content["notes"])
+    code_map = load(folder / "code_map")
+    assert code_map.provenance["metric"] == "invariant" and "perturbed copies of 40" in code_map.provenance["noise"]
+    store = CodeStore.open("codes")
+    assert len(store) == 160 and store.code_map.digest == code_map.digest
+
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlruns' / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("code").experiment_id])
+    assert run.data.metrics["bytes"] == 2 and run.data.params["code_map"] == code_map.digest
+    assert "judgement.png" in {file.path for file in client.list_artifacts(run.info.run_id)}
+
+    before = {file.name: file.read_bytes() for file in Path("codes").iterdir() if file.is_file()}
+    assert main(["code", "--data", "store", *QUICK]) == 0  # goes on with what is there
+    assert before == {file.name: file.read_bytes() for file in Path("codes").iterdir() if file.is_file()}
+
+    family = {name: text for name, text in relatives().items() if name.startswith("f7m")}
+    Path("queries.fasta").write_text("".join(f">query {name}\n{text}\n" for name, text in family.items()))
+    assert main(["search", "--fasta", "queries.fasta", "--hits", "5", "--decoys", "20"]) == 0
+    head, *lines = Path("results/search/hits.tsv").read_text().splitlines()
+    assert head == "#query\ttarget\tscore\trank\tevalue" and len(lines) == 20
+    query, target, score, rank, evalue = lines[0].split("\t")
+    assert (query, target, rank) == ("query", "f7m0", "1") and -1 <= float(score) <= 1 and float(evalue) > 0
+    scores = [float(line.split("\t")[2]) for line in lines[:5]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_all_against_all_and_stored_queries(workplace):
+    assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16", "--dtype", "int8"]) == 0
+    assert main(["search", "--self", "--hits", "3", "--decoys", "0"]) == 0
+    lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
+    assert len(lines) == 3 * 160 and all(query != target for query, target, *_ in lines)
+    assert {line[4] for line in lines} == {"nan"}
+    assert main(["search", "--queries", "store", "--hits", "1", "--decoys", "20", "--evalue", "1e9"]) == 0
+    lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
+    assert all(query == target for query, target, *_ in lines) and len(lines) == 160
+    assert main(["search", "--queries", "store", "--decoys", "20", "--evalue", "1e-300"]) == 0
+    assert len(Path("results/search/hits.tsv").read_text().splitlines()) == 1
+
+
+def test_labels_decide_noise_and_task(workplace):
+    command = ["code", "--data", "store", "--noise", "labels", "--labels.source", labels(workplace), "--rank", "16"]
+    assert main([*command, "--dtype", "float32", "--groups", "class", "--task", "retrieval"]) == 0
+    content = json.loads(Path("results/code/store-invariant-r16-float32/judgement.json").read_text())
+    assert content["metrics"][:2] == ["mAP", "class@1"] and content["groups"].startswith("class")
+    found = load("results/code/store-invariant-r16-float32/code_map")
+    assert found.provenance["noise"] == "labels: each class"
+
+
+def test_exports(workplace):
+    assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "12"]) == 0
+    codes = CodeStore.open("codes").embeddings()
+    for name in ("out.npy", "out.npz", "out.h5", "out.faiss"):
+        assert main(["search", "--export", name]) == 0
+    assert np.array_equal(np.load("out.npy"), codes)
+    with np.load("out.npz") as archive:
+        assert np.array_equal(archive["embeddings"], codes) and archive["ids"][3] == "f0m3"
+    with h5py.File("out.h5") as file:
+        assert np.array_equal(file["f5m2"][()], codes[22])
+    import faiss
+
+    assert faiss.read_index("out.faiss").ntotal == 160
+
+
+def test_a_matrix_without_sequences(workplace, capsys):
+    x = np.random.default_rng(0).normal(size=(300, 12)).astype(np.float32)
+    np.savez("x.npz", embeddings=x, labels=np.repeat(np.arange(60).astype(str), 5))
+    command = ["code", "--data", "x.npz", "--rank", "8", "--labels.level", "class"]
+    assert main([*command, "--metric", "whitened", "--task", "retrieval"]) == 0
+    assert not Path("codes").exists() and Path("results/code/x-whitened-r8-bit/code_map/manifest.json").exists()
+    assert main([*command, "--task", "retrieval"]) == 2
+    assert "sequences" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["code", "--data", "absent"], "absent"),
+        (["code", "--data", "store", "--rank", "33", "--metric", "whitened"], "[1, 32]"),
+        (["code", "--data", "store", "--rank", "8", "--metric", "whitened", "--bytes", "4"], "bytes for pq"),
+        (["code", "--data", "store", "--rank", "8", "--dtype", "pq", "--metric", "whitened"], "at least 256"),
+        (["code", "--data", "store", "--noise", "labels"], "labels"),
+        (["code", "--data", "store", *QUICK, "--perturbations.proteins", "4", "--regularisation", "0"], "fewer pairs"),
+        (["code", "--data", "store", "--perturbations.window", "2"], "window"),
+        (["code", "--data", "store", "--metric", "whitened", "--power", "2"], "[0, 1]"),
+        (["search", "--codes", "store", "--fasta", "x"], "holds embeddings"),
+        (["search", "--codes", "absent", "--self"], "no manifest"),
+        (["search", "--codes", "store"], "--export"),
+        (["search", "--codes", "store", "--self", "--fasta", "x"], "but got --fasta and --self"),
+    ],
+)
+def test_what_is_refused(workplace, capsys, command, message):
+    assert main(command) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in last and last.startswith("distil-rank: Expected")
+
+
+def test_bad_queries_and_other_options(workplace, capsys):
+    command = ["code", "--data", "store", "--metric", "whitened", "--rank", "8"]
+    assert main(command) == 0
+    for more, message in (
+        (["search", "--fasta", "empty.fasta"], "residues in every query"),
+        (["search", "--self", "--hits", "0"], "at least 1"),
+        (["search", "--export", "out.xlsx"], ".faiss"),
+        ([*command, "--rank", "16"], "rank 8"),
+    ):
+        Path("empty.fasta").write_text(">a\nMKV\n>b\n\n")
+        assert main(more) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_search_without_faiss(workplace):
+    code = "import sys; sys.modules['faiss'] = None; from distil_rank.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "search", "--self"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pip install faiss-cpu" in done.stderr.splitlines()[-1]
