@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from distil_rank.deployment.artefact import load
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.store import CODES, SETTINGS, Store, read_table, vectors_of
+from distil_rank.embedding.store import CODES, SETTINGS, Store, column_of, read_table, vectors_of
 from distil_rank.embedding.store_writer import Shard, StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap
@@ -88,6 +88,12 @@ def _named(key: str, value: Any) -> str:
     return f"the weights {str(value)[:12]}…" if key == "weights_sha256" else f"{key} {value}"
 
 
+def manifest_of(source: Store) -> dict[str, Any]:
+    """The manifest of a store of embeddings, with the one layer that is read of several."""
+    manifest = {key: value for key, value in source.manifest.items() if key != "layers"}
+    return manifest if source.layer is None else {**manifest, "layer": source.layer.entry}
+
+
 def code_entry(code_map: CodeMap) -> dict[str, Any]:
     """What the manifest of a store of codes tells of their map."""
     options = {"rank": code_map.rank, "dtype": code_map.dtype, "bytes": code_map.bytes_per_protein}
@@ -105,13 +111,14 @@ def write_codes(source: Store, path: str | Path, code_map: CodeMap) -> CodeStore
     Raises:
         InputError: map and store do not belong together, the store is per residue, or the folder holds other codes.
     """
-    check_origin(code_map, source.manifest, str(source.path))
-    if source.manifest["pooling"] == "residue":
+    manifest = manifest_of(source)
+    check_origin(code_map, manifest, str(source.path))
+    if manifest["pooling"] == "residue":
         raise InputError(f"Expected one vector for each protein in {source.path} but it has one for each residue.")
     writer = StoreWriter(path, CODES)
-    settings = {key: source.manifest[key] for key in SETTINGS}
+    settings = {key: manifest[key] for key in SETTINGS}
     settings |= {"dim": code_map.code_width, "code": code_entry(code_map)}
-    description = {key: source.manifest[key] for key in ("backbone", "fallback")}
+    description = {key: manifest[key] for key in ("backbone", "fallback")}
     with writer.lock():
         writer.plan(_proteins(source), settings, description, CleaningReport(str(source.path)))
         pending = writer.pending()
@@ -156,4 +163,4 @@ def _vectors(source: Store, low: int, high: int) -> Iterator[tuple[np.ndarray, n
             table = read_table(source.path / shard["file"])
             rows = table["row"].to_numpy()
             first, last = np.searchsorted(rows, [low, high])
-            yield rows[first:last], vectors_of(table)[first:last]
+            yield rows[first:last], vectors_of(table, column_of(source.layer))[first:last]

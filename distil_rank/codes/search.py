@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distil_rank.codes.code_store import CodeStore, check_origin
+from distil_rank.codes.code_store import CodeStore, check_origin, manifest_of
 from distil_rank.codes.evalues import Tail, reversed_decoy
 from distil_rank.codes.index import CodeIndex
 from distil_rank.embedding.embed import embed
@@ -70,7 +70,7 @@ def stored_queries(path: str | Path, store: CodeStore) -> Queries:
         InputError: map and store do not belong together.
     """
     source = Store.open(path)
-    check_origin(store.code_map, source.manifest, str(path))
+    check_origin(store.code_map, manifest_of(source), str(path))
     rows = store.code_map(torch.from_numpy(np.array(source.embeddings())))
     return Queries(source.ids, rows, np.full(len(source), -1))
 

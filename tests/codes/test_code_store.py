@@ -15,7 +15,7 @@ from distil_rank.codes import code_store
 from distil_rank.codes.code_store import MAP, CodeStore, check_origin, load_code_map, write_codes
 from distil_rank.codes.fitting import fit_metric
 from distil_rank.deployment.artefact import save
-from distil_rank.embedding import store_writer
+from distil_rank.embedding import planning
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -36,7 +36,7 @@ def source(tiny_esm2, tmp_path_factory) -> Store:
     fasta = folder / "proteins.fasta"
     fasta.write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(sequences)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_writer, "SHARD_RESIDUES", (200, 200))
+        patch.setattr(planning, "SHARD_RESIDUES", (200, 200))
         embed(fasta, folder / "store", str(tiny_esm2.fair_esm), accelerator="cpu", precision="fp32")
     store = Store.open(folder / "store")
     assert len(store.manifest["shards"]) > 20
@@ -80,7 +80,7 @@ def attempt(source, path, code_map, log):
             file.write("shard\n")
 
     code_store._encode_shard = slow
-    store_writer.SHARD_RESIDUES = (200, 200)
+    planning.SHARD_RESIDUES = (200, 200)
     write_codes(Store.open(source), path, code_map)
 
 
