@@ -44,14 +44,14 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
     from distil_rank.commands.teachers import train_teacher
     from distil_rank.data.datamodule import EmbeddingDataModule
     from distil_rank.training.distil import DistilModule
-    from distil_rank.training.experiment import TRAINER_DEFAULTS
+    from distil_rank.training.seeds import TRAINER_DEFAULTS
 
     sections = {"data", "teacher", "distil", "trainer", "config", "parent", "experiment", "reuse"}
     parser = _parser(name, command.__doc__)
     parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
     parser.add_function_arguments(train_teacher, "teacher", skip={*sections, "output"})
     if student:
-        skip = {"teacher", "student", "tail", "output_variance"}
+        skip = {"teacher", "students", "tail", "output_variance"}
         parser.add_class_arguments(DistilModule, "distil", instantiate=False, skip=skip)
         parser.add_function_arguments(command, None, as_group=False, skip=sections)
     else:

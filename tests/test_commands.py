@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from distil_rank.cli import main
 from distil_rank.deployment.artefact import load, read_manifest
 from distil_rank.embedding.provenance import embedding_run
-from distil_rank.training.experiment import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
+from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--trainer.max_steps", "12", "--rank", "8", "--data.split", "exact"]
@@ -37,7 +37,7 @@ def here(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("distil_rank.training.distil.ORIGINAL_STEPS", 50)
-    monkeypatch.setattr("distil_rank.training.experiment.ORIGINAL_STEPS", 50)
+    monkeypatch.setattr("distil_rank.training.seeds.ORIGINAL_STEPS", 50)
     yield
     logging.getLogger().handlers.clear()
 

@@ -21,7 +21,8 @@ from distil_rank.reporting.run_folder import run_folder, set_latest
 from distil_rank.runs.registry import log_student, promote_champion
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import Run, start_run
-from distil_rank.training.experiment import Experiment, WarmStart, run_experiment
+from distil_rank.training.experiment import Experiment, run_experiment
+from distil_rank.training.seeds import TrainingOptions, WarmStart
 
 log = logging.getLogger(__name__)
 
@@ -91,21 +92,16 @@ def distil(
             shape = (getattr(about.rows, part), about.dim)
             name = f"{Path(about.source).stem} {part}"  # MLflow takes two of one name and digest for the same
             run.log_dataset(shape, name=name, digest=about.digest, context=part, source=about.source)
-        outcome = run_experiment(
-            made.name,
-            made.layer,
-            made.check,
-            data,
-            rank,
+        options = TrainingOptions(
             warm_start,
-            shrinkage,
             seeds,
             {**(distil or {}), **({} if tail is None else {"tail": load_tail(tail)})},
-            trainer,
+            trainer or {},
             checkpoints=Path(output) / "checkpoints" / f"{made.name}-r{rank}",
             ckpt_path=ckpt_path,
             logger=RunLogger(run),
         )
+        outcome = run_experiment(made.name, made.layer, made.check, data, rank, shrinkage, options)
         result = Result(
             data=about,
             teachers=[replace(outcome.result, run_id=run.id)],

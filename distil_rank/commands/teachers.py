@@ -25,7 +25,7 @@ from distil_rank.reporting.results import TeacherCheck
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import start_run
 from distil_rank.training.callbacks import LogLosses, Progress
-from distil_rank.training.experiment import TRAINER_DEFAULTS
+from distil_rank.training.seeds import TRAINER_DEFAULTS
 from distil_rank.training.teacher import TeacherModule, check_teacher, random_teacher, spectral_teacher
 
 log = logging.getLogger(__name__)

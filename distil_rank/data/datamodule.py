@@ -192,7 +192,7 @@ class EmbeddingDataModule(LightningDataModule):
         """Test batches in order."""
         return self.loader(Rows(self.embeddings.x, self.split_rows.test), STREAM_ROWS)
 
-    def loader(self, rows: Rows, batch_size: int, sampler: Any = None) -> DataLoader[Tensor]:
+    def loader(self, rows: Dataset[Any], batch_size: int, sampler: Any = None) -> DataLoader[Any]:
         """Batches of some rows, in order or in the sampler's."""
         workers = self.hparams["num_workers"]
         return DataLoader(

@@ -42,7 +42,12 @@ def check_rank(rank: int, weight: Tensor) -> None:
 
 
 def solve(
-    weight: Tensor, bias: Tensor | None, rank: int, solver: Solver = "closed_form", moments: Moments | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    rank: int,
+    solver: Solver = "closed_form",
+    moments: Moments | None = None,
+    spectrum: tuple[Tensor, Tensor] | None = None,
 ) -> Factors:
     """Rank-r factors of a dense layer.
 
@@ -52,6 +57,7 @@ def solve(
         rank: r in [1, min(m, n)].
         solver: one of `SOLVERS`.
         moments: of the layer's inputs; every solver but `svd` needs them.
+        spectrum: `output_spectrum(weight, moments)`, if it is at hand; saves the closed form its eigendecomposition.
 
     Returns:
         Factors in float64.
@@ -78,17 +84,23 @@ def solve(
         )
     mean = moments.mean.to(weight)
     if solver == "svd_bias":
-        A, B, _ = _svd(weight, bias, rank)
-        return Factors(A, B, bias + weight @ mean - B @ (A @ mean))
+        return refit_bias(_svd(weight, bias, rank), weight, bias, mean)
     if solver == "whitened":
         second_moment = Moments(mean, moments.covariance + torch.outer(moments.mean, moments.mean), moments.rows)
         Q = output_spectrum(weight, second_moment)[1][:, :rank]
         return Factors(Q.T @ weight, Q, bias)
     if solver == "closed_form":
-        Q = output_spectrum(weight, moments)[1][:, :rank]
-        A = Q.T @ weight
-        return Factors(A, Q, bias + weight @ mean - Q @ (A @ mean))
+        Q = (spectrum or output_spectrum(weight, moments))[1][:, :rank]
+        return refit_bias(Factors(Q.T @ weight, Q, bias), weight, bias, mean)
     raise InputError(f"Expected a solver out of {', '.join(SOLVERS)} but got {solver!r}.")
+
+
+def refit_bias(factors: Factors, weight: Tensor, bias: Tensor | None, mean: Tensor) -> Factors:
+    """The same A and B with the best c for inputs of this mean, `b + (W − B A) mean`."""
+    A, B, _ = factors
+    weight, mean = weight.detach().to(A), mean.to(A)
+    c = weight @ mean - B @ (A @ mean)
+    return Factors(A, B, c if bias is None else c + bias.detach().to(A))
 
 
 def _svd(weight: Tensor, bias: Tensor, rank: int) -> Factors:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
 from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import SOLVERS, Solver, solve
+from distil_rank.lowrank.solvers import SOLVERS, refit_bias, solve
 from distil_rank.measure import bootstrap, metrics
 from distil_rank.reporting.results import OURS, RECIPE, Estimate, FunctionKept, LadderRow
 
@@ -91,13 +91,16 @@ class _PerProtein:
 
 
 def solved_students(
-    teacher: nn.Linear, moments: Moments, rank: int, solvers: Sequence[Solver] = SOLVERS
+    teacher: nn.Linear, moments: Moments, rank: int, spectrum: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, LowRankLinear]:
-    """One student per solver."""
-    return {
-        name: LowRankLinear.from_factors(solve(teacher.weight, teacher.bias, rank, name, moments), moments.mean)
-        for name in solvers
-    }
+    """One student per solver; `spectrum` is `output_spectrum(teacher.weight, moments)`, if it is at hand."""
+    weight, bias = teacher.weight, teacher.bias
+    svd = solve(weight, bias, rank, "svd")
+    factors = {"svd": svd, "svd_bias": refit_bias(svd, weight, bias, moments.mean)}  # one decomposition for both
+    for solver in SOLVERS:
+        if solver not in factors:
+            factors[solver] = solve(weight, bias, rank, solver, moments, spectrum if solver == "closed_form" else None)
+    return {solver: LowRankLinear.from_factors(factors[solver], moments.mean) for solver in SOLVERS}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from distil_rank.training.distil import DistilModule
 
 
 class LogLosses(Callback):
-    """Log the training loss and its parts, `train/<name>`, at every `log_every_n_steps` of the trainer.
+    """Log the first seed's training loss and its parts, `train/<name>`, at every `log_every_n_steps` of the trainer.
 
     `LightningModule.log` would do it at several times the cost of a small student's whole step.
     """
@@ -28,7 +28,7 @@ class LogLosses(Callback):
     ) -> None:
         """Log one batch."""
         if trainer.logger is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            losses = {f"train/{name}": float(value) for name, value in outputs.items()}
+            losses = {f"train/{name}": float(value) for name, value in outputs.get("log", outputs).items()}
             trainer.logger.log_metrics(losses, step=trainer.global_step)
 
 
@@ -59,8 +59,9 @@ class LogFidelity(Callback):
         """Add one batch."""
         assert isinstance(pl_module, DistilModule)
         target = pl_module.teacher(batch)
+        modules = {"student": pl_module.student, **self.baselines}
         for name, metric in self.metrics.items():
-            metric.update(self.baselines.get(name, pl_module.student)(batch), target)
+            metric.update(modules[name](batch), target)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the pass."""

@@ -1,18 +1,16 @@
-"""Distillation: train the two factors against a frozen teacher, and keep the result only if it beats where it began."""
+"""Distillation: train the two factors against a frozen teacher, and keep the result only if it beats the warm start."""
 
 from __future__ import annotations
 
-import copy
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
@@ -20,6 +18,7 @@ from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.bootstrap import group_sums
 from distil_rank.training.losses import Outputs, layer_loss, tail_loss
+from distil_rank.training.stacked import Batch, StackedStudents
 
 # The recipe of the original project, to the letter: options of `DistilModule`, and how long it trains.
 ORIGINAL: dict[str, Any] = {
@@ -34,7 +33,7 @@ ORIGINAL_STEPS, ORIGINAL_BATCH = 1000, 64
 
 
 class DistilModule(LightningModule):
-    """Train a student to do what a frozen teacher does.
+    """Train students, one per seed, to match a frozen teacher.
 
     Without a tail the loss compares the layer's outputs,
 
@@ -46,9 +45,9 @@ class DistilModule(LightningModule):
 
     Args:
         teacher: the dense layer; its parameters are frozen.
-        student: where training starts from.
-        tail: what stands behind the layer, frozen; its outputs are logits `(N, classes)`, or `(N, 1)` and wider
-            regressions with `outputs="regression"`.
+        students: where training starts from: one student, or one per seed, which are trained as one batched model.
+        tail: the rest of the model behind the layer, frozen; its outputs are logits `(N, classes)`, or with
+            `outputs="regression"` values `(N, k)`.
         output_variance: mean squared deviation of an element of the teacher's output from its training mean; needed
             by `normalise`.
         alpha: Weight of the cosine term.
@@ -64,7 +63,7 @@ class DistilModule(LightningModule):
     def __init__(
         self,
         teacher: nn.Linear,
-        student: LowRankLinear,
+        students: LowRankLinear | Sequence[LowRankLinear],
         tail: nn.Module | None = None,
         output_variance: float = 1.0,
         alpha: float = 0.1,
@@ -77,49 +76,63 @@ class DistilModule(LightningModule):
         outputs: Outputs = "classification",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["teacher", "student", "tail"], logger=False)
+        self.save_hyperparameters(ignore=["teacher", "students", "tail"], logger=False)
         self.teacher = teacher.requires_grad_(False)
-        self.student = student
+        self.students = StackedStudents([students] if isinstance(students, LowRankLinear) else students)
         self.tail = None if tail is None else tail.requires_grad_(False).eval()
         for rank in nested_ranks:
-            if not 1 <= rank <= student.rank:
-                raise InputError(f"Expected nested ranks in [1, {student.rank}] but got {rank}.")
+            if not 1 <= rank <= self.students.rank:
+                raise InputError(f"Expected nested ranks in [1, {self.students.rank}] but got {rank}.")
+
+    @property
+    def student(self) -> LowRankLinear:
+        """A copy of the first seed's student."""
+        return self.students[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(…, n)` → `(…, m)`, by the student."""
-        return self.student(x)
+        """`(S, N, n)`, or `(N, n)` for all alike, → `(S, N, m)`, by the students of S seeds."""
+        return self.students(x)
 
-    def losses(self, x: Tensor) -> dict[str, Tensor]:
-        """The loss of each row of `x (N, n)` and its parts, `(N,)`, averaged over the nested ranks if there are any."""
-        with torch.no_grad():
-            target = self.teacher(x)
-        ranks = [*self.hparams["nested_ranks"], self.student.rank]
-        per_rank = [self._losses(self._at_rank(x, rank), target) for rank in ranks]
+    def losses(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of each student on each row and its parts, `(S, N)`, averaged over nested ranks if there are any.
+
+        Args:
+            x: rows, `(S, N, n)`, or `(N, n)` for all students alike.
+            target: the teacher's output for them, where it was computed before.
+        """
+        if target is None:
+            with torch.no_grad():
+                target = self.teacher(x)
+        ranks = [*self.hparams["nested_ranks"], self.students.rank]
+        per_rank = [self._losses(self.students(x, rank), target) for rank in ranks]
         return {name: torch.stack([parts[name] for parts in per_rank]).mean(0) for name in per_rank[0]}
-
-    def _at_rank(self, x: Tensor, rank: int) -> Tensor:
-        return self.student(x) if rank == self.student.rank else self.student.at_rank(x, rank)
 
     def _losses(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self.tail is not None:
-            return {"loss": tail_loss(self.tail(output), self.tail(target), self.hparams["outputs"])}
+            target = target.expand_as(output)
+            logits, wanted = (self.tail(y.flatten(0, 1)).unflatten(0, output.shape[:2]) for y in (output, target))
+            return {"loss": tail_loss(logits, wanted, self.hparams["outputs"])}
         variance = self.hparams["output_variance"] if self.hparams["normalise"] else 1.0
         return layer_loss(output, target, self.hparams["alpha"], variance)
 
-    def training_step(self, x: Tensor, batch_index: int) -> dict[str, Tensor]:
-        """One batch: the loss to descend and its parts, for whoever watches."""
-        losses = {name: rows.mean() for name, rows in self.losses(x).items()}
-        return {name: value if name == "loss" else value.detach() for name, value in losses.items()}
+    def training_step(self, batch: Tensor | Batch, batch_index: int) -> dict[str, Any]:
+        """One batch: the sum over seeds of their mean losses, and what to log of the first seed."""
+        rows = self.losses(batch) if isinstance(batch, Tensor) else self.losses(*batch)
+        first = {name: values[0].detach().mean() for name, values in rows.items()}
+        return {"loss": rows["loss"].mean(1).sum(), "log": first}
 
-    def validation_step(self, x: Tensor, batch_index: int) -> None:
-        """The same loss on held-out rows; its epoch mean chooses the checkpoint."""
-        losses = {f"val/{name}": rows.mean() for name, rows in self.losses(x).items()}
-        self.log_dict(losses, batch_size=len(x), sync_dist=True)
+    def validation_step(self, x: Tensor, batch_index: int) -> Tensor:
+        """Log the first seed's losses on held-out rows; returns every seed's loss on each row, `(S, N)`."""
+        losses = self.losses(x)
+        self.log_dict(
+            {f"val/{name}": rows[0].mean() for name, rows in losses.items()}, batch_size=len(x), sync_dist=True
+        )
+        return losses["loss"]
 
     def configure_optimizers(self) -> Any:
-        """The student's parameters only."""
+        """Of the students' parameters only."""
         h = self.hparams
-        parameters = self.student.parameters()
+        parameters = self.students.parameters()
         if h["optimizer"] == "lbfgs":
             return torch.optim.LBFGS(
                 parameters, lr=h["lr"], max_iter=20, history_size=20, line_search_fn="strong_wolfe"
@@ -136,14 +149,14 @@ class DistilModule(LightningModule):
 
 @dataclass(frozen=True)
 class Fit:
-    """What came of a training run.
+    """The outcome of a training run for one seed.
 
     Attributes:
-        student: the best of all epochs *and* the warm start, by validation loss.
+        student: the best of all validations *and* the warm start, by validation loss.
         warm_start_loss: validation loss before the first step.
-        best_loss: the lowest of any epoch.
+        best_loss: the lowest of any validation.
         steps: optimiser steps taken.
-        training_helped: whether the best epoch clearly beat the warm start.
+        training_helped: whether the best student clearly beat the warm start.
     """
 
     student: LowRankLinear
@@ -153,37 +166,89 @@ class Fit:
     training_helped: bool
 
 
+class BestStudents(Callback):
+    """Keeps each seed's student of the lowest validation loss, in memory and in checkpoints.
+
+    Attributes:
+        losses: the lowest so far, `(S,)`; infinite before the first validation.
+        state: parameters of the stack, each student's as of its lowest loss.
+    """
+
+    def __init__(self, students: StackedStudents) -> None:
+        self.losses = torch.full((len(students),), math.inf, dtype=torch.float64)
+        self.state = {name: value.detach().clone() for name, value in students.named_parameters()}
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a new pass."""
+        self._rows: list[Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, *indices: int
+    ) -> None:
+        """Add one batch."""
+        self._rows.append(outputs.detach().double().cpu())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the students that are better than before."""
+        assert isinstance(pl_module, DistilModule)
+        losses = torch.cat(self._rows, dim=1).mean(1)
+        better = losses < self.losses
+        self.losses = torch.where(better, losses, self.losses)
+        for name, value in pl_module.students.named_parameters():
+            self.state[name][better] = value.detach().cpu()[better]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoint."""
+        return {"losses": self.losses, **self.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From Lightning's checkpoint."""
+        self.losses = state_dict["losses"]
+        self.state = {name: state_dict[name] for name in self.state}
+
+
 def fit(
     module: DistilModule,
     data: EmbeddingDataModule,
     trainer: Trainer,
     ckpt_path: str | None = None,
     already_optimal: bool = False,
-) -> Fit:
-    """Train, and never end worse than the start.
+    batches: Iterable[Any] | None = None,
+) -> list[Fit]:
+    """Train, and never end worse than the start, for any seed.
 
-    The warm start competes with every epoch on the validation rows, and gives way only to a clear difference: the mean
-    of the paired differences, protein by protein, is above 1.96 of its standard errors. (The best of many epochs was
-    chosen on the same rows, so this is a guard against noise, not a test at 5 %.)
+    The warm start competes with every validated student on the validation rows, and gives way only to a clear
+    difference: the mean of the paired differences, protein by protein, is above 1.96 of its standard errors. (The best
+    of many was chosen on the same rows, so this is a precaution against noise, not a test at 5 %.)
 
     Args:
-        module: teacher and warm-started student.
-        data: gives training and validation batches.
-        trainer: needs a `ModelCheckpoint` that monitors `val/loss`.
+        module: teacher and warm-started students.
+        data: gives validation batches, and training batches unless they are given.
+        trainer: a new one; what it saves can be resumed.
         ckpt_path: resume from this Lightning checkpoint (loaded with `weights_only=True`).
         already_optimal: the warm start is the exact minimum of the loss: validate it and leave it alone.
+        batches: training batches, of one seed or of all.
+
+    Returns:
+        One for each seed.
 
     Raises:
         InputError: the checkpoint is missing, damaged, or of another shape.
     """
-    warm_start = copy.deepcopy(module.student)
-    warm = float(trainer.validate(module, datamodule=data, verbose=False)[0]["val/loss"])
+    start = [module.students[seed] for seed in range(len(module.students))]
+    before = _validation_losses(module, data)
     if already_optimal:
-        return Fit(module.student, warm, warm, 0, False)
+        trainer.validate(module, datamodule=data, verbose=False)
+        warm = before.mean(1).tolist()
+        return [Fit(student, loss, loss, 0, False) for student, loss in zip(start, warm, strict=True)]
     if ckpt_path is not None and not Path(ckpt_path).is_file():
         raise InputError(f"Expected a Lightning checkpoint at {ckpt_path} but there is no such file.")
+    trainer.validate(module, datamodule=data, verbose=False)
+    best = BestStudents(module.students)
+    trainer.callbacks.insert(0, best)  # type: ignore[attr-defined]
+    train = data.train_dataloader() if batches is None else batches
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(module, train, data.val_dataloader(), ckpt_path=ckpt_path, weights_only=True)
     except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         if ckpt_path is None:
             raise
@@ -192,24 +257,25 @@ def fit(
             f"Expected a checkpoint of this very student in {ckpt_path} but it does not fit: {reason}"
         ) from error
     module.cpu()
-    checkpoint = cast(ModelCheckpoint, trainer.checkpoint_callback)
-    if not checkpoint.best_model_path:
-        return Fit(warm_start, warm, warm, trainer.global_step, False)
-    state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    module.student.load_state_dict(
-        {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
-    )
-    trained = module.student
+    if best.losses.isinf().all():  # never validated
+        return [
+            Fit(student, loss, loss, trainer.global_step, False)
+            for student, loss in zip(start, before.mean(1).tolist(), strict=True)
+        ]
+    module.students.load_state_dict({**module.students.state_dict(), **best.state})
     after = _validation_losses(module, data)
-    module.student = warm_start
-    gain = _validation_losses(module, data) - after
-    gain = torch.from_numpy(group_sums(gain.numpy(), data.proteins("val")))
-    helped = len(gain) > 1 and bool(gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5)
-    module.student = trained if helped else warm_start
-    return Fit(module.student, warm, float(after.mean()), trainer.global_step, helped)
+    fits = []
+    for seed, student in enumerate(start):
+        gain = torch.from_numpy(group_sums((before - after)[seed].numpy(), data.proteins("val")))
+        helped = len(gain) > 1 and bool(gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5)
+        kept = module.students[seed] if helped else student
+        losses = float(before[seed].mean()), float(after[seed].mean())
+        fits.append(Fit(kept, *losses, trainer.global_step, helped))
+    return fits
 
 
 @torch.no_grad()
 def _validation_losses(module: DistilModule, data: EmbeddingDataModule) -> Tensor:
-    """Loss of each validation row, `(N,)` float64."""
-    return torch.cat([module.losses(x)["loss"].double() for x in data.val_dataloader()])
+    """Loss of each student on each validation row, `(S, N)` float64."""
+    with torch.random.fork_rng(devices=[]):  # a loader draws a number, which must not change the training batches
+        return torch.cat([module.losses(x)["loss"].double() for x in data.val_dataloader()], dim=1)

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, parameter_count
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import choose_rank, output_spectrum, r2_curve, solve
-from distil_rank.measure.latency import LayerLatency, compare_layers
+from distil_rank.measure.latency import compare_layers
 from distil_rank.measure.metrics import r2
 from distil_rank.reporting.evaluate import ConstantOutput, HeldOut, ladder, solved_students
 from distil_rank.reporting.function import function_kept
 from distil_rank.reporting.results import (
     OURS,
     RECIPE,
-    Curve,
     LadderRow,
     ParameterCounts,
     ParetoPoint,
@@ -39,23 +30,13 @@ from distil_rank.reporting.results import (
     TeacherCheck,
     TeacherResult,
 )
-from distil_rank.training.callbacks import CurveRecorder, LogFidelity, LogLatency, LogLosses, Progress
-from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule, Fit, fit
+from distil_rank.training.distil import Fit
+from distil_rank.training.seeds import Solved, Trained, TrainingOptions, train_recipes, train_students
 
 log = logging.getLogger(__name__)
 
-WarmStart = Literal["closed_form", "svd"]
-
 PARETO_RANKS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 RANK_TOLERANCE = 0.02  # between the R² that the training rows predict and the held-out one
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": -1,
-    "max_steps": 500,
-    "enable_progress_bar": False,  # Lightning's begins anew each epoch; ours is one bar with the time left
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,  # the warm start is validated in full before the first step
-    "log_every_n_steps": 10,
-}
 
 
 @dataclass(frozen=True)
@@ -73,64 +54,14 @@ class Experiment:
     fit: Fit
 
 
-@dataclass(frozen=True)
-class Solved:
-    """A teacher and its students that need no training.
-
-    Attributes:
-        teacher: the dense layer.
-        moments: of the training rows, after shrinkage.
-        eigenvalues: of the covariance of the teacher's output, `(m,)`, the largest first.
-        rank: of the students.
-        mean: the teacher's mean output on the training rows, `(m,)`.
-        students: by solver.
-        seconds: wall time of the moments and of the closed form.
-    """
-
-    teacher: nn.Linear
-    moments: Moments
-    eigenvalues: Tensor
-    rank: int
-    mean: Tensor
-    students: dict[str, LowRankLinear]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Students of several seeds.
-
-    Attributes:
-        students: one per seed.
-        curve: of the first seed.
-        seconds: wall time of one.
-        fit: of the first seed; None for the original recipe, which keeps the last step whatever it is.
-        latency: of the first seed's student, where training measured it.
-        optimal: the warm start already was the exact minimum of the loss, so nothing was trained.
-    """
-
-    students: Sequence[LowRankLinear]
-    curve: Curve
-    seconds: float
-    fit: Fit | None = None
-    latency: Sequence[LayerLatency] = ()
-    optimal: bool = False
-
-
 def run_experiment(
     name: str,
     teacher: nn.Linear,
     check: TeacherCheck,
     data: EmbeddingDataModule,
     rank: int | float | str = 64,
-    warm_start: WarmStart = "closed_form",
     shrinkage: float | Literal["auto"] = 0.0,
-    seeds: Sequence[int] = (42,),
-    distil: dict[str, Any] | None = None,
-    trainer: dict[str, Any] | None = None,
-    checkpoints: Path | None = None,
-    ckpt_path: str | None = None,
-    logger: Logger | None = None,
+    training: TrainingOptions = TrainingOptions(),  # noqa: B008 - frozen
 ) -> Experiment:
     """Compress one dense layer at one rank and measure every method of the ladder.
 
@@ -140,24 +71,16 @@ def run_experiment(
         check: whether it is worth it.
         data: set up already.
         rank: an integer, a share of the output's variance, or `auto` (see `choose_rank`).
-        warm_start: where training begins.
         shrinkage: of the input covariance before the solve, for fewer rows than dimensions; `auto` estimates it.
-        seeds: of the trained rows; the first one's student is kept.
-        distil: options of `DistilModule`.
-        trainer: options of Lightning's `Trainer`.
-        checkpoints: folder for the best epoch's checkpoint; temporary by default.
-        ckpt_path: resume the first seed from there.
-        logger: takes the first seed's metrics, step by step.
+        training: how students are trained; the first seed's is kept.
 
     Raises:
         InputError: the rank does not fit, or the teacher's width is not the data's.
     """
     solved = solve_students(teacher, data, rank, shrinkage)
-    optimal = warm_start == "closed_form" and shrinkage == 0 and is_squared_error(distil or {})
-    trained = train_students(
-        solved, data, warm_start, seeds, distil or {}, trainer or {}, checkpoints, ckpt_path, logger, optimal
-    )
-    recipe = train_recipes(solved, data, seeds)
+    optimal = training.warm_start == "closed_form" and shrinkage == 0 and is_squared_error(training.distil)
+    trained = train_students(solved, data, replace(training, optimal=optimal))
+    recipe = train_recipes(solved, data, training.seeds)
     held_out = HeldOut.of(data)
     rows = measure_ladder(solved, trained, recipe, held_out, data)
     result = assemble_result(name, check, rank, solved, trained, recipe, rows, data, held_out)
@@ -180,67 +103,17 @@ def solve_students(
     moments = Moments.of(data.stream("train"))
     if shrinkage != 0:
         moments = moments.shrunk(None if shrinkage == "auto" else float(shrinkage))
-    eigenvalues = output_spectrum(teacher.weight, moments)[0]
-    chosen = choose_rank(eigenvalues, rank)
-    solve(teacher.weight, teacher.bias, chosen, "closed_form", moments)
+    spectrum = output_spectrum(teacher.weight, moments)
+    chosen = choose_rank(spectrum[0], rank)
+    solve(teacher.weight, teacher.bias, chosen, "closed_form", moments, spectrum)
     seconds = time.perf_counter() - started
-    students = solved_students(teacher, moments, chosen)
-    return Solved(teacher, moments, eigenvalues, chosen, teacher(moments.mean.float()), students, seconds)
+    students = solved_students(teacher, moments, chosen, spectrum)
+    return Solved(teacher, moments, spectrum, chosen, teacher(moments.mean.float()), students, seconds)
 
 
 def is_squared_error(distil: dict[str, Any]) -> bool:
     """Whether these options of `DistilModule` make the loss the layer's squared error alone."""
     return distil.get("tail") is None and distil.get("alpha") == 0
-
-
-def train_students(
-    solved: Solved,
-    data: EmbeddingDataModule,
-    warm_start: WarmStart,
-    seeds: Sequence[int],
-    distil: dict[str, Any],
-    trainer: dict[str, Any],
-    checkpoints: Path | None,
-    ckpt_path: str | None,
-    logger: Logger | None,
-    optimal: bool,
-) -> Trained:
-    """Our students, one per seed; only the first is logged, checkpointed and resumed."""
-    teacher, mean = solved.teacher, solved.mean
-    options = {"output_variance": float(solved.eigenvalues.sum()) / teacher.out_features, **distil}
-    latency = LogLatency()
-    fits, curves = [], []
-    started = time.perf_counter()
-    for number, seed in enumerate(seeds):
-        seed_everything(seed, verbose=False)
-        module = DistilModule(teacher, copy.deepcopy(solved.students[warm_start]), **options)
-        recorder = CurveRecorder(mean)
-        callbacks: list[Callback] = [recorder]
-        if number == 0:
-            baselines = {"svd": solved.students["svd"]}
-            callbacks += [LogFidelity(baselines, mean), latency, LogLosses(), Progress("distilling")]
-        with _checkpoint_folder(checkpoints if number == 0 else None) as folder:
-            checkpoint = ModelCheckpoint(
-                folder, "best", monitor="val/loss", save_last=True, enable_version_counter=False
-            )
-            run = Trainer(
-                **{**TRAINER_DEFAULTS, **trainer},
-                logger=(logger if number == 0 else None) or False,
-                callbacks=[*callbacks, checkpoint],
-            )
-            fits.append(fit(module, data, run, ckpt_path if number == 0 else None, already_optimal=optimal))
-        curves.append(recorder.curve)
-    seconds = (time.perf_counter() - started) / len(seeds) + solved.seconds
-    return Trained([one.student for one in fits], curves[0], seconds, fits[0], latency.rows, optimal)
-
-
-def train_recipes(solved: Solved, data: EmbeddingDataModule, seeds: Sequence[int]) -> Trained:
-    """The students of the original recipe, one per seed."""
-    started = time.perf_counter()
-    students, curves = zip(
-        *(original_recipe(solved.teacher, data, solved.rank, solved.mean, seed) for seed in seeds), strict=True
-    )
-    return Trained(students, curves[0], (time.perf_counter() - started) / len(seeds))
 
 
 def measure_ladder(
@@ -268,7 +141,7 @@ def assemble_result(
 ) -> TeacherResult:
     """The result of one teacher from what the other steps measured."""
     teacher, closed_form = solved.teacher, solved.students["closed_form"]
-    predicted = float(r2_curve(solved.eigenvalues)[solved.rank - 1])
+    predicted = float(r2_curve(solved.spectrum[0])[solved.rank - 1])
     measured = next(row for row in rows if row.method == "closed_form").metrics["r2"].value
     assert trained.fit is not None
     return TeacherResult(
@@ -284,53 +157,27 @@ def assemble_result(
         held_out_note=held_out.note,
         ladder=rows,
         latency=list(trained.latency or compare_layers(teacher, trained.students[0])),
-        spectrum=Spectrum(_relative(torch.linalg.svdvals(teacher.weight)), _relative(solved.eigenvalues.sqrt())),
+        spectrum=Spectrum(_relative(torch.linalg.svdvals(teacher.weight)), _relative(solved.spectrum[0].sqrt())),
         curves={OURS: trained.curve, RECIPE: recipe.curve},
         training_note=_training_note(trained.fit, trained.optimal),
         validation_optimum=_residual_share(closed_form, teacher, solved.mean, data.rows("val")),
-        pareto=pareto(teacher, solved.moments, solved.mean, replace(held_out, labels=None)),
+        pareto=pareto(teacher, solved.moments, solved.mean, replace(held_out, labels=None), solved.spectrum),
     )
 
 
-def original_recipe(
-    teacher: nn.Linear, data: EmbeddingDataModule, rank: int, mean: Tensor, seed: int
-) -> tuple[LowRankLinear, Curve]:
-    """The student of the original project: SVD warm start, 1000 steps, the last one kept.
-
-    Args:
-        teacher: the dense layer.
-        data: set up already.
-        rank: of the student.
-        mean: the teacher's mean output on the training rows, `(m,)`.
-        seed: of the batches.
-
-    Returns:
-        The student, and its validation curve.
-    """
-    seed_everything(seed, verbose=False)
-    student = LowRankLinear.from_factors(solve(teacher.weight, teacher.bias, rank, "svd"))
-    module = DistilModule(teacher, student, **ORIGINAL)
-    rows = data.train_dataset()
-    draws = RandomSampler(rows, replacement=True, num_samples=ORIGINAL_STEPS * ORIGINAL_BATCH)
-    batches = data.loader(rows, ORIGINAL_BATCH, draws)
-    recorder = CurveRecorder(mean)
-    options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, "val_check_interval": 50}
-    trainer = Trainer(**options, logger=False, enable_checkpointing=False, callbacks=[recorder])
-    trainer.fit(module, batches, data.val_dataloader())
-    return student.eval(), recorder.curve
-
-
-def _checkpoint_folder(folder: Path | None) -> AbstractContextManager[str | Path]:
-    """The folder asked for, or a temporary one."""
-    return TemporaryDirectory(prefix="distil-rank-") if folder is None else nullcontext(folder)
-
-
 @torch.no_grad()
-def pareto(teacher: nn.Linear, moments: Moments, mean: Tensor, held_out: HeldOut) -> list[ParetoPoint]:
+def pareto(
+    teacher: nn.Linear,
+    moments: Moments,
+    mean: Tensor,
+    held_out: HeldOut,
+    spectrum: tuple[Tensor, Tensor] | None = None,
+) -> list[ParetoPoint]:
     """Held-out fidelity of the closed form at every usual rank: slices of one full-rank solve."""
-    curve = r2_curve(output_spectrum(teacher.weight, moments)[0])
+    spectrum = spectrum or output_spectrum(teacher.weight, moments)
+    curve = r2_curve(spectrum[0])
     full = min(teacher.weight.shape)
-    factors = solve(teacher.weight, teacher.bias, full, "closed_form", moments)
+    factors = solve(teacher.weight, teacher.bias, full, "closed_form", moments, spectrum)
     nested = LowRankLinear.from_factors(factors, moments.mean)
     ranks = [rank for rank in PARETO_RANKS if rank < full] + [full]
     rows = ladder(teacher, {str(rank): [nested.truncate(rank)] for rank in ranks}, mean, held_out, optimum=str(full))

@@ -68,7 +68,7 @@ def test_normalised_the_first_term_is_one_minus_r2(teacher, data):
 def test_training_from_the_svd_helps_and_leaves_the_teacher_alone(teacher, data, tmp_path):
     before = copy.deepcopy(teacher.state_dict())
     module = DistilModule(teacher, svd_student(teacher), lr=1e-2)
-    outcome = fit(module, data, trainer(tmp_path))
+    (outcome,) = fit(module, data, trainer(tmp_path))
     assert outcome.training_helped
     assert outcome.best_loss < 0.5 * outcome.warm_start_loss
     assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
@@ -77,7 +77,7 @@ def test_training_from_the_svd_helps_and_leaves_the_teacher_alone(teacher, data,
 def test_training_that_harms_is_undone(teacher, data, tmp_path):
     start = closed_form(teacher, data)
     module = DistilModule(teacher, copy.deepcopy(start), lr=1.0, schedule="constant")
-    outcome = fit(module, data, trainer(tmp_path, steps=20))
+    (outcome,) = fit(module, data, trainer(tmp_path, steps=20))
     assert not outcome.training_helped
     assert torch.equal(outcome.student.A, start.A) and torch.equal(outcome.student.B, start.B)
 
@@ -85,21 +85,21 @@ def test_training_that_harms_is_undone(teacher, data, tmp_path):
 def test_a_loss_that_the_start_minimises_is_not_trained(teacher, data, tmp_path):
     start = closed_form(teacher, data)
     module = DistilModule(teacher, copy.deepcopy(start), alpha=0.0)
-    outcome = fit(module, data, trainer(tmp_path), already_optimal=True)
+    (outcome,) = fit(module, data, trainer(tmp_path), already_optimal=True)
     assert outcome.steps == 0 and torch.equal(outcome.student.A, start.A)
 
 
 def test_a_run_resumes_where_it_stopped(teacher, data, tmp_path):
     fit(DistilModule(teacher, svd_student(teacher), lr=1e-2), data, trainer(tmp_path / "first", steps=27))
     resumed = DistilModule(teacher, svd_student(teacher), lr=1e-2)
-    outcome = fit(resumed, data, trainer(tmp_path / "second", steps=60), str(tmp_path / "first" / "last.ckpt"))
+    (outcome,) = fit(resumed, data, trainer(tmp_path / "second", steps=60), str(tmp_path / "first" / "last.ckpt"))
     assert outcome.steps == 60
 
 
 def test_seeds_differ_and_a_seed_repeats(teacher, data, tmp_path):
     def trained(seed, folder):
         seed_everything(seed, verbose=False)
-        return fit(DistilModule(teacher, svd_student(teacher), lr=1e-2), data, trainer(tmp_path / folder)).student.A
+        return fit(DistilModule(teacher, svd_student(teacher), lr=1e-2), data, trainer(tmp_path / folder))[0].student.A
 
     first = trained(1, "a")
     assert torch.equal(first, trained(1, "b"))
@@ -108,7 +108,7 @@ def test_seeds_differ_and_a_seed_repeats(teacher, data, tmp_path):
 
 def test_a_gain_on_one_protein_of_many_rows_is_no_clear_gain(teacher, data, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "proteins", lambda part: np.zeros(len(data.rows(part)), dtype=int))
-    outcome = fit(DistilModule(teacher, svd_student(teacher), lr=1e-2), data, trainer(tmp_path))
+    (outcome,) = fit(DistilModule(teacher, svd_student(teacher), lr=1e-2), data, trainer(tmp_path))
     assert outcome.best_loss < outcome.warm_start_loss and not outcome.training_helped
 
 
@@ -129,7 +129,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(teacher, data, tmp_path):
 def test_nested_training_keeps_every_slice_good(teacher, data, tmp_path):
     start = closed_form(teacher, data, rank=8)
     module = DistilModule(teacher, copy.deepcopy(start), nested_ranks=[2, 4], lr=1e-3)
-    student = fit(module, data, trainer(tmp_path)).student
+    student = fit(module, data, trainer(tmp_path))[0].student
     x = data.rows("train")
     for rank in (2, 4, 8):
         optimum = F.mse_loss(closed_form(teacher, data, rank)(x), teacher(x))
@@ -147,7 +147,7 @@ def test_a_tail_decides_what_matters(teacher, data, tmp_path):
     tail = nn.Sequential(nn.Tanh(), head)
     start = closed_form(teacher, data, rank=1)
     module = DistilModule(teacher, copy.deepcopy(start), tail=tail, lr=2e-2)
-    student = fit(module, data, trainer(tmp_path, steps=300)).student
+    student = fit(module, data, trainer(tmp_path, steps=300))[0].student
     x = data.rows("test")
 
     def off(layer):
@@ -160,7 +160,7 @@ def test_lbfgs_reaches_the_optimum(teacher, data, tmp_path):
     everything = EmbeddingDataModule(data.source, split="exact", batch_size=10**6)
     everything.setup()
     module = DistilModule(teacher, svd_student(teacher), alpha=0.0, normalise=False, optimizer="lbfgs", lr=1.0)
-    student = fit(module, everything, trainer(tmp_path, steps=40)).student
+    student = fit(module, everything, trainer(tmp_path, steps=40))[0].student
     x = data.rows("train")
     optimum = F.mse_loss(closed_form(teacher, data)(x), teacher(x))
     assert F.mse_loss(student(x), teacher(x)) < 1.05 * optimum

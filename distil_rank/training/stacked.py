@@ -1,0 +1,148 @@
+"""Students of several seeds as one model: their parameters have a leading dimension, their batches too.
+
+One training step of the stack is one step of each student. Their losses are added up and share no parameter, and AdamW
+works element by element, so every student gets the gradients, and takes the steps, that it would alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from distil_rank.data.datamodule import Rows
+from distil_rank.lowrank.low_rank import LowRankLinear
+
+Batch = tuple[Tensor, Tensor]  # rows and the teacher's output for them
+
+
+class StackedStudents(nn.Module):
+    """S low-rank students of one shape, each applied to its own rows.
+
+    Args:
+        students: of one shape.
+
+    >>> students = [LowRankLinear(8, 6, rank=2) for _ in range(3)]
+    >>> x = torch.randn(3, 5, 8)
+    >>> y = StackedStudents(students)(x)
+    >>> all(torch.allclose(y[i], students[i](x[i]), atol=1e-6) for i in range(3))
+    True
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+    input_mean: Tensor | None
+
+    def __init__(self, students: Sequence[LowRankLinear]) -> None:
+        super().__init__()
+        first = students[0]
+        for name in ("A", "B", "bias"):
+            values = [getattr(student, name) for student in students]
+            stacked = None if values[0] is None else nn.Parameter(torch.stack([value.detach() for value in values]))
+            self.register_parameter(name, stacked)
+        self.register_buffer("input_mean", first.input_mean)
+        self.provenance = first.provenance
+
+    def __len__(self) -> int:
+        return len(self.A)
+
+    def __getitem__(self, index: int) -> LowRankLinear:
+        """A copy of one student."""
+        _, rank, n = self.A.shape
+        has_mean = self.input_mean is not None
+        shape = (n, self.B.shape[1], rank, self.bias is not None, has_mean)
+        with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which must not move anybody's batches
+            student = LowRankLinear(*shape, device=self.A.device, dtype=self.A.dtype)
+        with torch.no_grad():
+            for name in ("A", "B", "bias"):
+                if (value := getattr(self, name)) is not None:
+                    getattr(student, name).copy_(value[index])
+            if self.input_mean is not None and student.input_mean is not None:
+                student.input_mean.copy_(self.input_mean)
+        student.provenance = dict(self.provenance)
+        return student
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.A.shape[1]
+
+    def forward(self, x: Tensor, rank: int | None = None) -> Tensor:
+        """`(S, N, n)`, or `(N, n)` for all alike, → `(S, N, m)`, at full rank or at a lower one."""
+        if rank is None or rank == self.rank:
+            y = x @ self.A.mT @ self.B.mT
+            return y if self.bias is None else y + self.bias[:, None]
+        y = x @ self.A[:, :rank].mT @ self.B[:, :, :rank].mT
+        if self.bias is None:
+            return y
+        bias: Tensor = self.bias
+        if self.input_mean is not None:  # as `LowRankLinear.truncate` does
+            bias = bias + (self.B[:, :, rank:] @ (self.A[:, rank:] @ self.input_mean)[..., None]).squeeze(-1)
+        return y + bias[:, None]
+
+
+class RowsWithTargets(Dataset[Batch]):
+    """Rows of a matrix with the teacher's output for each, computed once.
+
+    Args:
+        rows: inputs.
+        targets: outputs, `(N, m)`.
+    """
+
+    def __init__(self, rows: Rows, targets: Tensor) -> None:
+        self.rows, self.targets = rows, targets
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.rows[index], self.targets[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A whole batch."""
+        return self.rows.__getitems__(indices), self.targets[indices]
+
+
+class SeedBatches:
+    """Batches of several seeds side by side: those that each seed's loader gives when it is alone.
+
+    Args:
+        loaders: one per seed, of the same length; their samplers draw from torch's global generator.
+        states: of that generator, one per seed (`torch.get_rng_state`).
+        validated: a validation pass precedes each epoch. Its loader draws a number too, and so it changes the batches
+            that a seed gets when it is alone.
+    """
+
+    def __init__(self, loaders: Sequence[DataLoader[Any]], states: Sequence[Tensor], validated: bool) -> None:
+        self.loaders, self.states, self.validated = loaders, list(states), validated
+
+    def __len__(self) -> int:
+        return len(self.loaders[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        """Rows `(S, N, n)`, and targets `(S, N, m)` if the loaders have them."""
+        iterators = []
+        for seed, loader in enumerate(self.loaders):
+            with self._random_state(seed):
+                if self.validated:
+                    torch.empty((), dtype=torch.int64).random_()
+                iterators.append(iter(loader))
+        for _ in range(len(self)):
+            batches = []
+            for seed, iterator in enumerate(iterators):
+                with self._random_state(seed):
+                    batches.append(next(iterator))
+            yield default_collate(batches)
+
+    @contextmanager
+    def _random_state(self, seed: int) -> Iterator[None]:
+        """Torch's global generator as this seed left it."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.states[seed])
+            yield
+            self.states[seed] = torch.get_rng_state()
