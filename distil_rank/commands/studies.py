@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from distil_rank.commands.lineage import lineage
-from distil_rank.commands.students import distil, save_report
+from distil_rank.commands.students import distil, final_metrics, save_report
 from distil_rank.commands.teachers import check_rank_request, kind_of, largest_rank
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.reporting import figures
-from distil_rank.reporting.results import OURS, Result
+from distil_rank.reporting.results import OURS, Result, TeacherResult
 from distil_rank.reporting.run_folder import link, run_folder, set_latest
-from distil_rank.runs.tracking import start_run
+from distil_rank.runs.tracking import Run, start_run
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,13 @@ def sweep(
     )
 
 
+def log_best(parent: Run, teachers: Sequence[TeacherResult]) -> None:
+    """Log the figures of the child with the highest held-out R², and how many children there are."""
+    best = max(teachers, key=lambda teacher: teacher.row(OURS).metrics["r2"].value)
+    parent.log_params({"best": f"{best.teacher} r{best.rank}", "rank": best.rank})
+    parent.log_metrics({"children": len(teachers), **final_metrics(best)})
+
+
 def _study(name: str, children: list[dict[str, Any]], data: EmbeddingDataModule, common: dict[str, Any]) -> Result:
     """Several distillations as children of one run, and one report over all of them."""
     data.prepare_data()
@@ -112,6 +119,7 @@ def _study(name: str, children: list[dict[str, Any]], data: EmbeddingDataModule,
         result = Result(data=about, teachers=teachers, seconds=time.perf_counter() - started)
         folder = run_folder(output / name, parent.id)
         stem = "distil_rank" if name == "benchmark" else f"distil_rank_{name}"
+        log_best(parent, teachers)
         save_report(result, folder / f"{stem}_summary.json", folder / f"{stem}_final_report.png", parent)
         if name == "sweep":
             parent.log_artifact(figures.sweep(result, folder / "distil_rank_sweep.png"))

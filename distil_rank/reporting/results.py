@@ -7,7 +7,6 @@ here. `SCHEMA` rises when a key changes its meaning or goes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -216,11 +215,6 @@ class Result:
 
 
 _JSON = TypeAdapter(Result)
-
-
-def best(results: Iterable[TeacherResult]) -> TeacherResult:
-    """The one whose student has the highest held-out R²."""
-    return max(results, key=lambda result: result.row(OURS).metrics["r2"].value)
 
 
 def save_json(result: Result, path: Path) -> Path:

@@ -21,7 +21,7 @@ from mlflow.types import Schema, TensorSpec
 from torch import nn
 
 from distil_rank.runs.run_store import is_remote
-from distil_rank.runs.tracking import Run
+from distil_rank.runs.tracking import Run, rounded
 
 REGISTERED_NAME = "distil-rank"
 CHAMPION = "champion"
@@ -70,7 +70,7 @@ def log_student(
     run.client.finalize_logged_model(model.model_id, "READY")
     run.client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
     now = int(time.time() * 1000)
-    figures = [Metric(key, float(value), now, 0, model_id=model.model_id) for key, value in (metrics or {}).items()]
+    figures = [Metric(key, rounded(value), now, 0, model_id=model.model_id) for key, value in (metrics or {}).items()]
     run.client.log_batch(run.id, metrics=figures)
     return f"models:/{model.model_id}"
 

@@ -40,14 +40,14 @@ RUN_LISTS = {
         metrics=("effective_rank", "denoising_r2", "noise_to_std"),
     ),
     "distil": RunList(
-        "Low-rank students beside the teachers they replace, measured on held-out proteins.",
+        "Low-rank students beside the teachers they replace, on held-out proteins. A benchmark shows its best.",
         params=("teacher", "rank", "backbone"),
-        metrics=(*_FIDELITY, "speed_up", "parameter_ratio"),
+        metrics=("children", *_FIDELITY, "speed_up", "parameter_ratio"),
     ),
     "sweep": RunList(
-        "One teacher at many ranks: open a sweep to compare its runs.",
+        "One teacher at many ranks: a sweep shows the best of its runs; open it to compare them.",
         params=("teacher", "rank", "backbone"),
-        metrics=(*_FIDELITY, "speed_up", "parameter_ratio"),
+        metrics=("children", *_FIDELITY, "speed_up", "parameter_ratio"),
     ),
     "judge": RunList(
         "Representations of the same proteins on labelled tasks: what each keeps of the full vector's function.",

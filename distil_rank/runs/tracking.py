@@ -74,9 +74,9 @@ class Run:
             self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_CALL])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record one value of each metric at a step (0 if there are no steps)."""
+        """Record one value of each metric, to five significant digits, at a step (0 if there are no steps)."""
         now = int(time.time() * 1000)
-        values = [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
+        values = [Metric(name, rounded(value), now, step or 0) for name, value in metrics.items()]
         self.client.log_batch(self.id, metrics=values)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
@@ -134,6 +134,15 @@ class Run:
             profile=json.dumps({"features_shape": list(shape)}),
         )
         self.client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+def rounded(value: float) -> float:
+    """To five significant digits, which MLflow's lists have room for; whole numbers stay as they are.
+
+    >>> rounded(0.90435127), rounded(41.66666), rounded(1234567)
+    (0.90435, 41.667, 1234567.0)
+    """
+    return float(value) if float(value).is_integer() else float(f"{value:.5g}")
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def served(browser, slice_of_sample, tmp_path, monkeypatch) -> Iterator[Served]:
     shutil.copy(slice_of_sample, tmp_path / "proteins.npz")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for module in ("distil", "experiment"):
+    for module in ("distil", "seeds"):
         monkeypatch.setattr(f"distil_rank.training.{module}.ORIGINAL_STEPS", 50)
     record_runs()
     process = subprocess.Popen(serve(tmp_path), stdout=subprocess.PIPE, text=True)
@@ -100,7 +100,9 @@ def test_the_runs_as_a_browser_shows_them(browser, served):
     assert browser.sees("random 32-d", "effective_rank")
 
     browser.open(served.pages["sweep"])
-    assert browser.sees("sweep 32-d proteins", "3 matching runs")
+    assert browser.sees("sweep 32-d proteins", "3 matching runs", "children")
+    assert not re.search(r"\d\.\d{6}", browser.text()), "figures are short enough to read"
+    browser.screenshot("sweeps")
     browser.open(browser.link("sweep 32-d proteins").split("?")[0])
     assert browser.sees("Description", "spectral", "speed-up")
     browser.screenshot("sweep")
