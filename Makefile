@@ -18,6 +18,7 @@ OUT ?= compressed
 LABELS ?=
 GROUPS ?=
 TASK ?= auto
+KEEP ?= 0.99
 METRIC ?= invariant
 DTYPE ?= bit
 BYTES ?=
@@ -79,6 +80,10 @@ code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whi
 search: .venv/installed ## Proteins against codes, with E-values (CODES= FASTA=; ARGS=--self for all against all)
 	@$(RUN) search --codes "$(CODES)" $(if $(findstring --self,$(ARGS)),,--fasta "$(FASTA)") $(ARGS)
 
+recommend: .venv/installed ## The cheapest pipeline that keeps your function (FASTA= LABELS= DATA= KEEP=0.99; alone: the labelled sample)
+	@$(RUN) recommend --data "$(DATA)" --keep "$(KEEP)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
+	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") $(ARGS)
+
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
 
@@ -99,4 +104,4 @@ clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
 	@rm -rf .venv results site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup embed train-teacher distil benchmark sweep compress judge code search ui test notebooks docs lint clean
+.PHONY: help setup embed train-teacher distil benchmark sweep compress judge code search recommend ui test notebooks docs lint clean

@@ -206,6 +206,23 @@ def _search(argv: Sequence[str]) -> int:
     return 0
 
 
+def _recommend(argv: Sequence[str]) -> int:
+    """the cheapest pipeline that keeps your function"""
+    from distil_rank.codes.perturbation import Perturbations
+    from distil_rank.commands.recommending import recommend
+    from distil_rank.reporting import recommendation
+    from distil_rank.tasks.labels import LabelSource
+
+    parser = _parser("recommend", recommend.__doc__)
+    parser.add_function_arguments(recommend, None, as_group=False, skip={"config"})
+    parsed = _parse(parser, argv)
+    options = {**parsed.as_dict(), "config": parser.dump(parsed)}
+    options["labels"] = LabelSource(**options["labels"])
+    options["perturbations"] = Perturbations(**options["perturbations"])
+    recommendation.show(recommend(**options))
+    return 0
+
+
 def _ui(argv: Sequence[str]) -> int:
     """browse the runs in MLflow's own pages"""
     from distil_rank.runs.ui import serve_ui
@@ -227,6 +244,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "judge": _judge,
     "code": _code,
     "search": _search,
+    "recommend": _recommend,
     "ui": _ui,
 }
 

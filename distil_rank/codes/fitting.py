@@ -65,7 +65,14 @@ class Fit:
         floor = found.values[0] * torch.finfo(torch.float32).eps
         return ((found.V * found.values.clamp_min(floor) ** (gain - 0.5)).T).float()
 
-    def code_map(self, rank: int, dtype: CodeType = "float32", books: int | None = None, seed: int = 0) -> CodeMap:
+    def code_map(
+        self,
+        rank: int,
+        dtype: CodeType = "float32",
+        books: int | None = None,
+        seed: int = 0,
+        guarded: bool = True,
+    ) -> CodeMap:
         """The code map of one rank and type.
 
         Args:
@@ -73,6 +80,7 @@ class Fit:
             dtype: of the code.
             books: bytes of a `pq` code; by default one for eight dimensions, the bytes of as many signs.
             seed: of the centroids.
+            guarded: whether the map gets a guard, which takes most of the time.
 
         Raises:
             InputError: a rank or bytes out of range, too few rows for centroids, or no faiss.
@@ -93,7 +101,7 @@ class Fit:
         elif dtype == "bit":
             found = CodeMap.of(mean, weight, "bit", torch.full((rank,), rank**-0.5))
         found.provenance = {**self.provenance, "eigenvalues": self.directions.values[:rank].tolist()}
-        found.guard = self._guard(rank)
+        found.guard = self._guard(rank) if guarded else None
         return found
 
     def _guard(self, rank: int) -> Guard | None:

@@ -85,14 +85,15 @@ def show(judgement: Judgement) -> None:
 
 def as_json(judgement: Judgement) -> str:
     """The judgement as `docs/judge.md` documents it; figures that are not numbers become null."""
-    return json.dumps({"schema": SCHEMA, **_finite(asdict(judgement))}, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({"schema": SCHEMA, **finite(asdict(judgement))}, indent=1, ensure_ascii=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with null for figures that are not numbers, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,0 +1,92 @@
+"""What a pipeline costs, measured on this machine: seconds at each exit of the backbone, seconds of a query."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distil_rank.codes.index import CodeIndex
+from distil_rank.embedding.embed import embed
+from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.provenance import read_provenance
+from distil_rank.errors import InputError
+from distil_rank.lowrank.code_map import CodeMap
+from distil_rank.reporting.choices import Cost
+
+log = logging.getLogger(__name__)
+
+TIMED, TIMED_WIDE, WIDE = 256, 16, 640  # proteins that are timed; fewer where the vectors are at least this wide
+EMBED_OPTIONS = ("pooling", "precision", "long", "max_length")
+QUERIES = 100
+
+
+def measure_costs(
+    layers: Sequence[str | None], about: Mapping[str, Any], sequences: Sequence[str] | None
+) -> tuple[dict[str | None, Cost], str]:
+    """Time of a backbone that stops behind each layer, on some of the proteins, of all lengths alike.
+
+    Args:
+        layers: as the store names them.
+        about: provenance of the vectors: backbone, precision, pooling.
+        sequences: of the proteins.
+
+    Returns:
+        By layer; empty where the backbone or the sequences are not at hand, and in words what was measured or why not.
+    """
+    if sequences is None or about.get("backbone") is None or None in layers:
+        return {}, "Time was not measured: the vectors do not tell their backbone and layer, or have no sequences."
+    states = {name: State.parse(name) for name in layers}
+    count = TIMED_WIDE if about.get("dim", 0) >= WIDE else TIMED
+    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+    chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))]
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as name:
+        fasta = Path(name) / "timed.fasta"
+        fasta.write_text("".join(f">{row}\n{sequences[row]}\n" for row in chosen))
+        settings = {key: about[key] for key in EMBED_OPTIONS if key in about}
+        deepest = max(state.layer for state in states.values())
+        try:
+            embed(fasta, Path(name) / "store", about["backbone"], layer=deepest, **settings)
+        except InputError as error:
+            return {}, f"Time was not measured: {error}"
+        [extraction] = read_provenance(Path(name) / "store")["extractions"]
+    measured = {one["layer"]: one for one in extraction["layer_costs"]}
+    costs = {
+        name: Cost(name, measured[state.layer]["share"], measured[state.layer]["seconds_per_1000"])
+        for name, state in states.items()
+    }
+    return costs, f"Time was measured on {len(chosen):,} of the proteins, of all lengths alike, {about['precision']}."
+
+
+def query_seconds(maps: Sequence[CodeMap], x: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Median time of one query among all proteins, of two code maps in turn.
+
+    Args:
+        maps: of two pipelines.
+        x: vectors of all proteins for each, `(N, d)`.
+    """
+    rows = np.random.default_rng(0).permutation(len(x[0]))[:QUERIES]
+    indices, queries = [], []
+    for code_map, vectors in zip(maps, x, strict=True):
+        codes = torch.cat(
+            [
+                code_map.encode(torch.from_numpy(np.ascontiguousarray(part)))
+                for part in np.array_split(vectors, max(1, len(vectors) // 8192))
+            ]
+        )
+        indices.append(CodeIndex.build(codes.numpy(), code_map))
+        queries.append(code_map(torch.from_numpy(vectors[rows])))
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(len(rows)):
+        for side, (index, some) in enumerate(zip(indices, queries, strict=True)):
+            started = time.perf_counter()
+            index.search(some[number : number + 1], 10)
+            times[side].append(time.perf_counter() - started)
+    return statistics.median(times[0]), statistics.median(times[1])

@@ -1,0 +1,118 @@
+"""The search over pipelines, on the labelled sample."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from distil_rank.errors import InputError
+from distil_rank.recommendation.parts import CONFIRM, FIT
+from distil_rank.recommendation.pipelines import Fitted, grid
+from distil_rank.recommendation.problem import open_problem
+from distil_rank.recommendation.search import Evaluator, Limits, cheapest, pareto_front, search_pipelines
+from distil_rank.reporting.choices import Cost, Outcome, Pipeline
+from distil_rank.tasks.groups import Groups
+from distil_rank.tasks.judge import judge
+from distil_rank.tasks.labels import LabelSource
+from distil_rank.tasks.representations import full_vector
+from distil_rank.tasks.statistics import Interval
+
+LIMITS = Limits(bytes=16)
+
+
+@pytest.fixture(scope="module")
+def problem(request):
+    return open_problem(str(request.config.rootpath / "data" / "functions"), LabelSource())
+
+
+@pytest.fixture(scope="module")
+def fitted(problem):
+    return Fitted(problem.layers, problem.part == FIT, problem.noise)
+
+
+def outcome(bytes, time, value, low=None):
+    pipeline = Pipeline("1", "variance", bytes, "int8")
+    return Outcome(pipeline, bytes, time, (value,), (Interval(value, value - 0.01 if low is None else low, 2.0),))
+
+
+def test_the_full_pipeline_is_what_judge_calls_the_full_vector(problem, fitted):
+    evaluator = Evaluator(problem, fitted, CONFIRM)
+    [task] = problem.tasks
+    inside = np.flatnonzero(problem.part == CONFIRM)
+    rows = np.concatenate([np.flatnonzero(problem.part == FIT), inside])
+    groups = Groups(problem.group[rows], problem.part[rows] == FIT, "")
+    x = problem.layers[problem.last][rows]
+    done = judge(task.target.subset(rows), groups, [full_vector(x)])
+    assert evaluator.outcome(evaluator.full, {}).scores[0] == pytest.approx(
+        done.entries[0].scores["mAP"].value, abs=1e-6
+    )
+    assert evaluator.outcome(evaluator.full, {}).kept[0] == Interval(1, 1, 1)
+
+
+def test_every_pipeline_within_the_limits_is_compared(problem, fitted):
+    outcomes = search_pipelines(problem, fitted, {}, LIMITS)
+    assert {one.pipeline for one in outcomes} == {
+        one for one in grid([problem.last], [320], problem.metrics) if one.bytes <= 16
+    }
+    chosen, reached = cheapest(outcomes, 0.9, "bytes")
+    assert reached and chosen.at_least >= 0.9
+    cheaper = [one for one in outcomes if one.bytes < chosen.bytes]
+    assert all(one.after_margin < 0.9 for one in cheaper)
+
+
+def test_the_confirmation_groups_change_nothing_before_the_confirmation(problem, fitted):
+    changed = {name: x.copy() for name, x in problem.layers.items()}
+    for x in changed.values():
+        x[problem.part == CONFIRM] = 7.0
+    other = Fitted(changed, problem.part == FIT, problem.noise)
+    spoilt = replace(problem, layers=changed)
+    before, after = (search_pipelines(*pair, {}, Limits(bytes=4)) for pair in ((problem, fitted), (spoilt, other)))
+    assert [one.scores for one in before] == [one.scores for one in after]
+
+
+def test_limits_that_nothing_meets_are_refused(problem, fitted):
+    with pytest.raises(InputError, match="from 2 bytes"):
+        search_pipelines(problem, fitted, {}, Limits(bytes=1))
+    costs = {problem.last: Cost(problem.last, 1.0, 3.0)}
+    with pytest.raises(InputError, match=r"--max_time 0\.5"):
+        search_pipelines(problem, fitted, costs, Limits(time=0.5))
+
+
+def test_the_cheapest_by_what_is_weighed():
+    slow_small, fast_large, in_between = outcome(4, 1.0, 1.1), outcome(64, 0.5, 1.1), outcome(8, 0.6, 1.1)
+    too_weak = outcome(2, 0.1, 0.8)
+    outcomes = [slow_small, fast_large, in_between, too_weak]
+    for weigh, expected in (("bytes", slow_small), ("time", fast_large), ("both", slow_small)):
+        assert cheapest(outcomes, 0.99, weigh) == (expected, True)
+    assert cheapest(outcomes, 1.5, "both") == (slow_small, False)
+
+
+def test_an_uncertain_pipeline_comes_after_a_certain_one():
+    certain, uncertain = outcome(8, 1.0, 1.1, low=1.08), outcome(4, 1.0, 1.1, low=0.99)
+    assert cheapest([certain, uncertain], 0.99, "bytes") == (certain, True)
+    assert cheapest([uncertain], 0.99, "bytes") == (uncertain, True)
+    assert math.isinf(outcome(4, 1.0, 1.0, low=-math.inf).after_margin) is False
+
+
+def test_the_front_is_what_brute_force_finds():
+    rng = np.random.default_rng(0)
+    outcomes = [
+        outcome(int(b), float(t), float(k))
+        for b, t, k in zip(rng.integers(1, 9, 40), rng.integers(1, 5, 40) / 4, rng.random(40).round(1), strict=True)
+    ]
+
+    def beats(a, b):
+        better = (a.bytes <= b.bytes, a.time <= b.time, a.worst >= b.worst)
+        return all(better) and (a.bytes, a.time, a.worst) != (b.bytes, b.time, b.worst)
+
+    expected = [one for one in outcomes if not any(beats(other, one) for other in outcomes)]
+    assert sorted(map(id, pareto_front(outcomes))) == sorted(map(id, expected))
+
+
+def test_bytes_are_those_of_the_code_map(problem, fitted):
+    for pipeline in (
+        Pipeline("6", metric, 30, dtype)
+        for metric, dtype in (("variance", "float32"), ("whitened", "int8"), ("invariant", "bit"))
+    ):
+        assert fitted.code_map(pipeline, guarded=False).bytes_per_protein == pipeline.bytes

@@ -1,0 +1,24 @@
+"""Some of many proteins."""
+
+from pathlib import Path
+
+from distil_rank.recommendation.subset import subset_of
+from distil_rank.tasks.labels import LabelSource
+
+
+def test_whole_classes_and_a_note(tmp_path):
+    names = [f"p{i}" for i in range(90)]
+    (tmp_path / "a.fasta").write_text(
+        "".join(f">{name}\nMKVLA{'ACDEFGHIKL'[i % 10]}\n" for i, name in enumerate(names))
+    )
+    (tmp_path / "a.csv").write_text("id,label\n" + "".join(f"{name},c{i // 3}\n" for i, name in enumerate(names[:60])))
+    fasta, labels = str(tmp_path / "a.fasta"), LabelSource(str(tmp_path / "a.csv"))
+    assert subset_of(fasta, labels, 90, 0, tmp_path) == (fasta, None)
+    smaller, note = subset_of(fasta, labels, 30, 0, tmp_path)
+    kept = [line[1:] for line in Path(smaller).read_text().splitlines() if line.startswith(">")]
+    assert len(kept) == 30 and note.startswith("FEWER PROTEINS: 30 of 90, whole classes")
+    assert all(
+        {f"p{3 * k}", f"p{3 * k + 1}", f"p{3 * k + 2}"} <= set(kept) for k in {int(one[1:]) // 3 for one in kept}
+    )
+    unlabelled, note = subset_of(fasta, LabelSource(), 10, 0, tmp_path)
+    assert Path(unlabelled).read_text().count(">") == 10 and "10 of 90, at random" in note
