@@ -84,6 +84,12 @@ recommend: .venv/installed ## The cheapest pipeline that keeps your function (FA
 	@$(RUN) recommend --data "$(DATA)" --keep "$(KEEP)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
 	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") $(ARGS)
 
+shorten: .venv/installed ## A backbone that stops behind LAYER, with a map to its end (LAYER= BACKBONE= DATA= or FASTA= OUT=)
+	@test -n "$(LAYER)" || { echo "Expected LAYER=NUMBER, the last layer to run, but got none." >&2; exit 2; }
+	@$(RUN) shorten --layer "$(LAYER)" --backbone "$(BACKBONE)" --data "$(DATA)" \
+	  $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)") \
+	  --output "$(if $(filter file,$(origin OUT)),shortened,$(OUT))" $(ARGS)
+
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
 
@@ -104,4 +110,4 @@ clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
 	@rm -rf .venv results site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup embed train-teacher distil benchmark sweep compress judge code search recommend ui test notebooks docs lint clean
+.PHONY: help setup embed train-teacher distil benchmark sweep compress judge code search recommend shorten ui test notebooks docs lint clean

@@ -223,6 +223,20 @@ def _recommend(argv: Sequence[str]) -> int:
     return 0
 
 
+def _shorten(argv: Sequence[str]) -> int:
+    """a backbone that stops behind an early layer, with a map to its end"""
+    from distil_rank.commands.exits import shorten
+    from distil_rank.reporting import report
+
+    parser = _parser("shorten", shorten.__doc__)
+    parser.add_function_arguments(shorten, None, as_group=False, skip={"config"})
+    parsed = _parse(parser, argv)
+    options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
+    done = asdict(shorten(**options, config=parser.dump(parsed)))
+    report.show_facts("Shortened backbone", {**done, **done.pop("scores")})
+    return 0
+
+
 def _ui(argv: Sequence[str]) -> int:
     """browse the runs in MLflow's own pages"""
     from distil_rank.runs.ui import serve_ui
@@ -245,6 +259,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "code": _code,
     "search": _search,
     "recommend": _recommend,
+    "shorten": _shorten,
     "ui": _ui,
 }
 

