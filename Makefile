@@ -103,11 +103,15 @@ notebooks: .venv/installed-dev ## Run the notebooks in full; copies with outputs
 docs: .venv/installed-dev ## Build the documentation site into site/, strictly
 	@$(BIN)/zensical build --strict $(ARGS)
 
+package: .venv/installed-dev ## Wheel and source distribution, into dist/
+	@rm -rf dist && $(BIN)/python -m build --outdir dist >/dev/null && ls -l dist
+
 lint: .venv/installed-dev ## Format check, lint and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
-	@rm -rf .venv results site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv results dist site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup embed train-teacher distil benchmark sweep compress judge code search recommend shorten ui test notebooks docs lint clean
+# All that `help` lists.
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\#.*/\1/p' $(MAKEFILE_LIST))

@@ -10,6 +10,7 @@ import distil_rank
 
 ORDER = [
     "errors",
+    "samples",
     "lowrank",
     "measure",
     "embedding",

@@ -23,11 +23,11 @@ from distil_rank.embedding.embed import STORES, default_store, embed
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.store import stores_in
 from distil_rank.errors import InputError
+from distil_rank.samples import LABELLED, UNLABELLED, sample
 
 log = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
-SAMPLE = "data/sample"  # ships with the project
 STREAM_ROWS = 8192  # rows per block of a pass over all of them
 
 
@@ -281,7 +281,7 @@ def find_source(source: str) -> str:
     if len(stores) > 1:
         others = ", ".join(map(str, stores[1:]))
         log.warning("Several stores in %s: using %s, which changed last, not %s.", STORES, stores[0], others)
-    candidates = [*stores[:1], *(path for path in (STORES, Path(), Path(SAMPLE)) if _has_embeddings(path))]
+    candidates = [*stores[:1], *filter(_has_embeddings, (STORES, Path(), Path(sample(UNLABELLED, LABELLED))))]
     if candidates:
         log.info("Using the embeddings in %s.", candidates[0].resolve())
         return str(candidates[0])

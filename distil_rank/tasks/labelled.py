@@ -14,11 +14,11 @@ from distil_rank.data.datamodule import find_source, read_clusters
 from distil_rank.data.formats import Embeddings, load_matrix
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.errors import InputError
+from distil_rank.samples import LABELLED, sample
 from distil_rank.tasks.groups import Groups, make_groups
 from distil_rank.tasks.labels import LabelSource, LabelTable, read_labels
 from distil_rank.tasks.task import Kind, Target, make_target
 
-SAMPLE = "data/functions"  # what `auto` stands for where no labels are named
 OWN_LABELS, OWN_CLUSTERS = "labels.tsv", "clusters.tsv"  # in the folder of a store
 
 
@@ -64,7 +64,7 @@ def open_labelled(
     Raises:
         InputError: either cannot be read, they do not match, or they make no task.
     """
-    source = SAMPLE if source == "auto" and labels.source is None else find_source(source)
+    source = sample(LABELLED) if source == "auto" and labels.source is None else find_source(source)
     data = load_matrix(source)
     check_ids(data.ids, source)
     table = _table(source, data, labels)
