@@ -13,12 +13,11 @@ from torch import Tensor
 from distil_rank.codes.copies import Copies, embed_copies
 from distil_rank.codes.fitting import copy_noise, group_noise
 from distil_rank.codes.perturbation import Perturbations
-from distil_rank.data.datamodule import find_source
 from distil_rank.data.formats import Embeddings, load_matrix
 from distil_rank.data.splits import mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.tasks.groups import Groups, make_groups
-from distil_rank.tasks.labelled import OWN_LABELS, SAMPLE, open_labelled
+from distil_rank.tasks.labelled import OWN_LABELS, labelled_source, open_labelled
 from distil_rank.tasks.labels import LabelSource
 from distil_rank.tasks.retrieval import Relevance
 from distil_rank.tasks.task import Kind, Target
@@ -66,7 +65,7 @@ def open_proteins(
     Raises:
         InputError: they cannot be read, or make no task.
     """
-    source = SAMPLE if data == "auto" and labels.source is None else find_source(data)
+    source = labelled_source(data, labels)
     if labels != LabelSource() or (Path(source) / OWN_LABELS).is_file():
         opened = open_labelled(data, labels, task, groups, fit_fraction, seed)
         return Proteins(opened.source, opened.embeddings, opened.groups, opened.target, opened.labels, opened.notes)

@@ -12,7 +12,6 @@ from distil_rank.codes.fitting import REGULARISATION, Fit, Metric, fit_metric
 from distil_rank.codes.judging import code_candidate, copy_task
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.codes.sources import NoiseSource, Proteins, copies_of, noise_of, open_proteins
-from distil_rank.data.datamodule import find_source
 from distil_rank.deployment.artefact import MANIFEST, save
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -21,7 +20,7 @@ from distil_rank.reporting import judgement as report
 from distil_rank.runs.tracking import Run, start_run
 from distil_rank.tasks.judge import Judgement
 from distil_rank.tasks.judge import judge as judge_task
-from distil_rank.tasks.labelled import SAMPLE
+from distil_rank.tasks.labelled import labelled_source
 from distil_rank.tasks.labels import LabelSource
 from distil_rank.tasks.representations import full_vector, variance_student
 from distil_rank.tasks.task import Kind
@@ -94,7 +93,7 @@ def code(
     existing = _existing(place, asked)
     if existing is not None:
         log.info("Going on with the code map in %s, which was fitted with the same options.", place)
-        source = Store.open(find_source(data) if data != "auto" else SAMPLE)
+        source = Store.open(labelled_source(data, labels))
         return CodeResult(place, write_codes(source, codes, existing).path, None)
     proteins = open_proteins(data, labels, task, groups, fit_fraction, seed)
     name = f"{Path(proteins.source).stem}-{metric}-r{rank}-{dtype}{bytes or ''}"

@@ -38,7 +38,9 @@ from distil_rank.reporting import recommendation as report
 from distil_rank.reporting.choices import Cost, Outcome, Recommendation, Rival
 from distil_rank.reporting.run_folder import run_folder, set_latest
 from distil_rank.runs.tracking import Run, start_run
+from distil_rank.samples import LABELLED, sample
 from distil_rank.tasks.alignment import alignment_scores, has_mmseqs
+from distil_rank.tasks.labelled import OWN_LABELS
 from distil_rank.tasks.labels import LabelSource
 from distil_rank.tasks.representations import Representation, composition
 from distil_rank.tasks.task import Kind
@@ -122,7 +124,7 @@ def _embedded(
     """The store to use, with all layers embedded first where sequences are given or the sample is meant."""
     notes: list[str] = []
     if data == "auto" and fasta is None and labels.source is None:
-        fasta, labels = "data/functions.fasta.gz", LabelSource("data/functions/labels.tsv")
+        fasta, labels = sample(f"{LABELLED}.fasta.gz"), LabelSource(f"{sample(LABELLED)}/{OWN_LABELS}")
     if fasta is None:
         return data, labels, notes
     store = f"embeddings-{Path(fasta).name.partition('.')[0]}-layers" if data == "auto" else data

@@ -13,7 +13,6 @@ from torch import Tensor
 from distil_rank.codes.copies import embed_copies
 from distil_rank.codes.fitting import Metric, copy_noise, group_noise
 from distil_rank.codes.perturbation import Perturbations
-from distil_rank.data.datamodule import find_source
 from distil_rank.data.formats import Embeddings, load_matrix
 from distil_rank.data.splits import mmseqs_binary, mmseqs_clusters
 from distil_rank.embedding.layer_spec import split_source
@@ -21,7 +20,7 @@ from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.recommendation.parts import FIT, joined, split_parts
 from distil_rank.tasks.groups import make_groups
-from distil_rank.tasks.labelled import SAMPLE, check_ids, own_labels, with_clusters
+from distil_rank.tasks.labelled import check_ids, labelled_source, own_labels, with_clusters
 from distil_rank.tasks.labels import LabelSource, read_labels
 from distil_rank.tasks.retrieval import Relevance
 from distil_rank.tasks.task import Kind, Target, make_target
@@ -122,7 +121,7 @@ def open_problem(
     Raises:
         InputError: nothing to read, no task, or too few groups.
     """
-    source = SAMPLE if data == "auto" and labels.source is None else find_source(data)
+    source = labelled_source(data, labels)
     layers, about, last = _open_layers(source)
     last = with_clusters(last, source)
     check_ids(last.ids, source)

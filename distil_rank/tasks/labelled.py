@@ -64,7 +64,7 @@ def open_labelled(
     Raises:
         InputError: either cannot be read, they do not match, or they make no task.
     """
-    source = sample(LABELLED) if source == "auto" and labels.source is None else find_source(source)
+    source = labelled_source(source, labels)
     data = load_matrix(source)
     check_ids(data.ids, source)
     table = _table(source, data, labels)
@@ -82,6 +82,11 @@ def open_labelled(
     if data.provenance.get("fallback"):
         notes.append(f"NOTE: {data.provenance['fallback']}")
     return LabelledData(source, embeddings, Path(table.source).name, target, sides, tuple(notes))
+
+
+def labelled_source(source: str, labels: LabelSource) -> str:
+    """Where the vectors are: `auto` without named labels is the labelled sample that ships."""
+    return sample(LABELLED) if source == "auto" and labels.source is None else find_source(source)
 
 
 def take(data: Embeddings, rows: np.ndarray) -> Embeddings:
