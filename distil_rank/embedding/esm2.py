@@ -12,7 +12,7 @@ norm's scale and shift are folded into the linear map that follows, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -88,10 +88,7 @@ class FusedEncoder:
         self.attention_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.eps: float = model.emb_layer_norm_after.eps
         self.frequencies: Tensor = model.layers[0].self_attn.rot_emb.inv_freq.float().cpu()
-        self.layers = [
-            self._layer(module, dtype, self.attention_dtype if number < EXACT else dtype)
-            for number, module in enumerate(model.layers[: self.layer])
-        ]
+        self.layers: Sequence[Any] = self._convert(model.layers[: self.layer])
         self.depth: int = model.num_layers
         self.norm_after = self._parameters(model.emb_layer_norm_after)
         self.clock = LayerClock(self.layer, self.device)
@@ -99,6 +96,13 @@ class FusedEncoder:
         self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
         exact = self._layer(model.layers[0], torch.float32, torch.float32)
         self.first = self._project(self.embedding, exact)  # the first layer's projections of each token, (tokens, ...)
+
+    def _convert(self, modules: Iterable[Any]) -> Sequence[Any]:
+        """The parameters of each layer, as `_apply` wants them."""
+        return [
+            self._layer(module, self.dtype, self.attention_dtype if number < EXACT else self.dtype)
+            for number, module in enumerate(modules)
+        ]
 
     def _parameters(self, module: Any) -> Affine:
         weight, bias = (part.detach().to(self.device, torch.float32) for part in (module.weight, module.bias))
@@ -124,9 +128,9 @@ class FusedEncoder:
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, module.fc1, module.fc2]
         q, k, v, out, fc1, fc2 = map(self._parameters, projections)
         norm1, norm2 = self._parameters(module.self_attn_layer_norm), self._parameters(module.final_layer_norm)
-        norm1, (qk, v) = _folded(norm1, joined(paired(q), paired(k)), v)
+        norm1, (qk, v) = folded(norm1, joined(paired(q), paired(k)), v)
         if dtype != torch.float32:  # in float32 the model's own parameters are shared
-            norm2, (fc1,) = _folded(norm2, fc1)
+            norm2, (fc1,) = folded(norm2, fc1)
         return _Layer(
             norm1=norm1,
             qk=rounded(qk, qk_dtype),
@@ -183,19 +187,28 @@ class FusedEncoder:
             tokens, lengths = F.pad(tokens, (0, padding)), [*lengths, padding]
         x = F.embedding(tokens, self.embedding)  # (T, C)
         rotations = self._rotations(lengths)
-        attend = _attend_sequentially if self.device.type == "cpu" else _attend_jagged
         for number, layer in enumerate(self.layers):
             self.clock.lap(number, lap)
             yield x[:total]
             lap = None if lap is None else self.clock.now()
-            qk, v = self._project(x, layer) if number else (F.embedding(tokens, table) for table in self.first)
-            qk = _rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).to(self.attention_dtype)  # (T, 2 H, D)
-            q, k = qk.chunk(2, dim=1)
-            attended = attend(q, k, v.unflatten(-1, (self.heads, -1)).to(qk.dtype), lengths)
-            x += _linear(attended.flatten(1), layer.out)
-            x += self._feed_forward(x, layer)
+            projected = None if number else tuple(F.embedding(tokens, table) for table in self.first)
+            self._apply(layer, x, projected, rotations, lengths)
         self.clock.lap(len(self.layers), lap)
         yield x[:total]
+
+    def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
+        """Adds to x, (T, C), what one layer adds; `projected` are its queries, keys and values, where they are known."""
+        qk, v = self._project(x, layer) if projected is None else projected
+        attended = self._attend(qk, v, rotations, lengths)
+        x += _linear(attended, layer.out)
+        x += self._feed_forward(x, layer)
+
+    def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
+        """Rotates queries and keys, (T, 2 C) float32, in place; attention over the values, (T, C)."""
+        qk = _rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).to(self.attention_dtype)  # (T, 2 H, D)
+        q, k = qk.chunk(2, dim=1)
+        attend = _attend_sequentially if self.device.type == "cpu" else _attend_jagged
+        return attend(q, k, v.unflatten(-1, (self.heads, -1)).to(qk.dtype), lengths).flatten(1)
 
     def _feed_forward(self, x: Tensor, layer: _Layer) -> Tensor:
         weight, bias = layer.fc1
@@ -203,7 +216,7 @@ class FusedEncoder:
         return _linear(F.gelu(hidden), layer.fc2)
 
 
-def _folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:
+def folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:
     """Folds a norm's scale and shift into the linear maps that follow; returns the norm without them, and the maps."""
     scale, shift = norm
     moved = [(weight * scale, bias + weight @ shift) for weight, bias in following]
