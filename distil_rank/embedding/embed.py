@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 import torch
 
 from distil_rank.embedding.embedder import Pooling
-from distil_rank.embedding.extraction import Extraction, Long, Precision, Request
+from distil_rank.embedding.extraction import Extraction, Long, Request
 from distil_rank.embedding.layer_costs import LayerCost
+from distil_rank.embedding.precision import Precision
 from distil_rank.embedding.sequences import CleaningReport, uncompressed_name
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -41,7 +42,8 @@ class EmbedSummary:
         long: Proteins above `max_length`, computed in windows or truncated.
         cleaning: What cleaning changed in the input.
         backbone: Name of the model.
-        precision: `fp32` or `bf16`.
+        precision: `fp32`, `bf16` or `int8`.
+        precision_note: How closely int8 followed fp32, or why it is not used though asked for.
         pooling: `mean`, `bos` or `residue`.
         dim: Width of the vectors.
         layers: Whose hidden states the store holds.
@@ -62,6 +64,7 @@ class EmbedSummary:
     cleaning: str
     backbone: str
     precision: str
+    precision_note: str | None
     pooling: str
     dim: int
     layers: str
@@ -94,6 +97,7 @@ def embed(
     num_nodes: int = 1,
     strategy: str = "ddp",
     retry_skipped: bool = False,
+    calibration: str | Path | None = None,
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store lacks.
 
@@ -105,7 +109,8 @@ def embed(
         pooling: One vector for each protein (mean, bos) or for each residue (residue).
         layer: Transformer layer whose hidden states are pooled, the last by default; 3,4,5,6 or all for several in one
             pass, read as STORE:LAYER; 4n is layer 4 after the model's final norm.
-        precision: auto is bf16 where the hardware supports it natively and it agrees with fp32, otherwise fp32.
+        precision: auto is bf16 where the hardware supports it natively and it agrees with fp32, otherwise fp32; int8 is
+            refused where it does not follow fp32; auto-int8 then takes what auto does.
         long: What happens to proteins above max_length: overlapping windows, truncation, or an error.
         max_length: Residues per forward pass; ESM-2 was trained on 1022.
         max_tokens: Tokens in a batch; by default 2048 on a CPU and 32768 on a GPU.
@@ -115,6 +120,7 @@ def embed(
         strategy: How Lightning launches several processes.
         retry_skipped: Compute proteins again that were skipped for lack of memory; without it, only on a device with
             more memory.
+        calibration: Store or file whose int8 calibration to use; by default that of the first proteins.
 
     Raises:
         InputError: input, store or backbone cannot be used.
@@ -125,7 +131,9 @@ def embed(
         if number < 1:
             raise InputError(f"Expected {name} of at least 1 but got {number}.")
     store = default_store(fasta) if store is None else store
-    request = Request(fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens, retry_skipped)
+    request = Request(
+        fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens, retry_skipped, calibration
+    )
     if devices == 1 and num_nodes == 1:
         use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
         extraction = Extraction(request, torch.device("cuda" if use_cuda else "cpu"))
@@ -189,6 +197,7 @@ def _summary(
         cleaning=str(report),
         backbone=manifest["backbone"],
         precision=manifest["precision"],
+        precision_note=manifest.get("precision_note"),
         pooling=manifest["pooling"],
         dim=manifest["dim"],
         layers=", ".join(map(str, store.layers or [manifest["layer"]])),

@@ -84,6 +84,7 @@ class Embedder:
         window: Residues per pass; longer sequences are computed in overlapping windows, and a residue in several of
             them gets their mean. None: whole sequences, whatever their length.
         max_tokens: Tokens per pass.
+        encoder: Another than `precision` names; up to the last of `layers`.
     """
 
     def __init__(
@@ -95,11 +96,12 @@ class Embedder:
         layers: Sequence[State] | None = None,
         window: int | None = None,
         max_tokens: int = 2048,
+        encoder: FusedEncoder | None = None,
     ):
         self.map = None if backbone.exit is None else copy.deepcopy(backbone.exit.map).to(device)
         own = [State(backbone.num_layers)] if backbone.exit is None else backbone.exit.features
         self.layers = tuple(layers if layers and self.map is None else own)
-        self.encoder = FusedEncoder(backbone.model, DTYPES[precision], device, self.layers[-1].layer)
+        self.encoder = encoder or FusedEncoder(backbone.model, DTYPES[precision], device, self.layers[-1].layer)
         self.alphabet = backbone.alphabet
         self.width = backbone.model.embed_dim
         self.dim = backbone.dim
@@ -154,8 +156,8 @@ class Embedder:
     @property
     def parallel_batches(self) -> int:
         """Batches that `stream` computes at once."""
-        narrow = self.encoder.device.type == "cpu" and self.width < WIDE
-        return torch.get_num_threads() if narrow else 1
+        splits = self.width < WIDE or self.encoder.dtype == torch.int8  # whose blocks of rows are short operations
+        return torch.get_num_threads() if splits and self.encoder.device.type == "cpu" else 1
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
         """Embeds batch after batch and yields them in order, each with its vectors.

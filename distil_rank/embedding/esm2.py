@@ -197,7 +197,7 @@ class FusedEncoder:
         yield x[:total]
 
     def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
-        """Adds to x, (T, C), what one layer adds; `projected` are its queries, keys and values, where they are known."""
+        """Adds one layer's output to x, (T, C); `projected` are its queries, keys and values, where they are known."""
         qk, v = self._project(x, layer) if projected is None else projected
         attended = self._attend(qk, v, rotations, lengths)
         x += _linear(attended, layer.out)

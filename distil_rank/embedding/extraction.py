@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from distil_rank.embedding.backbones import Backbone, load_backbone
-from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
+from distil_rank.embedding.embedder import WIDE, Embedded, Embedder, Pooling
+from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.layer_costs import LayerCost, layer_costs
 from distil_rank.embedding.layer_spec import Layers, State, parse_layers
+from distil_rank.embedding.precision import (
+    CALIBRATION,
+    HEAD,
+    MIN_BF16_COSINE,
+    Precision,
+    choose,
+    store_calibration,
+)
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins
 from distil_rank.embedding.shortened import POOLED_ALIKE
@@ -30,9 +39,8 @@ from distil_rank.errors import InputError
 logger = logging.getLogger(__name__)
 
 Long = Literal["window", "truncate", "error"]
-Precision = Literal["auto", "fp32", "bf16"]
-MIN_BF16_COSINE = 0.999  # to fp32; below it bf16 is not used
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a batch: fits a CPU's caches, keeps a GPU busy
+MAX_INT8_TOKENS = 512  # of a wide model, whose batches then spread evenly over the cores
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Request:
     max_length: int = 1022
     max_tokens: int | None = None
     retry_skipped: bool = False
+    calibration: str | Path | None = None
 
 
 class Extraction:
@@ -67,6 +76,7 @@ class Extraction:
         self.request = request
         self.device = device
         self.writer = StoreWriter(request.store)
+        self._int8: Int8Encoder | None = None
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -88,30 +98,36 @@ class Extraction:
         """
         report = CleaningReport(str(self.request.fasta))
         proteins = self._proteins(report)
-        proteins = chain([next(proteins)], proteins)  # report an unreadable file before fetching a model
+        head = list(islice(proteins, HEAD))  # reports an unreadable file before a model is fetched
+        proteins = chain(head, proteins)
         request, backbone, existing = self.request, self.backbone, self.writer.manifest
         layers = self._layers()
         self._check_layers(existing, layers)
-        precision: str = request.precision
-        if precision == "auto":
-            precision = existing.get("precision") or native_precision(self.device)
+        sequences = [protein.sequence for protein in head]
+        choice = choose(
+            request.precision, self.writer, self.device, backbone, sequences, layers[-1].layer, request.calibration
+        )
+        precision, calibration, self._int8 = choice.precision, choice.calibration, choice.encoder
         settings = {
             "weights_sha256": backbone.sha256,
             "dim": backbone.dim,
             **layer_settings(layers),
             "pooling": request.pooling,
             "precision": precision,
+            **({} if calibration is None else {"calibration_sha256": calibration.sha256}),
             "long": request.long,
             "max_length": request.max_length,
         }
-        description = {"backbone": backbone.name, "fallback": backbone.fallback}
+        description = {"backbone": backbone.name, "fallback": backbone.fallback, **choice.notes}
+        if calibration is not None and not existing:
+            calibration.save(self.writer.path / CALIBRATION)
         added = self.writer.plan(proteins, settings, description, report)
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", self.writer.path)
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
         untouched = len(self.writer.pending()) == len(self.writer.manifest["shards"]) > 0
         compared = "bf16_cosine" in read_provenance(self.writer.path)
-        if request.precision == "auto" and precision == "bf16" and untouched and not compared:
+        if request.precision != "bf16" and precision == "bf16" and untouched and not compared:
             self._compare_bf16()
         retried = self.writer.retry_skipped(memory_of(self.device), self.request.retry_skipped)
         if retried:
@@ -178,17 +194,30 @@ class Extraction:
         self.writer.record(bf16_cosine=worst)
 
     def _embedder(self, precision: str) -> Embedder:
-        manifest = self.writer.manifest
-        max_tokens = self.request.max_tokens or MAX_TOKENS[self.device.type]
+        manifest, layers = self.writer.manifest, self._store_layers()
+        int8 = self._int8_encoder(layers[-1].layer) if precision == "int8" else None
+        wide = int8 is not None and self.backbone.model.embed_dim >= WIDE
+        max_tokens = self.request.max_tokens or (MAX_INT8_TOKENS if wide else MAX_TOKENS[self.device.type])
         return Embedder(
             self.backbone,
             manifest["pooling"],
             precision,
             self.device,
-            layers_of(manifest) or [State.parse(manifest["layer"])],
+            layers,
             manifest["max_length"],
             max_tokens,
+            int8,
         )
+
+    def _store_layers(self) -> list[State]:
+        manifest = self.writer.manifest
+        return layers_of(manifest) or [State.parse(manifest["layer"])]
+
+    def _int8_encoder(self, layer: int) -> Int8Encoder:
+        """What `plan` has made; after a restart, and in other processes, made again from the store's calibration."""
+        if self._int8 is None:
+            self._int8 = Int8Encoder(self.backbone.model, store_calibration(self.writer), layer)
+        return self._int8
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -301,11 +330,3 @@ class _Batch:
 def layer_settings(layers: list[State]) -> dict[str, Any]:
     """Layers as a manifest has them: one as `layer`, several as `layers`."""
     return {"layer": layers[0].entry} if len(layers) == 1 else {"layers": [layer.entry for layer in layers]}
-
-
-def native_precision(device: torch.device) -> str:
-    """`bf16` where the hardware multiplies it natively, otherwise `fp32`."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"

@@ -50,6 +50,7 @@ class Int8Encoder(FusedEncoder):
 
     def __init__(self, model: ESM2, calibration: Calibration, layer: int | None = None):
         self._calibration = calibration
+        self._first_migration = torch.ones(model.embed_dim)
         super().__init__(model, torch.int8, "cpu", layer)
         qk, v = self.first
         self.first = qk, v / self._first_migration

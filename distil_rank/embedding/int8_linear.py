@@ -18,6 +18,7 @@ from torch import Tensor
 LEVELS = 127  # of int8 on each side of zero
 UNSIGNED_LEVELS = 255
 ZERO_POINT = 128  # of signed inputs in unsigned bytes
+SMALLEST = 1e-30  # range of a row; one of zeros has none
 
 warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # its end, for which there is a substitute
 
@@ -76,13 +77,13 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def round_rows(x: Tensor) -> Rounded:
     """Rounds each row of x (T, C) to signed integers, stored as bytes around `ZERO_POINT`."""
-    largest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).clamp_(min=torch.finfo(x.dtype).tiny)
+    largest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).clamp_(min=SMALLEST)
     return Rounded(_bytes(x * (LEVELS / largest), ZERO_POINT), largest / LEVELS)
 
 
 def round_positive_rows(x: Tensor) -> Rounded:
     """Rounds each row of a non-negative x (T, C) to unsigned integers; twice as finely as with a sign. Overwrites x."""
-    largest = x.amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny)
+    largest = x.amax(1, keepdim=True).clamp_(min=SMALLEST)
     return Rounded(_bytes(x.mul_(UNSIGNED_LEVELS / largest), 0), largest / UNSIGNED_LEVELS)
 
 
@@ -91,7 +92,8 @@ def _bytes(x: Tensor, zero_point: int) -> Tensor:
     if not hasattr(torch, "quantize_per_tensor"):  # torch has announced its end
         return _bytes_in_steps(x, zero_point)
     values = torch.quantize_per_tensor(x, 1.0, zero_point, torch.quint8)
-    return torch.empty(0, dtype=torch.uint8).set_(values.untyped_storage(), 0, x.shape)  # int_repr copies, slowly
+    shared = torch.empty(0, dtype=torch.uint8)
+    return shared.set_(values.untyped_storage(), 0, x.shape, x.contiguous().stride())  # int_repr copies, slowly
 
 
 def _bytes_in_steps(x: Tensor, zero_point: int) -> Tensor:

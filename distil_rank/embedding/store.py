@@ -302,7 +302,8 @@ def stores_in(folder: str | Path) -> list[Path]:
 def settings_of(manifest: dict[str, Any]) -> list[Any]:
     """The values of all settings that the stored rows depend on: also of `layers` where there are several, and for
     codes the hash of their code map."""
-    values = [manifest.get(key) for key in (*SETTINGS, *(["layers"] if "layers" in manifest else []))]
+    optional = [key for key in ("layers", "calibration_sha256") if key in manifest]
+    values = [manifest.get(key) for key in (*SETTINGS, *optional)]
     return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
 
 

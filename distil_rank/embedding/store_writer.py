@@ -51,7 +51,8 @@ from distil_rank.errors import InputError
 logger = logging.getLogger(__name__)
 
 MORE_MEMORY = 1.05  # times the memory of the device that skipped a sequence: retry; a machine's own varies a little
-OWN_NAMES = ("parts", "provenance.json", "code_map")  # what a store holds beside its .arrow files and the manifest
+# what a store holds beside its .arrow files and the manifest
+OWN_NAMES = ("parts", "provenance.json", "code_map", "calibration.safetensors")
 
 
 @dataclass(frozen=True)

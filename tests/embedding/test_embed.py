@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distil_rank.embedding import backbones, extraction
+from distil_rank.embedding import backbones, extraction, precision
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
@@ -34,7 +34,7 @@ def fasta(tmp_path) -> Path:
 @pytest.fixture
 def run(tiny_esm2, tmp_path, monkeypatch):
     """`embed` with the tiny model into one store; `auto` is fp32 on any machine, where a test does not change it."""
-    monkeypatch.setattr(extraction, "native_precision", lambda device: "fp32")
+    monkeypatch.setattr(precision, "native_precision", lambda device: "fp32")
 
     def call(fasta, **options):
         return embed(
@@ -281,7 +281,7 @@ def test_on_request_a_skipped_protein_is_retried_on_any_device(run, fasta, devic
 
 
 def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):
-    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
     with caplog.at_level(logging.INFO):
         assert run(fasta).precision == "bf16"
     assert "computing in bf16: cosine to fp32 of at least 0.99" in caplog.text
@@ -290,7 +290,7 @@ def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):
 
 
 def test_bf16_that_disagrees_is_replaced_by_fp32_with_a_warning(run, fasta, monkeypatch, caplog):
-    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
     monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
     with caplog.at_level(logging.WARNING):
         assert run(fasta).precision == "fp32"
@@ -307,7 +307,7 @@ def test_an_unreadable_file_is_reported_before_any_model_is_fetched(tmp_path, mo
 
 
 def test_an_explicit_bf16_store_stays_bf16(run, fasta, monkeypatch):
-    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
     monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
     assert run(fasta, precision="bf16").computed > 0
     assert (run(fasta).precision, run(fasta).computed) == ("bf16", 0)
@@ -316,7 +316,7 @@ def test_an_explicit_bf16_store_stays_bf16(run, fasta, monkeypatch):
 
 
 def test_bf16_with_nan_for_one_protein_is_replaced_by_fp32(run, fasta, monkeypatch, caplog):
-    monkeypatch.setattr(extraction, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
     original = Embedder.embed
 
     def overflowing(self, sequences):
@@ -348,7 +348,7 @@ def test_nan_vectors_are_not_stored(run, fasta, monkeypatch):
 def test_precision_follows_the_hardware(monkeypatch):
     for flag, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})
-        assert extraction.native_precision(torch.device("cpu")) == expected
+        assert precision.native_precision(torch.device("cpu")) == expected
 
 
 def test_the_fallback_is_in_the_manifest_and_warned_of_every_time(run, fasta, tiny_esm2, monkeypatch, caplog):

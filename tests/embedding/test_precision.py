@@ -1,0 +1,155 @@
+"""Precision by request, hardware and comparison; stores of int8 vectors."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distil_rank.embedding import precision
+from distil_rank.embedding.embed import embed
+from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.precision import agreement
+from distil_rank.embedding.store import Store
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.errors import InputError
+
+needs_units = pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")
+
+
+@pytest.fixture
+def fasta(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
+    texts = ["".join(rng.choice(letters, rng.integers(10, 200))) for _ in range(80)]
+    path = tmp_path / "in.fasta"
+    path.write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(texts)))
+    return path
+
+
+@pytest.fixture
+def run(tiny_esm2, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "MIN_INT8_COSINE", 0.9)  # two random layers amplify errors
+    monkeypatch.setattr(precision, "MIN_INT8_NEIGHBOURS", 0.3)
+    monkeypatch.setattr(precision, "native_precision", lambda device: "fp32")
+
+    def call(fasta, store="store", **options):
+        return embed(fasta, tmp_path / store, str(tiny_esm2.fair_esm), accelerator="cpu", **options)
+
+    return call
+
+
+@needs_units
+def test_an_int8_store_tells_its_calibration_and_its_gate(run, fasta, tmp_path):
+    summary = run(fasta, precision="int8")
+    manifest = Store.open(tmp_path / "store").manifest
+    assert (summary.precision, manifest["precision"]) == ("int8", "int8")
+    assert manifest["calibration_sha256"] == precision.read_calibration(tmp_path / "store").sha256
+    assert 0.9 < manifest["int8_gate"]["worst_cosine"] < 1
+    assert summary.precision_note.startswith("int8: worst cosine 0.9")
+    exact = run(fasta, "exact", precision="fp32")
+    vectors = [Store.open(tmp_path / name).embeddings() for name in ("store", "exact")]
+    cosines = torch.nn.functional.cosine_similarity(*map(torch.as_tensor, vectors))
+    assert cosines.min() > 0.9
+    assert exact.digest != summary.digest
+
+
+@needs_units
+def test_a_resumed_int8_store_has_the_same_bytes(run, fasta, tmp_path, monkeypatch):
+    expected = run(fasta, precision="int8", max_tokens=400)
+    write, left = StoreWriter.write_part, iter(range(5))
+
+    def killed(self, *args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_part", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(fasta, "other", precision="int8", max_tokens=400)
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "calibrate", lambda *_: pytest.fail("calibrated again"))
+        resumed = run(fasta, "other", precision="int8", max_tokens=400)
+    assert 0 < resumed.computed < expected.computed
+    assert resumed.digest == expected.digest
+
+
+@needs_units
+def test_stores_of_different_precision_or_calibration_do_not_mix(run, fasta, tmp_path):
+    run(fasta, precision="fp32")
+    with pytest.raises(InputError, match="Expected precision 'fp32', which the store"):
+        run(fasta, precision="int8")
+    assert run(fasta, precision="auto-int8").precision == "fp32"
+    run(fasta, "int8", precision="int8")
+    with pytest.raises(InputError, match="Expected precision 'int8', which the store"):
+        run(fasta, "int8", precision="fp32")
+    assert run(fasta, "int8").precision == "int8", "auto keeps what the store has"
+    with (tmp_path / "int8" / "calibration.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\0")
+    with pytest.raises(InputError, match="was changed"):
+        run(fasta, "int8")
+
+
+@needs_units
+def test_another_store_s_calibration_can_be_used(run, fasta, tmp_path):
+    first = run(fasta, precision="int8")
+    reversed_ = tmp_path / "reversed.fasta"
+    reversed_.write_text("".join(f">{part}" for part in reversed(fasta.read_text().split(">")[1:])))
+    assert run(reversed_, "own", precision="int8").digest != first.digest
+    run(reversed_, "same", precision="int8", calibration=tmp_path / "store")
+    hashes = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["calibration_sha256"] for name in ("store", "same")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+@needs_units
+def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "MIN_INT8_COSINE", 1.1)
+    with pytest.raises(InputError, match=r"Expected int8 to reach a cosine of 1\.1 to fp32 .* use --precision auto"):
+        run(fasta, precision="int8")
+    assert not (tmp_path / "store").exists(), "a refused request leaves nothing"
+    summary = run(fasta, precision="auto-int8")
+    assert summary.precision == "fp32"
+    assert "int8 is too far from fp32" in summary.precision_note
+    assert "going on in fp32" in caplog.text
+
+
+@pytest.mark.parametrize("requested", ["int8", "auto-int8"])
+def test_processors_without_int8_units_take_the_next_precision(run, fasta, requested, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "has_int8_units", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        summary = run(fasta, precision=requested)
+    assert summary.precision == "fp32"
+    assert "this processor has no int8 units (VNNI or AMX): going on in fp32" in caplog.text
+    assert run(fasta, precision=requested).computed == 0, "and again"
+
+
+def test_a_gpu_takes_the_next_precision():
+    assert "CPU" in precision.int8_missing(torch.device("cuda"))
+
+
+def test_agreement_counts_neighbours_by_brute_force():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(20, 8)) + 3
+    b = a + 0.8 * rng.normal(size=a.shape)
+    centred = [x - a.mean(0) for x in (a, b)]
+    nearest = []
+    for x in centred:
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        scores = unit @ unit.T - 9 * np.eye(20)
+        nearest.append([set(np.argsort(-row)[:5]) for row in scores])
+    kept = np.mean([len(p & q) / 5 for p, q in zip(*nearest, strict=True)])
+    figures = agreement(torch.tensor(a), torch.tensor(b))
+    assert figures.neighbours_kept == pytest.approx(kept)
+    assert 0 < kept < 1
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert figures.worst_cosine == pytest.approx(cosine.min())
+
+
+def test_nan_does_not_suffice():
+    assert not agreement(torch.ones(3, 2), torch.full((3, 2), torch.nan)).suffices
