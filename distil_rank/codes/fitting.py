@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distil_rank.codes.quantisers import train_product_quantiser
 from distil_rank.errors import InputError
-from distil_rank.lowrank.code_map import LEVELS, CodeMap, CodeType
+from distil_rank.lowrank.code_map import CodeMap, CodeType, int8_scale
 from distil_rank.lowrank.guard import Guard
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
@@ -26,7 +26,6 @@ REGULARISATION = 0.1  # of N, in units of its mean eigenvalue
 GAIN = 0.25  # see `Fit.weight`
 BLOCK_ROWS = 16_384  # of a pass over a matrix that may be memory-mapped
 KEPT_ROWS = 20_000  # of the fit rows, for what is not linear: scales, centroids, the guard
-SCALE_QUANTILE = 0.9999  # of a number's absolute value, which int8 still holds without clipping
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Fit:
 
         A direction whose signal stands far above the noise deserves more weight in a distance than one that hardly
         does. At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance`
-        it is ½, which leaves distances as they are.
+        and `whitened` it is ½: their directions are scaled as they should be.
 
         Raises:
             InputError: the rank is above d.
@@ -61,7 +60,7 @@ class Fit:
         if not 1 <= rank <= width:
             raise InputError(f"Expected `rank` in [1, {width}], the width of the vectors, but got {rank}.")
         found = self.directions.first(rank)
-        gain = 0.5 if self.metric == "variance" else GAIN if self.metric == "invariant" else 0.0
+        gain = GAIN if self.metric == "invariant" else 0.5
         floor = found.values[0] * torch.finfo(torch.float32).eps
         return ((found.V * found.values.clamp_min(floor) ** (gain - 0.5)).T).float()
 
@@ -96,8 +95,7 @@ class Fit:
                 f"Expected bytes for pq only but got {books} for {dtype}, whose bytes follow from the rank."
             )
         elif dtype == "int8":
-            scale = y.abs().quantile(SCALE_QUANTILE, dim=0) / LEVELS
-            found = CodeMap.of(mean, weight, "int8", scale.clamp_min(torch.finfo(torch.float32).tiny))
+            found = CodeMap.of(mean, weight, "int8", int8_scale(y))
         elif dtype == "bit":
             found = CodeMap.of(mean, weight, "bit", torch.full((rank,), rank**-0.5))
         found.provenance = {**self.provenance, "eigenvalues": self.directions.values[:rank].tolist()}

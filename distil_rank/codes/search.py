@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distil_rank.codes.code_store import CodeStore, check_origin, manifest_of
+from distil_rank.codes.code_store import CodeStore, manifest_of
 from distil_rank.codes.evalues import Tail, reversed_decoy
 from distil_rank.codes.index import CodeIndex
 from distil_rank.embedding.embed import embed
@@ -59,7 +60,7 @@ def embedded_queries(fasta: str | Path, store: CodeStore) -> Queries:
             f"{report.counts['records']:,} have none; remove them."
         )
     with TemporaryDirectory(prefix="distil-rank-") as folder:
-        vectors = _embedded([protein.id for protein in proteins], [p.sequence for p in proteins], store, Path(folder))
+        vectors = embed_like([protein.sequence for protein in proteins], store.manifest, Path(folder))
     return Queries([protein.id for protein in proteins], store.code_map(vectors), np.full(len(proteins), -1))
 
 
@@ -70,7 +71,7 @@ def stored_queries(path: str | Path, store: CodeStore) -> Queries:
         InputError: map and store do not belong together.
     """
     source = Store.open(path)
-    check_origin(store.code_map, manifest_of(source), str(path))
+    store.code_map.check_origin(manifest_of(source), str(path))
     rows = store.code_map(torch.from_numpy(np.array(source.embeddings())))
     return Queries(source.ids, rows, np.full(len(source), -1))
 
@@ -81,9 +82,17 @@ def own_queries(store: CodeStore) -> Queries:
     return Queries(store.ids, F.normalize(decoded, dim=1), np.arange(len(store)))
 
 
-def _embedded(ids: list[str], sequences: list[str], store: CodeStore, folder: Path) -> Tensor:
-    """Vectors of sequences, `(N, n)`, made as those behind a store of codes; kept in `folder`."""
-    manifest = store.manifest
+def embed_like(sequences: Sequence[str], manifest: Mapping[str, Any], folder: Path) -> Tensor:
+    """Vectors of sequences, `(N, n)`, made as those behind a store; kept in `folder`.
+
+    Args:
+        sequences: cleaned.
+        manifest: of the store, of embeddings or of codes.
+        folder: for a store of them.
+
+    Raises:
+        InputError: the backbone cannot be had or has other weights, or a sequence does not fit into memory.
+    """
     fasta, path = folder / "sequences.fasta", folder / "store"
     folder.mkdir(parents=True, exist_ok=True)
     # numbers for names: what came in was made unique already, and may hold what a header cannot
@@ -98,8 +107,8 @@ def _embedded(ids: list[str], sequences: list[str], store: CodeStore, folder: Pa
         )
     if made.skipped:
         raise InputError(
-            f"Expected every query to fit into memory but {ids[int(made.skipped[0])]} did not; cut it, or use "
-            "a machine with more."
+            f"Expected every sequence to fit into memory but that of {len(sequences[int(made.skipped[0])]):,} residues "
+            "did not; cut it, or use a machine with more."
         )
     return torch.from_numpy(np.array(made.embeddings()))
 
@@ -119,7 +128,7 @@ def decoy_tail(store: CodeStore, decoys: int, folder: str | Path, seed: int = 0)
     sequences = [reversed_decoy(text) for text in proteins["sequence"].to_pylist()]
     settings = {key: store.manifest[key] for key in ("weights_sha256", *EMBED_OPTIONS)}
     name = hashlib.sha256(json.dumps([settings, sequences]).encode()).hexdigest()[:16]
-    vectors = _embedded(proteins["id"].to_pylist(), sequences, store, Path(folder) / f"decoys-{name}")
+    vectors = embed_like(sequences, store.manifest, Path(folder) / f"decoys-{name}")
     sampled = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
     codes = torch.from_numpy(store.embeddings()[sampled])
     targets = F.normalize(store.code_map.decode(codes), dim=1)

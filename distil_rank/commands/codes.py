@@ -17,6 +17,7 @@ from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap, CodeType
 from distil_rank.reporting import judgement as report
+from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import Run, start_run
 from distil_rank.tasks.judge import Judgement
 from distil_rank.tasks.judge import judge as judge_task
@@ -24,6 +25,7 @@ from distil_rank.tasks.labelled import labelled_source
 from distil_rank.tasks.labels import LabelSource
 from distil_rank.tasks.representations import full_vector, variance_student
 from distil_rank.tasks.task import Kind
+from distil_rank.training.code_training import STEPS, train_code_map
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def code(
     fit_fraction: float = 0.5,
     regularisation: float = REGULARISATION,
     power: float = 1.0,
+    train: int = STEPS,
     seed: int = 0,
     output: str = "results",
     config: str = "",
@@ -80,11 +83,20 @@ def code(
         fit_fraction: Share of the proteins to fit on.
         regularisation: Of the noise covariance, in units of its mean eigenvalue.
         power: Of the whitening, 0 to 1.
+        train: Steps of training towards the neighbours of the full-rank code, kept only where it clearly helps; 0 for
+            the closed form alone. Codes of the variance metric are not trained.
         seed: Of all draws.
         output: Folder for results.
         config: The resolved configuration, kept with the run.
     """
-    asked: dict[str, Any] = {"metric": metric, "rank": rank, "dtype": dtype, "bytes": bytes, "seed": seed}
+    asked: dict[str, Any] = {
+        "train": train,
+        "metric": metric,
+        "rank": rank,
+        "dtype": dtype,
+        "bytes": bytes,
+        "seed": seed,
+    }
     asked |= {"regularisation": regularisation, "fit_fraction": fit_fraction, "groups": groups}
     asked |= {"noise": noise, **asdict(perturbations)} if metric == "invariant" else {}
     asked |= {"power": power} if metric == "whitened" else {}
@@ -101,7 +113,7 @@ def code(
     with start_run("code", name, params=params, tags=_tags(proteins)) as run:
         copies = Path(output) / "copies"
         fitted = _fit(proteins, asked, perturbations, copies)
-        code_map = fitted.code_map(rank, dtype, bytes, seed)
+        code_map = _trained(proteins, fitted, fitted.code_map(rank, dtype, bytes, seed), train, seed, run)
         code_map.provenance["asked"] = asked
         done = _judge(proteins, code_map, rank, perturbations, copies, seed)
         folder = Path(output) / "code" / name
@@ -143,6 +155,20 @@ def _fit(proteins: Proteins, asked: dict[str, Any], perturbations: Perturbations
     x, fit = proteins.embeddings.x, proteins.groups.fit
     power = asked.get("power", 1.0)
     return fit_metric(x, fit, asked["metric"], covariance, asked["regularisation"], power, asked["seed"], about)
+
+
+def _trained(proteins: Proteins, fitted: Fit, code_map: CodeMap, steps: int, seed: int, run: Run) -> CodeMap:
+    """The code map after training, or as it was where training does not clearly help."""
+    if not steps or fitted.metric == "variance":
+        return code_map
+    fit = proteins.groups.fit
+    teacher = fitted.code_map(len(fitted.mean))
+    x, groups = proteins.embeddings.x[fit], proteins.groups.number[fit]
+    done = train_code_map(code_map, teacher, x, groups, steps, seed, logger=RunLogger(run))
+    log.info("Training: %s", done)
+    run.log_metrics({"neighbours_start": done.start, "neighbours_trained": done.trained, "training_kept": done.kept})
+    done.code_map.provenance["trained_steps"] = done.steps if done.kept else 0
+    return done.code_map
 
 
 def _judge(

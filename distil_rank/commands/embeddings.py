@@ -7,7 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distil_rank.codes.code_store import MAP, load_code_map
+from distil_rank.deployment.artefact import MANIFEST, save
 from distil_rank.embedding.embed import EmbedSummary, default_store, embed
+from distil_rank.embedding.store import CODES, EMBEDDINGS, read_manifest
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.runs.tracking import process_rank, start_run
@@ -17,11 +20,17 @@ def extract(options: dict[str, Any]) -> EmbedSummary:
     """Extract embeddings as an MLflow run; the store's provenance names the run, so that later runs can refer to it.
 
     Args:
-        options: of `distil_rank.embedding.embed.embed`.
+        options: of `distil_rank.embedding.embed.embed`, and `code`, the folder of a code map or of a store of codes,
+            for codes in place of vectors.
     """
+    options = {**options, "store": options.get("store") or default_store(options["fasta"])}
+    folder = options.pop("code", None)
+    if folder is not None:
+        options = _for_codes(options, Path(folder))
     options = {**options, "store": options.get("store") or default_store(options["fasta"])}
     name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
     params = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
+    params |= {"code_map": None if options.get("code_map") is None else options["code_map"].digest}
     with start_run("embed", name, params=params, tags={}, system_metrics=True) as run:
         done = embed(**options)
         summary = asdict(done)
@@ -32,7 +41,34 @@ def extract(options: dict[str, Any]) -> EmbedSummary:
         run.set_tags(tags)
         run.note("\n".join(f"- {key}: {value}" for key, value in summary.items()))
         if done.computed and process_rank() == 0:  # only rank 0's run is kept
-            writer = StoreWriter(done.store)
+            writer = StoreWriter(done.store, EMBEDDINGS if folder is None else CODES)
             with suppress(InputError), writer.lock():  # locked: another process is already extending the store
                 writer.record_run(run.id)
     return done
+
+
+def _for_codes(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The options for codes: backbone, layer and pooling are those of the code map, which goes into the store.
+
+    Raises:
+        InputError: there is no code map, or it is for another layer or pooling than asked for.
+    """
+    folder = folder / MAP if (folder / MAP / MANIFEST).exists() else folder
+    code_map = load_code_map(folder)
+    about = code_map.provenance
+    for key, default in (("layer", None), ("pooling", "mean")):
+        if options[key] not in (default, about.get(key), str(about.get(key))):
+            raise InputError(
+                f"Expected {key} {about.get(key)}, which the code map {folder} is for, but got {options[key]}; leave "
+                f"--{key} out."
+            )
+    fixed = {key: about[key] for key in ("layer", "pooling") if about.get(key) is not None}
+    if options["backbone"] == "auto" and about.get("backbone"):
+        fixed["backbone"] = about["backbone"]
+    read_manifest(Path(options["store"]), CODES)  # refuses a store of embeddings
+    place = Path(options["store"]) / MAP
+    if not (place / MANIFEST).exists():
+        save(code_map, place, data=about)
+    elif load_code_map(place).digest != code_map.digest:
+        raise InputError(f"Expected another store than {options['store']}, whose codes are of another map.")
+    return {**options, **fixed, "code_map": code_map}

@@ -19,6 +19,7 @@ from distil_rank.embedding.precision import Precision
 from distil_rank.embedding.sequences import CleaningReport, uncompressed_name
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
+from distil_rank.lowrank.code_map import CodeMap
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def embed(
     strategy: str = "ddp",
     retry_skipped: bool = False,
     calibration: str | Path | None = None,
+    code_map: CodeMap | None = None,
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store lacks.
 
@@ -121,6 +123,7 @@ def embed(
         retry_skipped: Compute proteins again that were skipped for lack of memory; without it, only on a device with
             more memory.
         calibration: Store or file whose int8 calibration to use; by default that of the first proteins.
+        code_map: Writes codes in place of the vectors.
 
     Raises:
         InputError: input, store or backbone cannot be used.
@@ -132,7 +135,18 @@ def embed(
             raise InputError(f"Expected {name} of at least 1 but got {number}.")
     store = default_store(fasta) if store is None else store
     request = Request(
-        fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens, retry_skipped, calibration
+        fasta,
+        store,
+        backbone,
+        pooling,
+        layer,
+        precision,
+        long,
+        max_length,
+        max_tokens,
+        retry_skipped,
+        calibration,
+        code_map,
     )
     if devices == 1 and num_nodes == 1:
         use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
@@ -144,7 +158,7 @@ def embed(
             computed, residues = extraction.compute(writer.pending())
             seconds = time.perf_counter() - start
             extraction.finish(computed, residues, seconds)
-            filled = Store.open(writer.path)
+            filled = Store.open(writer.path, writer.content)
         return _summary(
             filled, added, computed, residues, seconds, report, extraction.costs(computed, residues, seconds)
         )

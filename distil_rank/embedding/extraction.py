@@ -32,9 +32,10 @@ from distil_rank.embedding.precision import (
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins
 from distil_rank.embedding.shortened import POOLED_ALIKE
-from distil_rank.embedding.store import layers_of
+from distil_rank.embedding.store import CODES, EMBEDDINGS, layers_of
 from distil_rank.embedding.store_writer import Shard, StoreWriter
 from distil_rank.errors import InputError
+from distil_rank.lowrank.code_map import CodeMap
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Request:
     max_tokens: int | None = None
     retry_skipped: bool = False
     calibration: str | Path | None = None
+    code_map: CodeMap | None = None
 
 
 class Extraction:
@@ -75,7 +77,7 @@ class Extraction:
                 raise InputError(f"Expected {name} of at least 1 but got {value}.")
         self.request = request
         self.device = device
-        self.writer = StoreWriter(request.store)
+        self.writer = StoreWriter(request.store, EMBEDDINGS if request.code_map is None else CODES)
         self._int8: Int8Encoder | None = None
 
     @cached_property
@@ -118,6 +120,8 @@ class Extraction:
             "long": request.long,
             "max_length": request.max_length,
         }
+        if request.code_map is not None:
+            settings |= self._code_settings(request.code_map, settings)
         description = {"backbone": backbone.name, "fallback": backbone.fallback, **choice.notes}
         if calibration is not None and not existing:
             calibration.save(self.writer.path / CALIBRATION)
@@ -151,6 +155,15 @@ class Extraction:
                 f"fitted to {backbone.exit.pooling}, but got {request.pooling}."
             )
         return [State(backbone.num_layers)]
+
+    def _code_settings(self, code_map: CodeMap, settings: dict[str, Any]) -> dict[str, Any]:
+        """What the manifest tells of the codes.
+
+        Raises:
+            InputError: the map is for vectors of another backbone, layer or pooling.
+        """
+        code_map.check_origin(settings, f"this request to embed with {self.backbone.name}")
+        return {"dim": code_map.code_width, "code": code_map.entry}
 
     def _check_layers(self, manifest: dict[str, Any], layers: list[State]) -> None:
         """Raises `InputError` where the store exists and holds other layers."""
@@ -303,6 +316,8 @@ class Extraction:
                     f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
                     f"check the weights {self.backbone.name}, or use another store with --precision fp32."
                 )
+            if self.request.code_map is not None:
+                vectors = self.request.code_map.encode(torch.from_numpy(vectors[0])).numpy()
             self.writer.write_part(batch.shard, batch.rows, result.counts, vectors, memory_of(self.device))
         if batch.last:
             self.writer.seal(batch.shard)

@@ -99,7 +99,7 @@ class _Extractor(LightningModule):
         if self.trainer.is_global_zero:
             self.extraction.finish(self.computed, self.residues, self.seconds)
         self.trainer.strategy.barrier("finished")
-        self.store = Store.open(self.request.store)
+        self.store = Store.open(self.request.store, self.extraction.writer.content)
         self.trainer.strategy.barrier("opened")
         self._lock.close()
 

@@ -134,20 +134,21 @@ class Store:
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, content: str | None = None) -> Self:
         """Opens a finished store.
 
         Args:
             path: The folder; `FOLDER:LAYER` picks one of several layers, the last of which is taken otherwise.
+            content: What it must hold; by default what this class is for.
 
         Raises:
             InputError: the folder is not a store, is unfinished, lacks the layer, or a file is missing or has another
                 size.
         """
         path, wanted = split_source(path)
-        manifest = read_manifest(path, cls.content)
+        manifest = read_manifest(path, (content or cls.content))
         if manifest is None:
-            noun = cls.content.removeprefix("distil-rank ")
+            noun = (content or cls.content).removeprefix("distil-rank ")
             raise InputError(f"Expected a store of {noun} at {path} but it has no manifest.json; make it with embed.")
         pending = [shard for shard in manifest["shards"] if "sha256" not in shard]
         if pending:

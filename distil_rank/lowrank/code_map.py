@@ -17,8 +17,10 @@ from distil_rank.lowrank.guard import Guard
 CodeType = Literal["float32", "int8", "bit", "pq"]
 CODE_TYPES: tuple[CodeType, ...] = get_args(CodeType)
 LEVELS = 127  # of int8, symmetric
+SCALE_QUANTILE = 0.9999  # of a number's absolute value, which int8 still holds without clipping
 CENTROIDS = 256  # of one byte of a product quantiser
 ROWS_AT_ONCE = 2048  # of encoding
+ORIGIN = ("weights_sha256", "layer", "pooling")  # what vectors must agree in with those that a map was fitted to
 BIT_WEIGHTS = 2 ** torch.arange(8, dtype=torch.uint8)
 
 
@@ -139,6 +141,32 @@ class CodeMap(nn.Module):
         """What one code takes."""
         return self.code_width * self.code_dtype.itemsize
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the manifest of a store of codes tells of their map."""
+        options = {"rank": self.rank, "dtype": self.dtype, "bytes": self.bytes_per_protein}
+        return {"sha256": self.digest, **options}
+
+    def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
+        """Raises `InputError` unless the map was fitted to vectors like these.
+
+        Args:
+            facts: of the vectors: `dim`, `weights_sha256`, `layer` and `pooling`.
+            what: whose they are, for the message.
+        """
+        if facts.get("dim") != self.in_features:
+            raise InputError(
+                f"Expected vectors of width {self.in_features} for this code map but {what} has {facts.get('dim')}; "
+                "use the map and the store that belong together."
+            )
+        for key in ORIGIN:
+            mine, theirs = self.provenance.get(key), facts.get(key)
+            if mine is not None and mine != theirs:
+                raise InputError(
+                    f"Expected vectors of {_named(key, mine)}, which this code map was fitted to, but {what} has "
+                    f"{_named(key, theirs)}; use the map and the store that belong together."
+                )
+
     def forward(self, x: Tensor) -> Tensor:
         """Queries of unit length: `(…, n)` → `(…, r)`."""
         return F.normalize(F.linear(x - self.mean, self.weight), dim=-1)
@@ -186,6 +214,15 @@ class CodeMap(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"in_features={self.in_features}, rank={self.rank}, dtype={self.dtype}, bytes={self.bytes_per_protein}"
+
+
+def int8_scale(y: Tensor) -> Tensor:
+    """What each number of int8 codes is stored in units of, `(r,)`, from queries `(N, r)`."""
+    return (y.abs().quantile(SCALE_QUANTILE, dim=0) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _named(key: str, value: Any) -> str:
+    return f"the weights {str(value)[:12]}…" if key == "weights_sha256" else f"{key} {value}"
 
 
 def _truncated(provenance: Mapping[str, Any], rank: int) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from distil_rank.codes import code_store
-from distil_rank.codes.code_store import MAP, CodeStore, check_origin, load_code_map, write_codes
+from distil_rank.codes.code_store import MAP, CodeStore, load_code_map, write_codes
 from distil_rank.codes.fitting import fit_metric
 from distil_rank.deployment.artefact import save
 from distil_rank.embedding import planning
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CODE_TYPES
@@ -66,7 +67,9 @@ def test_codes_in_the_order_of_the_proteins(source, tmp_path, dtype):
 
 
 def content(store: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(store.iterdir()) if file.is_file()}
+    """What two runs agree in; the record of when and where they ran is their own."""
+    files = [file for file in sorted(store.iterdir()) if file.is_file() and file.name != "provenance.json"]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def attempt(source, path, code_map, log):
@@ -84,46 +87,70 @@ def attempt(source, path, code_map, log):
     write_codes(Store.open(source), path, code_map)
 
 
-def test_eight_kills(source, tmp_path):
+def test_eight_kills_while_encoding(source, tmp_path):
+    _kill_often(attempt, (source.path, fitted(source)), tmp_path, tmp_path / "log")
+
+
+def embedding_attempt(fasta, path, backbone, code_map, log):
+    torch.set_num_threads(1)
+    original = Embedder.embed
+
+    def slow(self, sequences):
+        time.sleep(0.005)
+        with log.open("a") as file:
+            file.write("batch\n")
+        return original(self, sequences)
+
+    Embedder.embed = slow
+    embed(fasta, path, backbone, accelerator="cpu", precision="fp32", max_tokens=200, code_map=code_map)
+
+
+def test_eight_kills_while_embedding_into_codes(source, tiny_esm2, tmp_path):
+    fasta, code_map, log = source.path.parent / "proteins.fasta", fitted(source), tmp_path / "log"
+    _kill_often(embedding_attempt, (fasta, str(tiny_esm2.fair_esm), code_map), tmp_path, log)
+
+
+def _kill_often(attempt, arguments, folder, log):
+    """Eight kills, each while work is going on, end in the bytes of a run that nobody killed."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["distil_rank.codes.code_store"])
-    code_map, log = fitted(source), tmp_path / "log"
 
     def start(path, log):
-        process = forks.Process(target=attempt, args=(source.path, path, code_map, log))
+        first, *rest = arguments
+        process = forks.Process(target=attempt, args=(first, path, *rest, log))
         process.start()
         return process
 
-    def shards_done(log):
+    def done(log):
         return len(log.read_text().splitlines()) if log.exists() else 0
 
-    whole = start(tmp_path / "whole", tmp_path / "log of the whole")
+    whole = start(folder / "whole", folder / "log of the whole")
     whole.join()
     assert whole.exitcode == 0
     dice = random.Random(1)
     for _ in range(KILLS):
-        already = shards_done(log)
-        process = start(tmp_path / "killed", log)
-        while process.is_alive() and shards_done(log) == already:
+        already = done(log)
+        process = start(folder / "killed", log)
+        while process.is_alive() and done(log) == already:
             time.sleep(0.001)
-        time.sleep(dice.uniform(0, 0.05))
-        assert process.is_alive(), "everything was encoded before it had been killed often enough"
+        time.sleep(dice.uniform(0, 0.03))
+        assert process.is_alive(), "everything was done before it had been killed often enough"
         process.kill()
         process.join()
     with pytest.raises(InputError):
-        CodeStore.open(tmp_path / "killed")
-    last = start(tmp_path / "killed", log)
+        CodeStore.open(folder / "killed")
+    last = start(folder / "killed", log)
     last.join()
     assert last.exitcode == 0
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
-    CodeStore.open(tmp_path / "killed").verify()
+    assert content(folder / "killed") == content(folder / "whole")
+    CodeStore.open(folder / "killed").verify()
 
 
 def test_what_does_not_belong_together(source, tmp_path):
     code_map = fitted(source)
     for key, value in (("weights_sha256", "f" * 64), ("layer", 1), ("pooling", "bos"), ("dim", 99)):
         with pytest.raises(InputError, match="belong together"):
-            check_origin(code_map, {**source.manifest, key: value}, "another store")
+            code_map.check_origin({**source.manifest, key: value}, "another store")
     write_codes(source, tmp_path / "codes", code_map)
     with pytest.raises(InputError, match="code"):
         write_codes(source, tmp_path / "codes", fitted(source, "int8"))

@@ -1,0 +1,295 @@
+"""What codes keep of function, what they cost, and whether E-values hold: the tables and pictures of docs/codes.md.
+
+    python benchmarks/codes.py scope --data STORE --early STORE:4 --fasta scope40.fa --folds folds.txt
+    python benchmarks/codes.py kinases --data kinases.npz
+    python benchmarks/codes.py evalues --data STORE:4 --fasta scope40.fa --folds folds.txt
+    python benchmarks/codes.py million --data STORE
+
+`scope`: SCOPe's domains (the header's second word is the label), embedded with the backbone of the sample: their last
+layer in STORE, and a layer before it in the other. Everything is fitted on the folds that the file lists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RESULTS = Path("results")
+COPIES = RESULTS / "copies"
+
+
+def labelled(data: str, fasta: str, folds: str):
+    """Vectors with SCOPe's labels, the listed folds on the fit side."""
+    from distil_rank.codes.sources import open_proteins
+    from distil_rank.tasks.labels import LabelSource
+
+    return open_proteins(data, LabelSource(source=fasta, field=2), "retrieval", folds, 0.5, 0)
+
+
+def fitted(proteins, metric: str, noise: str = "copies"):
+    """Directions of one metric on the fit side."""
+    from distil_rank.codes.fitting import fit_metric
+    from distil_rank.codes.perturbation import Perturbations
+    from distil_rank.codes.sources import noise_of
+
+    covariance = None
+    if metric == "invariant":
+        covariance, _ = noise_of(proteins, noise, Perturbations(), COPIES)
+    return fit_metric(proteins.embeddings.x, proteins.groups.fit, metric, covariance)
+
+
+def opq_of_full_vector(x: np.ndarray, fit: np.ndarray, books: int):
+    """The rival that everyone has: faiss's OPQ of the centred vector itself, float queries."""
+    from distil_rank.codes.quantisers import train_product_quantiser
+    from distil_rank.lowrank.code_map import CodeMap
+
+    rows = torch.from_numpy(x[fit])
+    mean = rows.mean(0)
+    rotation, centroids = train_product_quantiser(F.normalize(rows - mean, dim=1), books)
+    return CodeMap.of(mean, rotation, "pq", codebooks=centroids)
+
+
+def code_maps(proteins, name: str) -> Iterator[tuple[str, object]]:
+    """Code maps of one layer, by name."""
+    invariant = fitted(proteins, "invariant")
+    for books in (4, 8, 16):
+        yield f"{name}, invariant, pq, rank 128", invariant.code_map(128, "pq", books)
+    for rank in (32, 64, 128):
+        yield f"{name}, invariant, bit, rank {rank}", invariant.code_map(rank, "bit")
+        yield f"{name}, invariant, trained, bit, rank {rank}", trained(proteins, invariant, rank, "bit")
+    yield f"{name}, invariant, int8, rank 64", invariant.code_map(64, "int8")
+    yield f"{name}, invariant, trained, int8, rank 64", trained(proteins, invariant, 64, "int8")
+    whitened = fitted(proteins, "whitened")
+    yield f"{name}, whitened, bit, rank 64", whitened.code_map(64, "bit")
+    yield f"{name}, whitened, int8, rank 64", whitened.code_map(64, "int8")
+    variance = fitted(proteins, "variance")
+    yield f"{name}, variance, bit, rank 64", variance.code_map(64, "bit")
+    yield f"{name}, variance, int8, rank 64", variance.code_map(64, "int8")
+    yield f"{name}, labels, int8, rank 64", fitted(proteins, "invariant", "labels").code_map(64, "int8")
+
+
+def trained(proteins, fit, rank: int, dtype: str):
+    """The code map after training towards the neighbours of the full-rank code, where that clearly helps."""
+    from distil_rank.training.code_training import STEPS, train_code_map
+
+    teacher, side = fit.code_map(len(fit.mean)), proteins.groups.fit
+    x, groups = proteins.embeddings.x[side], proteins.groups.number[side]
+    done = train_code_map(fit.code_map(rank, dtype), teacher, x, groups, STEPS)
+    print(f"{dtype}, rank {rank}: {done}", flush=True)
+    return done.code_map
+
+
+def scope(options: argparse.Namespace) -> None:
+    """The table and the picture of function against bytes on SCOPe."""
+    from distil_rank.codes.judging import code_candidate
+    from distil_rank.reporting import judgement as report
+    from distil_rank.tasks.alignment import alignment_scores, has_mmseqs
+    from distil_rank.tasks.judge import judge
+    from distil_rank.tasks.representations import full_vector, variance_student
+
+    last = labelled(options.data, options.fasta, options.folds)
+    early = labelled(options.early, options.fasta, options.folds)
+    assert last.embeddings.ids == early.embeddings.ids
+    x = last.embeddings.x
+    candidates = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
+    candidates.append(variance_student(x, 64))
+    for books in (4, 8, 16, 32):
+        rival = opq_of_full_vector(x, last.groups.fit, books)
+        candidates.append(code_candidate(f"faiss OPQ of the full vector, {books} bytes", rival, x))
+    for proteins, name in ((last, "last layer"), (early, "early layer")):
+        for title, code_map in code_maps(proteins, name):
+            full_title = f"{title}, {code_map.bytes_per_protein} bytes"
+            candidates.append(code_candidate(full_title, code_map, proteins.embeddings.x))
+    scores = None
+    if has_mmseqs() and last.embeddings.sequences is not None:
+        sequences = last.embeddings.sequences
+        scores = lambda: alignment_scores([sequences[row] for row in last.groups.judged])  # noqa: E731
+    done = judge(last.target, last.groups, candidates, last.labels, scores, last.notes)
+    folder = RESULTS / "codes" / "scope"
+    report.save(done, folder)
+    report.show(done)
+
+
+def kinases(options: argparse.Namespace) -> None:
+    """Whitened codes of real ESM-2 650M vectors: half of the families fitted on, five times."""
+    from distil_rank.codes.fitting import fit_metric
+    from distil_rank.codes.judging import code_candidate
+    from distil_rank.codes.sources import open_proteins
+    from distil_rank.tasks.judge import judge
+    from distil_rank.tasks.labels import LabelSource
+    from distil_rank.tasks.representations import full_vector, variance_student
+
+    kept: dict[str, list[tuple[float, float, float]]] = {}
+    sizes: dict[str, float] = {}
+    for seed in range(5):
+        labels = LabelSource(column=options.labels, separator="_", names="group,family", level="family")
+        proteins = open_proteins(options.data, labels, "retrieval", "family", 0.5, seed)
+        x, fit = proteins.embeddings.x, proteins.groups.fit
+        whitened, variance = fit_metric(x, fit, "whitened"), fit_metric(x, fit, "variance")
+        candidates = [full_vector(x), variance_student(x, 64)]
+        for rank in (64, 128):
+            candidates.append(code_candidate(f"whitened, bit, rank {rank}", whitened.code_map(rank, "bit"), x))
+        candidates.append(code_candidate("whitened, int8, rank 64", whitened.code_map(64, "int8"), x))
+        candidates.append(code_candidate("variance, int8, rank 64", variance.code_map(64, "int8"), x))
+        for entry in judge(proteins.target, proteins.groups, candidates, seed=seed).entries:
+            if entry.bytes is not None:
+                score = entry.scores["mAP"].value
+                ratio = entry.kept["mAP"] if entry.kept else None
+                kept.setdefault(entry.name, []).append(
+                    (score, 1.0, 1.0) if ratio is None else (score, ratio.value, ratio.low)
+                )
+                sizes[entry.name] = entry.bytes
+    lines = [
+        "| representation | bytes | mAP | kept (mean of 5 splits) | lowest end of an interval |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in kept.items():
+        score, ratio, low = np.array(values).T
+        lines.append(f"| {name} | {sizes[name]:,.0f} | {score.mean():.3f} | {ratio.mean():.3f} | {low.min():.3f} |")
+    write("codes/kinases.md", lines)
+
+
+def evalues(options: argparse.Namespace) -> None:
+    """Stated against observed false hits for each query among SCOPe's judged domains; false: another fold."""
+    import matplotlib.pyplot as plt
+
+    from distil_rank.codes.evalues import Tail, reversed_decoy
+    from distil_rank.codes.search import embed_like
+
+    proteins = labelled(options.data, options.fasta, options.folds)
+    fit = fitted(proteins, "invariant")
+    judged = proteins.groups.judged
+    x = torch.from_numpy(proteins.embeddings.x[judged])
+    fold = proteins.target.relevance.levels[-1][judged]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(judged))[: options.decoys])
+    sequences = [reversed_decoy(proteins.embeddings.sequences[judged[row]]) for row in chosen]
+    vectors = embed_like(sequences, proteins.embeddings.provenance, COPIES / f"scope-decoys-{options.decoys}")
+    stated = np.logspace(-2, 1, 13)
+    lines = ["| code | bytes | stated | observed |", "|---|---|---|---|"]
+    figure, ax = plt.subplots(figsize=(5, 4.5))
+    for rank, dtype, books in ((64, "bit", None), (128, "bit", None), (64, "int8", None), (160, "pq", 8)):
+        code_map = fit.code_map(rank, dtype, books)
+        targets = F.normalize(code_map.decode(code_map.encode(x)), dim=1)
+        tail = Tail.of((code_map(vectors) @ targets.T).numpy())
+        observed = false_hits(code_map(x), targets, fold, tail, stated)
+        name = f"{dtype}, rank {rank}"
+        ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {code_map.bytes_per_protein} bytes")
+        for place in (0, 4, 8, 12):
+            lines.append(f"| {name} | {code_map.bytes_per_protein} | {stated[place]:.3g} | {observed[place]:.3g} |")
+    ax.plot(stated, stated, "k--", lw=1, label="as stated")
+    ax.set(xscale="log", yscale="log", xlabel="stated false hits for each query", ylabel="observed (another fold)")
+    ax.legend(fontsize=8)
+    figure.tight_layout()
+    (RESULTS / "codes").mkdir(parents=True, exist_ok=True)
+    figure.savefig(RESULTS / "codes" / "evalues.png", dpi=120)
+    write("codes/evalues.md", lines)
+
+
+def false_hits(queries: Tensor, targets: Tensor, fold: np.ndarray, tail, stated: np.ndarray) -> np.ndarray:
+    """Hits of another fold with an E-value up to each stated one, for each query."""
+    counts = np.zeros(len(stated))
+    for start in range(0, len(queries), 500):
+        part = slice(start, start + 500)
+        expected = tail.evalues((queries[part] @ targets.T).numpy().astype(np.float64), len(targets) - 1)
+        expected = np.sort(expected[fold[part, None] != fold[None]])
+        counts += np.searchsorted(expected, stated, "right")
+    return counts / len(queries)
+
+
+def million(options: argparse.Namespace) -> None:
+    """A million codes of 16 bytes beside faiss's flat float32 index of the full vectors, in one process by turns."""
+    import faiss
+
+    from distil_rank.codes.fitting import fit_metric
+    from distil_rank.codes.index import CodeIndex
+    from distil_rank.data.formats import load_matrix
+
+    source = load_matrix(options.data).x
+    dice = np.random.default_rng(0)
+    fit = fit_metric(source, np.ones(len(source), bool), "whitened")
+    rows = dice.integers(len(source), size=(options.rows, 2))
+    share = dice.random((options.rows, 1), dtype=np.float32) * 0.5
+    x = source[rows[:, 0]] * (1 - share) + source[rows[:, 1]] * share  # real rows, resampled: each leans to another
+    queries = source[dice.integers(len(source), size=options.queries)]
+    mean = source.mean(0)
+    flat = faiss.IndexFlatIP(x.shape[1])
+    centred = x - mean
+    faiss.normalize_L2(centred)
+    flat.add(centred)
+    del centred
+    wanted = queries - mean
+    faiss.normalize_L2(wanted)
+    lines = [
+        "| index | bytes a vector | bytes ÷ | s for 1,000 queries | time ÷ | recall@10 of its own exact neighbours |",
+        "|---|---|---|---|---|---|",
+    ]
+    made = {}
+    for dtype, rank, books in (("bit", 128, None), ("pq", 128, 16)):
+        code_map = fit.code_map(rank, dtype, books)
+        codes = np.concatenate([code_map.encode(torch.from_numpy(part)).numpy() for part in np.array_split(x, 64)])
+        started = time.perf_counter()
+        index = CodeIndex.build(codes, code_map, exact=False)
+        made[dtype] = (code_map, CodeIndex.build(codes, code_map, exact=True), index, time.perf_counter() - started)
+    del x
+    seconds: dict[str, list[float]] = {"flat": []} | {f"{d} {k}": [] for d in made for k in ("exact", "lists")}
+    hits = {}
+    for _ in range(options.rounds):
+        started = time.perf_counter()
+        flat.search(wanted, 10)
+        seconds["flat"].append(time.perf_counter() - started)
+        for dtype, (code_map, exact, lists, _) in made.items():
+            for kind, index in (("exact", exact), ("lists", lists)):
+                started = time.perf_counter()
+                hits[dtype, kind] = index.search(code_map(torch.from_numpy(queries)), 10)
+                seconds[f"{dtype} {kind}"].append(time.perf_counter() - started)
+    full, base = 4 * source.shape[1], np.median(seconds["flat"])
+    lines.append(f"| faiss flat float32, full vectors | {full} | 1 | {base:.2f} | 1 | 1 |")
+    for dtype, (code_map, _, lists, build) in made.items():
+        size = code_map.bytes_per_protein
+        for kind in ("exact", "lists"):
+            taken = np.median(seconds[f"{dtype} {kind}"])
+            floor = hits[dtype, "exact"].scores[:, -1:] - 1e-6
+            recall = (hits[dtype, kind].scores >= floor).mean()
+            words = (
+                "every code" if kind == "exact" else f"{lists.visited} of {lists.lists} lists, built in {build:.0f} s"
+            )
+            lines.append(
+                f"| {dtype}, {words} | {size} | {full / size:.0f} | {taken:.3f} | {base / taken:.1f} | {recall:.3f} |"
+            )
+    write("codes/million.md", lines)
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Print a table and keep it in `results/`."""
+    path = RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    """One table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=["scope", "kinases", "evalues", "million"])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--early")
+    parser.add_argument("--fasta")
+    parser.add_argument("--folds")
+    parser.add_argument("--labels", default="labels_full", help="array of the .npz with group_family")
+    parser.add_argument("--decoys", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    {"scope": scope, "kinases": kinases, "evalues": evalues, "million": million}[options.table](options)
+
+
+if __name__ == "__main__":
+    main()
