@@ -14,6 +14,7 @@ import numpy as np
 
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.layer_spec import State
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
@@ -50,6 +51,30 @@ def embed_copies(
     Raises:
         InputError: the backbone is not known or cannot be had, or its weights differ from those of the store.
     """
+    [copies] = embed_copies_by_layer(sequences, chosen, how, [about], folder)
+    return copies
+
+
+def embed_copies_by_layer(
+    sequences: Sequence[str],
+    chosen: np.ndarray,
+    how: Perturbations,
+    layers: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+) -> list[Copies]:
+    """The same at several layers of one backbone, in one pass.
+
+    Args:
+        sequences: of all proteins.
+        chosen: indices of those to perturb.
+        how: rates and seed.
+        layers: what the proteins' own store tells of each of its layers.
+        folder: where stores of copies are kept.
+
+    Raises:
+        InputError: as for one layer.
+    """
+    about = layers[-1]
     if about.get("weights_sha256") is None or about.get("backbone") is None:
         raise InputError(
             "Expected vectors of a known backbone to embed perturbed copies with but these do not tell theirs; give a "
@@ -57,6 +82,9 @@ def embed_copies(
         )
     texts = {f"{row}.{number}": text for row in chosen.tolist() for number, text in enumerate(how.of(sequences[row]))}
     settings = {key: about[key] for key in EMBED_OPTIONS}
+    names = [str(one["layer"]) for one in layers]
+    if len(names) > 1:
+        settings["layer"] = ",".join(names)
     content = json.dumps([about["weights_sha256"], settings, asdict(how), texts])
     path = Path(folder) / f"copies-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     fasta = path.with_suffix(".fasta")
@@ -70,5 +98,7 @@ def embed_copies(
             f"Expected the weights {about['weights_sha256'][:12]}… of the store but {about['backbone']} now has "
             f"{store.manifest['weights_sha256'][:12]}…; embed the proteins again, or restore the weights."
         )
-    owner = np.array([int(name.partition(".")[0]) for name in store.ids])
-    return Copies(store.embeddings(), owner)
+    ids = store.ids
+    owner = np.array([int(ids[protein].partition(".")[0]) for protein in store.protein_of_row()])
+    stores = [store.at(State.parse(name)) for name in names] if len(names) > 1 else [store]
+    return [Copies(one.embeddings(), owner) for one in stores]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from distil_rank.codes.copies import embed_copies
+from distil_rank.codes.copies import Copies, embed_copies_by_layer
 from distil_rank.codes.fitting import Metric, copy_noise, group_noise
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.data.formats import Embeddings, load_matrix
@@ -18,7 +18,7 @@ from distil_rank.data.splits import mmseqs_binary, mmseqs_clusters
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
-from distil_rank.recommendation.parts import FIT, joined, split_parts
+from distil_rank.recommendation.parts import CONFIRM, FIT, VALIDATE, joined, split_parts
 from distil_rank.tasks.groups import make_groups
 from distil_rank.tasks.labelled import check_ids, labelled_source, own_labels, with_clusters
 from distil_rank.tasks.labels import LabelSource, read_labels
@@ -28,6 +28,7 @@ from distil_rank.tasks.task import Kind, Target, make_target
 MOST_CLUSTERED = 20_000  # proteins that are clustered where nobody asked for it
 Noise = Callable[[str | None, np.ndarray], Tensor]  # layer, rows to fit on (N,) bool -> (d, d)
 COPY_TASK = "perturbed copies"
+JUDGED_COPIES = 300  # proteins of each judged side whose copies are searched for
 
 
 @dataclass(frozen=True)
@@ -235,40 +236,42 @@ def _copy_problem(
         clusters, described = [str(number) for number in sides.number], groups
     group = np.unique(clusters, return_inverse=True)[1]
     part = split_parts(group, seed=seed)
-    copied = [
-        np.sort(np.random.default_rng([seed, side]).permutation(np.flatnonzero(part == side))[: how.proteins])
-        for side in range(part.max() + 1)
-    ]
-    chosen = np.sort(np.concatenate(copied))
-    copies = {name: embed_copies(last.sequences, chosen, how, about[name], folder / "copies") for name in layers}
-    owner = copies[next(iter(layers))].owner
-    extended = {name: np.concatenate([x, copies[name].x]) for name, x in layers.items()}
+    deep = list(layers)[(len(layers) - 1) // 2 :]
+    layers, about = {name: layers[name] for name in deep}, {name: about[name] for name in deep}
+    about_layers, folder = list(about.values()), folder / "copies"
+
+    def copied(sides: Sequence[int], how: Perturbations) -> dict[str | None, Copies]:
+        draws = [np.random.default_rng([seed, side]).permutation(np.flatnonzero(part == side)) for side in sides]
+        chosen = np.sort(np.concatenate([draw[: how.proteins] for draw in draws]))
+        sequences = last.sequences or []
+        return dict(zip(layers, embed_copies_by_layer(sequences, chosen, how, about_layers, folder), strict=True))
+
+    fit_copies = copied([FIT], how)
+    judged = copied([VALIDATE, CONFIRM], replace(how, proteins=JUDGED_COPIES, copies=1, seed=how.seed + 1))
+    owner = next(iter(judged.values())).owner
     everybody = np.concatenate([np.arange(count), owner])
-    judged = part[everybody] != FIT
-    # Of each judged protein one copy is searched for; the other copies would find one another.
-    first = np.unique(owner, return_index=True)[1] + count
-    rows = np.sort(np.concatenate([np.arange(count), first]))
-    rows = rows[judged[rows]]
+    rows = np.flatnonzero(part[everybody] != FIT)
     target = Target("retrieval", Relevance(everybody[rows][None], ("protein",)), levels=(tuple(map(str, rows)),))
 
     def noise(layer: str | None, fit: np.ndarray) -> Tensor:
-        mine = fit[copies[layer].owner]
-        return copy_noise(layers[layer], copies[layer].x[mine], copies[layer].owner[mine])
+        mine = fit[fit_copies[layer].owner]
+        return copy_noise(layers[layer], fit_copies[layer].x[mine], fit_copies[layer].owner[mine])
 
-    fit_part = part[everybody]
-    fit_part[count:][fit_part[count:] == FIT] = -1  # copies of fit proteins serve the noise alone
     sequences = [*last.sequences, *[last.sequences[row] for row in owner]]
-    told = "No labels: a protein and its perturbed copy are to find each other among the judged proteins."
+    told = [
+        "No labels: a protein and its perturbed copy are to find each other among the judged proteins. Copies share "
+        "their composition, which early layers see best: layers before the middle are left out."
+    ]
     return Problem(
         source,
-        extended,
+        {name: np.concatenate([x, judged[name].x]) for name, x in layers.items()},
         group[everybody],
-        fit_part,
+        part[everybody],
         (Task(COPY_TASK, target, rows),),
         about,
         sequences,
         noise,
-        f"perturbed copies of {len(copied[FIT]):,} proteins",
+        f"perturbed copies of {len(np.unique(next(iter(fit_copies.values())).owner)):,} proteins",
         described,
-        (*notes, told),
+        (*notes, *told),
     )

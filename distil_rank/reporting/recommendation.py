@@ -97,8 +97,18 @@ def notes(result: Recommendation) -> list[str]:
         "and to confirm on.",
         f"Noise of the invariant metric: {result.noise}.",
         f"{len(result.outcomes):,} pipelines compared in {result.seconds:.0f} s.",
+        *_warnings(result),
         *(f"{rival.name} on the confirmation groups: {rival.kept:.3f} of the full vector." for rival in result.rivals),
         *result.notes,
+    ]
+
+
+def _warnings(result: Recommendation) -> list[str]:
+    """Rivals that do no worse than the full vector."""
+    return [
+        f"WARNING: {rival.name} needs no embedding and does no worse than the full vector on {result.tasks[0]}."
+        for rival in result.rivals
+        if rival.kept >= 1
     ]
 
 
