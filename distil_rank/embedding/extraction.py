@@ -30,7 +30,7 @@ from distil_rank.embedding.precision import (
     store_calibration,
 )
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
-from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins
+from distil_rank.embedding.sequences import CleaningReport, Protein, iter_records
 from distil_rank.embedding.shortened import POOLED_ALIKE
 from distil_rank.embedding.store import CODES, EMBEDDINGS, layers_of
 from distil_rank.embedding.store_writer import Shard, StoreWriter
@@ -177,7 +177,7 @@ class Extraction:
 
     def _proteins(self, report: CleaningReport) -> Iterator[Protein]:
         limit = self.request.max_length
-        for protein in iter_proteins(self.request.fasta, report):
+        for protein in iter_records(self.request.fasta, report):
             if self.request.long == "error" and len(protein.sequence) > limit:
                 raise InputError(
                     f"Expected at most {limit} residues in {report.source} but {protein.id} has "

@@ -18,13 +18,12 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from distil_rank.embedding.compact_map import CompactMap
 from distil_rank.errors import InputError
 
 ID_COLUMNS = ("id", "accession", "entry", "name", "protein_id", "uniprot", "protein", "header")
@@ -78,6 +77,13 @@ class CleaningReport:
     source: str
     counts: Counter[str] = field(default_factory=Counter)
 
+    def count_names(self, repeated: int, renamed: int) -> None:
+        """Counts records that `iter_records` kept: those that repeat another, and those whose name had to change."""
+        for kind, number in (("repeated", repeated), ("renamed", renamed)):
+            if number:
+                self.counts[kind] += int(number)
+        self.counts["kept"] -= int(repeated)
+
     def __str__(self) -> str:
         changes = [
             f"{self.counts[key]:,} {description}" for key, description in _DESCRIPTIONS.items() if self.counts[key]
@@ -112,7 +118,23 @@ records left out')
 
 
 def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
-    """Yields cleaned proteins in the order of the file and counts the changes in `report`.
+    """Yields cleaned proteins with unique names in the order of the file and counts the changes in `report`.
+
+    Memory grows with the number of names; `iter_records` leaves them to be made unique later.
+
+    Raises:
+        InputError: see `iter_records`.
+    """
+    names = UniqueNames()
+    for record in iter_records(path, report):
+        name = names.resolve(record.id, hashlib.blake2b(record.sequence.encode(), digest_size=16).digest())
+        report.count_names(repeated=name is None, renamed=name not in (None, record.id))
+        if name is not None:
+            yield Protein(name, record.sequence)
+
+
+def iter_records(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
+    """Yields cleaned proteins, whose names may repeat, in the order of the file and counts the changes in `report`.
 
     Args:
         path: FASTA, or a `.csv`/`.tsv` with a sequence column; plain or compressed; `-` is standard input (FASTA).
@@ -122,8 +144,6 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
         InputError: the file is missing, binary, damaged or not FASTA, a record holds a character that is not an amino
             acid, or no protein is left.
     """
-    digest_of = CompactMap()  # name → digest of its sequence
-    renamed: Counter[str] = Counter()  # how often each repeated name was renumbered
     with open_lines(path) as lines:
         dialect = DIALECTS.get(Path(uncompressed_name(path)).suffix.lower())
         records = _table_records(lines, dialect, path) if dialect else _fasta_records(lines, report, path)
@@ -135,15 +155,6 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
             if not sequence:
                 report.counts["empty"] += 1
                 continue
-            digest = int.from_bytes(hashlib.blake2b(sequence.encode(), digest_size=7).digest())
-            previous = digest_of.get(name)
-            if previous == digest:
-                report.counts["repeated"] += 1
-                continue
-            if previous is not None:
-                report.counts["renamed"] += 1
-                name = _unused_name(name, digest_of, renamed)
-            digest_of.setdefault(name, digest)
             report.counts["kept"] += 1
             yield Protein(name, sequence)
     if not report.counts["kept"]:
@@ -153,6 +164,35 @@ def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]
         )
 
 
+class UniqueNames:
+    """Makes names unique in the order of the file: repeated records are dropped, other repeated names get a number.
+
+    >>> names = UniqueNames()
+    >>> [names.resolve(name, sequence) for name, sequence in [("a", "MK"), ("a", "MV"), ("a", "MK"), ("a_2", "MM")]]
+    ['a', 'a_2', None, 'a_2_2']
+    """
+
+    def __init__(self) -> None:
+        self._sequence_of: dict[str, Hashable] = {}
+        self._last_number: Counter[str] = Counter()  # given to a repeated name
+
+    def resolve(self, name: str, sequence: Hashable) -> str | None:
+        """A unique name for the next record; None where it repeats a record.
+
+        Args:
+            name: As in the file.
+            sequence: The record's sequence, or its digest.
+        """
+        if self._sequence_of.get(name) == sequence:
+            return None
+        unique = name
+        while unique in self._sequence_of:
+            self._last_number[name] += 1
+            unique = f"{name}_{self._last_number[name] + 1}"
+        self._sequence_of[unique] = sequence
+        return unique
+
+
 def uncompressed_name(path: str | Path) -> str:
     """A file's name without the suffix of a compressed file.
 
@@ -160,15 +200,6 @@ def uncompressed_name(path: str | Path) -> str:
     'mine.fasta'
     """
     return Path(path).name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
-
-
-def _unused_name(name: str, digest_of: CompactMap, renamed: Counter[str]) -> str:
-    """The name with the next unused number; `renamed` holds the last one tried."""
-    while True:
-        renamed[name] += 1
-        numbered = f"{name}_{renamed[name] + 1}"
-        if digest_of.get(numbered) is None:
-            return numbered
 
 
 def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:

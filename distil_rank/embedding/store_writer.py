@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distil_rank.embedding.locking import exclusive_lock
-from distil_rank.embedding.planning import new_shards, write_new_proteins
+from distil_rank.embedding.planning import TEMPORARY, new_shards, write_new_proteins
 from distil_rank.embedding.provenance import FORMERLY_IN_MANIFEST, read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store import (
@@ -113,7 +113,7 @@ class StoreWriter:
         """Adds the proteins that the store lacks and cuts their sequences into shards.
 
         Args:
-            proteins: Names and cleaned sequences.
+            proteins: Names, which may repeat, and cleaned sequences.
             settings: What the vectors depend on; must equal the store's. Needs `pooling`, `dim`, and `long`, what
                 happens to proteins above `max_length` residues.
             description: Further entries of a new store's manifest, such as the backbone's name.
@@ -129,7 +129,7 @@ class StoreWriter:
         self._move_provenance(manifest)
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
-        added = write_new_proteins(self.path, name, proteins, manifest)
+        added = write_new_proteins(self.path, name, proteins, manifest, report)
         if added:
             manifest["shards"] += new_shards(self.path, name, manifest)
             entry = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
@@ -314,6 +314,8 @@ class StoreWriter:
                 shutil.rmtree(self.path / "parts" / file.stem, ignore_errors=True)
         for temporary in [*self.path.glob(".*.arrow*"), *self.path.glob(".*.json.*")]:
             temporary.unlink(missing_ok=True)
+        for folder in self.path.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
         """Records complete shards in the manifest; deletes the folder of parts when no shard is pending.

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distil_rank.embedding.compact_map import CompactMap
-from distil_rank.embedding.sequences import CleaningReport, Protein, iter_proteins, read_proteins
+from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames, iter_proteins, read_proteins
 from distil_rank.errors import InputError
 
 
@@ -126,11 +125,18 @@ def test_cells_that_say_missing_are_no_proteins(tmp_path):
     assert report.counts["empty"] == len(missing)
 
 
-def test_many_proteins_of_one_name_do_not_look_for_a_number_from_two_on(tmp_path, monkeypatch):
-    lookups, get = [], CompactMap.get
-    monkeypatch.setattr(CompactMap, "get", lambda self, name: lookups.append(name) or get(self, name))
-    proteins, _ = read(tmp_path, "".join(f">chain {i}\nMK{'A' * i}\n" for i in range(500)))
-    assert [name for name, _ in proteins] == ["chain", *(f"chain_{number}" for number in range(2, 501))]
+def test_many_proteins_of_one_name_are_numbered_without_trying_every_number():
+    lookups = []
+
+    class Counting(dict):
+        def __contains__(self, name):
+            lookups.append(name)
+            return super().__contains__(name)
+
+    names = UniqueNames()
+    names._sequence_of = Counting()
+    unique = [names.resolve("chain", f"MK{'A' * i}") for i in range(500)]
+    assert unique == ["chain", *(f"chain_{number}" for number in range(2, 501))]
     assert len(lookups) <= 2 * 500
 
 
