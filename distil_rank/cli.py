@@ -234,7 +234,8 @@ def _shorten(argv: Sequence[str]) -> int:
     parsed = _parse(parser, argv)
     options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
     done = asdict(shorten(**options, config=parser.dump(parsed)))
-    report.show_facts("Shortened backbone", {**done, **done.pop("scores")})
+    scores, training = done.pop("scores"), done.pop("training")
+    report.show_facts("Shortened backbone", {**done, **scores, "trained": training and training["kept"]})
     return 0
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import check_place, save
@@ -19,6 +20,8 @@ from distil_rank.embedding.store import Store, read_manifest
 from distil_rank.errors import InputError
 from distil_rank.exits.exit_map import ExitMap, PooledStates, features_of, fit_exit
 from distil_rank.exits.measure import ExitScores, measure_exit
+from distil_rank.exits.tuning import TrainingOptions, Tuned, tune_exit
+from distil_rank.training.exit_training import ExitTraining
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class Shortened:
         rank: Of the map.
         scores: On test rows.
         cost: Share of the whole backbone's time, measured when the store was made; None where it was not.
+        training: How training the last kept layer went; None where it was not tried.
     """
 
     folder: Path
@@ -48,6 +52,7 @@ class Shortened:
     rank: int
     scores: ExitScores
     cost: float | None
+    training: ExitTraining | None = None
 
 
 def layers_needed(layer: int, depth: int) -> str:
@@ -91,6 +96,9 @@ def shorten(
     target: Callable[[Tensor], Tensor] | None = None,
     described: str = "the last layer",
     with_weights: bool = False,
+    training: TrainingOptions | None = None,
+    tail: nn.Module | None = None,
+    logger: Logger | None = None,
 ) -> tuple[Shortened, ExitMap]:
     """Fit and save the map behind a layer.
 
@@ -103,6 +111,9 @@ def shorten(
         target: From the last layer's vectors to what the map is to estimate.
         described: That, in words.
         with_weights: Copy the kept layers' weights.
+        training: Train the last kept layer too, which is kept where it clearly wins; None for the closed form alone.
+        tail: What stands behind the target, to be matched at its end by training.
+        logger: Of the training.
 
     Raises:
         InputError: no such layer in the store, or another model's store.
@@ -121,11 +132,15 @@ def shorten(
     rows = PooledStates(store, features, target)
     origin = {"backbone_sha256": model.sha256, "layer": layer, "target": described}
     found = fit_exit(rows, features, data.split_rows, origin)
-    scores = measure_exit(found, rows, data.split_rows.test, rank)
+    tuned = None
+    if training is not None:
+        tuned = tune_exit(model, store, found, rows, data.split_rows, training, tail, logger)
+        found = tuned.found
+    scores = _scores(found, rows, data, rank, tuned)
     student = found.layer if rank is None else found.layer.truncate(rank)
     metrics = {**asdict(scores), "ridge_curve": [list(point) for point in found.choice.curve]}
     save(student, output, metrics=metrics, data=asdict(data.description()))
-    _write(output, store, model, features, described, with_weights)
+    _write(output, store, model, features, described, with_weights, tuned.weights if tuned else {})
     done = Shortened(
         output,
         layer,
@@ -136,12 +151,28 @@ def shorten(
         student.rank,
         scores,
         measured_cost(store, layer),
+        tuned.training if tuned else None,
     )
     return done, found
 
 
+def _scores(
+    found: ExitMap, rows: PooledStates, data: EmbeddingDataModule, rank: int | None, tuned: Tuned | None
+) -> ExitScores:
+    """On test rows; of a trained layer from its own states."""
+    if tuned is None or not tuned.weights:
+        return measure_exit(found, rows, data.split_rows.test, rank)
+    return measure_exit(found, lambda _: (tuned.features, tuned.target), tuned.rows, rank)
+
+
 def _write(
-    output: Path, store: Store, model: Backbone, features: tuple[State, ...], described: str, with_weights: bool
+    output: Path,
+    store: Store,
+    model: Backbone,
+    features: tuple[State, ...],
+    described: str,
+    with_weights: bool,
+    tuned: dict[str, Tensor],
 ) -> None:
     kept = features[-1].layer
     state = model.model.state_dict()
@@ -157,7 +188,7 @@ def _write(
         {"heads": model.model.attention_heads, "token_dropout": bool(model.model.token_dropout)},
     )
     weights = {key: value for key, value in state.items() if key.startswith(prefixes)} if with_weights else None
-    write_shortened(output, manifest, weights)
+    write_shortened(output, manifest, weights, tuned or None)
 
 
 def measured_cost(store: Store, layer: int) -> float | None:

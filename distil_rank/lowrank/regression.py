@@ -27,7 +27,7 @@ from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import Factors
 
-RIDGES = tuple(10.0**power for power in range(-6, 2))  # λ that are tried, as shares of each feature's variance
+RIDGES = tuple(10.0 ** (power / 2) for power in range(-12, 3))  # λ that are tried, as shares of each feature's variance
 MOMENTS_BYTES = (
     2**31
 )  # of the joint second moment above which fewer features have to do; solving takes about five times it

@@ -1,0 +1,241 @@
+"""Train the last layer that a shortened backbone keeps, and the map behind it, from the closed form on.
+
+What comes before that layer is frozen, so its hidden states are computed once. Training competes with its own start on
+validation rows, and the best is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from distil_rank.training.losses import Outputs, layer_loss, tail_loss
+
+
+class CachedBatch(NamedTuple):
+    """Sequences of similar length, padded to the longest.
+
+    Attributes:
+        hidden: before the layer that is trained, `(B, T, C)` float32 or narrower.
+        weights: of each token in the pooled vector, `(B, T)`; 0 for what is not pooled.
+        padding: true where there is no token, `(B, T)`.
+        earlier: pooled states of the layers before, `(B, n)`.
+        target: `(B, m)`.
+        rows: number of each sequence, `(B,)`.
+    """
+
+    hidden: Tensor
+    weights: Tensor
+    padding: Tensor
+    earlier: Tensor
+    target: Tensor
+    rows: Tensor
+
+
+class ResidualNetwork(nn.Module):
+    """`h + W₂ gelu(W₁ norm(h))` on each residue; the identity at first."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(…, C)` → `(…, C)`."""
+        output: Tensor = hidden + self.outer(F.gelu(self.inner(self.norm(hidden))))
+        return output
+
+
+class ExitModule(LightningModule):
+    """The last kept layer, pooling, and the map to the target.
+
+    Args:
+        layer: fair-esm's transformer layer.
+        norm: The model's final norm, frozen.
+        weight: Of the map, `(m, n)`; its features are `earlier`, the layer's pooled states and, where `normed`, these
+            after the norm.
+        bias: Of the map, `(m,)`.
+        normed: Whether the features hold the normed states.
+        scale: Spread of each feature, `(n,)`: the map is trained in standardised features.
+        variance: Mean squared deviation of an element of the target from its mean.
+        tail: What stands behind the target, frozen; then its outputs are compared.
+        outputs: Of the tail.
+        residual: Hidden width of a residual network before the pooling, in place of training the layer; 0 for none.
+        alpha: Weight of the cosine term.
+        lr: Learning rate.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        norm: nn.LayerNorm,
+        weight: Tensor,
+        bias: Tensor,
+        normed: bool,
+        scale: Tensor,
+        variance: float,
+        tail: nn.Module | None = None,
+        outputs: Outputs = "classification",
+        residual: int = 0,
+        alpha: float = 0.1,
+        lr: float = 3e-4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters("normed", "variance", "outputs", "residual", "alpha", "lr", logger=False)
+        self.layer = copy.deepcopy(layer).requires_grad_(residual == 0)
+        self.norm = copy.deepcopy(norm).requires_grad_(False)
+        self.scale = nn.Buffer(scale.clone())
+        self.weight = nn.Parameter(weight * scale)
+        self.bias = nn.Parameter(bias.clone())
+        self.network = ResidualNetwork(norm.normalized_shape[0], residual) if residual else None
+        self.tail = None if tail is None else tail.requires_grad_(False).eval()
+
+    def forward(self, batch: CachedBatch) -> Tensor:
+        """Estimated targets, `(B, m)`."""
+        return F.linear(self.features(batch) / self.scale, self.weight, self.bias)
+
+    def features(self, batch: CachedBatch) -> Tensor:
+        """What the map takes, `(B, n)`."""
+        hidden = batch.hidden.float().transpose(0, 1)  # (T, B, C), as fair-esm has it
+        hidden = self.layer(hidden, self_attn_padding_mask=batch.padding)[0].transpose(0, 1)
+        if self.network is not None:
+            hidden = self.network(hidden)
+        states = [hidden, self.norm(hidden)] if self.hparams["normed"] else [hidden]
+        return torch.cat([batch.earlier, *((state * batch.weights[..., None]).sum(1) for state in states)], dim=1)
+
+    def losses(self, batch: CachedBatch) -> Tensor:
+        """Of each sequence, `(B,)`."""
+        output = self(batch)
+        if self.tail is not None:
+            return tail_loss(self.tail(output), self.tail(batch.target), self.hparams["outputs"])
+        return layer_loss(output, batch.target, self.hparams["alpha"], self.hparams["variance"])["loss"]
+
+    def training_step(self, batch: CachedBatch, batch_index: int) -> Tensor:
+        """Mean loss of one batch."""
+        loss = self.losses(batch).mean()
+        self.log("train/loss", loss, batch_size=len(batch.target))
+        return loss
+
+    def validation_step(self, batch: CachedBatch, batch_index: int) -> None:
+        """The same on rows that are not trained on."""
+        self.log("val/loss", self.losses(batch).mean(), batch_size=len(batch.target))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a cosine decay over the whole run."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.hparams["lr"], weight_decay=0.01)
+        steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.hparams["lr"], total_steps=steps + 1, pct_start=0.1
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def map(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the map in plain features."""
+        return self.weight.detach() / self.scale, self.bias.detach()
+
+
+class _KeepBest(Callback):
+    """Remembers the state with the least validation loss, the start included, and every loss."""
+
+    def __init__(self) -> None:
+        self.curve: list[tuple[int, float]] = []
+        self.best: dict[str, Tensor] | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare."""
+        value = float(trainer.callback_metrics["val/loss"])
+        if math.isfinite(value) and value < min((loss for _, loss in self.curve), default=math.inf):
+            self.best = copy.deepcopy(pl_module.state_dict())
+        self.curve.append((trainer.global_step, value))
+
+
+@dataclass(frozen=True)
+class ExitTraining:
+    """How training went.
+
+    Attributes:
+        curve: Step and validation loss, the closed form first.
+        kept: Whether the result beats the closed form by more than `MARGIN`; otherwise the module is at its start.
+        seconds: It took.
+    """
+
+    curve: tuple[tuple[int, float], ...]
+    kept: bool
+    seconds: float
+
+
+MARGIN = 0.02  # share of the closed form's validation loss that training has to take off to be kept
+
+
+def train_exit(
+    module: ExitModule,
+    train: Sequence[CachedBatch],
+    val: Sequence[CachedBatch],
+    epochs: int,
+    minutes: float = 10.0,
+    logger: Logger | None = None,
+    seed: int = 0,
+) -> ExitTraining:
+    """Train in place; ends at the best state on validation rows, which may be the start.
+
+    Args:
+        module: At the closed form.
+        train: Batches to train on, in any order.
+        val: Batches that choose.
+        epochs: Passes over `train`.
+        minutes: After which it stops, wherever it is.
+        logger: For the losses.
+        seed: Of the order of batches.
+    """
+    best, start = _KeepBest(), copy.deepcopy(module.state_dict())
+    trainer = Trainer(
+        accelerator="cpu" if not torch.cuda.is_available() else "auto",
+        devices=1,
+        max_epochs=epochs,
+        max_time=timedelta(minutes=minutes),
+        logger=logger or False,
+        callbacks=[best],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        inference_mode=False,  # fair-esm keeps the rotations that it computed, which training then needs
+        log_every_n_steps=10,
+    )
+    checks = _loader(val)
+    trainer.validate(module, checks, verbose=False)
+    clock = time.perf_counter()
+    trainer.fit(module, _loader(train, seed), checks)
+    seconds = time.perf_counter() - clock
+    first, least = best.curve[0][1], min(loss for _, loss in best.curve)
+    kept = least < (1 - MARGIN) * first
+    module.load_state_dict(best.best if kept and best.best is not None else start)
+    return ExitTraining(tuple(best.curve), kept, seconds)
+
+
+def _loader(batches: Sequence[CachedBatch], seed: int | None = None) -> DataLoader[CachedBatch]:
+    """The batches in order, or shuffled."""
+    shuffle = seed is not None
+    generator = torch.Generator().manual_seed(seed or 0)
+    dataset: Any = batches
+    return DataLoader(dataset, batch_size=None, shuffle=shuffle, generator=generator, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

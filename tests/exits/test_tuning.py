@@ -1,0 +1,135 @@
+"""Training the last kept layer, on a model small enough to see it win and to see it refused."""
+
+import argparse
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from esm.model.esm2 import ESM2
+
+from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.embed import embed
+from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.store import Store
+from distil_rank.errors import InputError
+from distil_rank.exits import cached_states
+from distil_rank.exits import shorten as shortening
+from distil_rank.exits.cached_states import cache_states
+from distil_rank.exits.exit_map import PooledStates, features_of, fit_exit
+from distil_rank.exits.shorten import shorten
+from distil_rank.exits.tuning import TrainingOptions, tune_exit
+from distil_rank.training.exit_training import ExitModule
+
+ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """ESM-2 of 3 layers, 32 wide."""
+    path = tmp_path_factory.mktemp("model") / "esm2_three.pt"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        esm = ESM2(3, 32, 4)
+        for parameter in esm.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    state = {f"encoder.sentence_encoder.{key}": value for key, value in esm.state_dict().items()}
+    config = argparse.Namespace(encoder_attention_heads=4, token_dropout=True)
+    torch.save({"cfg": {"model": config}, "model": state}, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["mean", "bos"])
+def data(model, request, tmp_path_factory) -> EmbeddingDataModule:
+    folder = tmp_path_factory.mktemp("data")
+    dice = random.Random(0)
+    records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(3, 12)))}\n" for i in range(400)]
+    (folder / "in.fasta").write_text("".join(records))
+    options = {"layer": "1,2,2n,3", "precision": "fp32", "accelerator": "cpu"}
+    embed(folder / "in.fasta", folder / "store", str(model), request.param, **options)
+    module = EmbeddingDataModule(str(folder / "store"), split="exact")
+    module.setup()
+    return module
+
+
+def closed_form(data):
+    store = Store.open(data.source)
+    rows = PooledStates(store, features_of(2, store.layers))
+    return store, rows, fit_exit(rows, rows.features, data.split_rows)
+
+
+def test_training_starts_at_the_closed_form(model, data):
+    store, rows, found = closed_form(data)
+    x, y = rows(np.arange(50))
+    batches = cache_states(
+        load_backbone(str(model)), 2, store.sequences[:50], x[:, :32], y, store.manifest["pooling"], batch_size=7
+    )
+    dense, esm = found.layer.to_linear(), load_backbone(str(model)).model
+    module = ExitModule(
+        esm.layers[1], esm.emb_layer_norm_after, dense.weight.detach(), dense.bias.detach(), True, x.std(0), 1.0
+    ).eval()
+    order = sorted(range(50), key=lambda index: len(store.sequences[index]))
+    with torch.no_grad():
+        estimate = torch.cat([module(batch) for batch in batches])
+        torch.testing.assert_close(estimate, found.layer(x[order]), atol=0.02, rtol=0)  # states are cached in float16
+    assert torch.equal(torch.cat([batch.target for batch in batches]), y[order])
+
+
+def halved(found):
+    """A start far from the best, which training is sure to leave: on random weights it overfits the best one."""
+    layer = found.layer.truncate(found.layer.rank)
+    with torch.no_grad():
+        layer.B *= 0.5
+    return replace(found, layer=layer)
+
+
+def test_what_was_trained_is_what_the_folder_runs(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shortening, "fit_exit", lambda *arguments: halved(fit_exit(*arguments)))
+    options = TrainingOptions(minutes=1, epochs=3, lr=1e-3)
+    done, found = shorten(str(model), 2, data, tmp_path / "s", training=options)
+    assert done.training is not None and done.training.kept
+    assert (tmp_path / "s" / "tuned.safetensors").exists()
+    store, rows, _ = closed_form(data)
+    backbone = load_backbone(str(tmp_path / "s"))
+    chosen = data.split_rows.test
+    sequences = [store.sequences[row] for row in chosen]
+    ours = Embedder(backbone, store.manifest["pooling"]).embed(sequences).vectors
+    _, y = rows(chosen)
+    r2 = 1 - float((ours - y).square().sum() / (y - found.target_mean.float()).square().sum())
+    assert r2 == pytest.approx(done.scores.r2, abs=0.01)
+
+
+def test_no_gain_is_not_kept(model, data, tmp_path):
+    done, _ = shorten(str(model), 2, data, tmp_path / "s", training=TrainingOptions(minutes=1, epochs=1, lr=1e-9))
+    assert done.training is not None and not done.training.kept
+    assert not (tmp_path / "s" / "tuned.safetensors").exists()
+    plain, _ = shorten(str(model), 2, data, tmp_path / "t")
+    assert done.scores == plain.scores
+    assert load_backbone(str(tmp_path / "s")).sha256 == load_backbone(str(tmp_path / "t")).sha256
+
+
+def test_a_tail_is_matched_at_its_end(model, data):
+    store, rows, found = closed_form(data)
+    torch.manual_seed(0)
+    tail = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(32, 2))
+    options, start = TrainingOptions(minutes=1, epochs=3, lr=1e-3), halved(found)
+    tuned = tune_exit(load_backbone(str(model)), store, start, rows, data.split_rows, options, tail)
+    assert tuned.training.kept
+    with torch.no_grad():
+        x, y = rows(data.split_rows.test)
+        before = (tail(start.layer(x)) - tail(y)).square().mean()
+        after = (tail(tuned.found.layer(tuned.features)) - tail(tuned.target)).square().mean()
+        assert after < before
+
+
+def test_what_cannot_be_trained(model, data, monkeypatch):
+    store, rows, _ = closed_form(data)
+    x, y = rows(np.arange(5))
+    with pytest.raises(InputError, match="from 2 on"):
+        cache_states(load_backbone(str(model)), 1, store.sequences[:5], x, y, "mean")
+    monkeypatch.setattr(cached_states, "CACHE_BYTES", 100)
+    with pytest.raises(InputError, match="on fewer"):
+        cache_states(load_backbone(str(model)), 2, store.sequences[:5], x, y, "mean")

@@ -1,0 +1,70 @@
+"""The `shorten` command: the folder, MLflow, and what it refuses, each in one line."""
+
+import logging
+import random
+import shutil
+
+import mlflow
+import pytest
+import torch
+
+from distil_rank.cli import main
+from distil_rank.deployment.artefact import save
+from distil_rank.embedding.store import Store
+from distil_rank.lowrank.low_rank import LowRankLinear
+
+ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+
+
+@pytest.fixture
+def workplace(tmp_path, empty_database, monkeypatch):
+    """An empty project with a run database and a few proteins."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_database, tmp_path / "mlruns")
+    dice = random.Random(0)
+    records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(20, 40)))}\n" for i in range(300)]
+    (tmp_path / "in.fasta").write_text("".join(records))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    logging.getLogger().handlers.clear()
+
+
+def test_from_sequences_to_embeddings_by_fewer_layers(workplace, tiny_esm2, capsys):
+    model, exact = ["--backbone", str(tiny_esm2.fair_esm)], ["--split", "exact"]
+    assert main(["shorten", *model, "--layer", "1", "--fasta", "in.fasta", "--data", "states", *exact]) == 0
+    assert "r2" in capsys.readouterr().out
+    assert Store.open("states").manifest["layers"] == [1, "1n", 2]
+    assert main(["embed", "--backbone", "shortened", "--fasta", "in.fasta", "--store", "short"]) == 0
+    found = Store.open("short")
+    assert found.manifest["backbone"] == "shortened" and len(found) == 300
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlruns' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("shorten").experiment_id])
+    assert run.info.status == "FINISHED" and "test/r2" in run.data.metrics
+    assert {"backbone.json", "manifest.json"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+    save(LowRankLinear(32, 32, rank=4, input_mean=False), workplace / "student")
+    codes = ["--target", "codes", "--codes", "student", "--output", "coded"]
+    assert main(["shorten", *model, "--layer", "1", "--data", "states", *codes, *exact]) == 0
+    torch.save({"dense.weight": torch.randn(2, 32), "dense.bias": torch.zeros(2)}, workplace / "head.pt")
+    refusals = {
+        "from 1 to 1": ["--layer", "2", "--fasta", "in.fasta"],
+        "from 1 to 1, before": ["--layer", "0", "--fasta", "in.fasta"],
+        "layer 2 and of a later one": ["--layer", "2", "--data", "states"],
+        "together with --target codes": ["--layer", "1", "--data", "states", "--target", "codes"],
+        "--train_minutes above 0": [
+            *("--layer", "1", "--data", "states", "--target", "head", "--head", "head.pt:dense"),
+        ],
+        "from 2 on to train": ["--layer", "1", "--data", "states", "--train_minutes", "1", "--output", "o"],
+        "holds layer 1 only": ["--layer", "1", "--data", "short"],
+    }
+    capsys.readouterr()
+    for message, options in refusals.items():
+        assert main(["shorten", *model, *options, *exact]) == 2, message
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distil-rank:")]
+        assert message in line
+    assert main(["shorten", "--backbone", "shortened", "--layer", "1", "--data", "states", *exact]) == 2
+    for layer in ("0", "1,1", "3"):
+        assert main(["embed", *model, "--fasta", "in.fasta", "--store", "new", "--layer", layer]) == 2
+    assert main(["embed", *model, "--fasta", "in.fasta", "--store", "states", "--layer", "1,2"]) == 2
+    assert main(["judge", "--data", "states:9", "--labels.source", "in.fasta"]) == 2
