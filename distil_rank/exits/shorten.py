@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
@@ -21,7 +20,7 @@ from distil_rank.errors import InputError
 from distil_rank.exits.exit_map import ExitMap, PooledStates, features_of, fit_exit
 from distil_rank.exits.measure import ExitScores, measure_exit
 from distil_rank.exits.tuning import TrainingOptions, Tuned, tune_exit
-from distil_rank.training.exit_training import ExitTraining
+from distil_rank.training.exit_training import ExitTraining, RunLog
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ def shorten(
     with_weights: bool = False,
     training: TrainingOptions | None = None,
     tail: nn.Module | None = None,
-    logger: Logger | None = None,
+    logger: RunLog | None = None,
 ) -> tuple[Shortened, ExitMap]:
     """Fit and save the map behind a layer.
 

@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from distil_rank.data.splits import Split
@@ -20,7 +19,7 @@ from distil_rank.exits.cached_states import CACHE_BYTES, cache_states
 from distil_rank.exits.exit_map import ExitMap, PooledStates, fit_exit
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
-from distil_rank.training.exit_training import CachedBatch, ExitModule, ExitTraining, train_exit
+from distil_rank.training.exit_training import CachedBatch, ExitModule, ExitTraining, RunLog, train_exit
 from distil_rank.training.losses import Outputs
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ def tune_exit(
     split: Split,
     options: TrainingOptions = TrainingOptions(),
     tail: nn.Module | None = None,
-    logger: Logger | None = None,
+    logger: RunLog | None = None,
 ) -> Tuned:
     """Train the last kept layer and the map, and keep them where they clearly win on validation.
 

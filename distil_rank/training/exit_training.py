@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader
 
 from distil_rank.training.losses import Outputs, layer_loss, tail_loss
 
+RunLog = Logger  # where a trainer logs to, for those who do not know Lightning
+
 
 class CachedBatch(NamedTuple):
     """Sequences of similar length, padded to the longest.
