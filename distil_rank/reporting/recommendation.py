@@ -119,9 +119,9 @@ def title(result: Recommendation) -> str:
 
 def markdown(result: Recommendation) -> str:
     """Lines, table and notes."""
-    words = "\n".join(f"{number}. {line}" for number, line in enumerate(lines(result), 1))
+    words = report.markdown_table(["what to use, what it costs, what it keeps"], [[line] for line in lines(result)])
     told = "".join(f"- {line}\n" for line in notes(result))
-    return f"{words}\n\n### {title(result)}\n\n{report.markdown_table(*table(result))}\n{told}\n{METHOD}\n"
+    return f"{words}\n### {title(result)}\n\n{report.markdown_table(*table(result))}\n{told}\n{METHOD}\n"
 
 
 def show(result: Recommendation) -> None:
@@ -142,7 +142,8 @@ def configuration(result: Recommendation, code_map: Path, about: Mapping[str, An
     options = {key: about[key] for key in ("backbone", "pooling", "precision") if about.get(key) is not None}
     if result.chosen.pipeline.layer is not None:
         options["layer"] = result.chosen.pipeline.layer
-    words = "".join(f"# {line}\n" for line in [*lines(result), f"Code map: {code_map}"])
+    options["code"] = str(code_map)
+    words = "".join(f"# {line}\n" for line in lines(result))
     return words + "".join(f"{key}: {json.dumps(value)}\n" for key, value in options.items())  # JSON is YAML
 
 
