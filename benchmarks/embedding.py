@@ -161,14 +161,11 @@ def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable
 
     backbone = load_backbone(str(weights))
     if precision == "int8":
-        from distil_rank.embedding.embedder import WIDE
-        from distil_rank.embedding.extraction import MAX_INT8_TOKENS, MAX_TOKENS
         from distil_rank.embedding.precision import calibrate
 
         _, encoder, figures = calibrate(backbone, sequences, backbone.num_layers)
         print(figures, file=sys.stderr)
-        tokens = MAX_INT8_TOKENS if backbone.dim >= WIDE else MAX_TOKENS["cpu"]
-        embedder = Embedder(backbone, max_tokens=tokens, encoder=encoder)
+        embedder = Embedder(backbone, encoder=encoder)
     else:
         embedder = Embedder(backbone, precision=precision)
 

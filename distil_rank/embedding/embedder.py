@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distil_rank.embedding.backbones import Backbone
-from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
 from distil_rank.embedding.layer_spec import State
 
 logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WIDE = 1024  # dimensions from which a single operation uses all cores of a CPU well
 # glibc's M_MMAP_THRESHOLD (at most 32), M_TRIM_THRESHOLD and M_TOP_PAD, in MiB
 MALLOC_OPTIONS = {-3: 32, -1: 1024, -2: 64}
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
@@ -156,8 +155,8 @@ class Embedder:
     @property
     def parallel_batches(self) -> int:
         """Batches that `stream` computes at once."""
-        splits = self.width < WIDE or self.encoder.dtype == torch.int8  # whose blocks of rows are short operations
-        return torch.get_num_threads() if splits and self.encoder.device.type == "cpu" else 1
+        narrow = self.encoder.device.type == "cpu" and self.width < WIDE
+        return torch.get_num_threads() if narrow else 1
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
         """Embeds batch after batch and yields them in order, each with its vectors.

@@ -29,6 +29,7 @@ from distil_rank.embedding.layer_costs import LayerClock
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
 EXACT = 2  # first layers, whose queries and keys are not rounded: later layers amplify their errors most
 ROWS = 64  # a bfloat16 pass is padded to a multiple: oneDNN compiles its product once per number of rows
+WIDE = 1024  # dimensions from which one operation, or one pass, keeps all cores of a CPU busy
 KEYS = 16  # vector width of a CPU's softmax; it processes remaining keys one by one, which is slow
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
@@ -205,9 +206,9 @@ class FusedEncoder:
 
     def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
         """Rotates queries and keys, (T, 2 C) float32, in place; attention over the values, (T, C)."""
-        qk = _rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).to(self.attention_dtype)  # (T, 2 H, D)
+        qk = rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).to(self.attention_dtype)  # (T, 2 H, D)
         q, k = qk.chunk(2, dim=1)
-        attend = _attend_sequentially if self.device.type == "cpu" else _attend_jagged
+        attend = attend_sequentially if self.device.type == "cpu" else _attend_jagged
         return attend(q, k, v.unflatten(-1, (self.heads, -1)).to(qk.dtype), lengths).flatten(1)
 
     def _feed_forward(self, x: Tensor, layer: _Layer) -> Tensor:
@@ -231,7 +232,7 @@ def _linear(x: Tensor, affine: Affine) -> Tensor:
     return F.linear(x.to(weight.dtype), weight).float().add_(bias)
 
 
-def _attend_sequentially(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def attend_sequentially(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """Attention within each sequence, one after the other; q, k, v and the result are (T, H, D).
 
     Keys are extended to a multiple of `KEYS` with those of the sequences that follow, and masked.
@@ -271,7 +272,7 @@ def _attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tenso
     return F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v)).transpose(1, 2).values()
 
 
-def _rotated(x: Tensor, rotations: Tensor) -> Tensor:
+def rotated(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotates adjacent pairs in the last dimension of x, (T, heads, D) float32, by their angles; in place."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     pairs *= rotations

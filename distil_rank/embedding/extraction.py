@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from distil_rank.embedding.backbones import Backbone, load_backbone
-from distil_rank.embedding.embedder import WIDE, Embedded, Embedder, Pooling
+from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.layer_costs import LayerCost, layer_costs
 from distil_rank.embedding.layer_spec import Layers, State, parse_layers
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 Long = Literal["window", "truncate", "error"]
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a batch: fits a CPU's caches, keeps a GPU busy
-MAX_INT8_TOKENS = 512  # of a wide model, whose batches then spread evenly over the cores
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,7 @@ class Extraction:
     def _embedder(self, precision: str) -> Embedder:
         manifest, layers = self.writer.manifest, self._store_layers()
         int8 = self._int8_encoder(layers[-1].layer) if precision == "int8" else None
-        wide = int8 is not None and self.backbone.model.embed_dim >= WIDE
-        max_tokens = self.request.max_tokens or (MAX_INT8_TOKENS if wide else MAX_TOKENS[self.device.type])
+        max_tokens = self.request.max_tokens or MAX_TOKENS[self.device.type]
         return Embedder(
             self.backbone,
             manifest["pooling"],

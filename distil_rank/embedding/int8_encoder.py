@@ -7,18 +7,23 @@ through in blocks that fit a core's cache, so that rounding and scaling cost lit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
 from distil_rank.embedding.calibration import GELU_MINIMUM, Calibration
-from distil_rank.embedding.esm2 import EXACT, Affine, FusedEncoder, folded
+from distil_rank.embedding.esm2 import EXACT, KEYS, WIDE, Affine, FusedEncoder, attend_sequentially, folded, rotated
 from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear, round_positive_rows, round_rows, round_weight
 
+HEADS = 5  # of a sequence, at once in one thread
 BLOCK = 128  # rows; of the feed-forward layer's inner width they are 2.6 MB in float32 at 650M
 
 
@@ -50,6 +55,7 @@ class Int8Encoder(FusedEncoder):
 
     def __init__(self, model: ESM2, calibration: Calibration, layer: int | None = None):
         self._calibration = calibration
+        self._pool: ThreadPoolExecutor | None = None
         self._first_migration = torch.ones(model.embed_dim)
         super().__init__(model, torch.int8, "cpu", layer)
         qk, v = self.first
@@ -90,19 +96,68 @@ class Int8Encoder(FusedEncoder):
             fc2_bias=exact.fc2[1] - GELU_MINIMUM * exact.fc2[0].sum(1),
         )
 
+    @torch.no_grad()
+    def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+        """As in `FusedEncoder`; a wide model's threads share the rows and sequences of a pass."""
+        threads = torch.get_num_threads()
+        if threads == 1 or len(self.embedding[0]) < WIDE:
+            yield from super().states(tokens, lengths)
+            return
+        torch.set_num_threads(1)  # of each operation; a pass has as many operations at once as there are threads
+        try:
+            with ThreadPoolExecutor(threads) as self._pool:
+                yield from super().states(tokens, lengths)
+        finally:
+            self._pool = None
+            torch.set_num_threads(threads)
+
+    def _each(self, function: Callable[[Any], object], parts: Sequence[Any]) -> None:
+        """Applies a function to parts of a pass, which do not depend on one another."""
+        if self._pool is None:
+            for part in parts:
+                function(part)
+        else:
+            list(self._pool.map(partial(_without_gradients, function), parts))
+
+    def _blocks(self, total: int) -> list[slice]:
+        return [slice(start, start + BLOCK) for start in range(0, total, BLOCK)]
+
     def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
         qk, v = self._project_in_blocks(x, layer) if projected is None else projected
         attended = self._attend(qk, v, rotations, lengths)
-        for rows, inputs in zip(x.split(BLOCK), attended.split(BLOCK), strict=True):
-            values, scales = round_rows(inputs)
-            rows.addcmul_(layer.out(values), scales).add_(layer.out_bias)
-            self._feed_forward(rows, layer)
+
+        def finish(rows: slice) -> None:
+            values, scales = round_rows(attended[rows])
+            x[rows].addcmul_(layer.out(values), scales).add_(layer.out_bias)
+            self._feed_forward(x[rows], layer)
+
+        self._each(finish, self._blocks(len(x)))
+
+    def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
+        if self._pool is None:
+            return super()._attend(qk, v, rotations, lengths)
+        heads = qk.unflatten(-1, (2 * self.heads, -1))
+        self._each(lambda rows: rotated(heads[rows], rotations[rows]), self._blocks(len(qk)))
+        q, k = heads.chunk(2, dim=1)
+        values = v.unflatten(-1, (self.heads, -1))
+        attended = torch.empty_like(values)
+
+        def one(part: tuple[int, int, int]) -> None:
+            start, stop, head = part
+            rows, some = slice(start, stop + KEYS), slice(head, head + HEADS)  # with the keys that complete its own
+            result = attend_sequentially(q[rows, some], k[rows, some], values[rows, some], [stop - start])
+            attended[start:stop, some] = result[: stop - start]
+
+        ends = np.cumsum([0, *lengths]).tolist()
+        parts = [(*extent, head) for extent in pairwise(ends) for head in range(0, self.heads, HEADS)]
+        self._each(one, parts)
+        return attended.flatten(1)
 
     def _project_in_blocks(self, x: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
         width = x.shape[1]
         qk, v = x.new_empty(len(x), 2 * width), torch.empty_like(x)
-        for start in range(0, len(x), BLOCK):
-            rows = slice(start, start + BLOCK)
+
+        def project(rows: slice) -> None:
             normed = self._norm(x[rows], layer.norm1)
             values, scales = round_rows(normed)
             product = layer.qkv(values)
@@ -111,6 +166,8 @@ class Int8Encoder(FusedEncoder):
                 torch.addcmul(layer.qk_bias, product[:, : 2 * width], scales, out=qk[rows])
             else:
                 qk[rows] = F.linear(normed, *layer.qk)
+
+        self._each(project, self._blocks(len(x)))
         return qk, v
 
     def _feed_forward(self, x: Tensor, layer: Any) -> Tensor:
@@ -119,6 +176,11 @@ class Int8Encoder(FusedEncoder):
         scale, shift = layer.raised
         values, scales = round_positive_rows(torch.addcmul(shift, hidden, scale))
         return x.addcmul_(layer.fc2(values), scales).add_(layer.fc2_bias)
+
+
+@torch.no_grad()
+def _without_gradients(function: Callable[[Any], object], part: Any) -> None:
+    function(part)  # gradients are on in every new thread
 
 
 def _int8(weight: Tensor, zero_point: int = ZERO_POINT) -> Int8Linear:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from esm.model.esm2 import ESM2
 
+from distil_rank.embedding import embedder, int8_encoder
 from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
@@ -73,7 +74,10 @@ def test_int8_follows_the_exact_encoder(model, layer):
     assert F.cosine_similarity(rounded, exact).min() > 0.995
 
 
-def test_bytes_do_not_depend_on_the_batch_or_on_threads(model):
+@pytest.mark.parametrize("wide", [10_000, 64])
+def test_bytes_do_not_depend_on_the_batch_or_on_threads(model, wide, monkeypatch):
+    for module in (int8_encoder, embedder):
+        monkeypatch.setattr(module, "WIDE", wide)
     texts = proteins(12)
     encoder, backbone = Int8Encoder(model, calibration_of(model)), backbone_of(model)
 
@@ -85,9 +89,9 @@ def test_bytes_do_not_depend_on_the_batch_or_on_threads(model):
     def vectors(max_tokens: int, threads: int) -> torch.Tensor:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        embedder = Embedder(backbone, max_tokens=max_tokens, encoder=encoder)
+        one = Embedder(backbone, max_tokens=max_tokens, encoder=encoder)
         found = torch.zeros(len(texts), 128)
-        for batch, result in embedder.stream(map(Batch, embedder.batches([len(text) for text in texts]))):
+        for batch, result in one.stream(map(Batch, one.batches([len(text) for text in texts]))):
             found[list(batch)] = result.vectors
         torch.set_num_threads(before)
         return found
