@@ -117,7 +117,8 @@ class Int8Encoder(FusedEncoder):
             for part in parts:
                 function(part)
         else:
-            list(self._pool.map(partial(_without_gradients, function), parts))
+            mode = partial(_in_mode, function, torch.is_inference_mode_enabled())
+            list(self._pool.map(mode, parts))
 
     def _blocks(self, total: int) -> list[slice]:
         return [slice(start, start + BLOCK) for start in range(0, total, BLOCK)]
@@ -178,9 +179,10 @@ class Int8Encoder(FusedEncoder):
         return x.addcmul_(layer.fc2(values), scales).add_(layer.fc2_bias)
 
 
-@torch.no_grad()
-def _without_gradients(function: Callable[[Any], object], part: Any) -> None:
-    function(part)  # gradients are on in every new thread
+def _in_mode(function: Callable[[Any], object], inference: bool, part: Any) -> None:
+    """Calls the function with the mode of the thread that asks for it; each thread has its own."""
+    with torch.no_grad(), torch.inference_mode(inference):
+        function(part)
 
 
 def _int8(weight: Tensor, zero_point: int = ZERO_POINT) -> Int8Linear:

@@ -97,6 +97,8 @@ def test_bytes_do_not_depend_on_the_batch_or_on_threads(model, wide, monkeypatch
         return found
 
     expected = vectors(10_000, 1)
+    with torch.inference_mode():
+        assert torch.equal(vectors(10_000, 2), expected)
     for max_tokens, threads in ((1, 1), (300, 1), (300, 2), (700, 2)):
         assert torch.equal(vectors(max_tokens, threads), expected), (max_tokens, threads)
 

