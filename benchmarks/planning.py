@@ -76,7 +76,7 @@ ENGINES = {"out of core": out_of_core, "dictionaries": with_dictionaries}
 
 
 def measure(engine: str, fasta: Path, store: Path) -> dict[str, float]:
-    """CPU and wall seconds, and the process's peak memory in bytes, from a process of its own."""
+    """CPU seconds and peak memory in bytes of a process of its own."""
     command = [sys.executable, __file__, "measured", engine, str(fasta), str(store)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout)
@@ -85,10 +85,10 @@ def measure(engine: str, fasta: Path, store: Path) -> dict[str, float]:
 
 def measured(engine: str, fasta: Path, store: Path) -> None:
     """Prints what `measure` reads."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    cpu = time.process_time()
     ENGINES[engine](fasta, store)
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "memory": memory}))
+    print(json.dumps({"cpu": time.process_time() - cpu, "memory": memory}))
 
 
 def main(
@@ -114,16 +114,16 @@ def main(
                 result = measure(engine, fasta, store)
                 growth = result["memory"] / first.setdefault(engine, result["memory"])
                 rows.append(
-                    f"| {number:,} | {engine} | {1e6 * result['cpu'] / number:.1f} | {result['wall']:.0f} | "
+                    f"| {number:,} | {engine} | {1e6 * result['cpu'] / number:.1f} | "
                     f"{result['memory'] / 1e9:.2f} GB | {growth:.2f} |"
                 )
                 print(rows[-1], flush=True)
             tables = [hashlib.sha256(file.read_bytes()).digest() for file in Path(folder).glob("*/proteins-*.arrow")]
             if len(set(tables)) != 1:
                 sys.exit("The engines wrote different tables.")
-    header = "| proteins | engine | CPU µs a protein | seconds | peak memory of the process | times the first |"
+    header = "| proteins | engine | CPU µs a protein | peak memory of the process | times the first |"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join([f"{machine()}\n", header, "|---|---|---|---|---|---|", *rows]) + "\n")
+    output.write_text("\n".join([f"{machine()}\n", header, "|---|---|---|---|---|", *rows]) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from distil_rank.embedding.sequences import UniqueNames
 
-MEMORY_LIMIT = "256MB"  # of DuckDB
+MEMORY_LIMIT = "192MB"  # of DuckDB
 BLOCK_ROWS = 65_536  # rows that are handed over at a time
 
 
