@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.bootstrap import group_sums
 from distil_rank.training.losses import Outputs, layer_loss, tail_loss
-from distil_rank.training.stacked import Batch, StackedStudents
+from distil_rank.training.stacked import Batch, RowsWithTargets, StackedStudents
 
 # The recipe of the original project, to the letter: options of `DistilModule`, and how long it trains.
 ORIGINAL: dict[str, Any] = {
@@ -115,9 +116,9 @@ class DistilModule(LightningModule):
         variance = self.hparams["output_variance"] if self.hparams["normalise"] else 1.0
         return layer_loss(output, target, self.hparams["alpha"], variance)
 
-    def training_step(self, batch: Tensor | Batch, batch_index: int) -> dict[str, Any]:
+    def training_step(self, batch: Batch, batch_index: int) -> dict[str, Any]:
         """One batch: the sum over seeds of their mean losses, and what to log of the first seed."""
-        rows = self.losses(batch) if isinstance(batch, Tensor) else self.losses(*batch)
+        rows = self.losses(*batch)
         first = {name: values[0].detach().mean() for name, values in rows.items()}
         return {"loss": rows["loss"].mean(1).sum(), "log": first}
 
@@ -137,7 +138,7 @@ class DistilModule(LightningModule):
             return torch.optim.LBFGS(
                 parameters, lr=h["lr"], max_iter=20, history_size=20, line_search_fn="strong_wolfe"
             )
-        optimizer = torch.optim.AdamW(parameters, lr=h["lr"], weight_decay=h["weight_decay"])
+        optimizer = torch.optim.AdamW(parameters, lr=h["lr"], weight_decay=h["weight_decay"], fused=True)
         if h["schedule"] == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -207,13 +208,19 @@ class BestStudents(Callback):
         self.state = {name: state_dict[name] for name in self.state}
 
 
+def training_loader(data: EmbeddingDataModule, rows: Dataset[Any]) -> DataLoader[Any]:
+    """Shuffled batches of rows as the data module's options ask for them."""
+    sampler = RandomSampler(cast(Sized, rows), replacement=data.hparams["replacement"])
+    return data.loader(rows, data.hparams["batch_size"], sampler)
+
+
 def fit(
     module: DistilModule,
     data: EmbeddingDataModule,
     trainer: Trainer,
     ckpt_path: str | None = None,
     already_optimal: bool = False,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[Batch] | None = None,
 ) -> list[Fit]:
     """Train, and never end worse than the start, for any seed.
 
@@ -246,7 +253,7 @@ def fit(
     trainer.validate(module, datamodule=data, verbose=False)
     best = BestStudents(module.students)
     trainer.callbacks.insert(0, best)  # type: ignore[attr-defined]
-    train = data.train_dataloader() if batches is None else batches
+    train = batches or training_loader(data, RowsWithTargets(data.train_dataset(), None))
     try:
         trainer.fit(module, train, data.val_dataloader(), ckpt_path=ckpt_path, weights_only=True)
     except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -17,15 +18,23 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from distil_rank.data.datamodule import EmbeddingDataModule, Rows
+from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import Factors
 from distil_rank.measure.latency import LayerLatency
 from distil_rank.reporting.results import Curve
 from distil_rank.training.callbacks import CurveRecorder, LogFidelity, LogLatency, LogLosses, Progress
-from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule, Fit, fit
-from distil_rank.training.stacked import RowsWithTargets, SeedBatches
+from distil_rank.training.distil import (
+    ORIGINAL,
+    ORIGINAL_BATCH,
+    ORIGINAL_STEPS,
+    DistilModule,
+    Fit,
+    fit,
+    training_loader,
+)
+from distil_rank.training.stacked import Batch, Numbers, RowsWithTargets, SeedBatches
 
 WarmStart = Literal["closed_form", "svd"]
 
@@ -151,12 +160,7 @@ def _train_group(
     variance = float(solved.spectrum[0].sum()) / teacher.out_features
     module = DistilModule(teacher, [warm_start] * len(seeds), **{"output_variance": variance, **options.distil})
     rows = _training_rows(teacher, data)
-
-    def loader() -> DataLoader[Any]:
-        sampler = RandomSampler(rows, replacement=data.hparams["replacement"])
-        return data.loader(rows, data.hparams["batch_size"], sampler)
-
-    batches = _seed_batches(loader, seeds, validated=True)
+    batches = _seed_batches(rows, partial(training_loader, data), seeds, validated=True)
     with _checkpoint_folder(options.checkpoints) as folder:
         checkpoint = ModelCheckpoint(folder, "best", monitor="val/loss", save_last=True, enable_version_counter=False)
         trainer = Trainer(
@@ -175,13 +179,13 @@ def train_recipes(solved: Solved, data: EmbeddingDataModule, seeds: Sequence[int
     factors = Factors(A, B, c)
     rows = _training_rows(teacher, data)
 
-    def loader() -> DataLoader[Any]:
+    def loader(dataset: RowsWithTargets | Numbers) -> DataLoader[Any]:
         LowRankLinear.from_factors(factors)  # draws initial weights, as the recipe does before its batches
-        sampler = RandomSampler(rows, replacement=True, num_samples=ORIGINAL_STEPS * ORIGINAL_BATCH)
-        return data.loader(rows, ORIGINAL_BATCH, sampler)
+        sampler = RandomSampler(dataset, replacement=True, num_samples=ORIGINAL_STEPS * ORIGINAL_BATCH)
+        return data.loader(dataset, ORIGINAL_BATCH, sampler)
 
     module = DistilModule(teacher, [LowRankLinear.from_factors(factors)] * len(seeds), **ORIGINAL)
-    batches = _seed_batches(loader, seeds, validated=False)
+    batches = _seed_batches(rows, loader, seeds, validated=False)
     recorder = CurveRecorder(solved.mean)
     options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, "val_check_interval": 50}
     trainer = Trainer(**options, logger=False, enable_checkpointing=False, callbacks=[recorder])
@@ -191,22 +195,27 @@ def train_recipes(solved: Solved, data: EmbeddingDataModule, seeds: Sequence[int
 
 
 @torch.no_grad()
-def _training_rows(teacher: nn.Linear, data: EmbeddingDataModule) -> Rows | RowsWithTargets:
+def _training_rows(teacher: nn.Linear, data: EmbeddingDataModule) -> RowsWithTargets:
     """The training rows, with the teacher's outputs where those fit in memory."""
     rows = data.train_dataset()
     if 4 * len(rows) * teacher.out_features > MAX_TARGET_BYTES:
-        return rows
+        return RowsWithTargets(rows, None)
     return RowsWithTargets(rows, torch.cat([teacher(x) for x in data.stream("train")]))
 
 
-def _seed_batches(loader: Callable[[], DataLoader[Any]], seeds: Sequence[int], validated: bool) -> Iterable[Any]:
+def _seed_batches(
+    rows: RowsWithTargets,
+    loader: Callable[[RowsWithTargets | Numbers], DataLoader[Any]],
+    seeds: Sequence[int],
+    validated: bool,
+) -> Iterable[Batch]:
     """Each seed's batches side by side; a single seed's as its loader gives them, from the global generator."""
     loaders, states = [], []
     for seed in seeds:
         seed_everything(seed, verbose=False)
-        loaders.append(loader())
+        loaders.append(loader(rows if len(seeds) == 1 else Numbers(len(rows))))
         states.append(torch.get_rng_state())
-    return loaders[0] if len(seeds) == 1 else SeedBatches(loaders, states, validated)
+    return loaders[0] if len(seeds) == 1 else SeedBatches(rows, loaders, states, validated)
 
 
 def _checkpoint_folder(folder: Path | None) -> AbstractContextManager[str | Path]:

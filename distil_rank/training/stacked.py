@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from distil_rank.data.datamodule import Rows
 from distil_rank.lowrank.low_rank import LowRankLinear
 
-Batch = tuple[Tensor, Tensor]  # rows and the teacher's output for them
+Batch = tuple[Tensor, Tensor | None]  # rows, and the teacher's output for them if it is at hand
 
 
 class StackedStudents(nn.Module):
@@ -87,45 +86,63 @@ class StackedStudents(nn.Module):
 
 
 class RowsWithTargets(Dataset[Batch]):
-    """Rows of a matrix with the teacher's output for each, computed once.
+    """Rows of a matrix with the teacher's output for each, where that was computed once and for all.
 
     Args:
         rows: inputs.
-        targets: outputs, `(N, m)`.
+        targets: outputs, `(N, m)`, or None.
     """
 
-    def __init__(self, rows: Rows, targets: Tensor) -> None:
+    def __init__(self, rows: Rows, targets: Tensor | None) -> None:
         self.rows, self.targets = rows, targets
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.rows[index], self.targets[index]
+        return self.rows[index], None if self.targets is None else self.targets[index]
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch."""
-        return self.rows.__getitems__(indices), self.targets[indices]
+        return self.rows.__getitems__(indices), None if self.targets is None else self.targets[indices]
+
+
+class Numbers(Dataset[Tensor]):
+    """The numbers 0, 1, …: batches of them are the row numbers that a sampler draws."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """A whole batch."""
+        return torch.tensor(indices)
 
 
 class SeedBatches:
     """Batches of several seeds side by side: those that each seed's loader gives when it is alone.
 
     Args:
-        loaders: one per seed, of the same length; their samplers draw from torch's global generator.
+        rows: to take batches from.
+        loaders: one per seed, of the same length, over the `Numbers` of the rows; their samplers draw from torch's
+            global generator.
         states: of that generator, one per seed (`torch.get_rng_state`).
         validated: a validation pass precedes each epoch. Its loader draws a number too, and so it changes the batches
             that a seed gets when it is alone.
     """
 
-    def __init__(self, loaders: Sequence[DataLoader[Any]], states: Sequence[Tensor], validated: bool) -> None:
-        self.loaders, self.states, self.validated = loaders, list(states), validated
+    def __init__(
+        self, rows: RowsWithTargets, loaders: Sequence[DataLoader[Tensor]], states: Sequence[Tensor], validated: bool
+    ) -> None:
+        self.rows, self.loaders, self.states, self.validated = rows, loaders, list(states), validated
 
     def __len__(self) -> int:
         return len(self.loaders[0])
 
-    def __iter__(self) -> Iterator[Any]:
-        """Rows `(S, N, n)`, and targets `(S, N, m)` if the loaders have them."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Rows `(S, N, n)` and targets `(S, N, m)`."""
         iterators = []
         for seed, loader in enumerate(self.loaders):
             with self._random_state(seed):
@@ -133,11 +150,13 @@ class SeedBatches:
                     torch.empty((), dtype=torch.int64).random_()
                 iterators.append(iter(loader))
         for _ in range(len(self)):
-            batches = []
+            numbers = []
             for seed, iterator in enumerate(iterators):
                 with self._random_state(seed):
-                    batches.append(next(iterator))
-            yield default_collate(batches)
+                    numbers.append(next(iterator))
+            x, targets = self.rows.__getitems__(torch.cat(numbers).tolist())  # one gather for all seeds
+            shape = (len(numbers), len(numbers[0]))
+            yield x.unflatten(0, shape), None if targets is None else targets.unflatten(0, shape)
 
     @contextmanager
     def _random_state(self, seed: int) -> Iterator[None]:
