@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from hemopi2_head import Head, figures
-from jsonargparse import auto_cli
+from script import machine_line, run
 from torch import Tensor, nn
 
 from distil_rank import compress
@@ -91,8 +91,8 @@ def fragments(sequences: list[str]) -> list[str]:
 @torch.no_grad()
 def pooled_r2(original: Tensor, model: Classifier, proteins: list[Tensor], mean: Tensor) -> dict[str, float]:
     """R² of the pooled embeddings with its 95 % bootstrap interval over proteins."""
-    found = torch.cat([model.pooled(batch) for batch in proteins])
-    error = (found - original).double().square().sum(1).numpy()
+    results = torch.cat([model.pooled(batch) for batch in proteins])
+    error = (results - original).double().square().sum(1).numpy()
     spread = (original - mean).double().square().sum(1).numpy()
     lost = bootstrap.ratio_interval(error, spread, bootstrap.resample_counts(len(error)))
     return {"value": 1 - float(error.sum() / spread.sum()), "low": 1 - lost.high, "high": 1 - lost.low}
@@ -119,11 +119,11 @@ def main(
         output: Where the figures go.
     """
     started = time.perf_counter()
-    told: list[str] = []
+    lines: list[str] = []
 
-    def tell(text: str) -> None:
+    def emit(text: str) -> None:
         print(text, flush=True)
-        told.append(text)
+        lines.append(text)
 
     model = Classifier().eval()
     sequences = [protein.sequence for protein in read_proteins(fasta)[0]]
@@ -136,12 +136,12 @@ def main(
         original = torch.cat([model.pooled(batch) for batch in proteins])
         first = torch.cat([model.hidden(batch)[:, 0] for batch in cut])
     tokens = sum(int(model.mask(batch).sum()) for batch in calibration)
-    tell(f"Calibrated on {tokens:,} tokens of {len(fit)} proteins; measured on {len(original)} others, and")
-    tell(
+    emit(f"Calibrated on {tokens:,} tokens of {len(fit)} proteins; measured on {len(original)} others, and")
+    emit(
         f"{len(first):,} fragments of further ones. R² is of the mean-pooled embedding, 95 % intervals over proteins.\n"
     )
-    tell("| budget | method | ranks | R² | predictions kept | mean error of the probability | s |")
-    tell("|---|---|---|---|---|---|---|")
+    emit("| budget | method | ranks | R² | predictions kept | mean error of the probability | s |")
+    emit("|---|---|---|---|---|---|---|")
     methods = METHODS | ({"sequentially, tuned": {"sequential": True, "tune": tune}} if tune else {})
     rows = []
     for budget in budgets:
@@ -164,16 +164,16 @@ def main(
             agreed = agreement(model.head, first, small)
             ranks = [row.rank for row in report.layers]
             rows.append({"budget": budget, "method": name, "ranks": ranks, "r2": r2, **agreed, "seconds": seconds})
-            known = [rank for rank in ranks if rank]
-            span = f"{min(known)} to {max(known)}" + (f", {ranks.count(None)} dense" if None in ranks else "")
-            tell(
+            kept = [rank for rank in ranks if rank]
+            span = f"{min(kept)} to {max(kept)}" + (f", {ranks.count(None)} dense" if None in ranks else "")
+            emit(
                 f"| {budget:g} | {name} | {span} | {r2['value']:.4f} ({r2['low']:.4f} to {r2['high']:.4f}) "
                 f"| {agreed['kept']['value']:.1%} ({agreed['kept']['low']:.1%} to {agreed['kept']['high']:.1%}) "
                 f"| {agreed['error']['value']:.4f} | {seconds:.0f} |"
             )
-    tell(f"\n{time.perf_counter() - started:.0f} s in all.")
+    emit(f"\n{time.perf_counter() - started:.0f} s in all.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".md").write_text("\n".join(told) + "\n")
+    output.with_suffix(".md").write_text("\n".join([machine_line(), "", *lines]) + "\n")
     output.write_text(json.dumps({"calibration_tokens": tokens, "rows": rows}, indent=1) + "\n")
 
 
@@ -194,4 +194,4 @@ def agreement(head: nn.Module, first: Tensor, small: Tensor) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

@@ -20,7 +20,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from script import machine_line, run
 
 SIZES = {  # layers, width, heads
     "8M": (6, 320, 20),
@@ -287,13 +287,6 @@ def random_model(size: str, folder: Path) -> Path:
     return folder
 
 
-def machine() -> str:
-    """What the figures were measured on."""
-    info = Path("/proc/cpuinfo")
-    names = {line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")}
-    return f"{', '.join(names) or platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def main() -> None:
     """Starts the rivals, lets them compute in turn, prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -389,7 +382,8 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
     """The table: residues per second, ratio to fair-esm, agreement with it."""
     residues = sum(map(len, sequences))
     lengths = f"{min(map(len, sequences))}-{max(map(len, sequences))}"
-    print(f"{machine()}; {torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
+    print(machine_line())
+    print(f"{torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
     print(f"{len(sequences)} proteins of {lengths} residues, {residues:,} in all; rivals get {TOKENS} tokens a batch")
     print(f"weights: {options.random or options.weights.name}; medians of {options.rounds} interleaved rounds\n")
     base = next(rival for rival in rivals if rival.name == "fair-esm fp32")
@@ -423,4 +417,4 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, parse=False)

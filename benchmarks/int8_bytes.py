@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from safetensors.torch import save_file
+from script import run, save_markdown
 from torch import nn
 
 from distil_rank import LowRankLinear, Moments, save
@@ -23,7 +23,7 @@ from distil_rank.deployment.int8 import Int8LowRankLinear
 
 
 def main(
-    data: str = "../shared/data/kinase558_650m.npz",
+    data: str = "data/sample",
     split: Literal["auto", "mmseqs", "clusters", "exact"] = "auto",
     ranks: tuple[int, ...] = (64, 128, 256),
     output: Path = Path("results/int8_bytes.json"),
@@ -56,26 +56,24 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         save_file(teacher.state_dict(), Path(folder, "dense.safetensors"))
         dense = Path(folder, "dense.safetensors").stat().st_size
-        found = [measure("dense, float32", teacher, dense)]
+        results = [measure("dense, float32", teacher, dense)]
         for rank in ranks:
             layer = LowRankLinear.from_linear(teacher, rank, moments).requires_grad_(False)
             for name, form in (("float32", layer), ("int8", Int8LowRankLinear.from_low_rank(layer))):
                 size = (save(form, Path(folder, name)) / WEIGHTS).stat().st_size
-                found.append(measure(f"rank {rank}, {name}", form, size))
+                results.append(measure(f"rank {rank}, {name}", form, size))
     text = [
         f"Random teacher, {len(fit)} rows to fit, {len(held_out)} held out; {rows.split_rows.method}.\n",
         "| layer | bytes | smaller | R² | residual (1 − R²) |\n|---|---|---|---|---|",
         *(
             f"| {row['student']} | {row['bytes']:,} | {dense / row['bytes']:.1f}x "
             f"| {row['r2']:.5f} | {row['residual']:.5f} |"
-            for row in found
+            for row in results
         ),
     ]
-    print("\n".join(text))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".md").write_text("\n".join(text) + "\n")
-    output.write_text(json.dumps({"data": asdict(rows.description()), "rows": found}, indent=1) + "\n")
+    save_markdown(output.with_suffix(".md"), text)
+    output.write_text(json.dumps({"data": asdict(rows.description()), "rows": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

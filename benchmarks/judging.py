@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from script import machine_line, run
 
 SIZES = ((14_000, 320), (100_000, 1280))
 
@@ -62,8 +63,8 @@ def main() -> None:
         lines.append(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
         print(lines[-1])
     Path("results").mkdir(exist_ok=True)
-    Path("results/judging.md").write_text("\n".join(lines) + "\n")
+    Path("results/judging.md").write_text("\n".join([machine_line(), "", *lines]) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, parse=False)

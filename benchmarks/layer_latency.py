@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import onnxruntime
 import torch
-from jsonargparse import auto_cli
+from script import run, save_markdown
 from torch import Tensor, nn
 
 from distil_rank import LowRankLinear
@@ -38,13 +38,13 @@ def sessions(layers: dict[str, Any], threads: int, folder: Path) -> dict[str, An
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow the others
-    found = {}
+    results = {}
     paths = {name: to_onnx(layer, folder / f"{name}.onnx") for name, layer in layers.items()}
     x = torch.randn(4096, layers["dense"].in_features)
     paths["integers"] = to_integer_onnx(layers["student"], folder / "integers.onnx", Moments.of(x), x, tolerance=1.0)
     for name, path in paths.items():
-        found[name] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return found
+        results[name] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return results
 
 
 def bound(session: Any, x: Tensor, width: int) -> Call:
@@ -91,9 +91,9 @@ def break_even(dense: nn.Linear, ranks: tuple[int, ...], repeats: int) -> list[d
     rows = []
     for rank in ranks:
         layers = {"dense": dense, "student": LowRankLinear.from_linear(dense, rank, solver="svd")}
-        found = timings(layers, 32, 1, repeats, compiled=False)
+        results = timings(layers, 32, 1, repeats, compiled=False)
         ratio = {
-            runtime: paired_ratio(found[f"{runtime} dense"], found[f"{runtime} student"])
+            runtime: paired_ratio(results[f"{runtime} dense"], results[f"{runtime} student"])
             for runtime in ("eager", "ONNX Runtime")
         }
         rows.append({"rank": rank, **ratio})
@@ -130,12 +130,12 @@ def main(
     for count in threads:
         with torch_threads(count):
             for batch in batches:
-                found = timings(layers, batch, count, repeats, compiled)
-                rows += [_row(name, one, found, batch, str(count)) for name, one in found.items()]
+                results = timings(layers, batch, count, repeats, compiled)
+                rows += [_row(name, one, results, batch, str(count)) for name, one in results.items()]
     if torch.cuda.is_available():
         for batch in batches:
-            found = on_gpu(layers, batch, repeats)
-            rows += [_row(name, one, found, batch, "GPU") for name, one in found.items()]
+            results = on_gpu(layers, batch, repeats)
+            rows += [_row(name, one, results, batch, "GPU") for name, one in results.items()]
         layers["dense"].cpu()
     with torch_threads(1):
         curve = break_even(layers["dense"], ranks, repeats)
@@ -147,15 +147,13 @@ def main(
         "| rank | eager, dense over student | ONNX Runtime |\n|---|---|---|",
         *(f"| {row['rank']} | {row['eager']:.2f}x | {row['ONNX Runtime']:.2f}x |" for row in curve),
     ]
-    print("\n".join(text))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    save_markdown(output.with_suffix(".md"), text)
     output.write_text(json.dumps({"width": width, "rank": rank, "rows": rows, "break_even": curve}, indent=1) + "\n")
-    output.with_suffix(".md").write_text("\n".join(text) + "\n")
     draw(rows, curve, even, output.with_suffix(".png"))
 
 
-def _row(name: str, timing: Timing, found: dict[str, Timing], batch: int, threads: str) -> dict[str, Any]:
-    base = found.get("eager dense") or next(iter(found.values()))
+def _row(name: str, timing: Timing, results: dict[str, Timing], batch: int, threads: str) -> dict[str, Any]:
+    base = results.get("eager dense") or next(iter(results.values()))
     runtime = name.rpartition(" ")[0]
     return {
         "runtime": name,
@@ -164,7 +162,7 @@ def _row(name: str, timing: Timing, found: dict[str, Timing], batch: int, thread
         "median_us": 1e6 * timing.median_s,
         "p95_us": 1e6 * timing.p95_s,
         "against_eager_dense": paired_ratio(base, timing),
-        "against_own_dense": paired_ratio(found[f"{runtime} dense"], timing),
+        "against_own_dense": paired_ratio(results[f"{runtime} dense"], timing),
     }
 
 
@@ -175,9 +173,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| threads | runtime | " + " | ".join(f"{batch} rows" for batch in batches) + " |"]
     lines.append("|---|---|" + "---|" * len(batches))
     for threads, name in dict.fromkeys((row["threads"], row["runtime"]) for row in rows):
-        shown = [cells[threads, name, batch] for batch in batches]
-        found = [f"{row['median_us']:,.0f} ({row['against_eager_dense']:.1f}x)" for row in shown]
-        lines.append(f"| {threads} | {name} | " + " | ".join(found) + " |")
+        columns = [cells[threads, name, batch] for batch in batches]
+        results = [f"{row['median_us']:,.0f} ({row['against_eager_dense']:.1f}x)" for row in columns]
+        lines.append(f"| {threads} | {name} | " + " | ".join(results) + " |")
     return "\n".join(lines)
 
 
@@ -205,4 +203,4 @@ def draw(rows: list[dict[str, Any]], curve: list[dict[str, float]], even: float,
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

@@ -18,9 +18,9 @@ import numpy as np
 import onnxruntime
 import torch
 from embedding import matrix_rate
-from jsonargparse import auto_cli
 from layer_latency import bound
 from onnx import helper, numpy_helper
+from script import run, save_markdown
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
@@ -119,16 +119,16 @@ def main(source: Path = Path("data/sample"), repeats: int = 100, output: Path = 
         for name, (one, rows, _) in sessions.items()
     }
     with torch_threads(1):
-        found = time_interleaved(calls, repeats=repeats)
+        results = time_interleaved(calls, repeats=repeats)
         peak = matrix_rate(torch.float32)
-    base = found["eager dense layer"]
+    base = results["eager dense layer"]
     lost = r2_lost(source)
     floor = 2 * OPERATIONS / peak
     text = [
         "| 32 rows, one thread | µs | eager dense layer over it | GFLOP/s | R² lost on held-out rows |",
         "|---|---|---|---|---|",
     ]
-    for name, timing in found.items():
+    for name, timing in results.items():
         work = OPERATIONS * WIDTH // RANK if timing is base else sessions[name][2]
         rate = f"{work / timing.median_s / 1e9:.0f}" if work else ""
         loss = f"{lost:.4f}" if name == INTEGERS else ""
@@ -137,10 +137,8 @@ def main(source: Path = Path("data/sample"), repeats: int = 100, output: Path = 
         f"| *the student's operations at this core's best rate* | {1e6 * floor:,.0f} | {base.median_s / floor:.1f}x "
         f"| {peak / 1e9:.0f} | |"
     )
-    print("\n".join(text))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(text) + "\n")
+    save_markdown(output, text)
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

@@ -5,8 +5,8 @@
                                           names a make target, a variable, a command, an option or a script that is not
 
 A place in a page is marked `<!-- table: FILE [N] -->` … `<!-- /table -->`; it takes the N-th Markdown table (1 is the
-first) of FILE, which the command beside it writes. `results/` is not tracked: a place whose FILE is absent, or not
-finished, stays.
+first) of FILE, which the command beside it writes, and below it the machine that FILE names in its line `Machine: …`.
+`results/` is not tracked: a place whose FILE is absent, or not finished, stays.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from distil_rank.cli import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"(<!-- table: (\S+)(?: (\d+))? -->\n).*?(<!-- /table -->)", re.DOTALL)
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+MACHINE_LINE = re.compile(r"^(?:- )?Machine: (.*)$", re.MULTILINE)
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.DOTALL | re.MULTILINE)
 
 
@@ -31,44 +32,47 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def filled(text: str) -> str:
+def fill_tables(text: str) -> str:
     """A page with every table whose file is there."""
 
     def place(match: re.Match[str]) -> str:
         path, number = ROOT / match[2], int(match[3] or 1)
-        tables = TABLE.findall(path.read_text()) if path.exists() else []
-        return match[1] + tables[number - 1] + match[4] if len(tables) >= number else match[0]
+        content = path.read_text() if path.exists() else ""
+        tables, machine = TABLE.findall(content), MACHINE_LINE.search(content)
+        if len(tables) < number:
+            return match[0]
+        return match[1] + tables[number - 1] + (f"\n*Measured on: {machine[1]}*\n" if machine else "") + match[4]
 
     return PLACE.sub(place, text)
 
 
 def code(text: str) -> list[str]:
     """Command lines out of a page's code blocks and spans; a line that ends in a backslash goes on."""
-    found = [(block or span).replace("\\\n", " ") for block, span in CODE.findall(text)]
-    return [" ".join(line.split("#")[0].split()) for part in found for line in part.splitlines()]
+    parts = [(block or span).replace("\\\n", " ") for block, span in CODE.findall(text)]
+    return [" ".join(line.split("#")[0].split()) for part in parts for line in part.splitlines()]
 
 
 @cache
 def options(command: str) -> str:
     """What `distil-rank COMMAND --help` prints."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         main([command, "--help"])
-    return shown.getvalue()
+    return output.getvalue()
 
 
-def complaints(text: str) -> list[str]:
+def unknown_names(text: str) -> list[str]:
     """What a page names that does not exist."""
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     variables = set(re.findall(r"^([A-Z]+) \?=|\$\((?:if \$\()?([A-Z]+)\)", makefile, re.MULTILINE))
-    known = {name for pair in variables for name in pair}
+    names = {name for pair in variables for name in pair}
     wrong = []
     for line in code(text):
         if match := re.match(r"make ([a-z-]+)(.*)", line):
             wrong += [f"make {match[1]}"] if match[1] not in targets else []
             quoted = re.sub(r'"[^"]*"', "", match[2])
-            wrong += [f"make {match[1]} {name}=" for name in re.findall(r"\b([A-Z]+)=", quoted) if name not in known]
+            wrong += [f"make {match[1]} {name}=" for name in re.findall(r"\b([A-Z]+)=", quoted) if name not in names]
         elif match := re.match(r"distil-rank ([a-z-]+)(.*)", line):
             if match[1] not in COMMANDS:
                 wrong.append(f"distil-rank {match[1]}")
@@ -85,13 +89,13 @@ def run() -> int:
     """Write or check."""
     if "--check" not in sys.argv:
         for page in pages():
-            page.write_text(filled(page.read_text()))
+            page.write_text(fill_tables(page.read_text()))
         return 0
     wrong = []
     for page in pages():
         text = page.read_text()
-        wrong += [f"{page.name}: {name} does not exist" for name in complaints(text)]
-        wrong += [f"{page.name}: its tables are not those of results/"] if filled(text) != text else []
+        wrong += [f"{page.name}: {name} does not exist" for name in unknown_names(text)]
+        wrong += [f"{page.name}: its tables are not those of results/"] if fill_tables(text) != text else []
     print("\n".join(wrong), file=sys.stderr)
     return int(bool(wrong))
 

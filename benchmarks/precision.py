@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from embedding import matrix_rate, read_fasta
+from script import machine_line, run
 from torch import Tensor
 
 from distil_rank.embedding.backbones import load_backbone
@@ -57,6 +58,7 @@ def main() -> None:
     calls = {name: fused(dtype) for name, dtype in dtypes.items()}
     calls |= {"fair-esm": fair_esm(backbone.model), "int8": fair_esm(int8)}
     time_of, expected = seconds(calls), calls["float32"]()
+    print(f"{machine_line()}\n")
     print("| arithmetic | matrix product, GFLOP/s | ESM-2 8M, speed against fp32 | worst cosine of a protein to fp32 |")
     print("|---|---|---|---|")
     for name, call in calls.items():
@@ -70,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, parse=False)

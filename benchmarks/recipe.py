@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning import seed_everything
+from script import machine_line, run
 from torch import Tensor, nn
 
 from distil_rank.commands.teachers import train_teacher
@@ -124,10 +125,11 @@ def main() -> None:
         seconds = f"{row['seconds']['recipe']:.2f} → {row['seconds']['closed form']:.3f}"
         lines.append([kind, lost, f"{row['residual ratio']:.2f}", *pairs, seconds, f"{row['time ratio']:.0f}x"])
     about = data.description()
+    print(machine_line())
     print(f"{about.source}, rank {options.rank}, {options.seeds} seeds, {about.rows.test} held-out rows")
     print(f"split by {about.split}; {torch.get_num_threads()} threads\n")
     print(markdown_table(head, lines))
 
 
 if __name__ == "__main__":
-    main()
+    run(main, parse=False)

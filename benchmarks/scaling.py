@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from embedding import machine, random_model, read_fasta
-from jsonargparse import auto_cli
+from embedding import random_model, read_fasta
+from script import run, save_markdown
 
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embedder import Embedder
@@ -97,15 +97,13 @@ def main(
         ("per-residue vectors, float32", "5,120 bytes a residue", f"{residues * 5120 / 1e12:,.0f} TB"),
     ]
     text = [
-        f"{machine()}; {name}. {sequences:,} proteins of {length} residues on average.\n",
+        f"{name}. {sequences:,} proteins of {length} residues on average.\n",
         "| what | measured here | the whole database |",
         "|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
-    print("\n".join(text))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(text) + "\n")
+    save_markdown(output, text)
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

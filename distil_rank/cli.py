@@ -28,7 +28,7 @@ def _parser(name: str, description: str | None) -> Any:
 
 
 def _parse(parser: Any, argv: Sequence[str]) -> Any:
-    """Parsed options; what does not fit is told on one line, without the usage of a hundred options before it."""
+    """Parsed options; an error is one line, without the usage of a hundred options before it."""
     from jsonargparse import ArgumentError
 
     try:
@@ -72,7 +72,7 @@ def _options_with_data(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _train_teacher(argv: Sequence[str]) -> int:
-    """make the dense layer that is to be distilled"""
+    """train or generate the dense layer to be distilled"""
     from distil_rank.commands.teachers import train_teacher
 
     options = _options_with_data(_training_parser("train-teacher", train_teacher, student=False), argv)
@@ -124,7 +124,7 @@ def _compress(argv: Sequence[str]) -> int:
 
 
 def _export(argv: Sequence[str]) -> int:
-    """such a folder to ONNX, torch.export, one dense layer, or int8"""
+    """a saved layer to ONNX, torch.export, one dense layer, or int8"""
     from distil_rank.deployment.deploy import export_artefact
 
     parser = _parser("export", export_artefact.__doc__)
@@ -272,7 +272,7 @@ def _usage() -> str:
 
 
 def configure_output(verbosity: int) -> None:
-    """Say what matters, on standard error: -1 warnings only, 0 the usual, 1 everything that dependencies say too."""
+    """Set up logging to standard error: -1 warnings only, 0 progress too, 1 everything, also from dependencies."""
     level = {-1: logging.WARNING, 1: logging.DEBUG}.get(verbosity, logging.INFO)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("distil_rank").setLevel(level)
@@ -287,7 +287,7 @@ def configure_output(verbosity: int) -> None:
                 handler.setLevel(logging.ERROR)
         for name in ("pytorch_lightning", "lightning_fabric"):  # mlflow.pytorch imports them; they set their own levels
             logging.getLogger(name).propagate = False
-        # What a user cannot act on: hints at more loader processes, at deprecations inside Lightning, and the like.
+        # Warnings that a user cannot act on, such as deprecations inside Lightning.
         modules = (
             r"(lightning|lightning_fabric|lightning_utilities|torchmetrics|mlflow|torch|esm|jsonargparse|pydantic)\b"
         )
@@ -295,7 +295,7 @@ def configure_output(verbosity: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; exit code 2 and one line for what the user can mend."""
+    """Run one command; exit code 2 and one line for what the user can correct."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbosity = (arguments.count("-v") > 0) - (arguments.count("-q") > 0)
     arguments = [argument for argument in arguments if argument not in ("-v", "-q")]
@@ -303,8 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0
     if arguments[0] not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"{PROG}: Expected a command out of {known} but got {arguments[0]!r}.", file=sys.stderr)
+        names = ", ".join(COMMANDS)
+        print(f"{PROG}: Expected a command out of {names} but got {arguments[0]!r}.", file=sys.stderr)
         return 2
     try:
         configure_output(verbosity)

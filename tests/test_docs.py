@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +23,13 @@ def pages():
 
 def test_what_the_pages_tell_users_to_type_exists(pages):
     for page in pages.pages():
-        assert pages.complaints(page.read_text()) == [], page.name
+        assert pages.unknown_names(page.read_text()) == [], page.name
 
 
 def test_what_does_not_exist_is_found(pages):
     text = "`make nonsense` and `make distil RNK=8`, ```\ndistil-rank distil \\\n  --rnak 3\n``` `benchmarks/absent.py`"
     text = text.replace("```", "\n```") + "\n"
-    assert pages.complaints(text) == [
+    assert pages.unknown_names(text) == [
         "make nonsense",
         "make distil RNK=",
         "distil-rank distil --rnak",
@@ -35,12 +37,37 @@ def test_what_does_not_exist_is_found(pages):
     ]
 
 
+def test_a_table_names_the_machine_that_its_file_names(pages, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    place = "<!-- table: one.md -->\n<!-- /table -->\n"
+    for line in ("Machine: an abacus, 2 cores.", "- Machine: an abacus, 2 cores."):
+        (tmp_path / "one.md").write_text(f"{line}\n\n| a |\n|---|\n| 1 |\n")
+        expected = place.replace("\n", "\n| a |\n|---|\n| 1 |\n\n*Measured on: an abacus, 2 cores.*\n", 1)
+        assert pages.fill_tables(place) == expected and pages.fill_tables(expected) == expected
+
+
+SCRIPTS = sorted(
+    path.name
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if path.name not in ("pages.py", "script.py")
+    and "--data" in path.read_text() + " --data " * ("data: str" in path.read_text())
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_benchmark_on_data_that_are_not_there_is_one_line_and_exit_code_2(script, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--data", "absent/absent.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "absent" in done.stderr.strip().splitlines()[-1]
+
+
 def test_a_table_comes_out_of_its_file(pages, tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     (tmp_path / "found.md").write_text("text\n\n| a |\n|---|\n| 1 |\n\n| b |\n|---|\n| 2 |\n")
     page = "<!-- table: found.md 2 -->\nold\n<!-- /table -->\n<!-- table: absent.md -->\nkept\n<!-- /table -->\n"
     expected = page.replace("old\n", "| b |\n|---|\n| 2 |\n")
-    assert pages.filled(page) == expected
+    assert pages.fill_tables(page) == expected
 
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch.export's own, about its own file

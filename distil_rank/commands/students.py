@@ -64,9 +64,9 @@ def distil(
     data.prepare_data()
     data.setup()
     check_rank_request(data, rank, teacher)
-    made = train_teacher(data, **(teacher or {}), output=output, config=config, reuse=True)
+    dense = train_teacher(data, **(teacher or {}), output=output, config=config, reuse=True)
     about = data.description()
-    title = f"{made.name} r{rank} {warm_start} {about.dim}-d {Path(about.source).stem}"
+    title = f"{dense.name} r{rank} {warm_start} {about.dim}-d {Path(about.source).stem}"
     requested = {
         "rank_requested": rank,
         "warm_start": warm_start,
@@ -79,13 +79,13 @@ def distil(
         experiment,
         title,
         params={
-            "teacher": made.name,
+            "teacher": dense.name,
             "backbone": about.backbone,
             **requested,
             "data": data.hparams,
             "distil": distil or {},
         },
-        tags={**lineage(about), "teacher_run": made.run_id},
+        tags={**lineage(about), "teacher_run": dense.run_id},
         parent=parent,
     ) as run:
         for part in ("train", "val", "test"):
@@ -97,28 +97,28 @@ def distil(
             seeds,
             {**(distil or {}), **({} if tail is None else {"tail": load_tail(tail)})},
             trainer or {},
-            checkpoints=Path(output) / "checkpoints" / f"{made.name}-r{rank}",
+            checkpoints=Path(output) / "checkpoints" / f"{dense.name}-r{rank}",
             ckpt_path=ckpt_path,
             logger=RunLogger(run),
         )
-        outcome = run_experiment(made.name, made.layer, made.check, data, rank, shrinkage, options)
+        outcome = run_experiment(dense.name, dense.layer, dense.check, data, rank, shrinkage, options)
         result = Result(
             data=about,
             teachers=[replace(outcome.result, run_id=run.id)],
             seconds=time.perf_counter() - started,
         )
-        folder = run_folder(Path(output) / "distil" / f"{made.name}-r{outcome.result.rank}", run.id)
+        folder = run_folder(Path(output) / "distil" / f"{dense.name}-r{outcome.result.rank}", run.id)
         save_report(result, folder / "summary.json", folder / "report.png", run)
         held_out = {"held_out_r2": asdict(outcome.result.row(OURS).metrics["r2"])}
         outcome.student.provenance |= {
-            "teacher_sha256": tensor_digest(made.layer.weight, made.layer.bias),
+            "teacher_sha256": tensor_digest(dense.layer.weight, dense.layer.bias),
             "warm_start": warm_start,
             "trained_steps": outcome.fit.steps if outcome.fit.training_helped else 0,
         }
         save(outcome.student, folder / "student", metrics=held_out, data=asdict(about))
         student = set_latest(folder) / "student"
         log.info("Student: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", student)
-        log_outcome(run, data, made, outcome, config)
+        log_outcome(run, data, dense, outcome, config)
     return result
 
 

@@ -1,1 +1,1 @@
-"""Layers of your own model: found, watched, replaced, fine-tuned, compared."""
+"""Layers of your own model: selected, observed, replaced, fine-tuned, compared."""

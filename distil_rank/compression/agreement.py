@@ -1,4 +1,4 @@
-"""Two versions of a model compared by what they put out."""
+"""Two versions of a model compared by their outputs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def agreement(
 
 
 def output_rows(output: Any, mask: Tensor | None) -> Tensor:
-    """What a model puts out as rows `(N, k)`: a tensor, `logits` of a mapping or object, or the first of a tuple.
+    """The output of a model as rows `(N, k)`: a tensor, `logits` of a mapping or object, or the first of a tuple.
 
     Raises:
         InputError: none of these.
@@ -84,9 +84,9 @@ def output_rows(output: Any, mask: Tensor | None) -> Tensor:
     elif isinstance(output, tuple | list) and output:
         output = output[0]
     if not isinstance(output, Tensor) or output.ndim == 0:
-        found = "one number" if isinstance(output, Tensor) else type(output).__name__
+        actual = "one number" if isinstance(output, Tensor) else type(output).__name__
         raise InputError(
-            f"Expected the model to put out rows, as a tensor or `logits`, but got {found};"
+            f"Expected the model to return rows, as a tensor or `logits`, but got {actual};"
             " give `forward=lambda model, batch: …` that returns the tensor that matters."
         )
     if mask is not None and output.ndim == 3 and mask.shape == output.shape[:2]:

@@ -1,4 +1,4 @@
-"""What goes into a model's layers, seen through hooks: moments of every row, and some rows to look at later."""
+"""Inputs of a model's layers, captured by hooks: moments of every row, and some held-out rows."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ log = logging.getLogger(__name__)
 Forward = Callable[[nn.Module, Any], Any]
 Mask = Callable[[Any], Tensor | None]
 
-ROWS_KEPT = 4096  # held-out inputs of each layer, for its guard
-HELD_OUT = 5  # without held-out data of the user's own, every fifth batch is not fitted to
+GUARD_ROWS = 4096  # held-out inputs of each layer, for its guard
+HELD_OUT = 5  # without held-out data, every fifth batch is held out
 
 
 @dataclass
 class Inputs:
-    """What one layer was given.
+    """The inputs of one layer.
 
     Attributes:
         fit: sums over the rows to fit to.
         held_out: sums over the rows to measure on.
-        rows: some of the latter, at most about `ROWS_KEPT`.
+        rows: some of the latter, at most about `GUARD_ROWS`.
         runs: how often the layer ran in a batch at most.
     """
 
@@ -47,8 +47,8 @@ class Inputs:
         """Count in the rows of one call."""
         x = self._real_rows(x.detach(), mask)
         (self.held_out if held_out else self.fit).add(x)
-        if held_out and sum(len(rows) for rows in self.rows) < ROWS_KEPT:
-            self.rows.append(x[:ROWS_KEPT].clone())
+        if held_out and sum(len(rows) for rows in self.rows) < GUARD_ROWS:
+            self.rows.append(x[:GUARD_ROWS].clone())
 
     def _real_rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`(N, d)` without padding. The mask is (batch, time); inputs may be (time, batch, d), or no tokens at all."""
@@ -85,22 +85,22 @@ class Batches:
         held_out: batches to measure on; by default every fifth of `data`.
 
     Attributes:
-        given: how many batches the latest pass has given so far.
+        seen: number of batches in the latest pass so far.
     """
 
-    given = 0
+    seen = 0
 
     def __init__(self, data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor | None = None) -> None:
-        self.data, self.held_out = _cut(data), None if held_out is None else _cut(held_out)
+        self.data, self.held_out = _as_batches(data), None if held_out is None else _as_batches(held_out)
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
         """Each batch, and whether it is held out."""
-        self.given = 0
+        self.seen = 0
         for index, batch in enumerate(self.data):
-            self.given += 1
+            self.seen += 1
             yield batch, self.held_out is None and index % HELD_OUT == HELD_OUT - 1
         for batch in () if self.held_out is None else self.held_out:
-            self.given += 1
+            self.seen += 1
             yield batch, True
 
     @property
@@ -116,7 +116,7 @@ class Batches:
         return None
 
 
-def _cut(data: Iterable[Any] | Tensor) -> Iterable[Any]:
+def _as_batches(data: Iterable[Any] | Tensor) -> Iterable[Any]:
     return data.split(max(1, min(256, -(-len(data) // (2 * HELD_OUT))))) if isinstance(data, Tensor) else data
 
 
@@ -125,8 +125,8 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     device = next((parameter.device for parameter in model.parameters()), None)
     try:
         if isinstance(batch, Mapping):
-            return model(**{key: _moved(value, device) for key, value in batch.items()})
-        return model(_moved(batch[0] if isinstance(batch, tuple | list) else batch, device))
+            return model(**{key: _to_device(value, device) for key, value in batch.items()})
+        return model(_to_device(batch[0] if isinstance(batch, tuple | list) else batch, device))
     except TypeError as error:
         raise InputError(
             f"Expected batches that the model takes but it says: {' '.join(str(error).split())[:200]}; give"
@@ -134,7 +134,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         ) from error
 
 
-def _moved(value: Any, device: torch.device | None) -> Any:
+def _to_device(value: Any, device: torch.device | None) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -143,25 +143,25 @@ def attention_mask(batch: Any) -> Tensor | None:
     return batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "attention_mask", None)
 
 
-def _as_mask(given: Any) -> Tensor | None:
+def _as_mask(value: Any) -> Tensor | None:
     """`(batch, time)` bool, of what a user's `mask` gave.
 
     Raises:
         InputError: not that shape, or not zeros and ones: a mask that is added to attention means the opposite.
     """
-    if given is None:
+    if value is None:
         return None
-    mask = torch.as_tensor(given)
+    mask = torch.as_tensor(value)
     if mask.ndim > 2 and mask.numel() == mask.shape[0] * mask.shape[-1]:  # (batch, 1, 1, time), as attention has it
         mask = mask.reshape(mask.shape[0], -1)
     if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
-        found = f"shape {tuple(mask.shape)}, {mask.min():g} to {mask.max():g}"
-        raise InputError(f"Expected a mask (batch, time) of 1 for tokens and 0 for padding but got {found}.")
+        actual = f"shape {tuple(mask.shape)}, {mask.min():g} to {mask.max():g}"
+        raise InputError(f"Expected a mask (batch, time) of 1 for tokens and 0 for padding but got {actual}.")
     return mask.bool()
 
 
 class _SeenEnough(BaseException):
-    """The layer in question has run; the rest of the forward pass would be for nothing."""
+    """Ends a forward pass once the layer in question has run."""
 
 
 def count_runs(
@@ -201,7 +201,7 @@ def capture(
     mask: Mask = attention_mask,
     once: bool = False,
 ) -> dict[str, Inputs]:
-    """Pass over the data once and take the moments of what the layers are given.
+    """Pass over the data once and take the moments of the layers' inputs.
 
     Args:
         model: anything that `forward` can run.
@@ -217,36 +217,36 @@ def capture(
     Raises:
         InputError: a layer that does more than its weight and bias say, or a mask that is none.
     """
-    found: dict[str, Inputs] = {}
-    given: dict[str, Tensor] = {}
+    inputs_of: dict[str, Inputs] = {}
+    pending: dict[str, Tensor] = {}
     now: Counter[str] = Counter()
     held_out = False
     current: Tensor | None = None
 
-    def see(name: str) -> None:
+    def record(name: str) -> None:
         now[name] += 1
-        found[name].runs = max(found[name].runs, now[name])
-        x = given.pop(name)
-        found[name].add(x, None if current is None else current.to(x.device), held_out)
+        inputs_of[name].runs = max(inputs_of[name].runs, now[name])
+        x = pending.pop(name)
+        inputs_of[name].add(x, None if current is None else current.to(x.device), held_out)
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            given[name] = arguments[0] if arguments else keywords["input"]
-            if once and name in found:  # what it does with it was checked the first time
-                see(name)
+            pending[name] = arguments[0] if arguments else keywords["input"]
+            if once and name in inputs_of:  # what it does with it was checked the first time
+                record(name)
                 raise _SeenEnough
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, arguments: tuple[Any, ...], output: Any) -> None:
-            if name not in found:
-                x = given[name]
+            if name not in inputs_of:
+                x = pending[name]
                 _check_affine(name, module, x, output)
                 near = (torch.cat(x.unbind()) if x.is_nested else x).double().reshape(-1, module.in_features).mean(0)
                 fit, measure = (MomentSums.zeros(module.in_features, x.device, origin=near) for _ in range(2))
-                found[name] = Inputs(fit, measure)
-            see(name)
+                inputs_of[name] = Inputs(fit, measure)
+            record(name)
             if once:
                 raise _SeenEnough
 
@@ -268,7 +268,7 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs_of
 
 
 def _check_affine(name: str, layer: nn.Linear, x: Tensor, output: Any) -> None:
@@ -310,6 +310,6 @@ def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[No
 
 
 def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules where the names say."""
+    """Set modules in a model by their names."""
     for name, module in modules.items():
         model.set_submodule(name, module)

@@ -1,4 +1,4 @@
-"""The public call: replace dense layers inside any model by low-rank ones, and say what survived."""
+"""The public call: replace dense layers inside any model by low-rank ones, and report what they keep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distil_rank.compression.agreement import Agreement, agreement
 from distil_rank.compression.allocate import allocate
 from distil_rank.compression.capture import (
-    ROWS_KEPT,
+    GUARD_ROWS,
     Batches,
     Forward,
     Inputs,
@@ -45,7 +45,7 @@ LATENCY_BATCH = 32
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What became of one layer.
+    """The outcome for one layer.
 
     Attributes:
         name: where it is in the model.
@@ -125,9 +125,9 @@ class Report:
         for when, agreed in (("", self.outputs), (" before fine-tuning", self.untuned)):
             if agreed is not None:
                 kept = agreed.predictions_kept
-                said = "" if kept is None else f", predictions kept {kept:.2%}"
+                kept_text = "" if kept is None else f", predictions kept {kept:.2%}"
                 lines.append(
-                    f"The whole model's output{when} on {agreed.rows:,} held-out rows: R² {agreed.r2:.4f}{said}."
+                    f"The whole model's output{when} on {agreed.rows:,} held-out rows: R² {agreed.r2:.4f}{kept_text}."
                 )
         return "\n".join(lines)
 
@@ -187,8 +187,8 @@ def compress(
     """
     _check_options(data, held_out, parameters, tune, outputs)
     model = model if inplace else copy.deepcopy(model)
-    wanted = _wanted(model, layers, parameters)
-    dense = {name: cast(nn.Linear, model.get_submodule(name)) for name in wanted}
+    requested = _requested_ranks(model, layers, parameters)
+    dense = {name: cast(nn.Linear, model.get_submodule(name)) for name in requested}
     shared = _shared_weights(model, dense)
     batches = Batches(data, held_out)
     one_by_one = sequential and len(dense) > 1
@@ -196,12 +196,14 @@ def compress(
         raise InputError(batches.unrepeatable)
     # One by one, a first pass only tells the order of the layers; a budget needs every layer's spectrum beforehand.
     whole = not one_by_one or parameters is not None
-    found = capture(model, dense, batches, forward, mask) if whole else {}
-    counted = {name: inputs.runs for name, inputs in found.items()}
+    inputs_of = capture(model, dense, batches, forward, mask) if whole else {}
+    counted = {name: inputs.runs for name, inputs in inputs_of.items()}
     runs = counted if whole else count_runs(model, dense, batches, forward)
     _check_ran(dense, runs, batches)
     if parameters is not None:
-        wanted |= _within_budget({name: dense[name] for name in dense.keys() - shared.keys()}, dense, found, parameters)
+        requested |= _within_budget(
+            {name: dense[name] for name in dense.keys() - shared.keys()}, dense, inputs_of, parameters
+        )
 
     originals: dict[str, nn.Module] = {}
     owner: dict[str, str] = {}
@@ -210,11 +212,11 @@ def compress(
     try:
         for name in runs:
             log.info("compressing %s (%d of %d)", name, len(rows) + 1, len(dense))
-            if name in found and not (one_by_one and originals):
-                inputs = found.pop(name)
+            if name in inputs_of and not (one_by_one and originals):
+                inputs = inputs_of.pop(name)
             else:
                 inputs = capture(model, {name: dense[name]}, batches, forward, mask, once=runs[name] == 1)[name]
-            rows[name], student = _replaced(name, dense[name], wanted[name], inputs, solver, shared.get(name))
+            rows[name], student = _replaced(name, dense[name], requested[name], inputs, solver, shared.get(name))
             if student is not None:
                 paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is dense[name]]
                 originals |= dict.fromkeys(paths, dense[name])
@@ -230,11 +232,11 @@ def compress(
             tuning = match_outputs(model, originals, moments, batches, tune, outputs, forward, mask)
             for name, (student, inputs) in solved.items():
                 student.provenance |= {"tuned_steps": tuning.steps if tuning.best_loss < tuning.start_loss else 0}
-                held_out_r2 = _certify(student, dense[name], inputs)
+                held_out_r2 = _measure_at_every_rank(student, dense[name], inputs)
                 rows[name] = replace(rows[name], predicted_r2=student.provenance["r2"][-1], held_out_r2=held_out_r2)
         agreed = None if batches.unrepeatable else compare()
     except BaseException:
-        install(model, originals)  # a model that is half of each serves nobody
+        install(model, originals)  # never leave a model half replaced
         raise
     timed = [row if name not in solved else timed_row(row, dense[name], solved[name][0]) for name, row in rows.items()]
     return Report(model, timed, agreed, untuned, tuning)
@@ -243,8 +245,8 @@ def compress(
 def _check_options(data: Any, held_out: Any, parameters: Any, tune: Any, outputs: Any) -> None:
     for name, value in (("data", data), ("held_out", held_out)):
         if (value is None and name == "data") or (isinstance(value, Tensor) and value.ndim < 2):
-            found = "None" if value is None else f"a tensor of shape {tuple(value.shape)}"
-            raise InputError(f"Expected `{name}` as batches, or a tensor of rows, but got {found}.")
+            actual = "None" if value is None else f"a tensor of shape {tuple(value.shape)}"
+            raise InputError(f"Expected `{name}` as batches, or a tensor of rows, but got {actual}.")
         if isinstance(value, Mapping | str | np.ndarray) or (value is not None and not isinstance(value, Iterable)):
             kind = type(value).__name__
             raise InputError(f"Expected `{name}` as several batches but got one {kind}; give a list or a loader.")
@@ -256,7 +258,9 @@ def _check_options(data: Any, held_out: Any, parameters: Any, tune: Any, outputs
         raise InputError(f"Expected `outputs` out of {', '.join(get_args(Outputs))} but got {outputs!r}.")
 
 
-def _wanted(model: nn.Module, layers: Mapping[str, Rank] | Sequence[str] | str, budget: float | None) -> dict[str, Any]:
+def _requested_ranks(
+    model: nn.Module, layers: Mapping[str, Rank] | Sequence[str] | str, budget: float | None
+) -> dict[str, Any]:
     """The rank asked for of each linear layer that a pattern fits."""
     if isinstance(layers, Mapping) == (budget is not None):
         what = "patterns without ranks beside `parameters`" if budget else "a rank for each pattern, or `parameters`"
@@ -276,15 +280,15 @@ def _wanted(model: nn.Module, layers: Mapping[str, Rank] | Sequence[str] | str, 
         for names in places.values()
     }
     if unused := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in linear)]:
-        known = ", ".join(linear[:8]) + (", …" if len(linear) > 8 else "")
+        names = ", ".join(linear[:8]) + (", …" if len(linear) > 8 else "")
         raise InputError(
-            f"Expected {unused[0]!r} to fit a linear layer of the model but it has {known or 'none inside'}."
+            f"Expected {unused[0]!r} to fit a linear layer of the model but it has {names or 'none inside'}."
         )
     return {name: patterns[pattern] for name, pattern in fits.items() if pattern is not None}
 
 
 def _check_ran(dense: Mapping[str, nn.Linear], ran: Collection[str], batches: Batches) -> None:
-    if not batches.given:
+    if not batches.seen:
         raise InputError("Expected batches to calibrate on but `data` holds none.")
     if idle := [name for name in dense if name not in ran]:
         raise InputError(
@@ -302,13 +306,13 @@ def _shared_weights(model: nn.Module, dense: Mapping[str, nn.Linear]) -> dict[st
     others = {
         name: [path for path, holder in holders[id(module.weight)] if holder is not module]
         for name, module in dense.items()
-        if id(module.weight) in holders  # a parametrised weight is computed, and nobody's
+        if id(module.weight) in holders  # a parametrised weight is computed, not shared
     }
     return {name: paths[0] for name, paths in others.items() if paths}
 
 
 def _within_budget(
-    free: Mapping[str, nn.Linear], dense: Mapping[str, nn.Linear], found: Mapping[str, Inputs], share: float
+    free: Mapping[str, nn.Linear], dense: Mapping[str, nn.Linear], inputs_of: Mapping[str, Inputs], share: float
 ) -> dict[str, Any]:
     """The ranks of the layers that are free to shrink, so that all the dense ones together keep their share."""
     weights = {name: layer.weight for name, layer in dense.items()}
@@ -316,21 +320,21 @@ def _within_budget(
     total = sum({id(weight): weight.numel() for weight in weights.values()}.values())
     biases = sum(layer.out_features for layer in free.values() if layer.bias is None)  # a student always has one
     budget = int(share * total) - sum(held.values()) - biases
-    spectra = {name: output_spectrum(layer.weight, found[name].moments())[0] for name, layer in free.items()}
+    spectra = {name: output_spectrum(layer.weight, inputs_of[name].moments())[0] for name, layer in free.items()}
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in free.items()}
     ranks = allocate(spectra, shapes, budget)
     return {name: min(shapes[name]) if rank is None else rank for name, rank in ranks.items()}
 
 
 def _replaced(
-    name: str, dense: nn.Linear, wanted: Rank, inputs: Inputs, solver: Solver, shared: str | None
+    name: str, dense: nn.Linear, requested: Rank, inputs: Inputs, solver: Solver, shared: str | None
 ) -> tuple[LayerRow, LowRankLinear | None]:
-    """The student of one layer, unless the layer is better left as it is."""
+    """The student of one layer, or None where none would be smaller."""
     n, m = dense.in_features, dense.out_features
     moments = inputs.moments()
     if moments.rows == 0 or not moments.covariance.isfinite().all():
-        found = "none" if moments.rows == 0 else "NaN or inf"
-        raise InputError(f"Expected finite rows of input to {name!r} but got {found}; look at the data and its mask.")
+        actual = "none" if moments.rows == 0 else "NaN or inf"
+        raise InputError(f"Expected finite rows of input to {name!r} but got {actual}; look at the data and its mask.")
     if moments.rows < n:
         log.warning("%s: %d rows for %d inputs; more data would make a better student.", name, moments.rows, n)
     size = parameter_count(n, m, bias=dense.bias is not None)
@@ -339,31 +343,31 @@ def _replaced(
         return replace(row, note=f"its weight is also {shared}"), None
     if not dense.weight.isfinite().all():
         raise InputError(f"Expected finite weights in {name!r} but found NaN or inf; look at the model.")
-    large = isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= break_even_rank(n, m)
-    rank = int(wanted) if large else choose_rank(output_spectrum(dense.weight, moments)[0], wanted)
+    large = isinstance(requested, int) and not isinstance(requested, bool) and requested >= break_even_rank(n, m)
+    rank = int(requested) if large else choose_rank(output_spectrum(dense.weight, moments)[0], requested)
     if rank >= break_even_rank(n, m):
         return replace(row, note=f"no weights saved from rank {break_even_rank(n, m):.0f} on"), None
     student = LowRankLinear.from_linear(dense, rank, moments, solver)
     student.train(dense.training).requires_grad_(dense.weight.requires_grad)
-    held_out_r2 = _certify(student, dense, inputs)
+    held_out_r2 = _measure_at_every_rank(student, dense, inputs)
     measured = {"predicted_r2": student.provenance["r2"][-1], "held_out_r2": held_out_r2}
     return replace(row, rank=rank, parameters=parameter_count(n, m, rank), **measured), student
 
 
-def _certify(student: LowRankLinear, dense: nn.Linear, inputs: Inputs) -> float | None:
-    """Write into a student what it keeps at each of its ranks, and give it a guard; returns its held-out R²."""
+def _measure_at_every_rank(student: LowRankLinear, dense: nn.Linear, inputs: Inputs) -> float | None:
+    """Record in a student its R² at every rank, and give it a guard; returns its held-out R²."""
     moments, held_out = inputs.moments(), inputs.held_out_moments()
     assert student.bias is not None
     factors = Factors(student.A, student.B, student.bias)
-    known = dense.weight, dense.bias, factors
-    student.provenance["r2"] = nested_r2(*known, moments, student.input_mean).tolist()
+    layers = dense.weight, dense.bias, factors
+    student.provenance["r2"] = nested_r2(*layers, moments, student.input_mean).tolist()
     if held_out is None:
         return None
     if not held_out.covariance.isfinite().all():
         raise InputError("Expected finite rows to measure on but some hold NaN or inf; look at the held-out data.")
-    curve = nested_r2(*known, held_out, student.input_mean, centre=moments.mean).tolist()
+    curve = nested_r2(*layers, held_out, student.input_mean, centre=moments.mean).tolist()
     student.provenance |= {"held_out_rows": held_out.rows, "r2_held_out": curve}
-    rows = torch.cat(inputs.rows)[:ROWS_KEPT]
+    rows = torch.cat(inputs.rows)[:GUARD_ROWS]
     if len(rows) > 1:
         student.guard = Guard.of(dense, student, rows)
     return curve[-1]

@@ -1,4 +1,4 @@
-"""Layers out of other people's files: one projection, or the short tail behind it, from a saved state dict.
+"""Layers from files of other projects: one projection, or the short tail behind it, from a saved state dict.
 
 Nothing here unpickles: PyTorch files load with `weights_only=True`, safetensors holds plain tensors.
 """
@@ -49,10 +49,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in HUGGING_FACE_FILES if (path / name).exists()), None)
-        if found is None:
+        file = next((path / name for name in HUGGING_FACE_FILES if (path / name).exists()), None)
+        if file is None:
             raise InputError(f"Expected one of {', '.join(HUGGING_FACE_FILES)} in {path} but found none.")
-        path = found
+        path = file
     if not path.exists():
         raise InputError(f"Expected a saved model at {path} but there is nothing; check the path.")
     try:
@@ -164,7 +164,7 @@ def load_linear(spec: str) -> nn.Linear:
 
 
 def load_tail(spec: str) -> nn.Sequential:
-    """Reads what stands behind a layer, so that a student can be trained on what comes out at the far end.
+    """Reads the modules behind a layer, so that a student can be trained on the model's output.
 
     Args:
         spec: steps separated by commas, each an activation (tanh, relu, gelu, silu, sigmoid) or a layer as in

@@ -1,4 +1,4 @@
-"""Fine-tune the students inside a model against what the whole original model puts out."""
+"""Fine-tune the students inside a model against the output of the whole original model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 CHECKS = 20  # how often in a run the students are compared with the best so far
 RIDGE = 0.01  # of the mean variance, added to each: directions without any would otherwise be blown up
-CHECK_BATCHES = 10  # every tenth batch that is not held out chooses among them and is not trained on
+CHECK_BATCHES = 10  # every tenth batch that is not held out selects the best and is not trained on
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Whitened(nn.Module):
 
     @torch.no_grad()
     def write_to(self, student: LowRankLinear) -> None:
-        """Put the same map into the student's own factors."""
+        """Write the same map into the student's own factors."""
         student.A.copy_(self.A @ self.whiten)
         student.B.copy_(self.B)
         assert student.bias is not None
@@ -125,7 +125,7 @@ def match_outputs(
 
     @torch.no_grad()
     def check() -> float:
-        values = [float(loss(batch)) for batch, kind in _dealt(batches) if kind == "check"]
+        values = [float(loss(batch)) for batch, kind in _with_checks(batches) if kind == "check"]
         value = sum(values) / len(values)
         return value if math.isfinite(value) else math.inf
 
@@ -161,7 +161,7 @@ def match_outputs(
     return Tuning(steps, start, best)
 
 
-def _dealt(batches: Batches) -> Iterator[tuple[Any, Literal["train", "check"]]]:
+def _with_checks(batches: Batches) -> Iterator[tuple[Any, Literal["train", "check"]]]:
     """The batches that are not held out; the first and every tenth after it check, the others train."""
     fitting = (batch for batch, held_out in batches if not held_out)
     for index, batch in enumerate(fitting):
@@ -172,7 +172,7 @@ def _endless(batches: Batches, steps: int) -> Iterator[Any]:
     taken = 0
     while taken < steps:
         before = taken
-        for batch, kind in _dealt(batches):
+        for batch, kind in _with_checks(batches):
             if kind == "train" and taken < steps:
                 taken += 1
                 yield batch

@@ -1,8 +1,8 @@
 """Students and code maps on disk: plain tensors and a manifest. Loading them takes torch and safetensors, nothing else.
 
 model.safetensors   the weights: of one layer, or of a whole model with student layers in it
-guard.safetensors   what tells inputs that the students were not made for, where there is such a guard
-manifest.json       shapes, ranks, where they come from and how much they keep; the hashes of the files and its own
+guard.safetensors   estimates the error on each input, where the students have a guard
+manifest.json       shapes, ranks, provenance, R²; the hashes of the files and its own
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def save(
     data: Mapping[str, Any] | None = None,
     licence: str = LICENCE,
 ) -> Path:
-    """Saves a student layer, or a model with student layers in it, with everything that is known of them.
+    """Saves a student layer, or a model with student layers in it, with their provenance and measurements.
 
     Args:
         model: a `LowRankLinear`, an `Int8LowRankLinear`, a `CodeMap`, or a module that contains some. A model is saved
@@ -72,12 +72,12 @@ def save(
     students = {name: module for name, module in everywhere if isinstance(module, Student)}
     if not students:
         raise InputError(f"Expected a student layer or a model that holds one but got {type(model).__name__} without.")
-    check_place(path)
+    check_writable(path)
     state, aliases = _without_duplicates(model.state_dict())
     _check_finite(state, "the model")
     layers: dict[str, dict[str, Any]] = {}
     for name, student in students.items():
-        first = next(known for known, other in students.items() if other is student)
+        first = next(key for key, other in students.items() if other is student)
         layers[name] = _describe(student) if first == name else {"same_as": first}
     guards = {
         f"{name}.{part}": getattr(student.guard, part).cpu().contiguous()
@@ -101,12 +101,12 @@ def save(
             for name, content in files.items()
         },
     }
-    manifest = _plain(manifest)
+    manifest = _as_json(manifest)
     manifest["sha256"] = _manifest_digest(manifest)
     files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():  # in full beside the old ones, before any of those goes
+        for name, content in files.items():  # all are written before any old one is replaced
             (path / f".{name}.new").write_bytes(content)
         (path / MANIFEST).unlink(missing_ok=True)  # while the files change there is no artefact
         (path / GUARD).unlink(missing_ok=True)
@@ -117,8 +117,8 @@ def save(
     return path
 
 
-def check_place(path: Path) -> None:
-    """Raises `InputError` where nothing can be saved, before the work that is to be saved is done."""
+def check_writable(path: Path) -> None:
+    """Raise `InputError` if nothing can be saved there, before any work is done."""
     folder = path
     while not folder.exists():
         folder = folder.parent
@@ -194,7 +194,7 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
             model: nn.Module = own[""]
             _assign(model, state)
         else:
-            dense = _places(into, students, path)
+            dense = _dense_layers(into, students, path)
             assert into is not None
             model = into
             install(model, students)
@@ -233,8 +233,8 @@ def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, value in wanted.items():
         fresh = value.is_meta  # a student's own, whose dtype the manifest tells
         if state[name].shape != value.shape or (fresh and state[name].dtype != value.dtype):
-            found, due = ((tuple(one.shape), one.dtype) for one in (state[name], value))
-            raise ValueError(f"{name} is {found}, not {due}")
+            actual, expected = ((tuple(one.shape), one.dtype) for one in (state[name], value))
+            raise ValueError(f"{name} is {actual}, not {expected}")
     device = next((value.device for value in model.parameters() if not value.is_meta), None)
     model.load_state_dict(state, assign=True)
     model.to(device)
@@ -288,24 +288,24 @@ def _empty(description: Mapping[str, Any]) -> Student:
     return student
 
 
-def _places(into: nn.Module | None, students: Mapping[str, Student], path: Path) -> dict[str, nn.Module]:
-    """What the model has where the students belong."""
+def _dense_layers(into: nn.Module | None, students: Mapping[str, Student], path: Path) -> dict[str, nn.Module]:
+    """The dense layers of the model that the students replace."""
     if into is None:
         raise InputError(
             f"Expected `into`, a model to load {path} into, since it is a whole model with students at "
             f"{', '.join(students)}; give one of the same architecture."
         )
-    found = {}
+    layers = {}
     for name, student in students.items():
         try:
-            found[name] = old = into.get_submodule(name)
+            layers[name] = old = into.get_submodule(name)
         except AttributeError as error:
             raise InputError(f"Expected a layer {name!r} in `into` but it has none; give the same model.") from error
         shape = getattr(old, "out_features", None), getattr(old, "in_features", None)
         if shape != (student.out_features, student.in_features):
             expected = (student.out_features, student.in_features)
             raise InputError(f"Expected {name!r} of `into` to be {expected} but it is {shape}; give the same model.")
-    return found
+    return layers
 
 
 def _attach_guards(students: Mapping[str, Student], layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -354,12 +354,12 @@ def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
     return kept, aliases
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no infinities: what cannot be said is null."""
+def _as_json(value: Any) -> Any:
+    """A JSON value; NaN and infinity become null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value  # of numpy and torch
     if value is not None and not isinstance(value, str | int | float):
         raise InputError(f"Expected JSON values to save beside the weights but got a {type(value).__name__}.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distil_rank.compression.compress import Report, compress, timed_row
 from distil_rank.compression.own_layer import load_linear, load_tail
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.deployment.artefact import check_place, load, save
+from distil_rank.deployment.artefact import check_writable, load, save
 from distil_rank.deployment.export import to_dense, to_int8, to_onnx, to_torch
 from distil_rank.deployment.int8 import Int8LowRankLinear
 from distil_rank.deployment.integer_onnx import to_integer_onnx
@@ -42,7 +42,7 @@ def compress_file(
     int8: bool = False,
     output: str = "compressed",
 ) -> tuple[Report, Path]:
-    """Compress one layer of a saved model into a folder that deploys; returns what was done, and that folder.
+    """Compress one layer of a saved model into a folder that deploys; returns the report and that folder.
 
     Args:
         data: The layer's inputs.
@@ -58,7 +58,7 @@ def compress_file(
     Raises:
         InputError: the layer or the data cannot be used together, or a low rank would save nothing.
     """
-    check_place(Path(output))
+    check_writable(Path(output))
     dense = load_linear(model if layer is None else f"{model}:{layer}")
     data.prepare_data()
     data.setup()
@@ -141,7 +141,7 @@ def export_artefact(
         return to_torch(student, output or folder / "layer.pt2", torch.zeros(2, student.in_features, dtype=dtype))
     if to == "dense":
         path = Path(output or folder / "dense.safetensors")
-        check_place(path.parent)
+        check_writable(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(safetensors.torch.save(dict(to_dense(student).state_dict())))
         return path

@@ -1,4 +1,4 @@
-"""Students in the forms that other runtimes take: ONNX, `torch.export`, int8, or one plain dense layer."""
+"""Students in formats of other runtimes: ONNX, `torch.export`, int8, or one plain dense layer."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def to_int8(
             f"Expected the {student.out_features} x {student.in_features} layer that this student replaces, and inputs"
             f" of its width, but got {shape[0]} x {shape[1]} and inputs of {len(moments.mean)}."
         )
-    known = student.provenance.get("teacher_sha256")
-    if known is not None and known != tensor_digest(teacher.weight, teacher.bias):
+    digest = student.provenance.get("teacher_sha256")
+    if digest is not None and digest != tensor_digest(teacher.weight, teacher.bias):
         raise InputError("Expected the very layer that this student replaces but got another of its shape.")
     small = Int8LowRankLinear.from_low_rank(student)
     before, after = (_r2(teacher, layer, moments) for layer in (student, small.dequantised()))
@@ -139,7 +139,7 @@ def to_onnx(layer: Layer, path: str | Path) -> Path:
 
 
 def save_graph(onnx: Any, model: Any, path: str | Path) -> Path:
-    """Write a graph in the format that `IR_VERSION` names, and the folders that it lies in."""
+    """Write a graph in the format that `IR_VERSION` names, and make its folder."""
     model.ir_version = IR_VERSION
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

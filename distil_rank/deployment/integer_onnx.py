@@ -95,7 +95,7 @@ def _graph(onnx: Any, student: LowRankLinear, moments: Moments) -> Any:
 
 
 def _root(spread: Tensor) -> Tensor:
-    """Square roots, none of them so small that what is divided by it grows beyond the others."""
+    """Square roots, bounded from below so that dividing by them cannot blow up."""
     return spread.clamp_min(1e-6 * float(spread.max()) or 1.0).sqrt()
 
 

@@ -1,4 +1,4 @@
-"""Names for tensors: the same numbers have the same digest on every machine."""
+"""Digests of tensors, the same on every machine."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def nested_r2(
     shared = ((AC @ W.T) * B.T).sum(1).cumsum(0)  # E⟨W x, B_k A_k x⟩ about the mean
     own = ((B.T @ B) * (AC @ A.T)).cumsum(0).cumsum(1).diagonal()  # E‖B_k A_k x‖² about the mean
     whole = W @ mean - c - B @ (A @ folded) + (0 if bias is None else bias.double())
-    offset = whole[:, None] - (B * (A @ (mean - folded))).cumsum(1)  # (m, r), what is off on average
+    offset = whole[:, None] - (B * (A @ (mean - folded))).cumsum(1)  # (m, r), the mean error
     residual = (variance - 2 * shared + own).clamp_min(0) + offset.square().sum(0)
     total = variance if centre is None else variance + (W @ (mean - centre.to(W))).square().sum()
     if total > 0 or total.isnan():

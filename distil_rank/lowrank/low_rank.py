@@ -19,7 +19,7 @@ from distil_rank.lowrank.solvers import Factors, Solver, check_rank, choose_rank
 
 
 class TwoFactors(nn.Module):
-    """What students of every precision have in common: `y = B (A x) + c`."""
+    """The base of students of every precision: `y = B (A x) + c`."""
 
     A: Tensor
     B: Tensor

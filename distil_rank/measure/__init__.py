@@ -1,1 +1,1 @@
-"""What is measured: fidelity, bootstrap intervals, latency."""
+"""Measurements: fidelity, bootstrap intervals, latency."""

@@ -123,7 +123,7 @@ def notes(result: Result) -> list[str]:
             )
         if teacher.check.warning:
             lines.append(f"WARNING: {teacher.check.warning}")
-    return lines
+    return [*lines, f"Machine: {result.machine}."]
 
 
 def markdown(result: Result) -> str:

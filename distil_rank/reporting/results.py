@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from distil_rank.data.description import DataDescription
 from distil_rank.errors import InputError
 from distil_rank.measure.latency import LayerLatency
+from distil_rank.measure.machine import machine
 
 SCHEMA = 1
 RECIPE = "original recipe"
@@ -212,6 +213,7 @@ class Result:
     teachers: list[TeacherResult]
     method_note: str = METHOD_NOTE
     seconds: float
+    machine: str = field(default_factory=machine)
 
 
 _JSON = TypeAdapter(Result)

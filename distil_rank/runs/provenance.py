@@ -1,4 +1,4 @@
-"""Who and what made a result: versions, git commit, user and command."""
+"""The provenance of a result: versions, git commit, user and command."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def versions() -> dict[str, str]:
     >>> "torch" in versions()
     True
     """
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 @cache
@@ -50,7 +50,7 @@ def command() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of this package's folder; empty without git or a repository."""
+    """The output of git for this package's folder; empty without git or a repository."""
     try:
         called = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(called, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

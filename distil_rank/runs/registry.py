@@ -1,4 +1,4 @@
-"""Students as MLflow models: kept with their run, registered, the best of their kind marked."""
+"""Students as MLflow models: logged with their run, registered, the best of each kind marked as champion."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def log_student(
 def promote_champion(run: Run, model_uri: str, *, r2: float, rank: int, teacher: str, data: str) -> str:
     """Register a student; make it champion if no registered one of its kind has a higher held-out R².
 
-    R² compares only at the same rank, on the same teacher and data. The best of each rank is also found under the
+    R² compares only at the same rank, on the same teacher and data. The best of each rank also has the
     alias `champion-rank-<rank>`; `champion` is the newest of them.
 
     Args:
@@ -121,9 +121,9 @@ def promote_champion(run: Run, model_uri: str, *, r2: float, rank: int, teacher:
 
 def _pytorch_flavour() -> ModuleType:
     """`mlflow.pytorch`, kept from setting the root logger to show errors only, as its import does."""
-    guard, root = logging.NullHandler(), logging.getLogger()
-    root.addHandler(guard)
+    handler, root = logging.NullHandler(), logging.getLogger()
+    root.addHandler(handler)
     try:
         return import_module("mlflow.pytorch")
     finally:
-        root.removeHandler(guard)
+        root.removeHandler(handler)

@@ -81,10 +81,10 @@ def is_remote(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("http://", "https://", "databricks"))
 
 
-def shown(tracking_uri: str) -> str:
+def without_credentials(tracking_uri: str) -> str:
     """An address without the user name and password that it may hold.
 
-    >>> shown("https://me:secret@tracking.example")
+    >>> without_credentials("https://me:secret@tracking.example")
     'https://tracking.example'
     """
     return re.sub(r"//[^/@]*@", "//", tracking_uri)

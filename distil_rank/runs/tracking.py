@@ -1,7 +1,7 @@
 """Runs in MLflow. Only this module and `registry` know MLflow.
 
 Runs go to a sqlite database under `mlruns/`, their artifacts beside it, or wherever `MLFLOW_TRACKING_URI` points.
-Everything goes through a client of its own: MLflow's current run, tracking address and environment stay untouched.
+All calls go through our own client: MLflow's current run, tracking address and environment stay untouched.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from sqlalchemy.exc import SQLAlchemyError
 from distil_rank.errors import InputError
 from distil_rank.runs import provenance
 from distil_rank.runs.interrupts import exit_on_signals, was_interrupted
-from distil_rank.runs.run_store import RUN_LISTS, VIEW, artifact_location, default_tracking_uri, shown
+from distil_rank.runs.run_store import RUN_LISTS, VIEW, artifact_location, default_tracking_uri, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-set_telemetry_client()  # it reads that while MLflow is imported, which has happened
+set_telemetry_client()  # it read the environment when MLflow was imported
 
-for _noisy in ("alembic", "mlflow"):  # "Creating initial MLflow database tables..." and its like
-    logging.getLogger(_noisy).setLevel(logging.WARNING)
+for _logger in ("alembic", "mlflow"):  # such as "Creating initial MLflow database tables..."
+    logging.getLogger(_logger).setLevel(logging.WARNING)
 
 log = logging.getLogger(__name__)
 
-REACHED_WITHIN = 5.0  # seconds in which a remote server has to answer
+CONNECT_TIMEOUT = 5.0  # seconds in which a remote server has to answer
 PARAMS_PER_CALL, PARAM_LENGTH, NOTE_LENGTH, DIGEST_LENGTH = 100, 6000, 8000, 36  # MLflow's own limits
 
 
@@ -51,7 +51,7 @@ class Run:
         experiment: its experiment's name.
         experiment_id: its experiment's id.
         tracking_uri: where it is kept.
-        folder: local folder for what training leaves behind (checkpoints), under `mlruns/`.
+        folder: local folder for files of training (checkpoints), under `mlruns/`.
         client: an `MlflowClient` for whatever is not offered here.
     """
 
@@ -63,13 +63,13 @@ class Run:
     client: mlflow.MlflowClient = field(repr=False)
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Record parameters; nested mappings become dotted names. The first value of a name stays, and it is said."""
-        known = self.client.get_run(self.id).data.params
-        given = {name: str(value)[:PARAM_LENGTH] for name, value in _flatten(params).items()}
-        for name in given.keys() & known.keys():
-            if given[name] != known[name]:
-                log.warning("Parameter %s stays %s in MLflow; %s came later.", name, known[name], given[name])
-        new = [Param(name, value) for name, value in given.items() if name not in known]
+        """Record parameters; nested mappings become dotted names. A name keeps its first value, with a warning."""
+        recorded = self.client.get_run(self.id).data.params
+        values = {name: str(value)[:PARAM_LENGTH] for name, value in _flatten(params).items()}
+        for name in values.keys() & recorded.keys():
+            if values[name] != recorded[name]:
+                log.warning("Parameter %s stays %s in MLflow; %s came later.", name, recorded[name], values[name])
+        new = [Param(name, value) for name, value in values.items() if name not in recorded]
         for start in range(0, len(new), PARAMS_PER_CALL):
             self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_CALL])
 
@@ -84,9 +84,9 @@ class Run:
         self.client.log_batch(self.id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def note(self, markdown: str) -> None:
-        """Describe the run, in Markdown, on its page; above it stand links to the runs that this one builds on.
+        """Describe the run, in Markdown, on its page, after links to the runs that this one builds on.
 
-        Those are the runs that its tags `<what>_run` name. What goes beyond MLflow's limit goes to `note.md`.
+        Those are the runs that its tags `<what>_run` name. What exceeds MLflow's limit goes to the artifact `note.md`.
         """
         links = []
         for tag, other in self.client.get_run(self.id).data.tags.items():
@@ -115,7 +115,7 @@ class Run:
         self.client.log_text(self.id, text, file)
 
     def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
-        """Record which rows went in: what they are called, their digest and where they lie; not the rows themselves.
+        """Record the rows that went in by name, digest and location; not the rows themselves.
 
         Args:
             shape: of the rows, `(N, n)`.
@@ -158,7 +158,7 @@ def start_run(
 ) -> Iterator[Run]:
     """Open a run; it ends FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED, then with the reason in the tag `error`.
 
-    Of the processes of a distributed command the first one's run is kept; the others' are thrown away when they end.
+    Of the processes of a distributed command the first one's run is kept; the others' are deleted when they end.
 
     Args:
         experiment: one of `run_store.RUN_LISTS`, or a new name.
@@ -178,24 +178,24 @@ def start_run(
         if process_rank() > 0:
             tracking_uri = f"sqlite:///{stack.enter_context(tempfile.TemporaryDirectory())}/mlflow.db"
         try:
-            with _alone_with(tracking_uri):
+            with _exclusive_lock(tracking_uri):
                 client = connect(tracking_uri)
                 experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
-            made = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
+            created = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
         except (MlflowException, SQLAlchemyError) as error:
             raise InputError(
-                f"Expected MLflow to keep runs at {shown(tracking_uri)} but it said: {_first_line(error)}"
+                f"Expected MLflow to keep runs at {without_credentials(tracking_uri)} but got: {_first_line(error)}"
             ) from error
         folder = root.resolve() / "mlruns" / "lightning"
-        run = Run(made.info.run_id, experiment, experiment_id, tracking_uri, folder, client)
-        with _ended(run), exit_on_signals(signal.SIGTERM), _monitored(run, system_metrics):
+        run = Run(created.info.run_id, experiment, experiment_id, tracking_uri, folder, client)
+        with _final_status(run), exit_on_signals(signal.SIGTERM), _system_metrics(run, system_metrics):
             run.log_params(params)
             yield run
 
 
 @contextmanager
-def _alone_with(tracking_uri: str) -> Iterator[None]:
-    """Makes other processes wait that would make the same local database or experiment at the same time.
+def _exclusive_lock(tracking_uri: str) -> Iterator[None]:
+    """Hold a lock, so that no two processes create the same local database or experiment at once.
 
     Raises:
         InputError: if the database's folder cannot be written.
@@ -214,7 +214,7 @@ def _alone_with(tracking_uri: str) -> Iterator[None]:
         ) from error
     with lock:
         with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
         yield
 
 
@@ -226,15 +226,15 @@ def connect(tracking_uri: str) -> mlflow.MlflowClient:
     """
     if tracking_uri.startswith("http"):
         try:
-            answer = requests.get(f"{tracking_uri.rstrip('/')}/health", timeout=REACHED_WITHIN)
+            answer = requests.get(f"{tracking_uri.rstrip('/')}/health", timeout=CONNECT_TIMEOUT)
             reason = f"HTTP {answer.status_code}" if answer.status_code >= 500 else None
         except requests.exceptions.SSLError:
-            reason = None  # it is there; whether its certificate will do is MLflow's settings to say
+            reason = None  # it answers; MLflow's settings decide about its certificate
         except requests.RequestException as error:
             reason = "no answer in time" if isinstance(error, requests.Timeout) else "no connection"
         if reason:
             raise InputError(
-                f"Expected an MLflow server at {shown(tracking_uri)} but there is {reason}: start it, "
+                f"Expected an MLflow server at {without_credentials(tracking_uri)} but there is {reason}: start it, "
                 "or unset MLFLOW_TRACKING_URI to keep runs under mlruns/."
             )
     elif not Path(tracking_uri.removeprefix("sqlite:///")).exists():
@@ -243,31 +243,31 @@ def connect(tracking_uri: str) -> mlflow.MlflowClient:
 
 
 @contextmanager
-def _ended(run: Run) -> Iterator[None]:
-    """Give the run the status that its end deserves."""
+def _final_status(run: Run) -> Iterator[None]:
+    """Set the run's status when the block ends: FINISHED, KILLED or FAILED."""
     status = "FINISHED"
     try:
         yield
     except BaseException as error:
-        left = isinstance(error, SystemExit) and not error.code
-        status = "KILLED" if was_interrupted(error) else "FINISHED" if left else "FAILED"
+        exited = isinstance(error, SystemExit) and not error.code
+        status = "KILLED" if was_interrupted(error) else "FINISHED" if exited else "FAILED"
         if status == "FAILED":
-            _try(run.set_tags, {"error": _first_line(error)})
+            _warn_if_refused(run.set_tags, {"error": _first_line(error)})
         raise
     finally:
-        _try(run.client.set_terminated, run.id, status)
+        _warn_if_refused(run.client.set_terminated, run.id, status)
 
 
-def _try(call: Callable[..., object], *arguments: object) -> None:
-    """Tell MLflow of a run's end; should it fail, that must not hide what ended the run."""
+def _warn_if_refused(call: Callable[..., object], *arguments: object) -> None:
+    """Call MLflow at a run's end; its failure must not hide what ended the run."""
     try:
         call(*arguments)
     except MlflowException as error:
-        log.warning("MLflow did not take note of the run's end: %s", _first_line(error))
+        log.warning("MLflow did not record the run's end: %s", _first_line(error))
 
 
 @contextmanager
-def _monitored(run: Run, wanted: bool) -> Iterator[None]:
+def _system_metrics(run: Run, wanted: bool) -> Iterator[None]:
     """Sample the machine's load while a run lasts."""
     if not wanted:
         yield
@@ -288,41 +288,41 @@ def _monitored(run: Run, wanted: bool) -> Iterator[None]:
 
 
 def _experiment_id(client: mlflow.MlflowClient, name: str, location: str | None) -> str:
-    """The experiment's id; made, described and given its columns where that is missing."""
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        found = client.get_experiment(client.create_experiment(name, artifact_location=location))
-    elif found.lifecycle_stage == "deleted":
+    """The experiment's id; created, tags and given its columns if need be."""
+    entry = client.get_experiment_by_name(name)
+    if entry is None:
+        entry = client.get_experiment(client.create_experiment(name, artifact_location=location))
+    elif entry.lifecycle_stage == "deleted":
         log.warning("Experiment %s was deleted in MLflow; it is restored for the new run.", name)
-        client.restore_experiment(found.experiment_id)
-    if location is not None and found.artifact_location != location:
+        client.restore_experiment(entry.experiment_id)
+    if location is not None and entry.artifact_location != location:
         log.warning(
             "Artifacts of experiment %s go to %s, where its database was made, not to %s.",
-            *(name, found.artifact_location, location),
+            *(name, entry.artifact_location, location),
         )
-    described = {"mlflow.experimentKind": "custom_model_development"}  # the user interface then shows runs, not traces
+    tags = {"mlflow.experimentKind": "custom_model_development"}  # the user interface then shows runs, not traces
     if name in RUN_LISTS:
-        described["mlflow.note.content"] = RUN_LISTS[name].note
-        described[f"mlflow.sharedViewState.{VIEW}"] = RUN_LISTS[name].view()
-    for key, value in described.items():
-        if found.tags.get(key) != value:
-            client.set_experiment_tag(found.experiment_id, key, value)
-    return found.experiment_id
+        tags["mlflow.note.content"] = RUN_LISTS[name].note
+        tags[f"mlflow.sharedViewState.{VIEW}"] = RUN_LISTS[name].view()
+    for key, value in tags.items():
+        if entry.tags.get(key) != value:
+            client.set_experiment_tag(entry.experiment_id, key, value)
+    return entry.experiment_id
 
 
 def process_rank() -> int:
-    """Which process of a distributed command this is, by what its launcher (Lightning, torchrun, SLURM) says."""
-    said = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return int(next((rank for rank in said if rank), 0))
+    """The rank of this process in a distributed command, as its launcher (Lightning, torchrun, SLURM) sets it."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next((rank for rank in ranks if rank), 0))
 
 
 def _origin() -> dict[str, str]:
-    """Tags that say who and what made the run; MLflow's own names where it has them."""
+    """Tags for the user, command, commit and versions behind the run, under MLflow's own names where it has them."""
     tags = {
         "mlflow.user": provenance.user(),
         "mlflow.source.name": provenance.command(),
         "mlflow.source.type": "LOCAL",
-        **{f"version.{name}": found for name, found in provenance.versions().items()},
+        **{f"version.{name}": version for name, version in provenance.versions().items()},
     }
     if commit := provenance.commit():
         tags["mlflow.source.git.commit"] = commit[0]
@@ -343,6 +343,6 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, on one line, with its type where that is part of the message."""
-    said = (str(error).strip().splitlines() or [""])[0]
-    return said if isinstance(error, (InputError, MlflowException)) else f"{type(error).__name__}: {said}"
+    """The first line of an error's message, after its type unless the message stands alone."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, (InputError, MlflowException)) else f"{type(error).__name__}: {line}"

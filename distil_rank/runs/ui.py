@@ -18,12 +18,12 @@ import requests
 
 from distil_rank.errors import InputError
 from distil_rank.runs.interrupts import exit_on_signals, was_interrupted
-from distil_rank.runs.run_store import VIEW, default_tracking_uri, is_remote, shown
+from distil_rank.runs.run_store import VIEW, default_tracking_uri, is_remote, without_credentials
 
-USUAL_PORT = 5000
+DEFAULT_PORT = 5000
 http = requests.Session()
-http.trust_env = False  # no proxy stands between us and our own server
-STARTS_WITHIN, STOPS_WITHIN = 120.0, 10.0  # seconds
+http.trust_env = False  # our own server needs no proxy
+START_TIMEOUT, STOP_TIMEOUT = 120.0, 10.0  # seconds
 
 
 def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.1") -> None:
@@ -39,7 +39,7 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
     """
     uri = default_tracking_uri(root)
     if is_remote(uri):
-        print(f"MLFLOW_TRACKING_URI keeps the runs at {shown(uri)}: open that in a browser.")
+        print(f"MLFLOW_TRACKING_URI keeps the runs at {without_credentials(uri)}: open that in a browser.")
         return
     folder = root.resolve() / "mlruns"
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
     print("Starting the MLflow UI ...", flush=True)
     with exit_on_signals(signal.SIGTERM, signal.SIGHUP), _server(uri, folder, host, port) as server:
         try:
-            _wait_until_it_answers(server, address, folder)
+            _wait_until_ready(server, address, folder)
             print(f"MLflow UI at {address} (Ctrl-C ends it)")
             for name, page in run_lists(address):
                 print(f"  {name:8} {page}", flush=True)
@@ -81,7 +81,7 @@ def free_port(host: str, wanted: int | None) -> int:
     Raises:
         InputError: if the wanted one cannot be had.
     """
-    for port in (wanted,) if wanted is not None else (USUAL_PORT, 0):
+    for port in (wanted,) if wanted is not None else (DEFAULT_PORT, 0):
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -109,13 +109,13 @@ def _server(uri: str, folder: Path, host: str, port: int) -> Iterator[subprocess
         for ask in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(server.pid, ask)
-                server.wait(STOPS_WITHIN)
+                server.wait(STOP_TIMEOUT)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
 
 
-def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str, folder: Path) -> None:
-    end = time.monotonic() + STARTS_WITHIN
+def _wait_until_ready(server: subprocess.Popen[bytes], address: str, folder: Path) -> None:
+    end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end and server.poll() is None:
         try:
             http.get(f"{address}/health", timeout=5)

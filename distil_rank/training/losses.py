@@ -1,4 +1,4 @@
-"""What distillation minimises: at the layer itself, or at the end of the model that stands behind it."""
+"""The losses of distillation: at the layer itself, or at the end of the model behind it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layer_loss(output: Tensor, target: Tensor, alpha: float, variance: float = 1
 
 
 def tail_loss(logits: Tensor, target: Tensor, outputs: Outputs) -> Tensor:
-    """How far each row ends from where the teacher takes it, `(N,)`.
+    """The distance of each row at the end of the model from the teacher's, `(N,)`.
 
     Classification: the Kullback-Leibler divergence KL(teacher ‖ student) of the class probabilities (Hinton, Vinyals
     and Dean, 2015), plus a tenth of the squared error of the logits, which still pulls where both are certain.

@@ -256,7 +256,7 @@ def test_no_server_there(project, monkeypatch):
 
 
 def test_a_server_that_keeps_silent(project, monkeypatch):
-    monkeypatch.setattr(tracking, "REACHED_WITHIN", 0.2)
+    monkeypatch.setattr(tracking, "CONNECT_TIMEOUT", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -324,7 +324,7 @@ def test_a_folder_for_runs_that_cannot_be_made_is_one_line(tmp_path, monkeypatch
 def test_a_damaged_database_is_one_line(project):
     (project / "mlruns" / "mlflow.db").write_bytes(b"no database" * 500)
     with (
-        pytest.raises(InputError, match=r"Expected MLflow to keep runs at .* but it said: .*not a database"),
+        pytest.raises(InputError, match=r"Expected MLflow to keep runs at .* but got: .*not a database"),
         start_run("embed", "one", params={}, tags={}, root=project),
     ):
         pass

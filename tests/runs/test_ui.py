@@ -122,7 +122,7 @@ def test_a_taken_port_is_said_or_passed_over(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"{port} cannot be had"):
             free_port("127.0.0.1", port)
-        monkeypatch.setattr("distil_rank.runs.ui.USUAL_PORT", port)
+        monkeypatch.setattr("distil_rank.runs.ui.DEFAULT_PORT", port)
         assert free_port("127.0.0.1", None) != port
 
 
