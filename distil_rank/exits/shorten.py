@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.deployment.artefact import check_place, save
+from distil_rank.deployment.artefact import check_writable, save
 from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.layer_spec import State, split_source
 from distil_rank.embedding.provenance import read_provenance
@@ -117,7 +117,7 @@ def shorten(
     Raises:
         InputError: no such layer in the store, or another model's store.
     """
-    check_place(output)
+    check_writable(output)
     store = open_states(data)
     model = load_backbone(backbone)
     if model.exit is not None:
