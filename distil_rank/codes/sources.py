@@ -14,7 +14,7 @@ from distil_rank.codes.copies import Copies, embed_copies
 from distil_rank.codes.fitting import copy_noise, group_noise
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.data.formats import Embeddings, load_matrix
-from distil_rank.data.splits import mmseqs_binary, mmseqs_clusters
+from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.tasks.groups import Groups, make_groups
 from distil_rank.tasks.labelled import OWN_LABELS, labelled_source, open_labelled
@@ -134,6 +134,6 @@ def noise_of(proteins: Proteins, source: NoiseSource, how: Perturbations, folder
             raise InputError(
                 f"Expected clusters or sequences in {proteins.source} for --noise clusters but got neither."
             )
-        clusters = mmseqs_clusters(found.sequences, found.ids)
+        clusters = mmseqs_clusters(found.sequences, found.ids, cache=CLUSTER_CACHE)
     number = np.unique(clusters, return_inverse=True)[1]
     return group_noise(found.x, fit, number), "clusters of the sequences"

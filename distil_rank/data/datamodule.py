@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from distil_rank.data.description import DataDescription, SplitSizes
 from distil_rank.data.formats import Embeddings, load_matrix
+from distil_rank.data.mmseqs import CLUSTER_CACHE
 from distil_rank.data.splits import Split, check_split, make_split
 from distil_rank.embedding.embed import STORES, default_store, embed
 from distil_rank.embedding.layer_spec import split_source
@@ -139,6 +140,7 @@ class EmbeddingDataModule(LightningDataModule):
             seed=h["seed"],
             groups=digests,
             sides=None if digests is None else given_sides(data, digests),
+            cache=CLUSTER_CACHE,
         )
         check_split(self.split_rows, data.sequences, data.clusters)
         if min(len(self.split_rows.train), len(self.split_rows.val), len(self.split_rows.test)) < 2:

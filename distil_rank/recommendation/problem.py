@@ -14,7 +14,7 @@ from distil_rank.codes.copies import Copies, embed_copies_by_layer
 from distil_rank.codes.fitting import Metric, copy_noise, group_noise
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.data.formats import Embeddings, load_matrix
-from distil_rank.data.splits import mmseqs_binary, mmseqs_clusters
+from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -226,7 +226,7 @@ def _copy_problem(
         )
     count, names = len(last.ids), tuple(last.ids)
     if groups is None and last.clusters is None and mmseqs_binary() and count <= MOST_CLUSTERED:
-        clusters: Sequence[str] = mmseqs_clusters(last.sequences, last.ids)
+        clusters: Sequence[str] = mmseqs_clusters(last.sequences, last.ids, cache=CLUSTER_CACHE)
         described = "MMseqs2 clusters"
     elif groups is None:
         clusters, described = last.clusters or last.sequences, "clusters" if last.clusters else "equal sequences"

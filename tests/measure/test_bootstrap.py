@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from distil_rank.measure.bootstrap import (
     Interval,
     group_sums,
     interval,
     is_tie,
+    ratio_interval,
     resample_counts,
     resampled_quantile,
     resampled_ratio,
@@ -137,3 +139,19 @@ def test_rows_of_one_protein_are_summed_before_they_are_drawn():
     by_protein = interval(resampled_ratio(resample_counts(12), group_sums(values, protein), np.bincount(protein)))
     by_row = interval(resampled_ratio(resample_counts(400), values))
     assert by_protein.high - by_protein.low > 2 * (by_row.high - by_row.low)
+
+
+def test_intervals_are_those_of_scipy():
+    generator = np.random.default_rng(1)
+    numerator, denominator = generator.random(60), generator.random(60) + 1
+    ours = ratio_interval(numerator, denominator, resample_counts(60, draws=500, seed=0))
+    theirs = stats.bootstrap(
+        (numerator, denominator),
+        lambda top, bottom, axis=-1: top.sum(axis) / bottom.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=500,
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12)
