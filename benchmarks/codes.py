@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from script import run
 from torch import Tensor
 
 RESULTS = Path("results")
@@ -295,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, parse=False)

@@ -2,8 +2,6 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,22 +42,6 @@ def test_a_table_names_the_machine_that_its_file_names(pages, tmp_path, monkeypa
         (tmp_path / "one.md").write_text(f"{line}\n\n| a |\n|---|\n| 1 |\n")
         expected = place.replace("\n", "\n| a |\n|---|\n| 1 |\n\n*Measured on: an abacus, 2 cores.*\n", 1)
         assert pages.fill_tables(place) == expected and pages.fill_tables(expected) == expected
-
-
-SCRIPTS = sorted(
-    path.name
-    for path in (ROOT / "benchmarks").glob("*.py")
-    if path.name not in ("pages.py", "script.py")
-    and "--data" in path.read_text() + " --data " * ("data: str" in path.read_text())
-)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_benchmark_on_data_that_are_not_there_is_one_line_and_exit_code_2(script, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--data", "absent/absent.npz"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "absent" in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_table_comes_out_of_its_file(pages, tmp_path, monkeypatch):
