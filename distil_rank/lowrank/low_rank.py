@@ -269,16 +269,6 @@ def parameter_count(in_features: int, out_features: int, rank: int | None = None
     return weights + bias * out_features
 
 
-def flop_count(in_features: int, out_features: int, rank: int | None = None, bias: bool = True) -> int:
-    """Multiplications and additions for one row.
-
-    >>> flop_count(1280, 1280, bias=False) // flop_count(1280, 1280, rank=64, bias=False)
-    10
-    """
-    weights = in_features * out_features if rank is None else rank * (in_features + out_features)
-    return 2 * weights + bias * out_features
-
-
 def break_even_rank(in_features: int, out_features: int) -> float:
     """The rank `mn / (m + n)` from which two factors hold no fewer weights than the dense layer.
 

@@ -59,9 +59,9 @@ class LogFidelity(Callback):
         """Add one batch."""
         assert isinstance(pl_module, DistilModule)
         target = pl_module.teacher(batch)
-        modules = {"student": pl_module.student, **self.baselines}
         for name, metric in self.metrics.items():
-            metric.update(modules[name](batch), target)
+            output = self.baselines[name](batch) if name in self.baselines else pl_module(batch)[0]
+            metric.update(output, target)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the pass."""
@@ -92,7 +92,7 @@ class CurveRecorder(Callback):
     ) -> None:
         """Add one batch."""
         assert isinstance(pl_module, DistilModule)
-        self.fidelity.update(pl_module.student(batch), pl_module.teacher(batch))
+        self.fidelity.update(pl_module(batch)[0], pl_module.teacher(batch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Append the pass to the curve."""

@@ -130,6 +130,15 @@ class DistilModule(LightningModule):
         )
         return losses["loss"]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what does not change: the teacher and the tail."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name.startswith("students.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put them back."""
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
     def configure_optimizers(self) -> Any:
         """Of the students' parameters only."""
         h = self.hparams

@@ -162,7 +162,7 @@ def _train_group(
     rows = _training_rows(teacher, data)
     batches = _seed_batches(rows, partial(training_loader, data), seeds, validated=True)
     with _checkpoint_folder(options.checkpoints) as folder:
-        checkpoint = ModelCheckpoint(folder, "best", monitor="val/loss", save_last=True, enable_version_counter=False)
+        checkpoint = ModelCheckpoint(folder, "last", enable_version_counter=False)  # to resume; the best is in it too
         trainer = Trainer(
             **{**TRAINER_DEFAULTS, **options.trainer},
             logger=options.logger or False,
