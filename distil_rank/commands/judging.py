@@ -11,6 +11,7 @@ from typing import Literal
 from distil_rank.commands.embeddings import extract
 from distil_rank.data.formats import load_matrix
 from distil_rank.deployment.artefact import load, read_manifest
+from distil_rank.embedding.precision import Precision
 from distil_rank.errors import InputError
 from distil_rank.reporting import judgement as report
 from distil_rank.runs.tracking import Run, start_run
@@ -54,6 +55,7 @@ def judge(
     seed: int = 0,
     output: str = "results",
     config: str = "",
+    precision: Precision = "auto",
 ) -> Judgement:
     """Judge what representations of the same proteins keep of a labelled task.
 
@@ -77,10 +79,13 @@ def judge(
         seed: Of the draw of groups.
         output: Folder for results.
         config: The resolved configuration, kept with the run.
+        precision: To embed `fasta` in; see `distil-rank embed`.
     """
     if fasta is not None:
         store = None if data == "auto" else data
-        data = extract({"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean"}).store
+        data = extract(
+            {"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean", "precision": precision}
+        ).store
     opened = open_labelled(data, labels, task, groups, fit_fraction, seed)
     candidates = _candidates(opened, ranks, students, others)
     notes, scores = list(opened.notes), None
