@@ -10,6 +10,7 @@ STORE ?=
 BACKBONE ?= auto
 POOLING ?= mean
 LAYERS ?=
+CODE ?=
 DATA ?= auto
 SPLIT ?= auto
 TEACHER ?= denoising
@@ -48,8 +49,8 @@ help: ## What there is, in one line each
 
 setup: .venv/installed ## Install into .venv, with exact versions
 
-embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME BACKBONE= POOLING=mean|bos|residue LAYERS=4|3,4,5|all)
-	@$(RUN) embed --fasta "$(FASTA)" $(if $(STORE),--store "$(STORE)") --backbone "$(BACKBONE)" --pooling "$(POOLING)" \
+embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME BACKBONE= POOLING=mean|bos|residue LAYERS=4|3,4,5|all CODE=FOLDER of a code map)
+	@$(RUN) embed --fasta "$(FASTA)" $(if $(STORE),--store "$(STORE)") --backbone "$(BACKBONE)" --pooling "$(POOLING)" $(if $(CODE),--code "$(CODE)") \
 	  $(if $(LAYERS),--layer "$(LAYERS)") $(ARGS)
 
 train-teacher: .venv/installed ## Make the dense layer (TEACHER=denoising|random|spectral|FILE:KEY DATA=)
