@@ -86,8 +86,8 @@ def write_new_proteins(
             return _write_table(store / name, staged, index.rows())
     except (duckdb.Error, OSError) as error:
         raise InputError(
-            f"Expected to plan the store {store} but got: {' '.join(str(error).split())[:160]}; free space there and "
-            "run the same command again."
+            f"Expected to plan the store {store} but got: {' '.join(str(error).split())[:160]}; free disk space "
+            "there, or memory, and run the same command again."
         ) from error
 
 

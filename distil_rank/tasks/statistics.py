@@ -68,9 +68,9 @@ def kept(statistic: Statistic, reference: Statistic, counts: np.ndarray) -> Inte
 
 
 def kept_with_confidence(statistic: Statistic, reference: Statistic, level: float = 0.95) -> Interval | None:
-    """The ratio of `kept` with an interval that holds up where few large groups decide; None where it is undefined.
+    """The ratio of `kept` with an interval for unequal groups; None where it is undefined.
 
-    The percentile interval of a bootstrap is too narrow then: the groups that dominate a metric are few, and a
+    The percentile interval of a bootstrap tends to be too narrow where few groups dominate a metric, since a
     bootstrap sample has no others. Here the logarithm of the ratio gets a t-interval. Its variance is the jackknife's
     over groups, `(G − 1)/G Σ e_g²` with `e_g` the deviation of the ratio without group g (Miller 1974), and its degrees
     of freedom are Satterthwaite's (1946) for a sum of squares of unequal variances, `(Σ σ_g²)² / Σ σ_g⁴`, which for
