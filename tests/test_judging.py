@@ -59,7 +59,7 @@ def test_judging_the_sample(workplace, capsys):
     [run] = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     ours = content["entries"][2]
-    logged, digits = run.data.metrics, 1e-5  # MLflow gets five significant digits, the JSON all
+    logged, digits = run.data.metrics, 1e-4  # MLflow gets five significant digits, the JSON all
     assert logged["student_rank_32/mAP"] == pytest.approx(ours["scores"]["mAP"]["value"], rel=digits)
     assert logged["kept"] == pytest.approx(ours["kept"]["mAP"]["value"], rel=digits)
     assert run.data.params["best"] == "student, rank 32" and run.data.params["metric"] == "mAP"
