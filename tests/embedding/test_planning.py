@@ -134,7 +134,9 @@ def test_what_duckdb_cannot_do_is_one_line(tmp_path, monkeypatch):
         raise duckdb.IOException("could not write: No space left on device")
 
     monkeypatch.setattr(ProteinIndex, "resolve_names", full)
-    with pytest.raises(InputError, match=r"Expected to plan the store .* No space left on device; free disk space there"):
+    with pytest.raises(
+        InputError, match=r"Expected to plan the store .* No space left on device; free disk space there"
+    ):
         plan(tmp_path, [Protein("a", "MK")])
     assert list(tmp_path.iterdir()) == []
 
