@@ -49,7 +49,7 @@ help: ## What there is, in one line each
 
 setup: .venv/installed ## Install into .venv, with exact versions
 
-embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME BACKBONE= POOLING=mean|bos|residue LAYERS=4|3,4,5|all CODE=FOLDER of a code map)
+embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME|s3://BUCKET/NAME BACKBONE= POOLING=mean|bos|residue LAYERS=4|3,4,5|all CODE=FOLDER of a code map)
 	@$(RUN) embed --fasta "$(FASTA)" $(if $(STORE),--store "$(STORE)") --backbone "$(BACKBONE)" --pooling "$(POOLING)" $(if $(CODE),--code "$(CODE)") \
 	  $(if $(LAYERS),--layer "$(LAYERS)") $(ARGS)
 

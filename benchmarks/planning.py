@@ -23,8 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
-from embedding import machine
-from jsonargparse import auto_cli
+from script import machine_line, run
 
 from distil_rank.embedding.planning import BATCH_ROWS, PROTEINS
 from distil_rank.embedding.sequences import CleaningReport, iter_proteins, iter_records
@@ -123,11 +122,11 @@ def main(
                 sys.exit("The engines wrote different tables.")
     header = "| proteins | engine | CPU µs a protein | peak memory of the process | times the first |"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join([f"{machine()}\n", header, "|---|---|---|---|---|", *rows]) + "\n")
+    output.write_text("\n".join([f"{machine_line()}\n", header, "|---|---|---|---|---|", *rows]) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measured"]:
         measured(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
     else:
-        auto_cli(main)
+        run(main)

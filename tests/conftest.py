@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from esm.model.esm2 import ESM2
 from hypothesis import settings
+from servers import s3_process
 from torch import Tensor
 
 from distil_rank.data.formats import load_matrix
@@ -125,6 +126,33 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A server that speaks S3, with a bucket `proteins`; yields the environment variables that lead to it."""
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("moto.server")
+    with s3_process(tmp_path_factory.mktemp("s3")) as address:
+        env = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        env |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            boto3.client("s3").create_bucket(Bucket="proteins")
+        yield env
+
+
+@pytest.fixture
+def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """An empty place in S3, `s3://proteins/...`, that this process can reach."""
+    from distil_rank.embedding import s3_storage
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    s3_storage._client.cache_clear()
+    yield f"s3://proteins/{request.node.name}"
+    s3_storage._client.cache_clear()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""MLflow's own servers, as processes on a free port."""
+"""Real servers, MLflow's own and one that speaks S3, as processes on a free port."""
 
 import os
 import signal
@@ -31,9 +31,25 @@ def mlflow_process(*arguments: str, folder: Path, env: Mapping[str, str], path: 
     """Run `mlflow <arguments> --port <free>` and yield its address once it answers at `path`."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", *arguments, "--port", str(port), "--host", "127.0.0.1"]
+    with _answering(command, port, folder, {**LIKE_OURS, **env}, path) as address:
+        yield address
+
+
+@contextmanager
+def s3_process(folder: Path) -> Iterator[str]:
+    """Run moto's server and yield its address once it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "--port", str(port), "--host", "127.0.0.1"]
+    with _answering(command, port, folder, {}, "/moto-api/") as address:
+        yield address
+
+
+@contextmanager
+def _answering(command: list[str], port: int, folder: Path, env: Mapping[str, str], path: str) -> Iterator[str]:
+    """Run a server until the end of the context; yield its address once it answers at `path`."""
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **LIKE_OURS, **env}, stdout=log, stderr=log, start_new_session=True
+            command, cwd=folder, env={**os.environ, **env}, stdout=log, stderr=log, start_new_session=True
         )
     try:
         wait_for(f"http://127.0.0.1:{port}{path}", process, folder / "server.log")

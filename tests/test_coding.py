@@ -16,6 +16,7 @@ from distil_rank.cli import main
 from distil_rank.codes.code_store import CodeStore
 from distil_rank.deployment.artefact import load
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.store import EMBEDDINGS
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -90,6 +91,26 @@ def test_code_and_search_without_labels(workplace, capsys):
     assert (query, target, rank) == ("query", "f7m0", "1") and -1 <= float(score) <= 1 and float(evalue) > 0
     scores = [float(line.split("\t")[2]) for line in lines[:5]]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_codes_of_a_store_in_s3_in_s3(workplace, embedded, s3, capsys):
+    fasta, command = str(embedded.parent / "all.fasta"), ["code", "--metric", "whitened", "--rank", "16"]
+    backbone = CodeStore.open(embedded, EMBEDDINGS).manifest["backbone"]
+    assert main(["embed", "--fasta", fasta, "--store", s3, "--backbone", backbone, "--precision", "fp32"]) == 0
+    assert main([*command, "--data", "store", "--output", "here"]) == 0
+    there = f"{s3}-codes"
+    assert main([*command, "--data", s3, "--codes", there, "--output", "there"]) == 0
+    assert main([*command, "--data", s3, "--codes", there]) == 0  # goes on with what is there
+    here, remote = CodeStore.open("codes"), CodeStore.open(there)
+    assert np.array_equal(here.embeddings(), remote.embeddings()) and here.ids == remote.ids
+    for name in ("proteins-00000.arrow", "code_map/model.safetensors"):
+        assert remote.storage.read_bytes(name) == Path("codes", name).read_bytes()
+    assert remote.code_map.digest == here.code_map.digest
+    assert main(["search", "--codes", there, "--self", "--hits", "3", "--decoys", "0"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--data", s3, "--codes", there, "--rank", "8"]) == 2
+    assert f"which the codes in {there} were made with" in capsys.readouterr().err
+    assert not Path("s3:").exists()
 
 
 def test_embedding_straight_into_codes(workplace, embedded, tiny_esm2, capsys):

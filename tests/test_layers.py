@@ -42,6 +42,8 @@ HEAVY = {
     "matplotlib": {"reporting"},
     "sklearn": {"tasks"},
     "faiss": {"codes"},
+    "boto3": {"embedding"},
+    "ray": {"embedding"},
 }
 
 

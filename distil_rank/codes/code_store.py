@@ -7,6 +7,7 @@ codes/
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distil_rank.deployment.artefact import load
+from distil_rank.deployment.artefact import MANIFEST, load, save
+from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.store import CODES, SETTINGS, Store, column_of, read_table, vectors_of
+from distil_rank.embedding.storage import Location
+from distil_rank.embedding.store import CODES, SETTINGS, Store
 from distil_rank.embedding.store_writer import Shard, StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap
@@ -39,11 +42,11 @@ class CodeStore(Store):
         Raises:
             InputError: it is missing, damaged or another one.
         """
-        found = load_code_map(self.path / MAP)
-        if found.digest != self.manifest["code"]["sha256"]:
+        found = own_code_map(self.path)
+        if found is None or found.digest != self.manifest["code"]["sha256"]:
             raise InputError(
-                f"Expected in {self.path / MAP} the code map that made the codes beside it but it is another; restore "
-                "it, or make the codes again."
+                f"Expected in {self.storage.where(MAP)} the code map that made the codes beside it but it is missing "
+                "or another; restore it, or make the codes again."
             )
         return found
 
@@ -60,18 +63,34 @@ def load_code_map(path: str | Path) -> CodeMap:
     return found
 
 
+def own_code_map(store: Location) -> CodeMap | None:
+    """The code map in a store of codes, finished or not; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    with open_storage(store).local_copy(MAP) as folder:
+        return load_code_map(folder) if (folder / MANIFEST).exists() else None
+
+
+def write_code_map(code_map: CodeMap, store: Location, **about: Any) -> None:
+    """Puts a code map into a store of codes; `about` is what `save` takes of its origin and its metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        open_storage(store).write_folder(MAP, save(code_map, folder, **about), MANIFEST)
+
+
 def manifest_of(source: Store) -> dict[str, Any]:
     """The manifest of a store of embeddings, with the one layer that is read of several."""
     manifest = {key: value for key, value in source.manifest.items() if key != "layers"}
     return manifest if source.layer is None else {**manifest, "layer": source.layer.entry}
 
 
-def write_codes(source: Store, path: str | Path, code_map: CodeMap) -> CodeStore:
+def write_codes(source: Store, path: Location, code_map: CodeMap) -> CodeStore:
     """Encode a store of embeddings, shard after shard; what is there already stays.
 
     Args:
         source: pooled embeddings.
-        path: folder of the codes, which holds the map.
+        path: folder or address of the codes, which holds the map.
         code_map: fitted to vectors of the same backbone, layer and pooling.
 
     Raises:
@@ -104,7 +123,7 @@ def _rows(shard: Shard) -> int:
 def _proteins(source: Store) -> Iterator[Protein]:
     """Every protein of a store, those without a vector included: rows then have the same numbers in both stores."""
     for file in source.manifest["proteins"]:
-        for batch in read_table(source.path / file["file"]).to_batches():
+        for batch in source.storage.batches(file["file"], ["id", "sequence"]):
             for name, sequence in zip(batch["id"].to_pylist(), batch["sequence"].to_pylist(), strict=True):
                 yield Protein(name, sequence)
 
@@ -126,7 +145,6 @@ def _vectors(source: Store, low: int, high: int) -> Iterator[tuple[np.ndarray, n
     """Row numbers and vectors of rows from `low` to below `high`."""
     for shard in source.manifest["shards"]:
         if shard["rows"][0] < high and low < shard["rows"][1]:
-            table = read_table(source.path / shard["file"])
-            rows = table["row"].to_numpy()
+            rows, vectors = source.vectors(shard)
             first, last = np.searchsorted(rows, [low, high])
-            yield rows[first:last], vectors_of(table, column_of(source.layer))[first:last]
+            yield rows[first:last], vectors[first:last]

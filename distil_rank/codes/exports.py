@@ -10,7 +10,7 @@ from distil_rank.codes.code_store import CodeStore
 from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.quantisers import import_faiss
 from distil_rank.data.formats import Embeddings, save_matrix
-from distil_rank.embedding.store import atomic_file
+from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 
 FORMATS = (".faiss", ".npy", ".npz", ".h5", ".hdf5")

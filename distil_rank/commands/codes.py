@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distil_rank.codes.code_store import MAP, CodeStore, load_code_map, write_codes
+from distil_rank.codes.code_store import MAP, CodeStore, own_code_map, write_code_map, write_codes
 from distil_rank.codes.fitting import REGULARISATION, Fit, Metric, fit_metric
 from distil_rank.codes.judging import code_candidate, copy_task
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.codes.sources import NoiseSource, Proteins, copies_of, noise_of, open_proteins
-from distil_rank.deployment.artefact import MANIFEST, save
+from distil_rank.deployment.artefact import save
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap, CodeType
@@ -40,8 +41,8 @@ class CodeResult:
         judgement: how well the codes do; None where the map was there already.
     """
 
-    code_map: Path
-    store: Path | None
+    code_map: Location
+    store: Location | None
     judgement: Judgement | None
 
 
@@ -101,12 +102,11 @@ def code(
     asked |= {"noise": noise, **asdict(perturbations)} if metric == "invariant" else {}
     asked |= {"power": power} if metric == "whitened" else {}
     asked |= {f"labels_{key}": value for key, value in asdict(labels).items() if value is not None}
-    place = Path(codes) / MAP
-    existing = _existing(place, asked)
+    existing = _existing(codes, asked)
     if existing is not None:
-        log.info("Going on with the code map in %s, which was fitted with the same options.", place)
+        log.info("Going on with the code map in %s, which was fitted with the same options.", codes)
         source = Store.open(labelled_source(data, labels))
-        return CodeResult(place, write_codes(source, codes, existing).path, None)
+        return CodeResult(f"{codes}/{MAP}", write_codes(source, codes, existing).path, None)
     proteins = open_proteins(data, labels, task, groups, fit_fraction, seed)
     name = f"{Path(proteins.source).stem}-{metric}-r{rank}-{dtype}{bytes or ''}"
     params = {**asked, "source": proteins.source, "groups": proteins.groups.description}
@@ -118,7 +118,7 @@ def code(
         done = _judge(proteins, code_map, rank, perturbations, copies, seed)
         folder = Path(output) / "code" / name
         _log(run, done, code_map, report.save(done, folder), config)
-        saved = _save(code_map, done, folder / MAP)
+        saved = save(code_map, folder / MAP, **_about(code_map, done))
         for file in sorted(saved.iterdir()):
             run.log_artifact(file)
         store = _encode(proteins, code_map, done, codes)
@@ -126,20 +126,20 @@ def code(
     return CodeResult(saved, None if store is None else store.path, done)
 
 
-def _existing(place: Path, asked: dict[str, Any]) -> CodeMap | None:
+def _existing(codes: str, asked: dict[str, Any]) -> CodeMap | None:
     """The code map of a store of codes that is there.
 
     Raises:
         InputError: it was fitted with other options.
     """
-    if not (place / MANIFEST).exists():
+    found = own_code_map(codes)
+    if found is None:
         return None
-    found = load_code_map(place)
     before = found.provenance.get("asked", {})
     if before != asked:
         key = next((key for key in asked if before.get(key) != asked[key]), next(iter(before.keys() - asked), "none"))
         raise InputError(
-            f"Expected {key} {before.get(key)!r}, which the codes in {place.parent} were made with, but got "
+            f"Expected {key} {before.get(key)!r}, which the codes in {codes} were made with, but got "
             f"{asked.get(key)!r}; name another folder with --codes."
         )
     return found
@@ -185,18 +185,19 @@ def _judge(
     return judge_task(target, groups, candidates, proteins.labels, None, notes, seed=seed)
 
 
-def _save(code_map: CodeMap, done: Judgement, folder: Path) -> Path:
+def _about(code_map: CodeMap, done: Judgement) -> dict[str, Any]:
+    """What is saved beside the map."""
     entry = done.entries[-1]
     metrics = {metric: asdict(interval) for metric, interval in entry.scores.items()}
     kept = {metric: asdict(interval) for metric, interval in entry.kept.items()}
-    return save(code_map, folder, metrics={**metrics, "kept": kept}, data=code_map.provenance)
+    return {"metrics": {**metrics, "kept": kept}, "data": code_map.provenance}
 
 
 def _encode(proteins: Proteins, code_map: CodeMap, done: Judgement, codes: str) -> CodeStore | None:
     if proteins.embeddings.provenance.get("format") != "store":
         log.warning("No codes were written: %s is no store of embeddings (make one with embed).", proteins.source)
         return None
-    _save(code_map, done, Path(codes) / MAP)
+    write_code_map(code_map, codes, **_about(code_map, done))
     store = write_codes(Store.open(proteins.source), codes, code_map)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", code_map.bytes_per_protein)
     return store

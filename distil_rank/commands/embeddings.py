@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distil_rank.codes.code_store import MAP, load_code_map
-from distil_rank.deployment.artefact import MANIFEST, save
+from distil_rank.codes.code_store import load_code_map, own_code_map, write_code_map
 from distil_rank.embedding.embed import EmbedSummary, default_store, embed
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, EMBEDDINGS, read_manifest
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -26,7 +26,7 @@ def extract(options: dict[str, Any]) -> EmbedSummary:
     options = {**options, "store": options.get("store") or default_store(options["fasta"])}
     folder = options.pop("code", None)
     if folder is not None:
-        options = _for_codes(options, Path(folder))
+        options = _for_codes(options, folder)
     options = {**options, "store": options.get("store") or default_store(options["fasta"])}
     name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
     params = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
@@ -47,14 +47,13 @@ def extract(options: dict[str, Any]) -> EmbedSummary:
     return done
 
 
-def _for_codes(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _for_codes(options: dict[str, Any], folder: Location) -> dict[str, Any]:
     """The options for codes: backbone, layer and pooling are those of the code map, which goes into the store.
 
     Raises:
         InputError: there is no code map, or it is for another layer or pooling than asked for.
     """
-    folder = folder / MAP if (folder / MAP / MANIFEST).exists() else folder
-    code_map = load_code_map(folder)
+    code_map = own_code_map(folder) or load_code_map(folder)
     about = code_map.provenance
     for key, default in (("layer", None), ("pooling", "mean")):
         if options[key] not in (default, about.get(key), str(about.get(key))):
@@ -65,10 +64,10 @@ def _for_codes(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     fixed = {key: about[key] for key in ("layer", "pooling") if about.get(key) is not None}
     if options["backbone"] == "auto" and about.get("backbone"):
         fixed["backbone"] = about["backbone"]
-    read_manifest(Path(options["store"]), CODES)  # refuses a store of embeddings
-    place = Path(options["store"]) / MAP
-    if not (place / MANIFEST).exists():
-        save(code_map, place, data=about)
-    elif load_code_map(place).digest != code_map.digest:
+    read_manifest(options["store"], CODES)  # refuses a store of embeddings
+    there = own_code_map(options["store"])
+    if there is None:
+        write_code_map(code_map, options["store"], data=about)
+    elif there.digest != code_map.digest:
         raise InputError(f"Expected another store than {options['store']}, whose codes are of another map.")
     return {**options, **fixed, "code_map": code_map}

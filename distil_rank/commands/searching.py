@@ -21,7 +21,7 @@ from distil_rank.codes.search import (
     search,
     stored_queries,
 )
-from distil_rank.embedding.store import atomic_file
+from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 from distil_rank.runs.tracking import start_run
 

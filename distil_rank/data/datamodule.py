@@ -124,7 +124,7 @@ class EmbeddingDataModule(LightningDataModule):
             self.embeddings = synthetic_embeddings(seed=h["seed"])
         else:
             self.embeddings = load_matrix(self.source)
-            shipped = split_source(self.source)[0] / "clusters.tsv"
+            shipped = Path(split_source(self.source)[0]) / "clusters.tsv"
             if h["clusters"] is not None or shipped.exists():
                 clusters = read_clusters(Path(h["clusters"] or shipped), self.embeddings.ids)
                 self.embeddings = replace(self.embeddings, clusters=clusters)

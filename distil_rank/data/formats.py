@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from distil_rank.embedding.layer_spec import split_source
+from distil_rank.embedding.location import is_remote
 from distil_rank.embedding.provenance import embedding_run
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
@@ -71,7 +73,10 @@ def load_matrix(path: str | Path) -> Embeddings:
     >>> embeddings.x.shape, embeddings.ids
     ((3, 5), ['0', '1', '2'])
     """
-    given, (path, layer) = path, split_source(path)
+    if is_remote(path):
+        return _validated(_read_store(path), path)
+    given, (source, layer) = path, split_source(path)
+    path = Path(source)
     if not path.exists():
         raise InputError(f"Expected embeddings at {given} but it does not exist; make them with `distil-rank embed`.")
     reader = _folder_reader(path) if path.is_dir() else READERS.get(path.suffix.lower())
@@ -99,7 +104,7 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.")
 
 
-def _validated(embeddings: Embeddings, path: Path) -> Embeddings:
+def _validated(embeddings: Embeddings, path: Location) -> Embeddings:
     """Checks shapes, lengths and finite values, and converts the matrix to float32."""
     x = embeddings.x
     if x.ndim != 2 or 0 in x.shape or x.dtype.kind != "f":
@@ -264,7 +269,7 @@ def _h5py() -> Any:
     return h5py
 
 
-def _read_store(path: Path) -> Embeddings:
+def _read_store(path: Location) -> Embeddings:
     store = Store.open(path)
     run = embedding_run(store.path, store.manifest)
     owner = store.protein_of_row()

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from distil_rank.embedding.shortened import Exit, is_shortened, read_shortened
-from distil_rank.embedding.store import sha256_of
+from distil_rank.embedding.storage import sha256_of
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)

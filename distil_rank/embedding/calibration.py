@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distil_rank.embedding.esm2 import FusedEncoder, folded
-from distil_rank.embedding.store import write_atomically
 from distil_rank.errors import InputError
 
 ALPHA = 0.5  # how much of the difference moves: the paper's choice, and as good as any here
@@ -54,10 +53,11 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes that `save` writes."""
-        return hashlib.sha256(self._bytes()).hexdigest()
+        """Of `content`."""
+        return hashlib.sha256(self.content()).hexdigest()
 
-    def _bytes(self) -> bytes:
+    def content(self) -> bytes:
+        """Of a safetensors file."""
         tensors = {
             f"{number}.{name}": value.contiguous()
             for number, maxima in enumerate(self.layers)
@@ -65,13 +65,9 @@ class Calibration:
         }
         return safetensors.torch.save(tensors, {"alpha": str(self.alpha)})
 
-    def save(self, path: Path) -> None:
-        """Writes a safetensors file, atomically."""
-        write_atomically(path, self._bytes())
-
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Reads what `save` wrote.
+        """Reads a file of `content`.
 
         Raises:
             InputError: there is no such file, or it holds something else.

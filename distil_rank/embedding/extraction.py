@@ -123,7 +123,7 @@ class Extraction:
             settings |= self._code_settings(request.code_map, settings)
         description = {"backbone": backbone.name, "fallback": backbone.fallback, **choice.notes}
         if calibration is not None and not existing:
-            calibration.save(self.writer.path / CALIBRATION)
+            self.writer.storage.write(CALIBRATION, calibration.content())
         added = self.writer.plan(proteins, settings, description, report)
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", self.writer.path)
         if report.counts["nucleotides"]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from distil_rank.embedding.location import is_remote
+from distil_rank.embedding.storage import Location
 from distil_rank.errors import InputError
 
 STATE = re.compile(r"(\d+)(n?)")  # a layer as it is written
@@ -83,13 +85,16 @@ def parse_layers(layers: Layers, depth: int, model: str = "the model") -> list[S
     return sorted(states)
 
 
-def split_source(source: str | Path) -> tuple[Path, str | None]:
-    """Path and layer of `PATH:LAYER`; a path that exists as it is written has no layer.
+def split_source(source: Location) -> tuple[Location, str | None]:
+    """Path and layer of `PATH:LAYER`; a path that exists as it is written has no layer. An address stays a string.
 
     >>> split_source("no/store:4n"), split_source("no/store")
     ((PosixPath('no/store'), '4n'), (PosixPath('no/store'), None))
+    >>> split_source("s3://bucket/store:4n"), split_source("s3://bucket/store")
+    (('s3://bucket/store', '4n'), ('s3://bucket/store', None))
     """
     path, colon, layer = str(source).rpartition(":")
-    if Path(source).exists() or not colon or not STATE.fullmatch(layer):
-        return Path(source), None
-    return Path(path), layer
+    kind = str if is_remote(source) else Path
+    if not colon or not STATE.fullmatch(layer) or Path(source).exists():
+        return kind(source), None
+    return kind(path), layer

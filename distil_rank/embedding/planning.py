@@ -7,7 +7,6 @@ the store with the row numbers of their sequences.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -20,13 +19,12 @@ from tqdm import tqdm
 
 from distil_rank.embedding.protein_index import ProteinIndex
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.store import atomic_file
+from distil_rank.embedding.storage import BATCH_ROWS, Storage, read_batches
 from distil_rank.errors import InputError
 
 SHARD_COUNT = 256  # enough to balance a cluster, few enough for any file system
 SHARD_RESIDUES = (2**16, 2**22)  # bounds of a shard's size
 SHARD_BYTES = 2**28  # of vectors: limits the memory that merging a shard takes
-BATCH_ROWS = 4096  # proteins in one record batch of the table
 
 PROTEINS = pa.schema(
     [
@@ -41,16 +39,15 @@ PROTEINS = pa.schema(
 
 
 STAGED = pa.schema([PROTEINS.field(name) for name in ("id", "sequence", "sha256", "length", "notes")])
-TEMPORARY = ".planning-"  # prefix of the folder for temporary files
 
 
 def write_new_proteins(
-    store: Path, name: str, proteins: Iterable[Protein], manifest: dict[str, Any], report: CleaningReport
+    store: Storage, name: str, proteins: Iterable[Protein], manifest: dict[str, Any], report: CleaningReport
 ) -> int:
     """Writes the table of the proteins that the store lacks; writes nothing if there is none.
 
     Args:
-        store: The folder.
+        store: Where its files are.
         name: File name of the table.
         proteins: Names, which may repeat, and cleaned sequences.
         manifest: The store's manifest.
@@ -64,11 +61,11 @@ def write_new_proteins(
     """
     try:
         with (
-            tempfile.TemporaryDirectory(dir=store, prefix=TEMPORARY) as folder,
+            store.scratch() as folder,
             ProteinIndex(Path(folder)) as index,
         ):
             for file in manifest["proteins"]:
-                for batch in _read_batches(store / file["file"], ["id", "sha256", "row"]):
+                for batch in store.batches(file["file"], ["id", "sha256", "row"]):
                     index.add_stored(*batch.columns)
             _check_shards(store, manifest, index.stored_sequences())
             staged = Path(folder) / "proteins.arrow"
@@ -80,23 +77,23 @@ def write_new_proteins(
             conflict = index.drop_stored()
             if conflict is not None:
                 raise InputError(
-                    f"Expected {conflict} with the sequence that {store} has for it but got another; "
+                    f"Expected {conflict} with the sequence that {store.location} has for it but got another; "
                     "rename it, or choose another store."
                 )
-            return _write_table(store / name, staged, index.rows())
+            return _write_table(store, name, staged, index.rows())
     except (duckdb.Error, OSError) as error:
         raise InputError(
-            f"Expected to plan the store {store} but got: {' '.join(str(error).split())[:160]}; free disk space "
-            "there, or memory, and run the same command again."
+            f"Expected to plan the store {store.location} but got: {' '.join(str(error).split())[:160]}; free disk "
+            "space there, or memory, and run the same command again."
         ) from error
 
 
-def _check_shards(store: Path, manifest: dict[str, Any], sequences: int) -> None:
+def _check_shards(store: Storage, manifest: dict[str, Any], sequences: int) -> None:
     sharded = _next_row(manifest)
     if sharded != sequences:
         raise InputError(
-            f"Expected shards for {sequences} sequences in {store}/manifest.json but got shards for {sharded}; it was "
-            "changed by hand: restore it, or choose another store."
+            f"Expected shards for {sequences} sequences in {store.where('manifest.json')} but got shards for "
+            f"{sharded}; it was changed by hand: restore it, or choose another store."
         )
 
 
@@ -122,14 +119,14 @@ def _staged_batches(proteins: Iterable[Protein], manifest: dict[str, Any]) -> It
         )
 
 
-def _write_table(path: Path, staged: Path, rows: Iterator[pa.RecordBatch]) -> int:
+def _write_table(store: Storage, name: str, staged: Path, rows: Iterator[pa.RecordBatch]) -> int:
     """Writes the proteins that have a row, in batches of `BATCH_ROWS`; no file if there is none."""
     batches = _rechunked(_with_rows(staged, rows))
     first = next(batches, None)
     if first is None:
         return 0
     written = 0
-    with atomic_file(path) as file, pa.ipc.new_file(file, PROTEINS) as writer:
+    with store.writing(name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
         for batch in chain([first], batches):
             writer.write_batch(batch)
             written += len(batch)
@@ -138,7 +135,7 @@ def _write_table(path: Path, staged: Path, rows: Iterator[pa.RecordBatch]) -> in
 
 def _with_rows(staged: Path, rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Joins the temporary table with number, name and row of the proteins to keep; both are in order."""
-    blocks = _read_batches(staged)
+    blocks = read_batches(staged)
     block, first = next(blocks, None), 0
     for kept in rows:
         numbers = kept["number"].to_numpy()
@@ -170,29 +167,18 @@ def _rechunked(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
 
 
-def _read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The batches of an Arrow file, one in memory at a time (a memory-mapped file would count as memory)."""
-    with pa.OSFile(str(path)) as source:
-        schema = pa.ipc.open_file(source).schema
-        fields = None if columns is None else [schema.get_field_index(column) for column in columns]
-        reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            yield batch if columns is None else batch.select(columns)
-
-
-def new_shards(store: Path, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def new_shards(store: Storage, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Manifest entries for shards of about equal work that hold the new rows.
 
     Args:
-        store: The folder.
+        store: Where its files are.
         name: File name of the table of new proteins.
         manifest: The store's manifest, which does not list that table yet.
     """
-    path, first = store / name, _next_row(manifest)
-    size = _shard_size(sum(int(work.sum()) for work, _ in _work(path, first)), manifest)
+    first = _next_row(manifest)
+    size = _shard_size(sum(int(work.sum()) for work, _ in _work(store, name, first)), manifest)
     shards: list[dict[str, Any]] = []
-    for (start, row, before), (stop, next_row, after) in pairwise(_boundaries(path, first, size)):
+    for (start, row, before), (stop, next_row, after) in pairwise(_boundaries(store, name, first, size)):
         if row < next_row:  # not repeated sequences alone
             file = f"vectors-{len(manifest['shards']) + len(shards):05d}.arrow"
             shards.append(
@@ -201,12 +187,12 @@ def new_shards(store: Path, name: str, manifest: dict[str, Any]) -> list[dict[st
     return shards
 
 
-def _boundaries(path: Path, first: int, size: int) -> Iterator[tuple[int, int, int]]:
+def _boundaries(store: Storage, name: str, first: int, size: int) -> Iterator[tuple[int, int, int]]:
     """Line of the table, next new row and residues before it, where a shard begins and at the end of the table."""
     line = start = residues = 0  # `start`: the line where the current shard begins
     row, limit = first, size  # `limit`: residues that the current shard must not exceed
     yield start, row, residues
-    for work, rows in _work(path, first):
+    for work, rows in _work(store, name, first):
         cumulative = residues + np.cumsum(work)
         while (stop := int(np.searchsorted(cumulative, limit, "right"))) < len(work):
             stop += line + stop == start  # a shard has at least one protein
@@ -219,9 +205,9 @@ def _boundaries(path: Path, first: int, size: int) -> Iterator[tuple[int, int, i
         yield line, row, residues
 
 
-def _work(path: Path, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _work(store: Storage, name: str, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each batch of a table: residues of each sequence at its first appearance, and the next new row after it."""
-    for batch in _read_batches(path, ["length", "row"]):
+    for batch in store.batches(name, ["length", "row"]):
         after = np.maximum.accumulate(np.concatenate([[first], batch["row"].to_numpy() + 1]))
         yield np.where(np.diff(after) > 0, batch["length"].to_numpy(), 0), after[1:]
         first = int(after[-1])

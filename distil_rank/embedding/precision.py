@@ -23,6 +23,8 @@ from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.location import is_remote, open_storage
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
@@ -133,10 +135,14 @@ def choose(
     return Choice(precision, notes={"precision_note": sentence})
 
 
-def read_calibration(source: str | Path) -> Calibration:
+def read_calibration(source: Location) -> Calibration:
     """The calibration in a store, or in a file."""
-    path = Path(source).expanduser()
-    return Calibration.load(path / CALIBRATION if path.is_dir() else path)
+    if not is_remote(source):
+        source = Path(source).expanduser()
+        if source.is_file():
+            return Calibration.load(source)
+    with open_storage(source).local_copy(CALIBRATION) as path:
+        return Calibration.load(path)
 
 
 def store_calibration(store: StoreWriter) -> Calibration:

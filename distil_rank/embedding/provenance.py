@@ -14,12 +14,12 @@ import os
 import platform
 import resource
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from distil_rank.embedding.store import write_atomically
+from distil_rank.embedding.location import open_storage
+from distil_rank.embedding.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +28,14 @@ PACKAGES = ("distil-rank", "torch", "fair-esm", "pyarrow")
 FORMERLY_IN_MANIFEST = ("versions", "embedding_run", "bf16_cosine")  # up to version 0.1
 
 
-def read_provenance(store: str | Path) -> dict[str, Any]:
+def read_provenance(store: Location) -> dict[str, Any]:
     """What is recorded of how a store was made; `extractions` is always there, and empty where nothing is recorded.
 
     A file that cannot be read is reported in a warning: the store's content does not depend on it.
     """
-    file = Path(store) / FILE
+    storage = open_storage(store)
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(storage.read_bytes(FILE))
         if isinstance(content["extractions"], list) and all(isinstance(one, dict) for one in content["extractions"]):
             return dict(content)
         reason = "it has no list of extractions"
@@ -43,25 +43,25 @@ def read_provenance(store: str | Path) -> dict[str, Any]:
         return {"extractions": []}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error)
-    logger.warning("%s cannot be read (%s): going on without what it records", file, reason)
+    logger.warning("%s cannot be read (%s): going on without what it records", storage.where(FILE), reason)
     return {"extractions": []}
 
 
-def write_provenance(store: str | Path, content: dict[str, Any]) -> None:
+def write_provenance(store: Location, content: dict[str, Any]) -> None:
     """Replaces the record atomically, if it changed; the caller holds the store's lock.
 
     Raises:
         InputError: it cannot be written.
     """
     if content != read_provenance(store):
-        write_atomically(Path(store) / FILE, json.dumps(content, indent=1).encode() + b"\n")
+        open_storage(store).write(FILE, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def embedding_run(store: str | Path, manifest: dict[str, Any]) -> str | None:
+def embedding_run(store: Location, manifest: dict[str, Any]) -> str | None:
     """The MLflow run of the last extraction; None where none is recorded.
 
     Args:
-        store: The folder.
+        store: The folder or address.
         manifest: Its manifest, which held the run up to version 0.1.
     """
     runs = [one["run"] for one in read_provenance(store)["extractions"] if one.get("run")]

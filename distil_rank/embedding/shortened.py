@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distil_rank.embedding.layer_spec import State
-from distil_rank.embedding.store import sha256_of, write_atomically
+from distil_rank.embedding.storage import sha256_of, write_atomically
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.solvers import Factors

@@ -21,17 +21,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 
 from distil_rank.embedding.layer_spec import STATE, State, split_source
+from distil_rank.embedding.location import open_storage
+from distil_rank.embedding.storage import Location, Storage
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -44,59 +44,6 @@ _MANIFEST = {"dim": int, "backbone": str, "fallback": str | None, "proteins": li
 _CODE = {"sha256": str, "rank": int, "dtype": str, "bytes": int}
 _FILE = {"file": str, "bytes": int, "sha256": str}
 _SHARD = {"file": str, "rows": list, "proteins": list, "residues": int}
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write atomically: temporary file, fsync, rename, fsync of the folder.
-
-    Raises:
-        InputError: it cannot be written; the previous file stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise InputError(
-            f"Expected to write {path} but got: {error.strerror or error}; free space there, or remove the cause, and "
-            "run the same command again: finished work is kept."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes | pa.Table) -> None:
-    """Writes bytes, or a table as an Arrow file, through an `atomic_file`."""
-    with atomic_file(path) as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            with pa.ipc.new_file(file, content.schema) as writer:
-                writer.write_table(content)
-
-
-def read_table(path: Path) -> pa.Table:
-    """Memory-maps an Arrow file.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"Expected an Arrow file at {path} but it is missing or damaged; embed again.") from error
 
 
 def vectors_of(table: pa.Table, name: str = "embedding") -> np.ndarray:
@@ -113,7 +60,7 @@ class Store:
 
     Attributes:
         content: What it holds, `EMBEDDINGS` or `CODES`.
-        path: The folder.
+        storage: Its files.
         manifest: Backbone, weights' SHA-256, layer, pooling, precision, counts, files.
         digest: SHA-256 over what the vectors depend on and every file's SHA-256: equal digests mean equal content.
         dim: Width of the vectors.
@@ -123,8 +70,8 @@ class Store:
 
     content: ClassVar[str] = EMBEDDINGS
 
-    def __init__(self, path: Path, manifest: dict[str, Any], layer: State | None = None):
-        self.path = path
+    def __init__(self, storage: Storage, manifest: dict[str, Any], layer: State | None = None):
+        self.storage = storage
         self.manifest = manifest
         self.dim: int = manifest["dim"]
         self.layers = layers_of(manifest)
@@ -133,12 +80,18 @@ class Store:
         content = [settings_of(manifest), files, *([str(self.layer)] if self.layers else [])]
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def path(self) -> Location:
+        """Its folder, or its address in S3."""
+        return self.storage.location
+
     @classmethod
-    def open(cls, path: str | Path, content: str | None = None) -> Self:
+    def open(cls, path: Location, content: str | None = None) -> Self:
         """Opens a finished store.
 
         Args:
-            path: The folder; `FOLDER:LAYER` picks one of several layers, the last of which is taken otherwise.
+            path: The folder or address; `FOLDER:LAYER` picks one of several layers, the last of which is taken
+                otherwise.
             content: What it must hold; by default what this class is for.
 
         Raises:
@@ -156,18 +109,19 @@ class Store:
                 f"Expected a finished store at {path} but {len(pending)} of {len(manifest['shards'])} shards are "
                 f"missing; run the same embed command again."
             )
+        storage = open_storage(path)
+        sizes = storage.entries()
         for file in manifest["proteins"] + manifest["shards"]:
-            location = path / file["file"]
-            size = size_of(location)
+            size = sizes.get(file["file"])
             if size != file["bytes"]:
                 remedy = (
                     "run the same embed command again" if file in manifest["shards"] else "delete it and embed again"
                 )
                 raise InputError(
-                    f"Expected {file['bytes']} bytes in {location} but got {size if size is not None else 'no file'}; "
-                    f"the store is damaged: {remedy}."
+                    f"Expected {file['bytes']} bytes in {storage.where(file['file'])} but got "
+                    f"{size if size is not None else 'no file'}; the store is damaged: {remedy}."
                 )
-        return cls(path, manifest, _layer_of(path, manifest, wanted))
+        return cls(storage, manifest, _layer_of(path, manifest, wanted))
 
     def at(self, layer: State) -> Self:
         """The same store at another of its layers.
@@ -175,7 +129,7 @@ class Store:
         Raises:
             InputError: it lacks the layer.
         """
-        return type(self)(self.path, self.manifest, _layer_of(self.path, self.manifest, str(layer)))
+        return type(self)(self.storage, self.manifest, _layer_of(self.path, self.manifest, str(layer)))
 
     def verify(self) -> None:
         """Reads every file and compares its SHA-256.
@@ -184,20 +138,21 @@ class Store:
             InputError: a file was changed.
         """
         for file in self.manifest["proteins"] + self.manifest["shards"]:
-            if sha256_of(self.path / file["file"]) != file["sha256"]:
-                raise InputError(f"Expected {self.path / file['file']} unchanged but its SHA-256 differs; embed again.")
+            if self.storage.sha256_of_content(file["file"]) != file["sha256"]:
+                where = self.storage.where(file["file"])
+                raise InputError(f"Expected {where} unchanged but its SHA-256 differs; embed again.")
 
     @cached_property
     def _all_proteins(self) -> pa.Table:
-        return pa.concat_tables([read_table(self.path / file["file"]) for file in self.manifest["proteins"]])
+        return pa.concat_tables([self.storage.table(file["file"]) for file in self.manifest["proteins"]])
 
     @cached_property
     def _vector_rows(self) -> np.ndarray:
         """The row of each stored vector, (vectors,), ascending."""
-        return np.concatenate([self._shard(shard)["row"].to_numpy() for shard in self.manifest["shards"]])
+        return np.concatenate([self._shard(shard, "row")["row"].to_numpy() for shard in self.manifest["shards"]])
 
-    def _shard(self, shard: dict[str, Any]) -> pa.Table:
-        return read_table(self.path / shard["file"])
+    def _shard(self, shard: dict[str, Any], *columns: str) -> pa.Table:
+        return self.storage.table(shard["file"], columns)
 
     @cached_property
     def _has_vectors(self) -> np.ndarray:
@@ -260,9 +215,13 @@ class Store:
 
     def shards(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Each shard's row numbers, (vectors,), and memory-mapped vectors, (vectors, dim), in order of the rows."""
-        for shard in self.manifest["shards"]:
-            table = self._shard(shard)
-            yield table["row"].to_numpy(), vectors_of(table, column_of(self.layer))
+        return map(self.vectors, self.manifest["shards"])
+
+    def vectors(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers and vectors of one shard, an entry of the manifest."""
+        column = column_of(self.layer)
+        table = self._shard(shard, "row", column)
+        return table["row"].to_numpy(), vectors_of(table, column)
 
 
 def layers_of(manifest: dict[str, Any]) -> list[State]:
@@ -275,7 +234,7 @@ def column_of(layer: State | None) -> str:
     return "embedding" if layer is None else f"embedding_{layer}"
 
 
-def _layer_of(path: Path, manifest: dict[str, Any], wanted: str | None) -> State | None:
+def _layer_of(path: Location, manifest: dict[str, Any], wanted: str | None) -> State | None:
     """The layer to read of a store that holds several."""
     layers, has = layers_of(manifest), manifest.get("layer")
     if not layers:
@@ -308,20 +267,21 @@ def settings_of(manifest: dict[str, Any]) -> list[Any]:
     return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
 
 
-def read_manifest(path: Path, content: str = EMBEDDINGS) -> dict[str, Any] | None:
+def read_manifest(path: Location, content: str = EMBEDDINGS) -> dict[str, Any] | None:
     """The manifest of a store, finished or not; None where there is none.
 
     Args:
-        path: The store's folder.
+        path: The store's folder or address.
         content: What the store must hold, `EMBEDDINGS` or `CODES`.
 
     Raises:
         InputError: it cannot be read, is not a store's, or belongs to a store of something else.
     """
     noun = content.removeprefix("distil-rank ")
-    file = path / "manifest.json"
+    storage = open_storage(path)
+    file = storage.where("manifest.json")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(storage.read_bytes("manifest.json"))
         matches = manifest["format"] == content and manifest["version"] == VERSION
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -368,14 +328,3 @@ def _mistyped(where: str, entry: Any, kinds: dict[str, Any]) -> Iterator[str]:
     if not isinstance(entry, dict):
         yield f"{where}an entry"
     yield from (where + key for key, kind in kinds.items() if not isinstance(entry.get(key, ...), kind))
-
-
-def size_of(path: Path) -> int | None:
-    """Size of a file in bytes; None where there is none."""
-    return path.stat().st_size if path.exists() else None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

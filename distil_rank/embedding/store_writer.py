@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -29,30 +28,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distil_rank.embedding.locking import exclusive_lock
-from distil_rank.embedding.planning import TEMPORARY, new_shards, write_new_proteins
+from distil_rank.embedding.location import open_storage
+from distil_rank.embedding.planning import new_shards, write_new_proteins
 from distil_rank.embedding.provenance import FORMERLY_IN_MANIFEST, read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.storage import Location, Storage
 from distil_rank.embedding.store import (
     EMBEDDINGS,
     VERSION,
     column_of,
     layers_of,
     read_manifest,
-    read_table,
     settings_of,
-    sha256_of,
-    size_of,
     vectors_of,
-    write_atomically,
 )
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 MORE_MEMORY = 1.05  # times the memory of the device that skipped a sequence: retry; a machine's own varies a little
+PARTS = "parts"  # the folder of finished batches
 # what a store holds beside its .arrow files and the manifest
-OWN_NAMES = ("parts", "provenance.json", "code_map", "calibration.safetensors")
+OWN_NAMES = (PARTS, "provenance.json", "code_map", "calibration.safetensors")
 
 
 @dataclass(frozen=True)
@@ -73,17 +70,23 @@ class Shard:
     residues: int
     key: str
 
+    @property
+    def parts(self) -> str:
+        """Folder of its finished batches."""
+        return f"{PARTS}/{self.file.removesuffix('.arrow')}"
+
 
 class StoreWriter:
     """A store that is being filled.
 
     Args:
-        path: The folder; created by `lock`.
+        path: The folder, created by `lock`, or the address in S3.
         content: What the store holds, `EMBEDDINGS` or `CODES`.
     """
 
-    def __init__(self, path: str | Path, content: str = EMBEDDINGS):
-        self.path = Path(path)
+    def __init__(self, path: Location, content: str = EMBEDDINGS):
+        self.storage = open_storage(path)
+        self.path = self.storage.location
         self.content = content
 
     @property
@@ -93,7 +96,7 @@ class StoreWriter:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         if manifest != self.manifest:
-            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+            self.storage.write("manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
 
     def lock(self) -> AbstractContextManager[None]:
         """Takes the store's exclusive lock.
@@ -101,7 +104,7 @@ class StoreWriter:
         Raises:
             InputError: another process holds it, or the folder cannot be made.
         """
-        return exclusive_lock(self.path)
+        return self.storage.lock()
 
     def plan(
         self,
@@ -129,11 +132,11 @@ class StoreWriter:
         self._move_provenance(manifest)
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
-        added = write_new_proteins(self.path, name, proteins, manifest, report)
+        added = write_new_proteins(self.storage, name, proteins, manifest, report)
         if added:
-            manifest["shards"] += new_shards(self.path, name, manifest)
+            manifest["shards"] += new_shards(self.storage, name, manifest)
             entry = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
-            manifest["proteins"].append({**entry, **_fingerprint(self.path / name)})
+            manifest["proteins"].append({**entry, **_fingerprint(self.storage, name)})
         self._write_manifest(manifest)
         return added
 
@@ -145,7 +148,8 @@ class StoreWriter:
         """
         manifest = self.manifest
         if not manifest:
-            unexpected = [entry.name for entry in self.path.iterdir() if not _belongs_to_store(entry)]
+            entries = self.storage.entries()
+            unexpected = [name for name, size in entries.items() if not self._belongs_to_store(name, size)]
             if unexpected:
                 raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {unexpected[0]}.")
             header = {"format": self.content, "version": VERSION}
@@ -205,11 +209,11 @@ class StoreWriter:
             The number of sequences to retry.
         """
         manifest = self.manifest
-        reopened: list[Path] = []
+        reopened: list[str] = []
         retried = 0
         for entry in manifest["shards"]:
-            file = self.path / entry["file"]
-            if not entry.get("skipped") or not _retries(table := read_table(file), memory, every):
+            file = entry["file"]
+            if not entry.get("skipped") or not _retries(table := self.storage.table(file), memory, every):
                 continue
             rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
             if len(rows):
@@ -220,19 +224,19 @@ class StoreWriter:
             reopened.append(file)
         self._write_manifest(manifest)
         for file in reopened:
-            file.unlink()
-        for part in self.path.glob("parts/*/*.arrow"):  # of shards in progress
-            table = read_table(part)
+            self.storage.delete(file)
+        shards = (f"{PARTS}/{name}" for name, size in self.storage.entries(PARTS).items() if size is None)
+        for part in (part for shard in shards for part in self._parts(shard)):  # of shards in progress
+            table = self.storage.table(part)
             missing = len(json.loads(table.schema.metadata[b"rows"])) - len(np.unique(table["row"].to_numpy()))
             if missing and _retries(table, memory, every):
                 retried += missing
-                part.unlink()
+                self.storage.delete(part)
         return retried
 
     def sequences(self, shard: Shard) -> dict[int, str]:
         """Row and sequence of the shard's distinct sequences, in order of the rows."""
-        name, start, stop = shard.proteins
-        table = read_table(self.path / name).slice(start, stop - start).select(["row", "sequence"])
+        table = self.storage.lines(*shard.proteins, ["row", "sequence"])
         sequence_of: dict[int, str] = {}
         for batch in table.to_batches():
             for row, sequence in zip(batch["row"].to_pylist(), batch["sequence"].to_pylist(), strict=True):
@@ -242,22 +246,22 @@ class StoreWriter:
 
     def ids(self, shard: Shard, rows: Sequence[int]) -> list[str]:
         """Names of the shard's proteins that have these rows."""
-        name, start, stop = shard.proteins
-        table = read_table(self.path / name).slice(start, stop - start)
+        table = self.storage.lines(*shard.proteins, ["row", "id"])
         return table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))["id"].to_pylist()
 
     def is_sealed(self, shard: Shard) -> bool:
         """Whether the shard's file is complete."""
-        return _computed(self.path / shard.file, shard.key) is not None
+        return self._computed(shard.file, shard.key, ["row"]) is not None
 
-    def _parts(self, shard: Shard) -> Path:
-        return self.path / "parts" / shard.file.removesuffix(".arrow")
+    def _parts(self, folder: str) -> list[str]:
+        """The files of finished batches in a folder of parts."""
+        return [f"{folder}/{name}" for name in sorted(self.storage.entries(folder)) if name.endswith(".arrow")]
 
     def done(self, shard: Shard) -> set[int]:
         """The rows of finished batches, including skipped sequences."""
         rows: set[int] = set()
-        for part in sorted(self._parts(shard).glob("*.arrow")):
-            table = _computed(part, shard.key)
+        for part in self._parts(shard.parts):
+            table = self._computed(part, shard.key)
             if table is not None:
                 rows.update(json.loads(table.schema.metadata[b"rows"]))
         return rows
@@ -279,14 +283,25 @@ class StoreWriter:
             metadata["memory"] = str(memory)
         columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
         table = vector_table(np.repeat(rows, counts), columns, metadata)
-        write_atomically(self._parts(shard) / f"{rows[0]}.arrow", table)
+        self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
         return [column_of(layer) for layer in layers_of(self.manifest)] or [column_of(None)]
 
     def seal(self, shard: Shard) -> None:
-        """Merges the shard's parts into its file, in order of the rows, and removes them."""
-        parts = [read_table(part) for part in sorted(self._parts(shard).glob("*.arrow"))]
+        """Merges the shard's parts into its file, in order of the rows, and removes them.
+
+        Raises:
+            InputError: a part is missing: another process is at work on the shard.
+        """
+        parts = [self.storage.table(part) for part in self._parts(shard.parts)]
+        done = {row for part in parts for row in json.loads(part.schema.metadata[b"rows"])}
+        if not done.issuperset(range(*shard.rows)):
+            if self.is_sealed(shard):  # by the process that took the shard over from this one
+                return
+            raise InputError(
+                f"Expected all parts of {shard.file} in {self.path}/{PARTS} but some are missing; run again."
+            )
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
         metadata = {"key": shard.key}
@@ -294,28 +309,46 @@ class StoreWriter:
         if memories:
             metadata["memory"] = str(min(memories))
         columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
-        write_atomically(self.path / shard.file, vector_table(rows[order], columns, metadata))
-        shutil.rmtree(self._parts(shard))
+        self.storage.write(shard.file, vector_table(rows[order], columns, metadata))
+        self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
         """Sets size and hash of complete shards, clears those of damaged ones; deletes killed runs' temporary files."""
+        sizes = self.storage.entries()
         for shard in manifest["shards"]:
-            file = self.path / shard["file"]
-            if "sha256" in shard and size_of(file) != shard["bytes"]:
-                logger.warning("%s is missing or damaged: it is computed again", file)
-                file.unlink(missing_ok=True)
+            file = shard["file"]
+            if "sha256" in shard and sizes.get(file) != shard["bytes"]:
+                logger.warning("%s is missing or damaged: it is computed again", self.storage.where(file))
+                self.storage.delete(file)
                 _clear(shard)
-            table = None if "sha256" in shard else _computed(file, _key(shard, manifest))
+            table = None
+            if "sha256" not in shard and file in sizes:
+                table = self._computed(file, _key(shard, manifest), ["row"])
             if table is not None:
                 rows = table["row"].to_numpy()
                 shard["vectors"] = len(rows)
                 shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
-                shard.update(_fingerprint(file))
-                shutil.rmtree(self.path / "parts" / file.stem, ignore_errors=True)
-        for temporary in [*self.path.glob(".*.arrow*"), *self.path.glob(".*.json.*")]:
-            temporary.unlink(missing_ok=True)
-        for folder in self.path.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+                shard.update(_fingerprint(self.storage, file))
+                self.storage.delete_folder(_shard(shard, manifest).parts)
+        self.storage.delete_unfinished()
+
+    def _computed(self, name: str, key: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """What was computed for this key; a file with another key, or a damaged one, is deleted."""
+        if self.storage.size(name) is None:
+            return None
+        with suppress(InputError):
+            table = self.storage.table(name, columns)
+            if (table.schema.metadata or {}).get(b"key") == key.encode():
+                return table
+        where = self.storage.where(name)
+        logger.warning("%s is damaged or of other proteins or settings: it is computed again", where)
+        self.storage.delete(name)
+        return None
+
+    def _belongs_to_store(self, name: str, size: int | None) -> bool:
+        """Whether an entry may be there before the manifest; another store in a sub-folder may, too."""
+        own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
+        return own or (size is None and self.storage.size(f"{name}/manifest.json") is not None)
 
     def finish(self) -> None:
         """Records complete shards in the manifest; deletes the folder of parts when no shard is pending.
@@ -326,8 +359,8 @@ class StoreWriter:
         self._record_finished(manifest)
         self._write_manifest(manifest)
         finished = all("sha256" in shard for shard in manifest["shards"])
-        if finished and not (self.path / "parts" / "manifest.json").exists():  # unless a store of that name
-            shutil.rmtree(self.path / "parts", ignore_errors=True)
+        if finished and self.storage.size(f"{PARTS}/manifest.json") is None:  # unless a store of that name
+            self.storage.delete_folder(PARTS)
 
 
 def _shard(entry: dict[str, Any], manifest: dict[str, Any]) -> Shard:
@@ -356,27 +389,8 @@ def _key(shard: dict[str, Any], manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
-def _computed(file: Path, key: str) -> pa.Table | None:
-    """The vectors computed for this key; a file with another key, or a damaged one, is deleted."""
-    if not file.exists():
-        return None
-    with suppress(InputError):
-        table = read_table(file)
-        if (table.schema.metadata or {}).get(b"key") == key.encode():
-            return table
-    logger.warning("%s is damaged or of other proteins or settings: it is computed again", file)
-    file.unlink()
-    return None
-
-
-def _belongs_to_store(entry: Path) -> bool:
-    """Whether an entry of a store's folder may be there before its manifest; another store in a sub-folder may, too."""
-    own = entry.name.startswith(".") or entry.suffix == ".arrow" or entry.name in OWN_NAMES
-    return own or (entry / "manifest.json").exists()
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+def _fingerprint(storage: Storage, name: str) -> dict[str, Any]:
+    return {"bytes": storage.size(name), "sha256": storage.sha256(name)}
 
 
 def vector_table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[str, str]) -> pa.Table:

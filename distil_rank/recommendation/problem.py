@@ -16,6 +16,7 @@ from distil_rank.codes.perturbation import Perturbations
 from distil_rank.data.formats import Embeddings, load_matrix
 from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.embedding.layer_spec import split_source
+from distil_rank.embedding.location import is_remote
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.recommendation.parts import CONFIRM, FIT, VALIDATE, joined, split_parts
@@ -177,7 +178,7 @@ def _open_layers(
     """Vectors and provenance by layer, and the last layer's data."""
     path, wanted = split_source(source)
     names: list[str | None] = [None]
-    if (path / "manifest.json").is_file() and wanted is None:
+    if wanted is None and (is_remote(path) or (Path(path) / "manifest.json").is_file()):
         names = [str(layer) for layer in Store.open(path).layers] or [None]
     found = {name: load_matrix(source if name is None else f"{path}:{name}") for name in names}
     last = found[names[-1]]

@@ -145,7 +145,7 @@ def _table(source: str, data: Embeddings, labels: LabelSource) -> LabelTable:
 
 def own_labels(source: str, data: Embeddings, labels: LabelSource = LabelSource()) -> LabelTable | None:  # noqa: B008 - frozen
     """The labels that come with the vectors: a table in the store's folder, or those of the data file; None without."""
-    own = split_source(source)[0] / OWN_LABELS
+    own = Path(split_source(source)[0]) / OWN_LABELS
     if own.is_file():
         return read_labels(replace(labels, source=str(own)))
     if Path(source).suffix == ".npz" and labels.column is not None:
@@ -158,5 +158,5 @@ def own_labels(source: str, data: Embeddings, labels: LabelSource = LabelSource(
 
 def with_clusters(data: Embeddings, source: str) -> Embeddings:
     """The same with the clusters in the store's folder, where there are some."""
-    own = split_source(source)[0] / OWN_CLUSTERS
+    own = Path(split_source(source)[0]) / OWN_CLUSTERS
     return replace(data, clusters=read_clusters(own, data.ids)) if own.is_file() else data

@@ -14,7 +14,7 @@ from distil_rank.embedding import planning
 from distil_rank.embedding.planning import new_shards, write_new_proteins
 from distil_rank.embedding.protein_index import ProteinIndex
 from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
-from distil_rank.embedding.store import read_table
+from distil_rank.embedding.storage import LocalStorage, read_table
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
@@ -27,8 +27,9 @@ def plan(store, proteins, manifest=MANIFEST):
     report = CleaningReport("in.fasta")
     report.counts["kept"] = len(proteins)
     name = f"proteins-{len(manifest['proteins']):05d}.arrow"
-    added = write_new_proteins(store, name, proteins, manifest, report)
-    shards = new_shards(store, name, manifest) if added else []
+    storage = LocalStorage(store)
+    added = write_new_proteins(storage, name, proteins, manifest, report)
+    shards = new_shards(storage, name, manifest) if added else []
     tables = [*manifest["proteins"], {"file": name}] if added else manifest["proteins"]
     return report, {**manifest, "proteins": tables, "shards": manifest["shards"] + shards}
 
@@ -109,7 +110,7 @@ def test_shards_are_those_of_a_loop_over_lines(tmp_path_factory, lines, size, ba
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "SHARD_RESIDUES", (size, size))
-        shards = new_shards(store, "t.arrow", MANIFEST)
+        shards = new_shards(LocalStorage(store), "t.arrow", MANIFEST)
     assert [tuple(shard["proteins"][1:]) for shard in shards] == wanted
     work = [sum(n * new for n, new in zip(lengths[a:b], fresh[a:b], strict=True)) for a, b in wanted]
     assert [shard["residues"] for shard in shards] == work

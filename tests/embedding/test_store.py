@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.store import Store, read_table, write_atomically
+from distil_rank.embedding.storage import read_table, write_atomically
+from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 

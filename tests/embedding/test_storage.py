@@ -1,0 +1,111 @@
+"""Local and S3 storages keep the same promises."""
+
+import hashlib
+
+import pyarrow as pa
+import pytest
+
+from distil_rank.embedding.location import is_remote, open_storage
+from distil_rank.errors import InputError
+
+TABLE = pa.table({"row": pa.array(range(10_000)), "name": [f"p{i}" for i in range(10_000)]})
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request, tmp_path):
+    return open_storage(tmp_path / "store" if request.param == "local" else request.getfixturevalue("s3"))
+
+
+def test_bytes_come_back_and_replace_older_ones(storage):
+    assert storage.size("a/b.bin") is None and storage.entries("a") == {}
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a/b.bin")
+    for content in (b"old", b"newer"):
+        storage.write("a/b.bin", content)
+        assert storage.read_bytes("a/b.bin") == content and storage.size("a/b.bin") == len(content)
+        digest = hashlib.sha256(content).hexdigest()
+        assert storage.sha256("a/b.bin") == storage.sha256_of_content("a/b.bin") == digest
+    storage.write("c.bin", b"")
+    assert storage.entries() == {"a": None, "c.bin": 0}
+    assert storage.entries("a") == {"b.bin": 5}
+
+
+def test_a_write_that_fails_leaves_the_older_file(storage):
+    storage.write("a", b"old")
+    with pytest.raises(ZeroDivisionError), storage.writing("a") as file:
+        file.write(b"half of the ne")
+        raise ZeroDivisionError
+    assert storage.read_bytes("a") == b"old" and storage.entries() == {"a": 3}
+
+
+def test_tables_whole_by_column_by_line_and_by_batch(storage):
+    with storage.writing("t.arrow") as file, pa.ipc.new_file(file, TABLE.schema) as writer:
+        writer.write_table(TABLE, max_chunksize=4096)
+    assert storage.table("t.arrow").equals(TABLE)
+    assert storage.table("t.arrow", ["name"]).equals(TABLE.select(["name"]))
+    assert storage.table("t.arrow", ["name", "row"]).equals(TABLE.select(["name", "row"]))
+    for start, stop in ((0, 1), (4000, 4096), (4096, 4097), (4095, 8193), (9999, 10_000), (0, 10_000)):
+        assert storage.lines("t.arrow", start, stop, ["name"]).equals(TABLE.slice(start, stop - start).select(["name"]))
+    assert pa.Table.from_batches(storage.batches("t.arrow", ["row"])).equals(TABLE.select(["row"]))
+    with storage.local_copy("t.arrow") as path:
+        assert path.stat().st_size == storage.size("t.arrow")
+
+
+@pytest.mark.parametrize("columns", [None, ["row"]])
+def test_missing_and_damaged_tables_are_named(storage, columns):
+    storage.write("t.arrow", b"ARROW1 or not")
+    for name in ("t.arrow", "absent.arrow"):
+        with pytest.raises(InputError, match=f"Arrow file at .*{name} but it is missing or damaged"):
+            storage.table(name, columns)
+
+
+def test_deleting(storage, tmp_path):
+    for name in ("a/1", "a/b/2", "ab/3"):
+        storage.write(name, b"x")
+    storage.delete("absent")
+    storage.delete_folder("absent")
+    storage.delete_folder("a")
+    storage.delete("ab/3")
+    assert storage.size("ab/3") is None and storage.entries("a") == {}
+    (tmp_path / "files").mkdir()
+    for name in "xyz":
+        (tmp_path / "files" / name).write_text(name)
+    storage.write_folder("f", tmp_path / "files", last="x")
+    with storage.local_copy("f") as folder:
+        assert sorted(path.read_text() for path in folder.iterdir()) == ["x", "y", "z"]
+    with storage.local_copy("nothing") as folder:
+        assert not folder.exists()
+
+
+def test_one_holder_at_a_time(storage, monkeypatch):
+    monkeypatch.setattr("distil_rank.embedding.lease.SECONDS", 1)
+    other = open_storage(storage.location)
+    with (
+        storage.lock(),
+        pytest.raises(InputError, match=r"Expected exclusive access to .* filling it; wait"),
+        other.lock(),
+    ):
+        pass
+    with other.lock():
+        pass
+    assert storage.entries() == {}
+
+
+def test_places_that_are_neither():
+    assert not is_remote("folder") and is_remote("s3://bucket/name")
+    for place in ("gs://bucket/name", "s3:/bucket/name"):
+        with pytest.raises(InputError, match=f"Expected a folder or s3://BUCKET/NAME but got {place}"):
+            open_storage(place)
+    with pytest.raises(InputError, match="Expected s3://BUCKET/NAME but got s3://bucket"):
+        open_storage("s3://bucket")
+
+
+def test_what_does_not_answer_is_one_line(s3, monkeypatch):
+    with pytest.raises(InputError, match=r"Expected to reach s3://absent/store/a but got: .*NoSuchBucket"):
+        open_storage("s3://absent/store").write("a", b"x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    from distil_rank.embedding import s3_storage
+
+    s3_storage._client.cache_clear()
+    with pytest.raises(InputError, match=r"Expected to reach .* connect to the endpoint URL.*; check bucket, cred"):
+        open_storage(s3).size("a")
