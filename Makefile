@@ -23,6 +23,7 @@ KEEP ?= 0.99
 METRIC ?= invariant
 DTYPE ?= bit
 BYTES ?=
+MAP ?=
 CODES ?= codes
 ARGS ?=
 
@@ -74,8 +75,8 @@ judge: .venv/installed ## Representations on a labelled task (DATA= LABELS= GROU
 	@$(RUN) judge --data "$(DATA)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
 	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") $(ARGS)
 
-code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whitened|invariant RANK= DTYPE=float32|int8|bit|pq BYTES= CODES= LABELS=)
-	@$(RUN) code --data "$(DATA)" --metric "$(METRIC)" --rank "$(RANK)" --dtype "$(DTYPE)" $(if $(BYTES),--bytes "$(BYTES)") \
+code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whitened|invariant RANK= DTYPE=float32|int8|bit|pq BYTES= CODES= LABELS=; MAP=FOLDER of a code map that is there)
+	@$(RUN) code --data "$(DATA)" $(if $(MAP),--code_map "$(MAP)") --metric "$(METRIC)" --rank "$(RANK)" --dtype "$(DTYPE)" $(if $(BYTES),--bytes "$(BYTES)") \
 	  --codes "$(CODES)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") $(if $(GROUPS),--groups "$(GROUPS)") $(ARGS)
 
 search: .venv/installed ## Proteins against codes, with E-values (CODES= FASTA=; ARGS=--self for all against all)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from script import run
+from script import run, save_markdown
 from torch import Tensor
 
 RESULTS = Path("results")
@@ -206,75 +207,110 @@ def false_hits(queries: Tensor, targets: Tensor, fold: np.ndarray, tail, stated:
 
 def million(options: argparse.Namespace) -> None:
     """A million codes of 16 bytes beside faiss's flat float32 index of the full vectors, in one process by turns."""
-    import faiss
-
     from distil_rank.codes.fitting import fit_metric
-    from distil_rank.codes.index import CodeIndex
     from distil_rank.data.formats import load_matrix
 
     source = load_matrix(options.data).x
     dice = np.random.default_rng(0)
     fit = fit_metric(source, np.ones(len(source), bool), "whitened")
-    rows = dice.integers(len(source), size=(options.rows, 2))
-    share = dice.random((options.rows, 1), dtype=np.float32) * 0.5
-    x = np.empty((options.rows, source.shape[1]), np.float32)
-    for part in np.array_split(np.arange(options.rows), 64):  # real rows, resampled: each leans to another
-        x[part] = source[rows[part, 0]] * (1 - share[part]) + source[rows[part, 1]] * share[part]
+    x = resampled(source, options.rows, dice)
     queries = source[dice.integers(len(source), size=options.queries)]
-    mean = source.mean(0)
-    flat = faiss.IndexFlatIP(x.shape[1])
-    for part in np.array_split(x, 64):
-        centred = part - mean
-        faiss.normalize_L2(centred)
-        flat.add(centred)
-    wanted = queries - mean
-    faiss.normalize_L2(wanted)
-    lines = [
-        "| index | bytes a vector | bytes ÷ | s for 1,000 queries | time ÷ | recall@10 of its own exact neighbours |",
-        "|---|---|---|---|---|---|",
-    ]
-    made = {}
-    for dtype, rank, books in (("bit", 128, None), ("pq", 128, 16))[: 1 + options.pq]:
-        code_map = fit.code_map(rank, dtype, books)
-        codes = np.concatenate([code_map.encode(torch.from_numpy(part)).numpy() for part in np.array_split(x, 64)])
-        started = time.perf_counter()
-        index = CodeIndex.build(codes, code_map, exact=False)
-        made[dtype] = (code_map, CodeIndex.build(codes, code_map, exact=True), index, time.perf_counter() - started)
+    flat, wanted = flat_index(x, source.mean(0)), unit(queries - source.mean(0))
+    coded = {dtype: Coded(fit.code_map(128, dtype, books), x) for dtype, books in (("bit", None), ("pq", 16))}
     del x
-    seconds: dict[str, list[float]] = {"flat": []} | {f"{d} {k}": [] for d in made for k in ("exact", "lists")}
-    hits = {}
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(options.rounds):
-        started = time.perf_counter()
-        flat.search(wanted, 10)
-        seconds["flat"].append(time.perf_counter() - started)
-        for dtype, (code_map, exact, lists, _) in made.items():
-            for kind, index in (("exact", exact), ("lists", lists)):
-                started = time.perf_counter()
-                hits[dtype, kind] = index.search(code_map(torch.from_numpy(queries)), 10)
-                seconds[f"{dtype} {kind}"].append(time.perf_counter() - started)
-    full, base = 4 * source.shape[1], np.median(seconds["flat"])
-    lines.append(f"| faiss flat float32, full vectors | {full} | 1 | {base:.2f} | 1 | 1 |")
-    for dtype, (code_map, _, lists, build) in made.items():
-        size = code_map.bytes_per_protein
-        for kind in ("exact", "lists"):
-            taken = np.median(seconds[f"{dtype} {kind}"])
-            floor = hits[dtype, "exact"].scores[:, -1:] - 1e-6
-            recall = (hits[dtype, kind].scores >= floor).mean()
-            words = (
-                "every code" if kind == "exact" else f"{lists.visited} of {lists.lists} lists, built in {build:.0f} s"
-            )
+        timed(seconds["flat", ""], lambda: flat.search(wanted, 10))
+        for dtype, one in coded.items():
+            for kind, index in one.indexes.items():
+                found = timed(seconds[dtype, kind], lambda i=index, c=one: i.search(c.queries(queries), 10))
+                one.scores[kind] = found.scores
+    full, base = 4 * source.shape[1], float(np.median(seconds["flat", ""]))
+    lines = [
+        f"{options.rows:,} vectors resampled from {len(source):,} real ones, {options.queries:,} queries.",
+        "",
+        "| index | bytes a vector | bytes ÷ | s for all queries | time ÷ | recall@10 of its own exact neighbours |",
+        "|---|---|---|---|---|---|",
+        f"| faiss flat float32, full vectors | {full} | 1 | {base:.2f} | 1 | 1 |",
+    ]
+    for dtype, one in coded.items():
+        for kind in one.indexes:
+            taken, size = float(np.median(seconds[dtype, kind])), one.code_map.bytes_per_protein
             lines.append(
-                f"| {dtype}, {words} | {size} | {full / size:.0f} | {taken:.3f} | {base / taken:.1f} | {recall:.3f} |"
+                f"| {dtype}, {one.described(kind)} | {size} | {full / size:.0f} | {taken:.3f} | {base / taken:.1f} | "
+                f"{one.recall(kind):.3f} |"
             )
     write("codes/million.md", lines)
 
 
+class Coded:
+    """The codes of one type, searched through one by one and by lists."""
+
+    def __init__(self, code_map, x: np.ndarray) -> None:
+        from distil_rank.codes.index import CodeIndex
+
+        self.code_map = code_map
+        parts = np.array_split(x, 64)
+        codes = np.concatenate([code_map.encode(torch.from_numpy(part)).numpy() for part in parts])
+        exact = CodeIndex.build(codes, code_map, exact=True)
+        started = time.perf_counter()
+        lists = CodeIndex.build(codes, code_map, exact=False)
+        self.build_seconds = time.perf_counter() - started
+        self.indexes = {"exact": exact, "lists": lists}
+        self.scores: dict[str, np.ndarray] = {}
+
+    def queries(self, x: np.ndarray) -> Tensor:
+        """Float queries."""
+        return self.code_map(torch.from_numpy(x))
+
+    def described(self, kind: str) -> str:
+        """How an index searches."""
+        lists = self.indexes["lists"]
+        if kind == "exact":
+            return "every code"
+        return f"{lists.visited} of {lists.lists} lists, built in {self.build_seconds:.0f} s"
+
+    def recall(self, kind: str) -> float:
+        """Share of hits that score at least as the tenth of the exact ones does."""
+        return float((self.scores[kind] >= self.scores["exact"][:, -1:] - 1e-6).mean())
+
+
+def timed(seconds: list[float], call):
+    """Call, and note the time."""
+    started = time.perf_counter()
+    found = call()
+    seconds.append(time.perf_counter() - started)
+    return found
+
+
+def resampled(source: np.ndarray, rows: int, dice: np.random.Generator) -> np.ndarray:
+    """Real rows, each moved up to half-way to another one."""
+    pairs = dice.integers(len(source), size=(rows, 2))
+    share = dice.random((rows, 1), dtype=np.float32) * 0.5
+    x = np.empty((rows, source.shape[1]), np.float32)
+    for part in np.array_split(np.arange(rows), 64):
+        x[part] = source[pairs[part, 0]] * (1 - share[part]) + source[pairs[part, 1]] * share[part]
+    return x
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of unit length."""
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def flat_index(x: np.ndarray, mean: np.ndarray):
+    """faiss's flat index of the centred rows at unit length."""
+    import faiss
+
+    flat = faiss.IndexFlatIP(x.shape[1])
+    for part in np.array_split(x, 64):
+        flat.add(unit(part - mean))
+    return flat
+
+
 def write(name: str, lines: list[str]) -> None:
     """Print a table and keep it in `results/`."""
-    path = RESULTS / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    save_markdown(RESULTS / name, lines)
 
 
 def main() -> None:
@@ -290,7 +326,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pq", action="store_true", help="of the million, codes of a product quantiser too")
     options = parser.parse_args()
     {"scope": scope, "kinases": kinases, "evalues": evalues, "million": million}[options.table](options)
 

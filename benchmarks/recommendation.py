@@ -16,9 +16,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distil_rank.errors import InputError
+from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
 from distil_rank.recommendation.pipelines import Fitted
-from distil_rank.recommendation.problem import open_problem
 from distil_rank.recommendation.search import Evaluator, cheapest, search_pipelines
 from distil_rank.tasks.labels import LabelSource
 

@@ -156,6 +156,16 @@ def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pyte
 
 
 @pytest.fixture
+def workplace(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a run database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_database, tmp_path / "mlruns")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A project's root with an empty `mlruns/`; whatever a test leaves in the working directory fails it."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

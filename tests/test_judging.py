@@ -1,7 +1,6 @@
 """The `judge` command: results, files, MLflow, and what it refuses."""
 
 import json
-import shutil
 from pathlib import Path
 
 import mlflow
@@ -14,16 +13,6 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = str(ROOT / "data" / "functions")
-
-
-@pytest.fixture
-def workplace(tmp_path, empty_database, monkeypatch):
-    """An empty project with a run database."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_database, tmp_path / "mlruns")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_judging_the_sample(workplace, capsys):

@@ -1,7 +1,6 @@
 """The `recommend` command: files, MLflow, what it refuses."""
 
 import json
-import shutil
 from pathlib import Path
 
 import mlflow
@@ -16,16 +15,6 @@ from distil_rank.codes.code_store import MAP, CodeStore
 ROOT = Path(__file__).parents[1]
 SAMPLE = str(ROOT / "data" / "functions")
 QUICK = ["--max_bytes", "16", "--alignment", "false"]
-
-
-@pytest.fixture
-def workplace(tmp_path, empty_database, monkeypatch):
-    """An empty project with a run database; nothing is timed."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_database, tmp_path / "mlruns")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def untimed(monkeypatch):

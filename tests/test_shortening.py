@@ -2,7 +2,6 @@
 
 import logging
 import random
-import shutil
 
 import mlflow
 import pytest
@@ -17,20 +16,16 @@ ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 
 
 @pytest.fixture
-def workplace(tmp_path, empty_database, monkeypatch):
-    """An empty project with a run database and a few proteins."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_database, tmp_path / "mlruns")
+def proteins(workplace):
+    """A working directory with a few proteins."""
     dice = random.Random(0)
     records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(20, 40)))}\n" for i in range(300)]
-    (tmp_path / "in.fasta").write_text("".join(records))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    (workplace / "in.fasta").write_text("".join(records))
+    yield workplace
     logging.getLogger().handlers.clear()
 
 
-def test_from_sequences_to_embeddings_by_fewer_layers(workplace, tiny_esm2, capsys):
+def test_from_sequences_to_embeddings_by_fewer_layers(proteins, tiny_esm2, capsys):
     model, exact = ["--backbone", str(tiny_esm2.fair_esm)], ["--split", "exact"]
     assert main(["shorten", *model, "--layer", "1", "--fasta", "in.fasta", "--data", "states", *exact]) == 0
     assert "r2" in capsys.readouterr().out
@@ -38,15 +33,15 @@ def test_from_sequences_to_embeddings_by_fewer_layers(workplace, tiny_esm2, caps
     assert main(["embed", "--backbone", "shortened", "--fasta", "in.fasta", "--store", "short"]) == 0
     found = Store.open("short")
     assert found.manifest["backbone"] == "shortened" and len(found) == 300
-    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlruns' / 'mlflow.db'}")
+    client = mlflow.MlflowClient(f"sqlite:///{proteins / 'mlruns' / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("shorten").experiment_id])
     assert run.info.status == "FINISHED" and "test/r2" in run.data.metrics
     assert {"backbone.json", "manifest.json"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
 
-    save(LowRankLinear(32, 32, rank=4, input_mean=False), workplace / "student")
+    save(LowRankLinear(32, 32, rank=4, input_mean=False), proteins / "student")
     codes = ["--target", "codes", "--codes", "student", "--output", "coded"]
     assert main(["shorten", *model, "--layer", "1", "--data", "states", *codes, *exact]) == 0
-    torch.save({"dense.weight": torch.randn(2, 32), "dense.bias": torch.zeros(2)}, workplace / "head.pt")
+    torch.save({"dense.weight": torch.randn(2, 32), "dense.bias": torch.zeros(2)}, proteins / "head.pt")
     refusals = {
         "from 1 to 1": ["--layer", "2", "--fasta", "in.fasta"],
         "from 1 to 1, before": ["--layer", "0", "--fasta", "in.fasta"],

@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distil_rank.codes.code_store import MAP, CodeStore, own_code_map, write_code_map, write_codes
+from distil_rank.codes.code_store import (
+    MAP,
+    CodeStore,
+    load_code_map,
+    manifest_of,
+    own_code_map,
+    write_code_map,
+    write_codes,
+)
 from distil_rank.codes.fitting import REGULARISATION, Fit, Metric, fit_metric
 from distil_rank.codes.judging import code_candidate, copy_task
 from distil_rank.codes.perturbation import Perturbations
@@ -53,6 +61,7 @@ def code(
     dtype: CodeType = "bit",
     bytes: int | None = None,
     codes: str = "codes",
+    code_map: str | None = None,
     noise: NoiseSource = "copies",
     perturbations: Perturbations = Perturbations(),  # noqa: B008 - frozen
     labels: LabelSource = LabelSource(),  # noqa: B008 - frozen
@@ -76,6 +85,7 @@ def code(
         dtype: float32, int8, bit (signs, eight to a byte) or pq (a product quantiser's centroids).
         bytes: Of a pq code; by default one for eight numbers of the rank.
         codes: Folder of the store of codes; encoding goes on where it stopped.
+        code_map: Folder of a code map that is there, such as `recommend` leaves; nothing is fitted or judged then.
         noise: What should not matter: the differences of perturbed copies, within labels or within clusters.
         perturbations: How copies are perturbed.
         labels: Where labels come from; without any, proteins are to be found by their perturbed copies.
@@ -90,6 +100,8 @@ def code(
         output: Folder for results.
         config: The resolved configuration, kept with the run.
     """
+    if code_map is not None:
+        return _encode_with(load_code_map(code_map), data, labels, codes)
     asked: dict[str, Any] = {
         "train": train,
         "metric": metric,
@@ -113,17 +125,34 @@ def code(
     with start_run("code", name, params=params, tags=_tags(proteins)) as run:
         copies = Path(output) / "copies"
         fitted = _fit(proteins, asked, perturbations, copies)
-        code_map = _trained(proteins, fitted, fitted.code_map(rank, dtype, bytes, seed), train, seed, run)
-        code_map.provenance["asked"] = asked
-        done = _judge(proteins, code_map, rank, perturbations, copies, seed)
+        made = _trained(proteins, fitted, fitted.code_map(rank, dtype, bytes, seed), train, seed, run)
+        made.provenance["asked"] = asked
+        done = _judge(proteins, made, rank, perturbations, copies, seed)
         folder = Path(output) / "code" / name
-        _log(run, done, code_map, report.save(done, folder), config)
-        saved = save(code_map, folder / MAP, **_about(code_map, done))
+        _log(run, done, made, report.save(done, folder), config)
+        saved = save(made, folder / MAP, **_about(made, done))
         for file in sorted(saved.iterdir()):
             run.log_artifact(file)
-        store = _encode(proteins, code_map, done, codes)
+        store = _encode(proteins, made, done, codes)
     log.info("Code map: %s (distil_rank.load reads it).", saved)
     return CodeResult(saved, None if store is None else store.path, done)
+
+
+def _encode_with(code_map: CodeMap, data: str, labels: LabelSource, codes: str) -> CodeResult:
+    """Encode a store with a code map that is there.
+
+    Raises:
+        InputError: a map of other vectors, or codes of another map in the folder.
+    """
+    source, before = Store.open(labelled_source(data, labels)), own_code_map(codes)
+    if before is None:
+        code_map.check_origin(manifest_of(source), str(source.path))
+        write_code_map(code_map, codes, data=code_map.provenance)
+    elif before.digest != code_map.digest:
+        raise InputError(f"Expected codes of this code map in {codes} but they are of another; name another folder.")
+    store = write_codes(source, codes, code_map)
+    log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", code_map.bytes_per_protein)
+    return CodeResult(f"{codes}/{MAP}", store.path, None)
 
 
 def _existing(codes: str, asked: dict[str, Any]) -> CodeMap | None:

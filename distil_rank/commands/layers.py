@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_rank.commands.lineage import lineage
-from distil_rank.compression.compress import Report
+from distil_rank.compression.report import Report
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import load, read_manifest
 from distil_rank.deployment.deploy import compress_file

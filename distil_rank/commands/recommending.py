@@ -18,12 +18,14 @@ from distil_rank.codes.sources import BELONGING
 from distil_rank.commands.embeddings import extract
 from distil_rank.commands.judging import metric_name
 from distil_rank.deployment.artefact import save
+from distil_rank.embedding.embed import default_store
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.recommendation.costs import measure_costs, query_seconds
+from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
 from distil_rank.recommendation.pipelines import Fitted
-from distil_rank.recommendation.problem import Problem, open_problem
+from distil_rank.recommendation.problem import Problem
 from distil_rank.recommendation.search import (
     QUERIES,
     Evaluator,
@@ -127,7 +129,7 @@ def _embedded(
         fasta, labels = sample(f"{LABELLED}.fasta.gz"), LabelSource(f"{sample(LABELLED)}/{OWN_LABELS}")
     if fasta is None:
         return data, labels, notes
-    store = f"embeddings-{Path(fasta).name.partition('.')[0]}-layers" if data == "auto" else data
+    store = f"{default_store(fasta)}-layers" if data == "auto" else data
     fasta, note = subset_of(fasta, labels, proteins, seed, Path(output))
     extract({"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean", "layer": "all"})
     return store, labels, [*notes, *([note] if note else [])]

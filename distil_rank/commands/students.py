@@ -13,6 +13,7 @@ from distil_rank.commands.lineage import lineage
 from distil_rank.commands.teachers import Teacher, check_rank_request, train_teacher
 from distil_rank.compression.own_layer import load_tail
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.data.description import DataDescription
 from distil_rank.deployment.artefact import save
 from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.reporting import figures, report
@@ -66,32 +67,22 @@ def distil(
     check_rank_request(data, rank, teacher)
     dense = train_teacher(data, **(teacher or {}), output=output, config=config, reuse=True)
     about = data.description()
-    title = f"{dense.name} r{rank} {warm_start} {about.dim}-d {Path(about.source).stem}"
-    requested = {
+    params = {
+        "teacher": dense.name,
+        "backbone": about.backbone,
         "rank_requested": rank,
         "warm_start": warm_start,
         "shrinkage": shrinkage,
         "seeds": list(seeds),
         "tail": tail,
+        "data": data.hparams,
+        "distil": distil or {},
     }
+    title = f"{dense.name} r{rank} {warm_start} {about.dim}-d {Path(about.source).stem}"
+    tags = {**lineage(about), "teacher_run": dense.run_id}
     started = time.perf_counter()
-    with start_run(
-        experiment,
-        title,
-        params={
-            "teacher": dense.name,
-            "backbone": about.backbone,
-            **requested,
-            "data": data.hparams,
-            "distil": distil or {},
-        },
-        tags={**lineage(about), "teacher_run": dense.run_id},
-        parent=parent,
-    ) as run:
-        for part in ("train", "val", "test"):
-            shape = (getattr(about.rows, part), about.dim)
-            name = f"{Path(about.source).stem} {part}"  # MLflow takes two of one name and digest for the same
-            run.log_dataset(shape, name=name, digest=about.digest, context=part, source=about.source)
+    with start_run(experiment, title, params=params, tags=tags, parent=parent) as run:
+        _log_data(run, about)
         options = TrainingOptions(
             warm_start,
             seeds,
@@ -102,24 +93,36 @@ def distil(
             logger=RunLogger(run),
         )
         outcome = run_experiment(dense.name, dense.layer, dense.check, data, rank, shrinkage, options)
-        result = Result(
-            data=about,
-            teachers=[replace(outcome.result, run_id=run.id)],
-            seconds=time.perf_counter() - started,
-        )
+        teachers = [replace(outcome.result, run_id=run.id)]
+        result = Result(data=about, teachers=teachers, seconds=time.perf_counter() - started)
         folder = run_folder(Path(output) / "distil" / f"{dense.name}-r{outcome.result.rank}", run.id)
         save_report(result, folder / "summary.json", folder / "report.png", run)
-        held_out = {"held_out_r2": asdict(outcome.result.row(OURS).metrics["r2"])}
-        outcome.student.provenance |= {
-            "teacher_sha256": tensor_digest(dense.layer.weight, dense.layer.bias),
-            "warm_start": warm_start,
-            "trained_steps": outcome.fit.steps if outcome.fit.training_helped else 0,
-        }
-        save(outcome.student, folder / "student", metrics=held_out, data=asdict(about))
-        student = set_latest(folder) / "student"
-        log.info("Student: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", student)
+        _save_student(outcome, dense, about, warm_start, folder)
         log_outcome(run, data, dense, outcome, config)
     return result
+
+
+def _log_data(run: Run, about: DataDescription) -> None:
+    """The three sides of the data as datasets of the run."""
+    for part in ("train", "val", "test"):
+        shape = (getattr(about.rows, part), about.dim)
+        name = f"{Path(about.source).stem} {part}"  # MLflow takes two of one name and digest for the same
+        run.log_dataset(shape, name=name, digest=about.digest, context=part, source=about.source)
+
+
+def _save_student(
+    outcome: Experiment, dense: Teacher, about: DataDescription, warm_start: WarmStart, folder: Path
+) -> None:
+    """Save the student as an artefact in the folder of its run, which becomes the latest."""
+    outcome.student.provenance |= {
+        "teacher_sha256": tensor_digest(dense.layer.weight, dense.layer.bias),
+        "warm_start": warm_start,
+        "trained_steps": outcome.fit.steps if outcome.fit.training_helped else 0,
+    }
+    held_out = {"held_out_r2": asdict(outcome.result.row(OURS).metrics["r2"])}
+    save(outcome.student, folder / "student", metrics=held_out, data=asdict(about))
+    student = set_latest(folder) / "student"
+    log.info("Student: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", student)
 
 
 def save_report(result: Result, json_path: Path, png_path: Path, run: Run) -> None:

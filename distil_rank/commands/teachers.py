@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import choose_rank
 from distil_rank.reporting.results import TeacherCheck
 from distil_rank.runs.run_logger import RunLogger
-from distil_rank.runs.tracking import start_run
+from distil_rank.runs.tracking import Run, start_run
 from distil_rank.training.callbacks import LogLosses, Progress
 from distil_rank.training.seeds import TRAINER_DEFAULTS
 from distil_rank.training.teacher import TeacherModule, check_teacher, random_teacher, spectral_teacher
@@ -102,44 +103,55 @@ def train_teacher(
     if reuse and kind in BUILT_IN and (saved := _saved_teacher(path, settings)):
         return saved
     about = data.description()
-    with start_run(
-        "teacher",
-        f"{name} {about.dim}-d {Path(about.source).stem}",
-        params={**settings, "backbone": about.backbone, "source": about.source},
-        tags=lineage(about),
-    ) as run:
+    title = f"{name} {about.dim}-d {Path(about.source).stem}"
+    params = {**settings, "backbone": about.backbone, "source": about.source}
+    with start_run("teacher", title, params=params, tags=lineage(about)) as run:
         moments = Moments.of(data.stream("train"))
-        if kind == "random":
-            layer = random_teacher(data.dim, seed=seed)
-        elif kind == "spectral":
-            layer = spectral_teacher(data.dim, seed=seed)
-        elif kind == "denoising":
-            seed_everything(seed, verbose=False)
+        if kind == "denoising":
             std = moments.covariance.diagonal().clamp_min(0).sqrt()
-            module = TeacherModule(data.dim, noise, noise_scale, lr, std)
-            options = {**TRAINER_DEFAULTS, **(trainer or {}), "max_steps": steps, "enable_checkpointing": False}
-            Trainer(**options, logger=RunLogger(run), callbacks=[LogLosses(), Progress("training the teacher")]).fit(
-                module, data
-            )
-            layer = module.layer.cpu()
+            seed_everything(seed, verbose=False)
+            layer = _trained(TeacherModule(data.dim, noise, noise_scale, lr, std), data, steps, trainer or {}, run)
         else:
-            layer = load_linear(kind)
+            layer = _made(kind, data.dim, seed)
         held_out = data.rows("test") if kind == "denoising" else None
         check = check_teacher(layer, moments, held_out, noise, relative=noise_scale == "relative")
-        figures_of = {key: value for key, value in asdict(check).items() if isinstance(value, float)}
-        run.log_metrics(figures_of)
-        if check.warning:
-            run.set_tags({"warning": check.warning})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.contiguous() for key, value in layer.state_dict().items()}
-        save_file(
-            tensors, path, {"settings": json.dumps(settings), "run_id": run.id, "check": json.dumps(asdict(check))}
-        )
-        run.log_artifact(path)
-        run.log_text(config, "config.yaml")
-        run.note(f"**{name}** teacher, {layer.out_features} × {layer.in_features}. Checked: `{figures_of}`")
+        made = Teacher(name, layer, check, path, run.id)
+        _keep(made, settings, config, run)
     log.info("Teacher %s: %s (effective rank %.0f).", name, path, check.effective_rank)
-    return Teacher(name, layer, check, path, run.id)
+    return made
+
+
+def _trained(
+    module: TeacherModule, data: EmbeddingDataModule, steps: int, trainer: Mapping[str, Any], run: Run
+) -> nn.Linear:
+    """A denoiser after so many steps."""
+    options = {**TRAINER_DEFAULTS, **trainer, "max_steps": steps, "enable_checkpointing": False}
+    callbacks = [LogLosses(), Progress("training the teacher")]
+    Trainer(**options, logger=RunLogger(run), callbacks=callbacks).fit(module, data)
+    return module.layer.cpu()
+
+
+def _made(kind: str, dim: int, seed: int) -> nn.Linear:
+    """A layer that needs no training: random, of a given spectrum, or out of a file."""
+    if kind == "random":
+        return random_teacher(dim, seed=seed)
+    return spectral_teacher(dim, seed=seed) if kind == "spectral" else load_linear(kind)
+
+
+def _keep(made: Teacher, settings: Mapping[str, Any], config: str, run: Run) -> None:
+    """Write the layer, with what it was made by, to its file and to the run."""
+    figures = {key: value for key, value in asdict(made.check).items() if isinstance(value, float)}
+    run.log_metrics(figures)
+    if made.check.warning:
+        run.set_tags({"warning": made.check.warning})
+    made.path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.contiguous() for key, value in made.layer.state_dict().items()}
+    about = {"settings": json.dumps(settings), "run_id": run.id, "check": json.dumps(asdict(made.check))}
+    save_file(tensors, made.path, about)
+    run.log_artifact(made.path)
+    run.log_text(config, "config.yaml")
+    size = f"{made.layer.out_features} × {made.layer.in_features}"
+    run.note(f"**{made.name}** teacher, {size}. Checked: `{figures}`")
 
 
 def _name_of(layer: str) -> str:

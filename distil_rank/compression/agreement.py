@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compression.capture import Batches, Forward, Mask, evaluating, installed
+from distil_rank.compression.batches import Batches, Forward, Mask
+from distil_rank.compression.modules import evaluating, installed
 from distil_rank.errors import InputError
 from distil_rank.training.losses import Outputs, class_logits
 

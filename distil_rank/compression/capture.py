@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distil_rank.compression.batches import Forward, Mask, as_mask, attention_mask, call_model
+from distil_rank.compression.modules import evaluating
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments, MomentSums
 
 log = logging.getLogger(__name__)
 
-Forward = Callable[[nn.Module, Any], Any]
-Mask = Callable[[Any], Tensor | None]
-
 GUARD_ROWS = 4096  # held-out inputs of each layer, for its guard
-HELD_OUT = 5  # without held-out data, every fifth batch is held out
 
 
 @dataclass
@@ -75,89 +72,6 @@ class Inputs:
     def held_out_moments(self) -> Moments | None:
         """Of the rows to measure on, if there were any."""
         return self.held_out.moments() if self.held_out.rows > 0 else None
-
-
-class Batches:
-    """The user's data, passed over as often as needed, some of it held out.
-
-    Args:
-        data: batches of any structure; a tensor of rows is cut into some.
-        held_out: batches to measure on; by default every fifth of `data`.
-
-    Attributes:
-        seen: number of batches in the latest pass so far.
-    """
-
-    seen = 0
-
-    def __init__(self, data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor | None = None) -> None:
-        self.data, self.held_out = _as_batches(data), None if held_out is None else _as_batches(held_out)
-
-    def __iter__(self) -> Iterator[tuple[Any, bool]]:
-        """Each batch, and whether it is held out."""
-        self.seen = 0
-        for index, batch in enumerate(self.data):
-            self.seen += 1
-            yield batch, self.held_out is None and index % HELD_OUT == HELD_OUT - 1
-        for batch in () if self.held_out is None else self.held_out:
-            self.seen += 1
-            yield batch, True
-
-    @property
-    def unrepeatable(self) -> str | None:
-        """Why a second pass would not see the same; None where it would."""
-        if isinstance(self.data, Iterator) or isinstance(self.held_out, Iterator):
-            return "Expected data that can be passed over again but got an iterator; give a list or loader."
-        if self.held_out is None and isinstance(getattr(self.data, "sampler", None), torch.utils.data.RandomSampler):
-            return (
-                "Expected batches in the same order each time, so that what is held out stays so, but the loader"
-                " shuffles; use shuffle=False or give `held_out`."
-            )
-        return None
-
-
-def _as_batches(data: Iterable[Any] | Tensor) -> Iterable[Any]:
-    return data.split(max(1, min(256, -(-len(data) // (2 * HELD_OUT))))) if isinstance(data, Tensor) else data
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Runs a model on a batch as most loaders make them: a mapping of arguments, a tensor, or (inputs, labels, …)."""
-    device = next((parameter.device for parameter in model.parameters()), None)
-    try:
-        if isinstance(batch, Mapping):
-            return model(**{key: _to_device(value, device) for key, value in batch.items()})
-        return model(_to_device(batch[0] if isinstance(batch, tuple | list) else batch, device))
-    except TypeError as error:
-        raise InputError(
-            f"Expected batches that the model takes but it says: {' '.join(str(error).split())[:200]}; give"
-            " `forward=lambda model, batch: …` that runs it."
-        ) from error
-
-
-def _to_device(value: Any, device: torch.device | None) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def attention_mask(batch: Any) -> Tensor | None:
-    """The mask that Hugging Face tokenizers put beside the tokens: under its name in a mapping, or as an attribute."""
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "attention_mask", None)
-
-
-def _as_mask(value: Any) -> Tensor | None:
-    """`(batch, time)` bool, of what a user's `mask` gave.
-
-    Raises:
-        InputError: not that shape, or not zeros and ones: a mask that is added to attention means the opposite.
-    """
-    if value is None:
-        return None
-    mask = torch.as_tensor(value)
-    if mask.ndim > 2 and mask.numel() == mask.shape[0] * mask.shape[-1]:  # (batch, 1, 1, time), as attention has it
-        mask = mask.reshape(mask.shape[0], -1)
-    if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
-        actual = f"shape {tuple(mask.shape)}, {mask.min():g} to {mask.max():g}"
-        raise InputError(f"Expected a mask (batch, time) of 1 for tokens and 0 for padding but got {actual}.")
-    return mask.bool()
 
 
 class _SeenEnough(BaseException):
@@ -217,50 +131,15 @@ def capture(
     Raises:
         InputError: a layer that does more than its weight and bias say, or a mask that is none.
     """
-    inputs_of: dict[str, Inputs] = {}
-    pending: dict[str, Tensor] = {}
-    now: Counter[str] = Counter()
-    held_out = False
-    current: Tensor | None = None
-
-    def record(name: str) -> None:
-        now[name] += 1
-        inputs_of[name].runs = max(inputs_of[name].runs, now[name])
-        x = pending.pop(name)
-        inputs_of[name].add(x, None if current is None else current.to(x.device), held_out)
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            pending[name] = arguments[0] if arguments else keywords["input"]
-            if once and name in inputs_of:  # what it does with it was checked the first time
-                record(name)
-                raise _SeenEnough
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Linear, arguments: tuple[Any, ...], output: Any) -> None:
-            if name not in inputs_of:
-                x = pending[name]
-                _check_affine(name, module, x, output)
-                near = (torch.cat(x.unbind()) if x.is_nested else x).double().reshape(-1, module.in_features).mean(0)
-                fit, measure = (MomentSums.zeros(module.in_features, x.device, origin=near) for _ in range(2))
-                inputs_of[name] = Inputs(fit, measure)
-            record(name)
-            if once:
-                raise _SeenEnough
-
-        return hook
-
+    recorder = _Recorder(once)
     handles = []
     for name, layer in layers.items():  # before and after any hooks of the user's own: a student would have none
-        handles.append(layer.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True))
-        handles.append(layer.register_forward_hook(after(name)))
+        handles.append(layer.register_forward_pre_hook(recorder.before(name), with_kwargs=True, prepend=True))
+        handles.append(layer.register_forward_hook(recorder.after(name)))
     try:
         with evaluating(model), torch.no_grad():
-            for batch, held_out in batches:  # noqa: B007, the hooks read it
-                current = _as_mask(mask(batch))
-                now.clear()
+            for batch, held_out in batches:
+                recorder.begin(as_mask(mask(batch)), held_out)
                 try:
                     forward(model, batch)
                 except _SeenEnough:
@@ -268,7 +147,66 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    return inputs_of
+    return recorder.inputs_of
+
+
+class _Recorder:
+    """Hooks that add the inputs of layers to their sums.
+
+    Attributes:
+        once: each pass stops as soon as the layers, of which there is one, ran for the first time.
+        inputs_of: by name, in the order in which the layers first ran.
+        mask: of the batch that runs.
+        held_out: whether it is held out.
+        pending: inputs of the layers that run at this moment.
+        runs: of each layer in this pass.
+    """
+
+    def __init__(self, once: bool) -> None:
+        self.once = once
+        self.inputs_of: dict[str, Inputs] = {}
+        self.mask: Tensor | None = None
+        self.held_out = False
+        self.pending: dict[str, Tensor] = {}
+        self.runs: Counter[str] = Counter()
+
+    def begin(self, mask: Tensor | None, held_out: bool) -> None:
+        """Another batch is about to run."""
+        self.mask, self.held_out = mask, held_out
+        self.runs.clear()
+
+    def before(self, name: str) -> Callable[..., None]:
+        """The hook before a layer: it keeps the input."""
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self.pending[name] = arguments[0] if arguments else keywords["input"]
+            if self.once and name in self.inputs_of:  # what it does with it was checked the first time
+                self._record(name)
+                raise _SeenEnough
+
+        return hook
+
+    def after(self, name: str) -> Callable[..., None]:
+        """The hook behind a layer: it checks that the layer is affine, and records the input."""
+
+        def hook(module: nn.Linear, arguments: tuple[Any, ...], output: Any) -> None:
+            if name not in self.inputs_of:
+                x = self.pending[name]
+                _check_affine(name, module, x, output)
+                near = (torch.cat(x.unbind()) if x.is_nested else x).double().reshape(-1, module.in_features).mean(0)
+                fit, measure = (MomentSums.zeros(module.in_features, x.device, origin=near) for _ in range(2))
+                self.inputs_of[name] = Inputs(fit, measure)
+            self._record(name)
+            if self.once:
+                raise _SeenEnough
+
+        return hook
+
+    def _record(self, name: str) -> None:
+        self.runs[name] += 1
+        inputs, x = self.inputs_of[name], self.pending.pop(name)
+        inputs.runs = max(inputs.runs, self.runs[name])
+        inputs.add(x, None if self.mask is None else self.mask.to(x.device), self.held_out)
 
 
 def _check_affine(name: str, layer: nn.Linear, x: Tensor, output: Any) -> None:
@@ -284,32 +222,3 @@ def _check_affine(name: str, layer: nn.Linear, x: Tensor, output: Any) -> None:
             f"Expected {name!r} to give W x + b but it does something else (a forward or hooks of its own), which a"
             " student would lose; leave it out."
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside, as it was outside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """With these modules in place of those of the same names."""
-    before = {name: model.get_submodule(name) for name in modules}
-    install(model, modules)
-    try:
-        yield
-    finally:
-        install(model, before)
-
-
-def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Set modules in a model by their names."""
-    for name, module in modules.items():
-        model.set_submodule(name, module)

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_rank.compression.agreement import output_rows
-from distil_rank.compression.capture import Batches, Forward, Mask, evaluating, installed
+from distil_rank.compression.batches import Batches, Forward, Mask
+from distil_rank.compression.modules import evaluating, installed
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
@@ -112,53 +114,80 @@ def match_outputs(
     students = {name: cast(LowRankLinear, model.get_submodule(name)) for name in originals}
     if any(student.A.dtype not in (torch.float32, torch.float64) for student in students.values()):
         raise InputError("Expected float32 layers to fine-tune but got half precision; use model.float() first.")
-    trained = nn.ModuleDict()  # one for each student, also where a layer is in several places
+    trained: dict[LowRankLinear, _Whitened] = {}  # one for each student, also where a layer is in several places
     for name, student in students.items():
-        if str(id(student)) not in trained:
-            trained[str(id(student))] = _Whitened(student, moments[name])
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        if student not in trained:
+            trained[student] = _Whitened(student, moments[name])
+    match = _OutputMatch(model, originals, batches, outputs, forward, mask)
+    # Dropout would make the target a moving one, so the model is in evaluation mode.
+    with (
+        torch.enable_grad(),
+        _frozen(model),
+        evaluating(model),
+        installed(model, {name: trained[student] for name, student in students.items()}),
+    ):
+        tuning, improved = _train(match, nn.ModuleList(trained.values()), steps, lr)
+    if improved:
+        for student, whitened in trained.items():
+            whitened.write_to(student)
+    return tuning
 
-    def loss(batch: Any) -> Tensor:
-        with torch.no_grad(), installed(model, originals):
-            target = output_rows(forward(model, batch), mask(batch))
-        return tail_loss(output_rows(forward(model, batch), mask(batch)), target, outputs).mean()
+
+@dataclass(frozen=True)
+class _OutputMatch:
+    """The distance between the outputs of a model with students and those of the same model with the originals."""
+
+    model: nn.Module
+    originals: Mapping[str, nn.Module]
+    batches: Batches
+    outputs: Outputs
+    forward: Forward
+    mask: Mask
+
+    def loss(self, batch: Any) -> Tensor:
+        """Of one batch, a scalar."""
+        with torch.no_grad(), installed(self.model, self.originals):
+            target = output_rows(self.forward(self.model, batch), self.mask(batch))
+        return tail_loss(output_rows(self.forward(self.model, batch), self.mask(batch)), target, self.outputs).mean()
 
     @torch.no_grad()
-    def check() -> float:
-        values = [float(loss(batch)) for batch, kind in _with_checks(batches) if kind == "check"]
+    def check(self) -> float:
+        """Mean loss of the batches that are not trained on; infinite where it is no number."""
+        values = [float(self.loss(batch)) for batch, kind in _with_checks(self.batches) if kind == "check"]
         value = sum(values) / len(values)
         return value if math.isfinite(value) else math.inf
 
-    optimizer = torch.optim.Adam([group for one in trained.values() for group in cast(_Whitened, one).rates(lr)])
+
+def _train(match: _OutputMatch, trained: nn.ModuleList, steps: int, lr: float) -> tuple[Tuning, bool]:
+    """Train; end with the best parameters seen, and whether these are better than the start."""
+    optimizer = torch.optim.Adam([group for one in trained for group in cast(_Whitened, one).rates(lr)])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    best_state = None
+    best = start = match.check()
+    best_state = copy.deepcopy(trained.state_dict())
+    for step, batch in enumerate(_endless(match.batches, steps), start=1):
+        optimizer.zero_grad(set_to_none=True)
+        match.loss(batch).backward()
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // CHECKS) == 0 or step == steps:
+            value = match.check()
+            log.info("fine-tuning: step %d of %d, loss %.3g (at the start %.3g)", step, steps, value, start)
+            if value < best:
+                best, best_state = value, copy.deepcopy(trained.state_dict())
+    trained.load_state_dict(best_state)
+    return Tuning(steps, start, best), best < start
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model takes gradients inside; afterwards as before."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
-        # Dropout would make the target a moving one, so the model is in evaluation mode.
-        with (
-            torch.enable_grad(),
-            evaluating(model),
-            installed(model, {name: trained[str(id(s))] for name, s in students.items()}),
-        ):
-            best = start = check()
-            for step, batch in enumerate(_endless(batches, steps), start=1):
-                optimizer.zero_grad(set_to_none=True)
-                loss(batch).backward()
-                optimizer.step()
-                schedule.step()
-                if step % max(1, steps // CHECKS) == 0 or step == steps:
-                    value = check()
-                    log.info("fine-tuning: step %d of %d, loss %.3g (at the start %.3g)", step, steps, value, start)
-                    if value < best:
-                        best, best_state = value, copy.deepcopy(trained.state_dict())
+        yield
     finally:
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
-    if best_state is not None:
-        trained.load_state_dict(best_state)
-        for student in set(students.values()):
-            cast(_Whitened, trained[str(id(student))]).write_to(student)
-    return Tuning(steps, start, best)
 
 
 def _with_checks(batches: Batches) -> Iterator[tuple[Any, Literal["train", "check"]]]:

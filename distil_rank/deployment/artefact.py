@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distil_rank.compression.capture import install
+from distil_rank.compression.modules import install
 from distil_rank.deployment.int8 import Int8LowRankLinear
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap
@@ -79,12 +79,8 @@ def save(
     for name, student in students.items():
         first = next(key for key, other in students.items() if other is student)
         layers[name] = _describe(student) if first == name else {"same_as": first}
-    guards = {
-        f"{name}.{part}": getattr(student.guard, part).cpu().contiguous()
-        for name, student in students.items()
-        if student.guard is not None and "same_as" not in layers[name]
-        for part in ("sketch", "offset")
-    }
+    own = {name: student for name, student in students.items() if "same_as" not in layers[name]}
+    guards = _guard_tensors(own)
     files = {name: safetensors.torch.save(tensors) for name, tensors in ((WEIGHTS, state), (GUARD, guards)) if tensors}
     manifest = {
         "format": FORMAT,
@@ -104,6 +100,22 @@ def save(
     manifest = _as_json(manifest)
     manifest["sha256"] = _manifest_digest(manifest)
     files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
+    _write(path, files)
+    return path
+
+
+def _guard_tensors(students: Mapping[str, Student]) -> dict[str, Tensor]:
+    """The guards of the students that have one."""
+    return {
+        f"{name}.{part}": getattr(student.guard, part).cpu().contiguous()
+        for name, student in students.items()
+        if student.guard is not None
+        for part in ("sketch", "offset")
+    }
+
+
+def _write(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, the manifest last; a failure leaves the artefact that was there, or none, but no mixture."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():  # all are written before any old one is replaced
@@ -114,7 +126,6 @@ def save(
             (path / f".{name}.new").replace(path / name)
     except OSError as error:
         raise InputError(f"Expected to write to {path} but: {error.strerror}; name another place.") from error
-    return path
 
 
 def check_writable(path: Path) -> None:

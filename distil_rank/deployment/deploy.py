@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compression.compress import Report, compress, timed_row
+from distil_rank.compression.compress import compress
 from distil_rank.compression.own_layer import load_linear, load_tail
+from distil_rank.compression.replacement import timed_row
+from distil_rank.compression.report import Report
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import check_writable, load, save
 from distil_rank.deployment.export import to_dense, to_int8, to_onnx, to_torch

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,16 @@ def finite(value: Any) -> Any:
 
 def save(judgement: Judgement, folder: Path) -> list[Path]:
     """Write JSON, Markdown and picture; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "judgement.json", folder / "judgement.md", folder / "judgement.png"]
-    files[0].write_text(as_json(judgement))
-    files[1].write_text(markdown(judgement))
-    draw(judgement, files[2])
+    return save_files(folder / "judgement", as_json(judgement), markdown(judgement), partial(draw, judgement))
+
+
+def save_files(stem: Path, as_json: str, markdown: str, draw: Callable[[Path], None]) -> list[Path]:
+    """Write STEM.json, STEM.md and STEM.png; returns their paths."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
+    files[0].write_text(as_json)
+    files[1].write_text(markdown)
+    draw(files[2])
     return files
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from distil_rank.reporting import report
 from distil_rank.reporting.choices import SCHEMA, Outcome, Recommendation
 from distil_rank.reporting.figures import STYLE
-from distil_rank.reporting.judgement import finite
+from distil_rank.reporting.judgement import finite, save_files
 
 CHOSEN, FRONT, OTHER, RIVAL = "#D55E00", "#0072B2", "#BBBBBB", "#009E73"
 METHOD = (
@@ -149,12 +150,7 @@ def configuration(result: Recommendation, code_map: Path, about: Mapping[str, An
 
 def save(result: Recommendation, folder: Path) -> list[Path]:
     """Write JSON, Markdown and picture; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "recommendation.json", folder / "recommendation.md", folder / "recommendation.png"]
-    files[0].write_text(as_json(result))
-    files[1].write_text(markdown(result))
-    draw(result, files[2])
-    return files
+    return save_files(folder / "recommendation", as_json(result), markdown(result), partial(draw, result))
 
 
 def draw(result: Recommendation, path: Path) -> None:

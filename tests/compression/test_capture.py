@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from distil_rank.compression.capture import Batches, call_model, capture, evaluating
+from distil_rank.compression.batches import Batches, call_model
+from distil_rank.compression.capture import capture
+from distil_rank.compression.modules import evaluating
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
 

@@ -9,10 +9,10 @@ import pytest
 from distil_rank.codes.copies import Copies
 from distil_rank.data.formats import load_matrix
 from distil_rank.errors import InputError
-from distil_rank.recommendation import problem as module
+from distil_rank.recommendation import copy_problem, opening
+from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT, VALIDATE
 from distil_rank.recommendation.pipelines import Fitted
-from distil_rank.recommendation.problem import open_problem
 from distil_rank.recommendation.search import Evaluator
 from distil_rank.reporting.choices import Pipeline
 from distil_rank.tasks.labels import LabelSource
@@ -42,10 +42,10 @@ def test_without_labels_copies_look_for_their_originals(tmp_path, monkeypatch):
         noise = rng.normal(size=(len(owner), data.x.shape[1])) * spread
         return [Copies((data.x[owner] + 0.5 * noise).astype(np.float32), owner) for _ in layers]
 
-    monkeypatch.setattr(module, "embed_copies_by_layer", noisy)
+    monkeypatch.setattr(copy_problem, "embed_copies_by_layer", noisy)
     bare = replace(data, labels=None)
-    monkeypatch.setattr(module, "load_matrix", lambda _: bare)
-    monkeypatch.setattr(module, "own_labels", lambda *_: None)
+    monkeypatch.setattr(opening, "load_matrix", lambda _: bare)
+    monkeypatch.setattr(opening, "own_labels", lambda *_: None)
     opened = open_problem(str(SAMPLE), LabelSource(), folder=tmp_path)
     assert opened.tasks[0].name == "perturbed copies" and len(opened.part) == 706 + len(opened.part[706:])
     assert set(opened.part[706:]) == {VALIDATE, CONFIRM}

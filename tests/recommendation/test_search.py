@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from distil_rank.errors import InputError
+from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
 from distil_rank.recommendation.pipelines import Fitted, grid
-from distil_rank.recommendation.problem import open_problem
 from distil_rank.recommendation.search import Evaluator, Limits, cheapest, pareto_front, search_pipelines
 from distil_rank.reporting.choices import Cost, Outcome, Pipeline
 from distil_rank.tasks.groups import Groups

@@ -19,16 +19,6 @@ from distil_rank.training.losses import tail_loss
 
 
 @pytest.fixture
-def data(tmp_path):
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(400, 16)) @ (generator.normal(size=(16, 16)) * np.logspace(0, -1, 16)) + 2.0
-    np.save(tmp_path / "x.npy", x.astype(np.float32))
-    module = EmbeddingDataModule(str(tmp_path / "x.npy"), split="exact", batch_size=32)
-    module.setup()
-    return module
-
-
-@pytest.fixture
 def teacher():
     torch.manual_seed(0)
     return nn.Linear(16, 16)

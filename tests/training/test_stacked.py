@@ -1,6 +1,5 @@
 """Seeds trained as one batched model: each student as if it had been trained alone."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +7,6 @@ from lightning import seed_everything
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.solvers import solve
 from distil_rank.measure.metrics import r2
@@ -19,16 +17,6 @@ from distil_rank.training.stacked import StackedStudents
 
 SEEDS = (42, 43, 44)
 STEPS = 100
-
-
-@pytest.fixture
-def data(tmp_path):
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(400, 16)) @ (generator.normal(size=(16, 16)) * np.logspace(0, -1, 16)) + 2.0
-    np.save(tmp_path / "x.npy", x.astype(np.float32))
-    module = EmbeddingDataModule(str(tmp_path / "x.npy"), split="exact", batch_size=32)
-    module.setup()
-    return module
 
 
 @pytest.fixture
