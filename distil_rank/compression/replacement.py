@@ -87,11 +87,11 @@ class Replacement:
                 install(self.model, dict.fromkeys(paths, student))
                 self.solved[name] = student, inputs
 
-    def agreement(self) -> Agreement:
-        """Of the model's output with and without students."""
+    def agreement(self) -> Agreement | None:
+        """Of the model's output with and without students; None without held-out rows."""
         return agreement(self.model, self.originals, self.batches, self.outputs, self.forward, self.mask)
 
-    def tune(self, steps: int) -> tuple[Agreement, Tuning]:
+    def tune(self, steps: int) -> tuple[Agreement | None, Tuning]:
         """Fine-tune the students together; the agreement before it, and how it went."""
         untuned = self.agreement()
         moments = {path: self.solved[self.owner[path]][1].moments() for path in self.originals}
