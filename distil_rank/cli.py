@@ -228,14 +228,14 @@ def _shorten(argv: Sequence[str]) -> int:
     """a backbone that stops behind an early layer, with a map to its end"""
     from distil_rank.commands.exits import shorten
     from distil_rank.reporting import report
+    from distil_rank.tasks.labels import LabelSource
 
     parser = _parser("shorten", shorten.__doc__)
     parser.add_function_arguments(shorten, None, as_group=False, skip={"config"})
     parsed = _parse(parser, argv)
     options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
-    done = asdict(shorten(**options, config=parser.dump(parsed)))
-    scores, training = done.pop("scores"), done.pop("training")
-    report.show_facts("Shortened backbone", {**done, **scores, "trained": training and training["kept"]})
+    options["labels"] = LabelSource(**options["labels"])
+    report.show_facts("Shortened backbone", shorten(**options, config=parser.dump(parsed)).facts)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The `shorten` command: the folder, MLflow, and what it refuses, each in one line."""
 
+import json
 import logging
 import random
 
@@ -21,14 +22,20 @@ def proteins(workplace):
     dice = random.Random(0)
     records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(20, 40)))}\n" for i in range(300)]
     (workplace / "in.fasta").write_text("".join(records))
+    rows = [f"p{i}\t{'odd' if record.count('K') % 2 else 'even'}\n" for i, record in enumerate(records)]
+    (workplace / "labels.tsv").write_text("id\tlabel\n" + "".join(rows))
     yield workplace
     logging.getLogger().handlers.clear()
 
 
 def test_from_sequences_to_embeddings_by_fewer_layers(proteins, tiny_esm2, capsys):
     model, exact = ["--backbone", str(tiny_esm2.fair_esm)], ["--split", "exact"]
-    assert main(["shorten", *model, "--layer", "1", "--fasta", "in.fasta", "--data", "states", *exact]) == 0
-    assert "r2" in capsys.readouterr().out
+    labels = ["--labels.source", "labels.tsv"]
+    assert main(["shorten", *model, "--layer", "1", "--fasta", "in.fasta", "--data", "states", *exact, *labels]) == 0
+    printed = capsys.readouterr().out
+    assert "r2" in printed and "960: validation R²" in printed and "of accuracy on labels.tsv" in printed
+    metrics = json.loads((proteins / "shortened" / "manifest.json").read_text())["metrics"]
+    assert metrics["function"]["metric"] == "accuracy" and metrics["augmentation"]["copies"] == 960
     assert Store.open("states").manifest["layers"] == [1, "1n", 2]
     assert main(["embed", "--backbone", "shortened", "--fasta", "in.fasta", "--store", "short"]) == 0
     found = Store.open("short")
@@ -47,10 +54,12 @@ def test_from_sequences_to_embeddings_by_fewer_layers(proteins, tiny_esm2, capsy
         "from 1 to 1, before": ["--layer", "0", "--fasta", "in.fasta"],
         "layer 2 and of a later one": ["--layer", "2", "--data", "states"],
         "together with --target codes": ["--layer", "1", "--data", "states", "--target", "codes"],
-        "--train_minutes above 0": [
+        "--train for --target head": [
             *("--layer", "1", "--data", "states", "--target", "head", "--head", "head.pt:dense"),
         ],
-        "from 2 on to train": ["--layer", "1", "--data", "states", "--train_minutes", "1", "--output", "o"],
+        "from 2 on to train": ["--layer", "1", "--data", "states", "--train", "layer", "--output", "o"],
+        "--copies of at least 0": ["--layer", "1", "--data", "states", "--copies", "-1"],
+        "--train_minutes above 0": ["--layer", "1", "--data", "states", "--train", "layer", "--train_minutes", "0"],
         "holds layer 1 only": ["--layer", "1", "--data", "short"],
     }
     capsys.readouterr()

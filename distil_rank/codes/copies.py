@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ class Copies:
     Attributes:
         x: `(C, d)` float32.
         owner: index of the protein that each is a copy of, `(C,)`.
+        sequences: the copies themselves, C.
     """
 
     x: np.ndarray
     owner: np.ndarray
+    sequences: list[str] = field(default_factory=list)
 
 
 def embed_copies(
@@ -99,6 +101,8 @@ def embed_copies_by_layer(
             f"{store.manifest['weights_sha256'][:12]}…; embed the proteins again, or restore the weights."
         )
     ids = store.ids
-    owner = np.array([int(ids[protein].partition(".")[0]) for protein in store.protein_of_row()])
+    proteins = store.protein_of_row()
+    owner = np.array([int(ids[protein].partition(".")[0]) for protein in proteins])
+    copied = [store.sequences[protein] for protein in proteins]
     stores = [store.at(State.parse(name)) for name in names] if len(names) > 1 else [store]
-    return [Copies(one.embeddings(), owner) for one in stores]
+    return [Copies(one.embeddings(), owner, copied) for one in stores]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,16 +19,47 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import load
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embedder import Pooling
+from distil_rank.embedding.layer_spec import split_source
 from distil_rank.errors import InputError
-from distil_rank.exits.shorten import Shortened, layers_needed
+from distil_rank.exits.exit_map import ExitMap
+from distil_rank.exits.shorten import Recipe, Shortened, layers_needed
 from distil_rank.exits.shorten import shorten as fit_and_save
 from distil_rank.exits.tuning import TrainingOptions
 from distil_rank.lowrank.code_map import CodeMap
 from distil_rank.runs.run_logger import RunLogger
-from distil_rank.runs.tracking import start_run
+from distil_rank.runs.tracking import Run, start_run
+from distil_rank.tasks.labelled import OWN_LABELS, LabelledData, open_labelled
+from distil_rank.tasks.labels import LabelSource
 from distil_rank.training.losses import Outputs
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Those that need more than their type to be right."""
+
+    target: str
+    codes: str | None
+    head: str | None
+    train: str
+    train_minutes: float
+    epochs: int
+    lr: float
+    copies: int
+
+    def check(self) -> None:
+        """Raise `InputError` for what does not go together, or is out of range."""
+        for name in ("codes", "head"):
+            if (self.target == name) != (getattr(self, name) is not None):
+                raise InputError(f"Expected --{name} together with --target {name}; give both, or neither.")
+        if not self.train_minutes > 0 or self.epochs < 1 or not self.lr > 0 or self.copies < 0:
+            raise InputError(
+                "Expected --train_minutes above 0, --epochs of at least 1, --lr above 0 and --copies of at least 0 but "
+                f"got {self.train_minutes:g}, {self.epochs}, {self.lr:g} and {self.copies}."
+            )
+        if self.target == "head" and self.train == "none":
+            raise InputError("Expected --train for --target head, which is matched by training; try --train layer.")
 
 
 def shorten(
@@ -41,11 +72,14 @@ def shorten(
     codes: str | None = None,
     head: str | None = None,
     outputs: Outputs = "classification",
-    train_minutes: float = 0.0,
+    copies: int = 4,
+    train: Literal["none", "layer", "residual"] = "none",
+    train_minutes: float = 10.0,
     epochs: int = 10,
     lr: float = 3e-4,
     rank: int | None = None,
     with_weights: bool = False,
+    labels: LabelSource = LabelSource(),  # noqa: B008 - frozen
     output: str = "shortened",
     split: Literal["auto", "mmseqs", "clusters", "exact"] = "auto",
     clusters: str | None = None,
@@ -65,27 +99,52 @@ def shorten(
         codes: That artefact's folder.
         head: That head: steps like `model.safetensors:classifier.dense,tanh,model.safetensors:classifier.out_proj`.
         outputs: Whether the head puts out logits of classes or values.
-        train_minutes: Minutes at most to train the last kept layer with, from the closed form; 0 leaves it as it is.
+        copies: Perturbed copies of each protein to fit to besides, which the backbone labels; 0 for none. They are
+            embedded once, and used where validation says that they help.
+        train: What to train beyond the closed form: the last kept layer, or a residual network beside it.
+        train_minutes: Minutes at most to train.
         epochs: Passes over the training proteins.
         lr: Learning rate.
         rank: Of the map; full by default.
         with_weights: Copy the kept layers' weights, so that the original model is not needed.
+        labels: Where labels of the proteins come from, to measure what is kept of a function.
         output: Folder for the shortened backbone.
         split: How proteins to fit and to measure on are kept apart; see `distil-rank distil --help`.
         clusters: Sequence clusters to split by: lines of representative, tab, member.
         seed: Of the split and of training.
         config: The resolved configuration, kept with the run.
     """
-    for name, value in (("codes", codes), ("head", head)):
-        if (target == name) != (value is not None):
-            raise InputError(f"Expected --{name} together with --target {name}; give both, or neither.")
-    if train_minutes < 0 or epochs < 1 or not lr > 0:
-        raise InputError(
-            "Expected --train_minutes of at least 0, --epochs of at least 1 and --lr above 0 but got "
-            f"{train_minutes:g}, {epochs} and {lr:g}."
+    _Options(target, codes, head, train, train_minutes, epochs, lr, copies).check()
+    states = _states(data, fasta, backbone, layer, pooling, split, clusters, seed)
+    about = states.description()
+    backbone = about.backbone if backbone == "auto" and about.backbone != "unknown" else backbone
+    transform, described = _target(codes)
+    described += "" if head is None else f", for {head}"
+    tail = None if head is None else load_tail(head)
+    training = None if train == "none" else TrainingOptions(train, train_minutes, epochs, lr, outputs, seed)
+    recipe = Recipe(layer, rank, transform, described, tail, copies, training, with_weights)
+    params = {"backbone": backbone, "layer": layer, "target": described, "source": about.source, "train": train}
+    with start_run("shorten", f"{backbone} exit {layer}", params=params, tags=lineage(about)) as run:
+        logger = RunLogger(run) if training else None
+        done, found = fit_and_save(
+            backbone, states, Path(output), recipe, logger=logger, task=_task(states.source, labels)
         )
-    if target == "head" and not train_minutes:
-        raise InputError("Expected --train_minutes above 0 for --target head, which is matched by training; try 5.")
+        _log(run, done, found, config)
+    log.info("Saved: %s (embed --backbone %s runs %d of %d layers).", output, output, done.layer, done.depth)
+    return done
+
+
+def _states(
+    data: str,
+    fasta: str | None,
+    backbone: str,
+    layer: int,
+    pooling: Pooling,
+    split: Literal["auto", "mmseqs", "clusters", "exact"],
+    clusters: str | None,
+    seed: int,
+) -> EmbeddingDataModule:
+    """A store of the layers that are needed, embedded first where sequences are given, and its split."""
     if fasta is not None:
         depth = load_backbone(backbone).depth
         data = "exit_states" if data == "auto" else data
@@ -94,30 +153,38 @@ def shorten(
     states = EmbeddingDataModule(data, split=split, clusters=clusters, seed=seed)
     states.prepare_data()
     states.setup()
-    about = states.description()
-    if backbone == "auto" and about.backbone != "unknown":
-        backbone = about.backbone
-    transform, described = _target(codes)
-    described += "" if head is None else f", for {head}"
-    tail = None if head is None else load_tail(head)
-    training = TrainingOptions(train_minutes, epochs, lr, outputs, seed) if train_minutes else None
-    params = {"backbone": backbone, "layer": layer, "target": described, "source": about.source}
-    with start_run("shorten", f"{backbone} exit {layer}", params=params, tags=lineage(about)) as run:
-        options = (backbone, layer, states, Path(output), rank, transform, described, with_weights)
-        done, found = fit_and_save(*options, training, tail, RunLogger(run) if training else None)
-        run.log_params({"ridge": done.ridge, "rank": done.rank, "features": done.features})
-        run.log_metrics({f"test/{name}": value for name, value in asdict(done.scores).items()})
-        if done.cost is not None:
-            run.log_metrics({"cost": done.cost})
-        if done.training is not None:
-            run.log_metrics({"training/seconds": done.training.seconds, "training/kept": done.training.kept})
-        for direction, share in enumerate(found.r2, start=1):
-            run.log_metrics({"test/r2_at_rank": share}, step=direction)
-        run.log_text(config, "config.yaml")
-        for path in sorted(Path(output).iterdir()):
-            run.log_artifact(path)
-    log.info("Saved: %s (embed --backbone %s runs %d of %d layers).", output, output, done.layer, done.depth)
-    return done
+    return states
+
+
+def _task(source: str, labels: LabelSource) -> LabelledData | None:
+    """The labelled task, where labels are named or lie in the store's folder."""
+    if labels.source is None and not (split_source(source)[0] / OWN_LABELS).is_file():
+        return None
+    return open_labelled(source, labels)
+
+
+def _log(run: Run, done: Shortened, found: ExitMap, config: str) -> None:
+    """Everything that was measured, and the folder."""
+    run.log_params({"ridge": done.ridge, "rank": done.rank, "features": done.features})
+    run.log_metrics({f"test/{name}": value for name, value in asdict(done.scores).items()})
+    if done.cost is not None:
+        run.log_metrics({"cost": done.cost})
+    if done.augmentation is not None:
+        run.log_metrics({f"copies/{name}": float(value) for name, value in asdict(done.augmentation).items()})
+    if done.training is not None:
+        gain = 1 - done.training.best / done.training.curve[0][1]
+        run.log_metrics(
+            {"training/seconds": done.training.seconds, "training/kept": done.training.kept, "training/gain": gain}
+        )
+        for step, loss in done.training.curve:
+            run.log_metrics({"training/validation_loss": loss}, step=step)
+    if done.function is not None and done.function.kept is not None:
+        run.log_metrics({"function/kept": done.function.kept, "function/full": done.function.full})
+    for direction, share in enumerate(found.r2, start=1):
+        run.log_metrics({"test/r2_at_rank": share}, step=direction)
+    run.log_text(config, "config.yaml")
+    for path in sorted(done.folder.iterdir()):
+        run.log_artifact(path)
 
 
 def _target(codes: str | None) -> tuple[Callable[[Tensor], Tensor] | None, str]:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import urllib.error
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,10 +218,26 @@ def _from_shortened(folder: Path, name: str) -> Backbone:
             f"Expected {kept} layers and a map of their states in {folder} but they do not fit; make it again."
         )
     model.layers = model.layers[:kept]
-    unknown = model.load_state_dict(tuned, strict=False).unexpected_keys
+    _widen(model, tuned)
+    try:
+        unknown = model.load_state_dict(tuned, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise InputError(
+            f"Expected tuned weights of the layers in {folder} but they do not fit; make it again."
+        ) from error
     if unknown:
         raise InputError(f"Expected tuned weights of kept layers in {folder} but got {unknown[0]}; make it again.")
     return Backbone(name, model, whole.alphabet, digest, manifest.fallback, exit_)
+
+
+def _widen(model: ESM2, tuned: Mapping[str, Tensor]) -> None:
+    """Makes the feed-forward networks as wide as tuned weights have them."""
+    for number, layer in enumerate(model.layers):
+        width = len(tuned.get(f"layers.{number}.fc1.bias", layer.fc1.bias))
+        if width != layer.fc1.out_features:
+            dim = layer.fc1.in_features
+            layer.fc1, layer.fc2 = torch.nn.Linear(dim, width), torch.nn.Linear(width, dim)
+            layer.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------- fair-esm's files

@@ -6,7 +6,7 @@ Fitted by reduced-rank ridge regression from streamed moments, λ chosen on vali
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from distil_rank.data.splits import Split
 from distil_rank.embedding.layer_spec import State
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
+from distil_rank.exits.augmentation import AugmentedRows
 from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.lowrank.guard import Guard
 from distil_rank.lowrank.low_rank import LowRankLinear
@@ -30,6 +31,23 @@ Rows = Callable[[np.ndarray], tuple[Tensor, Tensor]]  # row numbers to features 
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """What perturbed copies did for a fit.
+
+    Attributes:
+        copies: Their number.
+        without: R² on validation rows without them.
+        r2: The same with them.
+        used: Whether they are part of the fit, which is where they are better.
+    """
+
+    copies: int
+    without: float
+    r2: float
+    used: bool
+
+
+@dataclass(frozen=True)
 class ExitMap:
     """A fitted map and how much of the target it gives back.
 
@@ -39,6 +57,7 @@ class ExitMap:
         choice: λ, and the validation R² of every candidate.
         r2: On test rows at rank 1, 2, …
         target_mean: Of the rows that were fitted to, `(m,)`.
+        augmentation: What copies of these rows added; None where there were none.
     """
 
     features: tuple[State, ...]
@@ -46,6 +65,7 @@ class ExitMap:
     choice: Choice
     r2: tuple[float, ...]
     target_mean: Tensor
+    augmentation: Augmentation | None = None
 
 
 class PooledStates:
@@ -101,7 +121,13 @@ def features_of(layer: int, stored: Sequence[State]) -> tuple[State, ...]:
     return (*earlier, *own)
 
 
-def fit_exit(rows: Rows, features: Sequence[State], split: Split, about: dict[str, Any] | None = None) -> ExitMap:
+def fit_exit(
+    rows: Rows,
+    features: Sequence[State],
+    split: Split,
+    about: dict[str, Any] | None = None,
+    copies: AugmentedRows | None = None,
+) -> ExitMap:
     """The best affine map from features to targets: λ chosen on validation rows, then fitted to these too.
 
     Args:
@@ -109,25 +135,41 @@ def fit_exit(rows: Rows, features: Sequence[State], split: Split, about: dict[st
         features: What the features are.
         split: Rows to fit to, to choose λ with, and to measure on.
         about: What the layer's provenance should tell besides.
+        copies: Of rows that are fitted to, or choose; they are used where validation rows say that it is better.
     """
     train, val, test = (JointMoments.of(_blocks(rows, side)) for side in (split.train, split.val, split.test))
+    fitted = np.concatenate([split.train, split.val])
+    both = JointMoments.of(_blocks(rows, fitted))
     choice = choose_ridge(RidgePath(train), val)
-    both = JointMoments.of(_blocks(rows, np.concatenate([split.train, split.val])))
+    augmentation = None
+    if copies is not None:
+        augmented = choose_ridge(RidgePath(_augmented(train, copies, split.train)), val)
+        used = augmented.r2 > choice.r2
+        augmentation = Augmentation(len(copies.of(fitted)), choice.r2, augmented.r2, used)
+        if used:
+            choice, both = augmented, _augmented(both, copies, fitted)
     factors = RidgePath(both).solve(choice.ridge)
     curve = joint_r2(factors, test, both)
     layer = LowRankLinear.from_factors(factors, both.x.mean)
-    lost = 1 - max(value for _, value in choice.curve)
-    layer.guard = _guard(layer, both, choice.ridge, lost, rows(split.val[:GUARD_ROWS])[0])
+    layer.guard = _guard(layer, both, choice.ridge, 1 - choice.r2, rows(split.val[:GUARD_ROWS])[0])
     layer.provenance = {
         "solver": "reduced-rank ridge regression",
         "features": [str(state) for state in features],
         "ridge": choice.ridge,
         "rows": both.x.rows,
+        "augmentation": None if augmentation is None else asdict(augmentation),
         "moments_sha256": tensor_digest(both.x.mean, both.x.covariance, both.y.mean, both.cross),
         "r2_held_out": curve.tolist(),
         **(about or {}),
     }
-    return ExitMap(tuple(features), layer, choice, tuple(curve.tolist()), both.y.mean)
+    return ExitMap(tuple(features), layer, choice, tuple(curve.tolist()), both.y.mean, augmentation)
+
+
+def _augmented(moments: JointMoments, copies: AugmentedRows, proteins: np.ndarray) -> JointMoments:
+    chosen = copies.of(proteins)
+    return moments.augmented(
+        JointMoments.of(_blocks(lambda some: (copies.x[some], copies.y[some]), chosen)), copies.weight
+    )
 
 
 def _blocks(rows: Rows, numbers: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distil_rank.exits.exit_map import ExitMap, Rows
 from distil_rank.measure import bootstrap
@@ -36,7 +37,12 @@ def measure_exit(found: ExitMap, rows: Rows, test: np.ndarray, rank: int | None 
     """The fidelity of a map at a rank (its own by default), on test rows."""
     x, target = rows(test)
     layer = found.layer if rank is None else found.layer.truncate(rank)
-    output, target, mean = layer(x).double(), target.double(), found.target_mean
+    return measure_outputs(layer(x), target, found.target_mean)
+
+
+def measure_outputs(output: Tensor, target: Tensor, mean: Tensor) -> ExitScores:
+    """The x to their targets, `(N, m)` both, about the mean `(m,)` of the rows that were fitted to."""
+    output, target = output.double(), target.double()
     error = residual(output, target).numpy()
     spread = residual(mean.expand_as(target), target).numpy()
     lost = bootstrap.ratio_interval(error, spread, bootstrap.resample_counts(len(spread)))

@@ -6,23 +6,54 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.deployment.artefact import check_writable, save
 from distil_rank.embedding.backbones import Backbone, load_backbone
-from distil_rank.embedding.layer_spec import State, split_source
+from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.shortened import ShortenedManifest, write_shortened
 from distil_rank.embedding.store import Store, read_manifest
 from distil_rank.errors import InputError
-from distil_rank.exits.exit_map import ExitMap, PooledStates, features_of, fit_exit
+from distil_rank.exits.augmentation import augment
+from distil_rank.exits.exit_map import Augmentation, ExitMap, PooledStates, features_of, fit_exit
+from distil_rank.exits.function import FunctionKept, function_kept
 from distil_rank.exits.measure import ExitScores, measure_exit
 from distil_rank.exits.tuning import TrainingOptions, Tuned, tune_exit
+from distil_rank.tasks.labelled import LabelledData
 from distil_rank.training.exit_training import ExitTraining, RunLog
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to shorten a backbone.
+
+    Attributes:
+        layer: The last layer to run.
+        rank: Of the map; full by default.
+        target: From the last layer's vectors to what the map is to estimate.
+        described: That, in words.
+        tail: What stands behind the target, to be matched at its end by training.
+        copies: Perturbed copies of each protein to fit to besides; used where validation says that they help.
+        training: Beyond the closed form, kept where it clearly wins; None for the closed form alone.
+        with_weights: Copy the kept layers' weights.
+    """
+
+    layer: int
+    rank: int | None = None
+    target: Callable[[Tensor], Tensor] | None = None
+    described: str = "the last layer"
+    tail: nn.Module | None = None
+    copies: int = 0
+    training: TrainingOptions | None = None
+    with_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +70,9 @@ class Shortened:
         rank: Of the map.
         scores: On test rows.
         cost: Share of the whole backbone's time, measured when the store was made; None where it was not.
-        training: How training the last kept layer went; None where it was not tried.
+        augmentation: What perturbed copies added; None without.
+        training: How training went; None where it was not tried.
+        function: What the map's output keeps of the last layer's vector on a labelled task; None without labels.
     """
 
     folder: Path
@@ -51,7 +84,25 @@ class Shortened:
     rank: int
     scores: ExitScores
     cost: float | None
+    augmentation: Augmentation | None = None
     training: ExitTraining | None = None
+    function: FunctionKept | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a reader, by name."""
+        shown = ("folder", "layer", "depth", "features", "target", "ridge", "rank", "cost")
+        facts = {**{name: getattr(self, name) for name in shown}, **asdict(self.scores)}
+        if (more := self.augmentation) is not None:
+            verdict = "used" if more.used else "no better, not used"
+            facts["copies"] = f"{more.copies:,}: validation R² {more.without:.4f} to {more.r2:.4f}, {verdict}"
+        if (training := self.training) is not None:
+            facts["training"] = str(training)
+        if (function := self.function) is not None:
+            facts["function"] = (
+                f"{function.score:.3f} of {function.metric} on {function.labels}, {function.full:.3f} by all layers"
+            )
+        return facts
 
 
 def layers_needed(layer: int, depth: int) -> str:
@@ -88,37 +139,63 @@ def open_states(data: EmbeddingDataModule) -> Store:
 
 def shorten(
     backbone: str,
-    layer: int,
     data: EmbeddingDataModule,
     output: Path,
-    rank: int | None = None,
-    target: Callable[[Tensor], Tensor] | None = None,
-    described: str = "the last layer",
-    with_weights: bool = False,
-    training: TrainingOptions | None = None,
-    tail: nn.Module | None = None,
+    recipe: Recipe,
+    copies_folder: Path = Path("results/copies"),
     logger: RunLog | None = None,
+    task: LabelledData | None = None,
 ) -> tuple[Shortened, ExitMap]:
     """Fit and save the map behind a layer.
 
     Args:
         backbone: The whole model; must be the one that made the store.
-        layer: The last layer to run.
         data: Set up on a store of several layers.
         output: Folder to save to.
-        rank: Of the map; full by default.
-        target: From the last layer's vectors to what the map is to estimate.
-        described: That, in words.
-        with_weights: Copy the kept layers' weights.
-        training: Train the last kept layer too, which is kept where it clearly wins; None for the closed form alone.
-        tail: What stands behind the target, to be matched at its end by training.
+        recipe: What to make.
+        copies_folder: For the stores of copies.
         logger: Of the training.
+        task: Labels of the store's proteins, to measure what is kept of a function.
 
     Raises:
         InputError: no such layer in the store, or another model's store.
     """
     check_writable(output)
     store = open_states(data)
+    model = _whole(backbone, store)
+    features = features_of(recipe.layer, store.layers)
+    rows = PooledStates(store, features, recipe.target)
+    split = data.split_rows
+    copies = None
+    if recipe.copies:
+        fitted = np.concatenate([split.train, split.val])
+        copies = augment(store, features, fitted, recipe.copies, copies_folder, recipe.target)
+    origin = {"backbone_sha256": model.sha256, "layer": recipe.layer, "target": recipe.described}
+    found, tuned = fit_exit(rows, features, split, origin, copies), None
+    if recipe.training is not None:
+        tuned = tune_exit(model, store, found, rows, split, recipe.training, recipe.tail, logger, copies)
+        found = tuned.found
+    scores = _scores(found, rows, split.test, recipe.rank, tuned)
+    done = Shortened(
+        output,
+        recipe.layer,
+        model.depth,
+        ", ".join(map(str, features)),
+        recipe.described,
+        found.choice.ridge,
+        min(found.layer.rank, recipe.rank or found.layer.rank),
+        scores,
+        measured_cost(store, recipe.layer),
+        found.augmentation,
+        tuned.training if tuned else None,
+        None if task is None else function_kept(task, store, *_outputs(found, rows, split.test, recipe.rank, tuned)),
+    )
+    _save(done, found, data, recipe, store, model, tuned)
+    return done, found
+
+
+def _whole(backbone: str, store: Store) -> Backbone:
+    """The model that is to be shortened, which must have made the store."""
     model = load_backbone(backbone)
     if model.exit is not None:
         raise InputError(f"Expected a whole backbone to shorten but {backbone} is a shortened one; name its original.")
@@ -127,67 +204,61 @@ def shorten(
             f"Expected a store that {backbone} made but {store.path} was made by {store.manifest['backbone']} with "
             "other weights; embed with the same model."
         )
-    features = features_of(layer, store.layers)
-    rows = PooledStates(store, features, target)
-    origin = {"backbone_sha256": model.sha256, "layer": layer, "target": described}
-    found = fit_exit(rows, features, data.split_rows, origin)
-    tuned = None
-    if training is not None:
-        tuned = tune_exit(model, store, found, rows, data.split_rows, training, tail, logger)
-        found = tuned.found
-    scores = _scores(found, rows, data, rank, tuned)
-    student = found.layer if rank is None else found.layer.truncate(rank)
-    metrics = {**asdict(scores), "ridge_curve": [list(point) for point in found.choice.curve]}
-    save(student, output, metrics=metrics, data=asdict(data.description()))
-    _write(output, store, model, features, described, with_weights, tuned.weights if tuned else {})
-    done = Shortened(
-        output,
-        layer,
-        model.depth,
-        ", ".join(map(str, features)),
-        described,
-        found.choice.ridge,
-        student.rank,
-        scores,
-        measured_cost(store, layer),
-        tuned.training if tuned else None,
-    )
-    return done, found
+    return model
 
 
-def _scores(
-    found: ExitMap, rows: PooledStates, data: EmbeddingDataModule, rank: int | None, tuned: Tuned | None
-) -> ExitScores:
+def _scores(found: ExitMap, rows: PooledStates, test: np.ndarray, rank: int | None, tuned: Tuned | None) -> ExitScores:
     """On test rows; of a trained layer from its own states."""
     if tuned is None or not tuned.weights:
-        return measure_exit(found, rows, data.split_rows.test, rank)
+        return measure_exit(found, rows, test, rank)
     return measure_exit(found, lambda _: (tuned.features, tuned.target), tuned.rows, rank)
 
 
-def _write(
-    output: Path,
+@torch.no_grad()
+def _outputs(
+    found: ExitMap, rows: PooledStates, test: np.ndarray, rank: int | None, tuned: Tuned | None
+) -> tuple[np.ndarray, Tensor]:
+    """Numbers of test rows, and what the map gives for them."""
+    layer = found.layer if rank is None else found.layer.truncate(rank)
+    if tuned is None or not tuned.weights:
+        return test, layer(rows(test)[0])
+    return tuned.rows, layer(tuned.features)
+
+
+def _save(
+    done: Shortened,
+    found: ExitMap,
+    data: EmbeddingDataModule,
+    recipe: Recipe,
     store: Store,
     model: Backbone,
-    features: tuple[State, ...],
-    described: str,
-    with_weights: bool,
-    tuned: dict[str, Tensor],
+    tuned: Tuned | None,
 ) -> None:
-    kept = features[-1].layer
+    """The map's artefact with what was measured, and the manifest of the shortened backbone beside it."""
+    metrics: dict[str, Any] = {
+        **asdict(done.scores),
+        "cost": done.cost,
+        "ridge_curve": [list(point) for point in found.choice.curve],
+        "augmentation": done.augmentation and asdict(done.augmentation),
+        "training": done.training and asdict(done.training),
+        "function": done.function and asdict(done.function),
+    }
+    student = found.layer if recipe.rank is None else found.layer.truncate(recipe.rank)
+    save(student, done.folder, metrics=metrics, data=asdict(data.description()))
     state = model.model.state_dict()
-    prefixes = ("embed_tokens.", "emb_layer_norm_after.", *(f"layers.{number}." for number in range(kept)))
+    prefixes = ("embed_tokens.", "emb_layer_norm_after.", *(f"layers.{number}." for number in range(recipe.layer)))
     manifest = ShortenedManifest(
         model.name if not Path(model.name).exists() else str(Path(model.name).resolve()),
         model.sha256,
         model.depth,
-        features,
+        found.features,
         store.manifest["pooling"],
-        described,
+        recipe.described,
         model.fallback,
         {"heads": model.model.attention_heads, "token_dropout": bool(model.model.token_dropout)},
     )
-    weights = {key: value for key, value in state.items() if key.startswith(prefixes)} if with_weights else None
-    write_shortened(output, manifest, weights, tuned or None)
+    weights = {key: value for key, value in state.items() if key.startswith(prefixes)} if recipe.with_weights else None
+    write_shortened(done.folder, manifest, weights, (tuned.weights or None) if tuned else None)
 
 
 def measured_cost(store: Store, layer: int) -> float | None:

@@ -1,4 +1,4 @@
-"""A shortened backbone whose last kept layer is trained too, from the closed form on."""
+"""A shortened backbone that is trained beyond the closed form: its last kept layer, or a residual network in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from distil_rank.data.splits import Split
 from distil_rank.embedding.backbones import Backbone
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
+from distil_rank.exits.augmentation import AugmentedRows
 from distil_rank.exits.cached_states import CACHE_BYTES, cache_states
 from distil_rank.exits.exit_map import ExitMap, PooledStates, fit_exit
 from distil_rank.lowrank.low_rank import LowRankLinear
@@ -27,9 +29,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train the last kept layer.
+    """How to train beyond the closed form.
 
     Attributes:
+        what: The last kept layer itself, or a residual network beside its feed-forward network.
         minutes: After which training stops.
         epochs: Passes over the training sequences.
         lr: Learning rate.
@@ -37,6 +40,7 @@ class TrainingOptions:
         seed: Of the order of batches.
     """
 
+    what: Literal["layer", "residual"] = "layer"
     minutes: float = 10.0
     epochs: int = 10
     lr: float = 3e-4
@@ -65,6 +69,15 @@ class Tuned:
     rows: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Sequences:
+    """What one side trains or is measured with."""
+
+    texts: list[str]
+    x: Tensor
+    y: Tensor
+
+
 def tune_exit(
     backbone: Backbone,
     store: Store,
@@ -74,8 +87,9 @@ def tune_exit(
     options: TrainingOptions = TrainingOptions(),
     tail: nn.Module | None = None,
     logger: RunLog | None = None,
+    copies: AugmentedRows | None = None,
 ) -> Tuned:
-    """Train the last kept layer and the map, and keep them where they clearly win on validation.
+    """Train the last kept layer, or a residual network in it, and the map; both kept where they clearly win.
 
     Without a tail the map is solved again, in closed form, from the trained layer's states.
 
@@ -88,57 +102,93 @@ def tune_exit(
         options: Of the training.
         tail: What stands behind the target; training then compares its outputs.
         logger: For the losses.
+        copies: Further sequences to train with, those of training proteins.
     """
-    layer = start.features[-1].layer
     sides = _usable(store, split, backbone)
-    width = backbone.model.embed_dim
-    earlier = width * sum(state.layer < layer for state in start.features)
-    batches: dict[str, list[CachedBatch]] = {}
-    for side in ("train", "val", "test"):
-        x, y = rows(getattr(sides, side))
-        sequences = [store.sequences[row] for row in getattr(sides, side)]
-        pooling = store.manifest["pooling"]
-        batches[side] = cache_states(backbone, layer, sequences, x[:, :earlier], y, pooling)
-    dense = start.layer.to_linear()
-    x, y = rows(sides.train)
-    spread = x.std(0)
-    module = ExitModule(
-        backbone.model.layers[layer - 1],
-        backbone.model.emb_layer_norm_after,
+    given = {side: _sequences(store, rows, getattr(sides, side)) for side in ("train", "val", "test")}
+    if copies is not None:
+        given["train"] = _with_copies(given["train"], copies, copies.of(sides.train), _room(backbone))
+    module = _module(backbone, start, given["train"], options, tail, store.manifest["pooling"] == "bos")
+    earlier = start.layer.in_features - _own_columns(start, backbone)
+    batches = {
+        side: cache_states(
+            backbone, start.features[-1].layer, one.texts, one.x[:, :earlier], one.y, store.manifest["pooling"]
+        )
+        for side, one in given.items()
+    }
+    training = train_exit(
+        module, batches["train"], batches["val"], options.epochs, options.minutes, logger, options.seed
+    )
+    log.info("Training the %s: %s.", "last kept layer" if options.what == "layer" else "residual network", training)
+    features, target = _features(module, batches["test"])
+    if not training.kept:
+        return Tuned(training, start, {}, features, target, sides.test)
+    found = _found(module, batches, start, copies, len(sides.train), tail is not None)
+    weights = {f"layers.{start.features[-1].layer - 1}.{name}": value for name, value in module.layer_weights().items()}
+    return Tuned(training, found, weights, features, target, sides.test)
+
+
+def _own_columns(start: ExitMap, backbone: Backbone) -> int:
+    """Columns of the features that come from the layer that is trained."""
+    layer = start.features[-1].layer
+    return backbone.model.embed_dim * sum(state.layer == layer for state in start.features)
+
+
+def _module(
+    backbone: Backbone,
+    start: ExitMap,
+    given: _Sequences,
+    options: TrainingOptions,
+    tail: nn.Module | None,
+    first_only: bool,
+) -> ExitModule:
+    """What is trained, at the closed form."""
+    dense, spread, model = start.layer.to_linear(), given.x.std(0), backbone.model
+    return ExitModule(
+        model.layers[start.features[-1].layer - 1],
+        model.emb_layer_norm_after,
         dense.weight.detach(),
         dense.bias.detach(),
         start.features[-1].normed,
         torch.where(spread > 0, spread, 1.0),
-        float((y - y.mean(0)).square().mean()),
+        float((given.y - given.y.mean(0)).square().mean()),
         tail,
         options.outputs,
+        first_only,
+        model.embed_dim if options.what == "residual" else 0,
         lr=options.lr,
     )
-    training = train_exit(
-        module, batches["train"], batches["val"], options.epochs, options.minutes, logger, options.seed
+
+
+def _sequences(store: Store, rows: PooledStates, numbers: np.ndarray) -> _Sequences:
+    return _Sequences([store.sequences[row] for row in numbers], *rows(numbers))
+
+
+def _with_copies(given: _Sequences, copies: AugmentedRows, numbers: np.ndarray, room: int) -> _Sequences:
+    """The same and as many of the copies as fit beside it."""
+    used = sum(len(text) + 2 for text in given.texts)
+    texts = [copies.sequences[row] for row in numbers]
+    fitting = numbers[used + np.cumsum([len(text) + 2 for text in texts]) <= room] if texts else numbers
+    log.info("Training with %s copies too.", f"{len(fitting):,}")
+    chosen = [copies.sequences[row] for row in fitting]
+    return _Sequences(
+        given.texts + chosen, torch.cat([given.x, copies.x[fitting]]), torch.cat([given.y, copies.y[fitting]])
     )
-    log.info(
-        "Training the last kept layer: validation loss %.4g to %.4g in %.0f s; %s.",
-        *(training.curve[0][1], min(loss for _, loss in training.curve), training.seconds),
-        "kept" if training.kept else "no clear gain, not kept",
-    )
-    features, target = _features(module, batches["test"])
-    if not training.kept:
-        return Tuned(training, start, {}, features, target, sides.test)
-    found = _found(module, batches, start, tail is not None)
-    state = {f"layers.{layer - 1}.{name}": value.detach() for name, value in module.layer.state_dict().items()}
-    return Tuned(training, found, state, features, target, sides.test)
+
+
+def _room(backbone: Backbone) -> int:
+    """Tokens whose states fit into the cache."""
+    return CACHE_BYTES // (2 * int(backbone.model.embed_dim))
 
 
 def _usable(store: Store, split: Split, backbone: Backbone) -> Split:
     """The proteins of each side that go through the model at once and whose states fit into the cache."""
     lengths, longest = store.lengths, store.manifest["max_length"]
-    most = CACHE_BYTES // (2 * backbone.model.embed_dim)
     sides = {}
     for side in ("train", "val", "test"):
         rows = getattr(split, side)
         short = rows[lengths[rows] <= longest]
-        taken = short[np.cumsum(lengths[short] + 2) <= most]
+        taken = short[np.cumsum(lengths[short] + 2) <= _room(backbone)]
         if len(taken) < len(rows):
             log.warning("Training uses %d of %d %s proteins: the others are too long.", len(taken), len(rows), side)
         if len(taken) < 2:
@@ -156,14 +206,29 @@ def _features(module: ExitModule, batches: Sequence[CachedBatch]) -> tuple[Tenso
     return x[order], torch.cat([batch.target for batch in batches])[order]
 
 
-def _found(module: ExitModule, batches: dict[str, list[CachedBatch]], start: ExitMap, as_trained: bool) -> ExitMap:
-    """The map behind the trained layer: solved anew, or as it was trained where what stands behind it was matched."""
-    parts = [_features(module, batches[side]) for side in ("train", "val", "test")]
-    x, y = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    ends = np.cumsum([0, *(len(part[0]) for part in parts)])
+def _found(
+    module: ExitModule,
+    batches: dict[str, list[CachedBatch]],
+    start: ExitMap,
+    copies: AugmentedRows | None,
+    proteins: int,
+    as_trained: bool,
+) -> ExitMap:
+    """The map behind the trained layer: solved anew, or as it was trained where what stands behind it was matched.
+
+    The first so many of the training sequences are proteins, the others copies of them.
+    """
+    (x, y), *others = (_features(module, batches[side]) for side in ("train", "val", "test"))
+    more = None
+    if copies is not None and len(x) > proteins:
+        owner = np.zeros(len(x) - proteins, dtype=int)  # a training row
+        more = replace(copies, x=x[proteins:], y=y[proteins:], owner=owner)
+    x = torch.cat([x[:proteins], *(other[0] for other in others)])
+    y = torch.cat([y[:proteins], *(other[1] for other in others)])
+    ends = np.cumsum([0, proteins, *(len(other[0]) for other in others)])
     train, val, test = (np.arange(low, high) for low, high in pairwise(ends))
     split = Split(train, val, test, "as before")
-    found = fit_exit(lambda rows: (x[rows], y[rows]), start.features, split, {"trained_layer": True})
+    found = fit_exit(lambda rows: (x[rows], y[rows]), start.features, split, {"trained_layer": True}, more)
     if not as_trained:
         return found
     linear = nn.Linear(x.shape[1], y.shape[1])

@@ -75,6 +75,26 @@ class JointMoments(NamedTuple):
         x = Moments(mean[:width], covariance[:width, :width], rows)
         return cls(x, Moments(mean[width:], covariance[width:, width:], rows), covariance[width:, :width])
 
+    def augmented(self, copies: JointMoments, weight: float) -> JointMoments:
+        """These rows' means, with covariances about their own means of these rows and of others (data augmentation).
+
+        Args:
+            copies: moments of further rows, whose means may differ.
+            weight: of each of them beside a row of these.
+
+        >>> x = torch.tensor([[0.0], [2.0]])
+        >>> own, copies = JointMoments.of([(x, x)]), JointMoments.of([(x + 9, 3 * x)])
+        >>> own.augmented(copies, 1.0).cross.item(), own.augmented(copies, 1.0).x.mean.item()
+        (2.0, 1.0)
+        """
+        share = weight * copies.x.rows / (self.x.rows + weight * copies.x.rows)
+        rows = self.x.rows + copies.x.rows
+        x, y = (
+            Moments(own.mean, torch.lerp(own.covariance, more.covariance, share), rows)
+            for own, more in ((self.x, copies.x), (self.y, copies.y))
+        )
+        return JointMoments(x, y, torch.lerp(self.cross, copies.cross, share))
+
 
 def check_columns(features: int, targets: int) -> None:
     """Raises `InputError` where the joint second moment of so many columns takes more than `MOMENTS_BYTES`."""
@@ -152,6 +172,11 @@ class Choice(NamedTuple):
 
     ridge: float
     curve: tuple[tuple[float, float], ...]
+
+    @property
+    def r2(self) -> float:
+        """Of the best."""
+        return max(value for _, value in self.curve)
 
 
 def choose_ridge(path: RidgePath, validation: JointMoments, ridges: Sequence[float] = RIDGES) -> Choice:

@@ -1,7 +1,7 @@
-"""Train the last layer that a shortened backbone keeps, and the map behind it, from the closed form on.
+"""Train the last layer that a shortened backbone keeps, or a residual network in it, and the map behind it.
 
-What comes before that layer is frozen, so its hidden states are computed once. Training competes with its own start on
-validation rows, and the best is kept.
+What comes before that layer is frozen, so its hidden states are computed once. Training starts at the closed form,
+competes with it on validation rows, and the best is kept.
 """
 
 from __future__ import annotations
@@ -46,20 +46,11 @@ class CachedBatch(NamedTuple):
     rows: Tensor
 
 
-class ResidualNetwork(nn.Module):
-    """`h + W₂ gelu(W₁ norm(h))` on each residue; the identity at first."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`(…, C)` → `(…, C)`."""
-        output: Tensor = hidden + self.outer(F.gelu(self.inner(self.norm(hidden))))
-        return output
+def residual_network(width: int, hidden: int) -> nn.Sequential:
+    """`W₂ gelu(W₁ x + b₁)`, to be added to each residue's state; zero at first."""
+    network = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width, bias=False))
+    nn.init.zeros_(network[2].weight)  # type: ignore[arg-type]
+    return network
 
 
 class ExitModule(LightningModule):
@@ -76,7 +67,9 @@ class ExitModule(LightningModule):
         variance: Mean squared deviation of an element of the target from its mean.
         tail: What stands behind the target, frozen; then its outputs are compared.
         outputs: Of the tail.
-        residual: Hidden width of a residual network before the pooling, in place of training the layer; 0 for none.
+        first_only: Only the first token is pooled, so that the layer computes no other's output.
+        residual: Hidden width of a residual network on each residue, beside the layer's feed-forward network, in place
+            of training the layer; 0 for none.
         alpha: Weight of the cosine term.
         lr: Learning rate.
     """
@@ -92,18 +85,21 @@ class ExitModule(LightningModule):
         variance: float,
         tail: nn.Module | None = None,
         outputs: Outputs = "classification",
+        first_only: bool = False,
         residual: int = 0,
         alpha: float = 0.1,
         lr: float = 3e-4,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters("normed", "variance", "outputs", "residual", "alpha", "lr", logger=False)
+        self.save_hyperparameters(
+            "normed", "variance", "outputs", "first_only", "residual", "alpha", "lr", logger=False
+        )
         self.layer = copy.deepcopy(layer).requires_grad_(residual == 0)
         self.norm = copy.deepcopy(norm).requires_grad_(False)
         self.scale = nn.Buffer(scale.clone())
         self.weight = nn.Parameter(weight * scale)
         self.bias = nn.Parameter(bias.clone())
-        self.network = ResidualNetwork(norm.normalized_shape[0], residual) if residual else None
+        self.network = residual_network(norm.normalized_shape[0], residual) if residual else None
         self.tail = None if tail is None else tail.requires_grad_(False).eval()
 
     def forward(self, batch: CachedBatch) -> Tensor:
@@ -112,12 +108,31 @@ class ExitModule(LightningModule):
 
     def features(self, batch: CachedBatch) -> Tensor:
         """What the map takes, `(B, n)`."""
-        hidden = batch.hidden.float().transpose(0, 1)  # (T, B, C), as fair-esm has it
-        hidden = self.layer(hidden, self_attn_padding_mask=batch.padding)[0].transpose(0, 1)
-        if self.network is not None:
-            hidden = self.network(hidden)
+        hidden = self.last_layer(batch.hidden.float().transpose(0, 1), batch.padding).transpose(0, 1)
+        weights = batch.weights[:, : hidden.shape[1], None]
         states = [hidden, self.norm(hidden)] if self.hparams["normed"] else [hidden]
-        return torch.cat([batch.earlier, *((state * batch.weights[..., None]).sum(1) for state in states)], dim=1)
+        return torch.cat([batch.earlier, *((state * weights).sum(1) for state in states)], dim=1)
+
+    def last_layer(self, hidden: Tensor, padding: Tensor) -> Tensor:
+        """Output of the layer that is trained, `(T, B, C)` → the same, or `(1, B, C)` of the first token."""
+        layer: Any = self.layer
+        x = layer.self_attn_layer_norm(hidden)
+        wanted = 1 if self.hparams["first_only"] else len(x)
+        attended, _ = layer.self_attn(x[:wanted], x, x, key_padding_mask=padding, need_weights=False)
+        hidden = hidden[:wanted] + attended
+        x = layer.final_layer_norm(hidden)
+        output: Tensor = hidden + layer.fc2(F.gelu(layer.fc1(x)))
+        return output if self.network is None else output + self.network(x)
+
+    def layer_weights(self) -> dict[str, Tensor]:
+        """The layer's parameters under fair-esm's names; a residual network makes its feed-forward network wider."""
+        state = {name: value.detach().clone() for name, value in self.layer.state_dict().items()}
+        if self.network is not None:
+            inner, outer = (part.detach() for part in (self.network[0].weight, self.network[2].weight))
+            state["fc1.weight"] = torch.cat([state["fc1.weight"], inner])
+            state["fc1.bias"] = torch.cat([state["fc1.bias"], self.network[0].bias.detach()])
+            state["fc2.weight"] = torch.cat([state["fc2.weight"], outer], dim=1)
+        return state
 
     def losses(self, batch: CachedBatch) -> Tensor:
         """Of each sequence, `(B,)`."""
@@ -179,6 +194,15 @@ class ExitTraining:
     curve: tuple[tuple[int, float], ...]
     kept: bool
     seconds: float
+
+    @property
+    def best(self) -> float:
+        """The least validation loss."""
+        return min(loss for _, loss in self.curve)
+
+    def __str__(self) -> str:
+        verdict = "kept" if self.kept else "no clear gain, not kept"
+        return f"validation loss {self.curve[0][1]:.4g} to {self.best:.4g} in {self.seconds:.0f} s, {verdict}"
 
 
 MARGIN = 0.02  # share of the closed form's validation loss that training has to take off to be kept

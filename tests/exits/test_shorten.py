@@ -20,7 +20,7 @@ from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.exits.exit_map import PooledStates, features_of, fit_exit
 from distil_rank.exits.measure import measure_exit
-from distil_rank.exits.shorten import layers_needed, open_states, shorten
+from distil_rank.exits.shorten import Recipe, layers_needed, open_states, shorten
 
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -49,12 +49,12 @@ def data(states) -> EmbeddingDataModule:
 @pytest.fixture(scope="module")
 def short(tiny_esm2, data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("short") / "folder"
-    shorten(str(tiny_esm2.fair_esm), 1, data, folder, with_weights=True)
+    shorten(str(tiny_esm2.fair_esm), data, folder, Recipe(1, with_weights=True))
     return folder
 
 
 def test_it_gives_the_map_of_the_kept_layers_states(tiny_esm2, data, states, tmp_path):
-    done, found = shorten(str(tiny_esm2.fair_esm), 1, data, tmp_path / "s")
+    done, found = shorten(str(tiny_esm2.fair_esm), data, tmp_path / "s", Recipe(1))
     backbone = load_backbone(str(tmp_path / "s"))
     assert (backbone.num_layers, backbone.depth, backbone.dim, len(backbone.model.layers)) == (1, 2, 32, 1)
     store = Store.open(states)
@@ -75,7 +75,7 @@ def test_pooling_commutes_with_the_map(short):
 
 
 def test_copied_weights_are_the_kept_ones_only_and_give_the_same(short, data, tiny_esm2, tmp_path):
-    shorten(str(tiny_esm2.fair_esm), 1, data, tmp_path / "plain")
+    shorten(str(tiny_esm2.fair_esm), data, tmp_path / "plain", Recipe(1))
     alone, plain = load_backbone(str(short)), load_backbone(str(tmp_path / "plain"))
     assert not [key for key in alone.model.state_dict() if key.startswith("layers.1.")]
     sequences = ["MKTAYIAKQR", "ACDEF"]
@@ -123,14 +123,14 @@ def test_the_guard_tells_what_is_unlike_the_calibration_rows(short, data):
 def test_another_models_weights_are_refused(tiny_esm2, data, tmp_path):
     own = tmp_path / "model.pt"
     shutil.copy(tiny_esm2.fair_esm, own)
-    shorten(str(own), 1, data, tmp_path / "s")
+    shorten(str(own), data, tmp_path / "s", Recipe(1))
     content = torch.load(own, weights_only=False)
     content["model"]["encoder.sentence_encoder.layers.0.fc1.bias"] += 1
     torch.save(content, own)
     with pytest.raises(InputError, match="Expected the weights that"):
         load_backbone(str(tmp_path / "s"))
     with pytest.raises(InputError, match="other weights; embed with the same model"):
-        shorten(str(own), 1, data, tmp_path / "t")
+        shorten(str(own), data, tmp_path / "t", Recipe(1))
     own.unlink()
     with pytest.raises(InputError, match="cannot be had"):
         load_backbone(str(tmp_path / "s"))
@@ -165,7 +165,7 @@ def test_which_exits_there_are(data, states, tiny_esm2, short, tmp_path):
     many = [State(layer) for layer in range(1, 34)]
     assert [state.layer for state in features_of(30, many)] == [1, 7, 12, 18, 23, 29, 30]
     with pytest.raises(InputError, match="shortened one"):
-        shorten(str(short), 1, data, tmp_path / "s")
+        shorten(str(short), data, tmp_path / "s", Recipe(1))
 
 
 def test_a_store_of_one_layer_is_refused(tiny_esm2, data, tmp_path):

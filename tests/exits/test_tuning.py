@@ -16,13 +16,14 @@ from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
-from distil_rank.exits import cached_states
+from distil_rank.exits import cached_states, tuning
 from distil_rank.exits import shorten as shortening
+from distil_rank.exits.augmentation import augment
 from distil_rank.exits.cached_states import cache_states
 from distil_rank.exits.exit_map import PooledStates, features_of, fit_exit
-from distil_rank.exits.shorten import shorten
+from distil_rank.exits.shorten import Recipe, shorten
 from distil_rank.exits.tuning import TrainingOptions, tune_exit
-from distil_rank.training.exit_training import ExitModule
+from distil_rank.training.exit_training import ExitModule, ExitTraining
 
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -86,14 +87,16 @@ def halved(found):
     return replace(found, layer=layer)
 
 
-def test_what_was_trained_is_what_the_folder_runs(model, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["layer", "residual"])
+def test_what_was_trained_is_what_the_folder_runs(model, data, tmp_path, monkeypatch, what):
     monkeypatch.setattr(shortening, "fit_exit", lambda *arguments: halved(fit_exit(*arguments)))
-    options = TrainingOptions(minutes=1, epochs=3, lr=1e-3)
-    done, found = shorten(str(model), 2, data, tmp_path / "s", training=options)
+    options = TrainingOptions(what, minutes=1, epochs=3, lr=1e-3)
+    done, found = shorten(str(model), data, tmp_path / "s", Recipe(2, training=options))
     assert done.training is not None and done.training.kept
     assert (tmp_path / "s" / "tuned.safetensors").exists()
     store, rows, _ = closed_form(data)
     backbone = load_backbone(str(tmp_path / "s"))
+    assert backbone.model.layers[1].fc1.out_features == (128 if what == "layer" else 160)
     chosen = data.split_rows.test
     sequences = [store.sequences[row] for row in chosen]
     ours = Embedder(backbone, store.manifest["pooling"]).embed(sequences).vectors
@@ -102,11 +105,34 @@ def test_what_was_trained_is_what_the_folder_runs(model, data, tmp_path, monkeyp
     assert r2 == pytest.approx(done.scores.r2, abs=0.01)
 
 
+def test_the_first_token_alone_is_the_same(model, data):
+    store, rows, found = closed_form(data)
+    x, y = rows(np.arange(20))
+    (batch,) = cache_states(load_backbone(str(model)), 2, store.sequences[:20], x[:, :32], y, "bos")
+    dense, esm = found.layer.to_linear(), load_backbone(str(model)).model
+    fixed = (esm.layers[1], esm.emb_layer_norm_after, dense.weight.detach(), dense.bias.detach(), True, x.std(0), 1.0)
+    with torch.no_grad():
+        both = [ExitModule(*fixed, first_only=first).eval()(batch) for first in (True, False)]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
+
+
+def test_copies_of_training_proteins_are_trained_on(model, data, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(tuning, "train_exit", lambda module, train, *rest: seen.update(train=train) or no_training)
+    no_training = ExitTraining(((0, 1.0),), False, 0.0)
+    store, rows, found = closed_form(data)
+    split = data.split_rows
+    copies = augment(store, found.features, np.concatenate([split.train, split.val]), 2, tmp_path)
+    tune_exit(load_backbone(str(model)), store, found, rows, split, copies=copies)
+    assert sum(len(batch.target) for batch in seen["train"]) == 3 * len(split.train)
+
+
 def test_no_gain_is_not_kept(model, data, tmp_path):
-    done, _ = shorten(str(model), 2, data, tmp_path / "s", training=TrainingOptions(minutes=1, epochs=1, lr=1e-9))
+    options = TrainingOptions(minutes=1, epochs=1, lr=1e-9)
+    done, _ = shorten(str(model), data, tmp_path / "s", Recipe(2, training=options))
     assert done.training is not None and not done.training.kept
     assert not (tmp_path / "s" / "tuned.safetensors").exists()
-    plain, _ = shorten(str(model), 2, data, tmp_path / "t")
+    plain, _ = shorten(str(model), data, tmp_path / "t", Recipe(2))
     assert done.scores == plain.scores
     assert load_backbone(str(tmp_path / "s")).sha256 == load_backbone(str(tmp_path / "t")).sha256
 
