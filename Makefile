@@ -86,10 +86,10 @@ recommend: .venv/installed ## The cheapest pipeline that keeps your function (FA
 	@$(RUN) recommend --data "$(DATA)" --keep "$(KEEP)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
 	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") $(ARGS)
 
-shorten: .venv/installed ## A backbone that stops behind LAYER, with a map to its end (LAYER= BACKBONE= DATA= or FASTA= OUT=)
+shorten: .venv/installed ## A backbone that stops behind LAYER, with a map to its end (LAYER= BACKBONE= DATA= or FASTA= LABELS= OUT=)
 	@test -n "$(LAYER)" || { echo "Expected LAYER=NUMBER, the last layer to run, but got none." >&2; exit 2; }
 	@$(RUN) shorten --layer "$(LAYER)" --backbone "$(BACKBONE)" --data "$(DATA)" \
-	  $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)") \
+	  $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)") $(if $(LABELS),--labels.source "$(LABELS)") \
 	  --output "$(if $(filter file,$(origin OUT)),shortened,$(OUT))" $(ARGS)
 
 ui: .venv/installed ## Browse the runs in MLflow

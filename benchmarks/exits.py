@@ -232,10 +232,10 @@ def function(store: Path, labels: Path, groups: Path) -> None:
             candidates.append(mapped(opened_store, layer, rows, opened.groups.number, cost))
         candidates.append(in_metric(x, "whitened", families, f"layer {layer}, whitened", cost))
         candidates.append(in_metric(x, "invariant", families, f"layer {layer}, invariant", cost))
-    found = judge(opened.target, opened.groups, candidates, labels.name)
-    write("function", [judgements.markdown(found)])
-    (RESULTS / "function.json").write_text(judgements.as_json(found))
-    draw_function(found)
+    done = judge(opened.target, opened.groups, candidates, labels.name)
+    write("function", [judgements.markdown(done)])
+    (RESULTS / "function.json").write_text(judgements.as_json(done))
+    draw_function(done)
 
 
 def mapped(store: Store, layer: int, rows: np.ndarray, group: np.ndarray, cost: float) -> Candidate:
@@ -277,13 +277,14 @@ def names(kind: str) -> list[str]:
 
 
 def large(residues: int, layers: int = 33) -> None:
-    """Seconds and peak memory of a randomly initialised 650M model, whole and stopped early, all layers against one."""
+    """Seconds and memory of a randomly initialised 650M model, whole and stopped early, all layers against one."""
     model = ESM2(layers, 1280, 20).eval().requires_grad_(False)
     whole = Backbone("random 650M", model, model.alphabet, "0" * 64)
     draw = np.random.default_rng(0)
     texts = ["".join(draw.choice(list("ACDEFGHIKLMNPQRSTVWY"), 300)) for _ in range(residues // 300)]
     embedders = {"whole": Embedder(whole, precision="bf16")}
-    embedders["all layers"] = Embedder(whole, precision="bf16", layers=parse_layers("all", layers))
+    every, encoder = parse_layers("all", layers), embedders["whole"].encoder
+    embedders["all layers"] = Embedder(whole, precision="bf16", layers=every, encoder=encoder)
     for exit_ in (layers // 3, layers // 2, 2 * layers // 3):
         embedders[f"exit {exit_}"] = Embedder(whole, precision="bf16", layers=[State(exit_)])
     seconds: dict[str, list[float]] = {name: [] for name in embedders}
@@ -293,15 +294,25 @@ def large(residues: int, layers: int = 33) -> None:
         if number:
             seconds[name].append(time.perf_counter() - started)
     lines = [
-        f"{residues:,} residues, bf16, {torch.get_num_threads()} threads; peak memory of all five together "
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB.\n",
-        "| run | seconds | ratio to the whole backbone |",
-        "|---|---|---|",
+        f"{residues:,} residues, bf16, {torch.get_num_threads()} threads; peak memory of all five together, with the "
+        f"float32 original, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB.\n",
+        "| run | seconds | ratio to the whole backbone | layers / 33 | weights (GiB) |",
+        "|---|---|---|---|---|",
     ]
     for name, values in seconds.items():
         ratio = statistics.median(own / full for own, full in zip(values, seconds["whole"], strict=True))
-        lines.append(f"| {name} | {statistics.median(values):.2f} | {ratio:.3f} |")
+        depth, weights = len(embedders[name].encoder.layers), weight_bytes(embedders[name].encoder.layers)
+        lines.append(
+            f"| {name} | {statistics.median(values):.2f} | {ratio:.3f} | {depth / layers:.3f} | {weights / 2**30:.2f} |"
+        )
     write("large", lines)
+
+
+def weight_bytes(part: Any) -> int:
+    """Of all tensors in nested tuples and lists."""
+    if isinstance(part, torch.Tensor):
+        return part.numel() * part.element_size()
+    return sum(map(weight_bytes, part))
 
 
 def main(

@@ -48,9 +48,9 @@ class CachedBatch(NamedTuple):
 
 def residual_network(width: int, hidden: int) -> nn.Sequential:
     """`W₂ gelu(W₁ x + b₁)`, to be added to each residue's state; zero at first."""
-    network = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width, bias=False))
-    nn.init.zeros_(network[2].weight)  # type: ignore[arg-type]
-    return network
+    last = nn.Linear(hidden, width, bias=False)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), last)
 
 
 class ExitModule(LightningModule):
@@ -94,12 +94,12 @@ class ExitModule(LightningModule):
         self.save_hyperparameters(
             "normed", "variance", "outputs", "first_only", "residual", "alpha", "lr", logger=False
         )
-        self.layer = copy.deepcopy(layer).requires_grad_(residual == 0)
-        self.norm = copy.deepcopy(norm).requires_grad_(False)
+        self.layer: nn.Module = copy.deepcopy(layer).requires_grad_(residual == 0)
+        self.norm: nn.LayerNorm = copy.deepcopy(norm).requires_grad_(False)
         self.scale = nn.Buffer(scale.clone())
         self.weight = nn.Parameter(weight * scale)
         self.bias = nn.Parameter(bias.clone())
-        self.network = residual_network(norm.normalized_shape[0], residual) if residual else None
+        self.network: nn.Sequential | None = residual_network(norm.normalized_shape[0], residual) if residual else None
         self.tail = None if tail is None else tail.requires_grad_(False).eval()
 
     def forward(self, batch: CachedBatch) -> Tensor:
@@ -128,10 +128,10 @@ class ExitModule(LightningModule):
         """The layer's parameters under fair-esm's names; a residual network makes its feed-forward network wider."""
         state = {name: value.detach().clone() for name, value in self.layer.state_dict().items()}
         if self.network is not None:
-            inner, outer = (part.detach() for part in (self.network[0].weight, self.network[2].weight))
-            state["fc1.weight"] = torch.cat([state["fc1.weight"], inner])
-            state["fc1.bias"] = torch.cat([state["fc1.bias"], self.network[0].bias.detach()])
-            state["fc2.weight"] = torch.cat([state["fc2.weight"], outer], dim=1)
+            added = self.network.state_dict()
+            state["fc1.weight"] = torch.cat([state["fc1.weight"], added["0.weight"]])
+            state["fc1.bias"] = torch.cat([state["fc1.bias"], added["0.bias"]])
+            state["fc2.weight"] = torch.cat([state["fc2.weight"], added["2.weight"]], dim=1)
         return state
 
     def losses(self, batch: CachedBatch) -> Tensor:
