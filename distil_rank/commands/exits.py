@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +46,7 @@ class _Options:
     epochs: int
     lr: float
     copies: int
+    bos_layers: int
 
     def check(self) -> None:
         """Raise `InputError` for what does not go together, or is out of range."""
@@ -58,6 +58,8 @@ class _Options:
                 "Expected --train_minutes above 0, --epochs of at least 1, --lr above 0 and --copies of at least 0 but "
                 f"got {self.train_minutes:g}, {self.epochs}, {self.lr:g} and {self.copies}."
             )
+        if self.bos_layers < 0:
+            raise InputError(f"Expected --bos_layers of at least 0 but got {self.bos_layers}.")
         if self.target == "head" and self.train == "none":
             raise InputError("Expected --train for --target head, which is matched by training; try --train layer.")
 
@@ -72,6 +74,7 @@ def shorten(
     codes: str | None = None,
     head: str | None = None,
     outputs: Outputs = "classification",
+    bos_layers: int = 0,
     copies: int = 4,
     train: Literal["none", "layer", "residual"] = "none",
     train_minutes: float = 10.0,
@@ -99,9 +102,11 @@ def shorten(
         codes: That artefact's folder.
         head: That head: steps like `model.safetensors:classifier.dense,tanh,model.safetensors:classifier.out_proj`.
         outputs: Whether the head puts out logits of classes or values.
+        bos_layers: Further layers that the BOS token alone runs (with --pooling bos), at about a sixth of their cost.
         copies: Perturbed copies of each protein to fit to besides, which the backbone labels; 0 for none. They are
             embedded once, and used where validation says that they help.
-        train: What to train beyond the closed form: the last kept layer, or a residual network beside it.
+        train: What to train beyond the closed form: the last kept layer (those of the BOS token alone, where there are
+            some), or a residual network beside it.
         train_minutes: Minutes at most to train.
         epochs: Passes over the training proteins.
         lr: Learning rate.
@@ -114,16 +119,15 @@ def shorten(
         seed: Of the split and of training.
         config: The resolved configuration, kept with the run.
     """
-    _Options(target, codes, head, train, train_minutes, epochs, lr, copies).check()
+    _Options(target, codes, head, train, train_minutes, epochs, lr, copies, bos_layers).check()
     states = _states(data, fasta, backbone, layer, pooling, split, clusters, seed)
     about = states.description()
     backbone = about.backbone if backbone == "auto" and about.backbone != "unknown" else backbone
-    transform, described = _target(codes)
-    described += "" if head is None else f", for {head}"
-    tail = None if head is None else load_tail(head)
     training = None if train == "none" else TrainingOptions(train, train_minutes, epochs, lr, outputs, seed)
-    recipe = Recipe(layer, rank, transform, described, tail, copies, training, with_weights)
-    params = {"backbone": backbone, "layer": layer, "target": described, "source": about.source, "train": train}
+    recipe = replace(_target(codes, head), layer=layer, rank=rank, bos_layers=bos_layers, copies=copies)
+    recipe = replace(recipe, training=training, with_weights=with_weights)
+    params = {"backbone": backbone, "layer": layer, "target": recipe.described, "source": about.source}
+    params |= {"train": train, "bos_layers": bos_layers}
     with start_run("shorten", f"{backbone} exit {layer}", params=params, tags=lineage(about)) as run:
         logger = RunLogger(run) if training else None
         done, found = fit_and_save(
@@ -158,7 +162,7 @@ def _states(
 
 def _task(source: str, labels: LabelSource) -> LabelledData | None:
     """The labelled task, where labels are named or lie in the store's folder."""
-    if labels.source is None and not (split_source(source)[0] / OWN_LABELS).is_file():
+    if labels.source is None and not (Path(split_source(source)[0]) / OWN_LABELS).is_file():
         return None
     return open_labelled(source, labels)
 
@@ -187,10 +191,11 @@ def _log(run: Run, done: Shortened, found: ExitMap, config: str) -> None:
         run.log_artifact(path)
 
 
-def _target(codes: str | None) -> tuple[Callable[[Tensor], Tensor] | None, str]:
-    """What is made of the last layer's vectors, and its name."""
+def _target(codes: str | None, head: str | None) -> Recipe:
+    """What is to be estimated, its name, and what stands behind it."""
     if codes is None:
-        return None, "the last layer"
+        tail = None if head is None else load_tail(head)
+        return Recipe(0, described="the last layer" + ("" if head is None else f", for {head}"), tail=tail)
     module = load(codes).eval()
 
     @torch.no_grad()
@@ -201,4 +206,4 @@ def _target(codes: str | None) -> tuple[Callable[[Tensor], Tensor] | None, str]:
         output: Tensor = F.linear(y - module.mean, module.weight) if isinstance(module, CodeMap) else module(y)
         return output
 
-    return transform, f"{codes} of the last layer"
+    return Recipe(0, target=transform, described=f"{codes} of the last layer")

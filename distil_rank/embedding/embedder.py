@@ -100,7 +100,8 @@ class Embedder:
         self.map = None if backbone.exit is None else copy.deepcopy(backbone.exit.map).to(device)
         own = [State(backbone.num_layers)] if backbone.exit is None else backbone.exit.features
         self.layers = tuple(layers if layers and self.map is None else own)
-        self.encoder = encoder or FusedEncoder(backbone.model, DTYPES[precision], device, self.layers[-1].layer)
+        alone = None if backbone.exit is None else backbone.exit.bos_only_after
+        self.encoder = encoder or FusedEncoder(backbone.model, DTYPES[precision], device, self.layers[-1].layer, alone)
         self.alphabet = backbone.alphabet
         self.width = backbone.model.embed_dim
         self.dim = backbone.dim

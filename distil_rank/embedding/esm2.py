@@ -70,6 +70,8 @@ class FusedEncoder:
         dtype: Of the weights and of the inputs of matrix products.
         device: Where to compute.
         layer: The last layer to compute; the model's own by default.
+        bos_only_after: Layers behind this one compute the BOS token alone, which attends to the residues as they are
+            behind this one; none by default.
 
     Attributes:
         clock: What each layer took so far.
@@ -81,7 +83,9 @@ class FusedEncoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layer: int | None = None,
+        bos_only_after: int | None = None,
     ):
+        self.bos_only_after = bos_only_after
         self.layer = model.num_layers if layer is None else layer
         self.heads: int = model.attention_heads
         self.dtype = dtype
@@ -193,7 +197,10 @@ class FusedEncoder:
             yield x[:total]
             lap = None if lap is None else self.clock.now()
             projected = None if number else tuple(F.embedding(tokens, table) for table in self.first)
-            self._apply(layer, x, projected, rotations, lengths)
+            if self.bos_only_after is None or number < self.bos_only_after:
+                self._apply(layer, x, projected, rotations, lengths)
+            else:
+                self._apply_to_bos(layer, x, rotations, lengths)
         self.clock.lap(len(self.layers), lap)
         yield x[:total]
 
@@ -203,6 +210,17 @@ class FusedEncoder:
         attended = self._attend(qk, v, rotations, lengths)
         x += _linear(attended, layer.out)
         x += self._feed_forward(x, layer)
+
+    def _apply_to_bos(self, layer: _Layer, x: Tensor, rotations: Tensor, lengths: list[int]) -> None:
+        """The same for the first token of each sequence; of the others, which stay, only keys and values are needed."""
+        first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=x.device)
+        normed, (weight, bias), width = self._norm(x, layer.norm1), layer.qk, x.shape[1]
+        q = _linear(normed[first], (weight[:width], bias[:width]))  # at position 0, where nothing is rotated
+        k = _linear(normed, (weight[width:], bias[width:])).unflatten(-1, (self.heads, -1))
+        v = F.linear(normed.to(layer.v.dtype), layer.v).float().unflatten(-1, (self.heads, -1))
+        attended = attend_from_first(q.unflatten(-1, (self.heads, -1)), rotated(k, rotations), v, lengths)
+        hidden = x[first] + _linear(attended, layer.out)
+        x[first] = hidden + self._feed_forward(hidden, layer)
 
     def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
         """Rotates queries and keys, (T, 2 C) float32, in place; attention over the values, (T, C)."""
@@ -249,6 +267,19 @@ def attend_sequentially(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> 
         result = F.scaled_dot_product_attention(one[0], one[1], one[2], attn_mask=mask)
         attended[start:stop] = result[0].transpose(0, 1)
     return attended
+
+
+def attend_from_first(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Attention of one query for each sequence, (N, H, D), over its keys and values, (T, H, D); returns (N, H D)."""
+    sizes = torch.tensor(lengths, device=k.device)
+
+    def over(values: Tensor, how: str) -> Tensor:
+        return torch.segment_reduce(values, how, lengths=sizes, axis=0)
+
+    scores = (k * q.repeat_interleave(sizes, dim=0)).sum(-1) / q.shape[-1] ** 0.5  # (T, H)
+    weights = (scores - over(scores, "max").repeat_interleave(sizes, dim=0)).exp()
+    mixed = over((weights[..., None] * v).flatten(1), "sum").unflatten(-1, q.shape[1:])
+    return (mixed / over(weights, "sum")[..., None]).flatten(1)
 
 
 @lru_cache(maxsize=256)  # more than a batch has different lengths; every layer uses the same masks

@@ -153,6 +153,11 @@ class Extraction:
                 f"Expected --pooling {' or '.join(allowed)} for the shortened backbone {backbone.name}, which was "
                 f"fitted to {backbone.exit.pooling}, but got {request.pooling}."
             )
+        if backbone.exit.bos_only_after is not None and "int8" in request.precision:
+            raise InputError(
+                f"Expected --precision auto, fp32 or bf16 for {backbone.name}, whose last layers compute the BOS token "
+                f"alone, but got {request.precision}."
+            )
         return [State(backbone.num_layers)]
 
     def _code_settings(self, code_map: CodeMap, settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@
       tuned.safetensors       weights that replace some of the kept layers', where these were fine-tuned
 
 The map is affine, so it commutes with pooling: it is applied once to each pooled vector, and holds for residues too.
+Where the BOS token is pooled, it may go on alone through further layers.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ class Exit:
         map: From them to the target.
         pooling: What the map was fitted to.
         target: What the map estimates, in words.
+        bos_only_after: The layer behind which only the BOS token goes on; None where all tokens run every kept layer.
     """
 
     features: tuple[State, ...]
     map: LowRankLinear
     pooling: str
     target: str
+    bos_only_after: int | None = None
 
     @property
     def layer(self) -> int:
@@ -71,6 +74,7 @@ class ShortenedManifest:
         target: See `Exit`.
         fallback: The warning, where the whole model stands in for a default that was not available.
         architecture: `heads` and `token_dropout` of the model.
+        bos_only_after: See `Exit`.
     """
 
     backbone: str
@@ -81,6 +85,7 @@ class ShortenedManifest:
     target: str
     fallback: str | None
     architecture: Mapping[str, Any]
+    bos_only_after: int | None = None
 
 
 def write_shortened(
@@ -132,8 +137,12 @@ def read_shortened(folder: Path) -> tuple[ShortenedManifest, Exit, dict[str, Ten
             raise InputError(f"Expected {FORMAT} version {VERSION} in {folder} but got another; make it again.")
         files = dict(content.pop("files"))
         features = tuple(State.parse(entry) for entry in content["features"])
+        content.setdefault("bos_only_after", None)
         fields = {key: content[key] for key in ShortenedManifest.__dataclass_fields__ if key != "features"}
         manifest = ShortenedManifest(features=features, **fields)
+        alone = manifest.bos_only_after
+        if alone is not None and (manifest.pooling != "bos" or not 0 < alone < features[-1].layer):
+            raise ValueError(alone)
         if list(features) != sorted(set(features)) or not features or not 0 < features[-1].layer <= manifest.depth:
             raise ValueError(features)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -148,8 +157,9 @@ def read_shortened(folder: Path) -> tuple[ShortenedManifest, Exit, dict[str, Ten
         layer = LowRankLinear.from_factors(Factors(factors["A"], factors["B"], factors["bias"]))
     except (KeyError, RuntimeError, IndexError) as error:
         raise InputError(f"Expected the factors of a map in {folder / MAP} but they are not there.") from error
-    digest = hashlib.sha256(json.dumps([manifest.weights_sha256, content["features"], files], sort_keys=True).encode())
-    exit_ = Exit(features, layer.requires_grad_(False), manifest.pooling, manifest.target)
+    identity = [manifest.weights_sha256, content["features"], files, *([alone] if alone else [])]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    exit_ = Exit(features, layer.requires_grad_(False), manifest.pooling, manifest.target, alone)
     return manifest, exit_, tensors.get(WEIGHTS), tensors.get(TUNED, {}), digest.hexdigest()
 
 

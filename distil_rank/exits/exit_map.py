@@ -5,6 +5,7 @@ Fitted by reduced-rank ridge regression from streamed moments, λ chosen on vali
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,10 +85,19 @@ class PooledStates:
         self._x = [store.at(state).embeddings() for state in self.features]
         self._y = store.at(store.layers[-1]).embeddings()
         self._target = target
+        self._more: Tensor | None = None
+
+    def extended(self, states: Sequence[State], x: Tensor) -> PooledStates:
+        """The same with further features of every row, `(N, states × d)`."""
+        rows = copy.copy(self)
+        rows.features, rows._more = (*self.features, *states), x
+        return rows
 
     def __call__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features and targets of some rows."""
         x = torch.from_numpy(np.concatenate([states[rows] for states in self._x], axis=1))
+        if self._more is not None:
+            x = torch.cat([x, self._more[rows]], dim=1)
         y = torch.from_numpy(np.array(self._y[rows]))
         return x, y if self._target is None else self._target(y)
 

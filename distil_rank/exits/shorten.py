@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.data.splits import Split
 from distil_rank.deployment.artefact import check_writable, save
 from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.layer_spec import split_source
@@ -20,7 +21,8 @@ from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.shortened import ShortenedManifest, write_shortened
 from distil_rank.embedding.store import Store, read_manifest
 from distil_rank.errors import InputError
-from distil_rank.exits.augmentation import augment
+from distil_rank.exits.augmentation import AugmentedRows, augment
+from distil_rank.exits.bos_layers import with_bos_layers
 from distil_rank.exits.exit_map import Augmentation, ExitMap, PooledStates, features_of, fit_exit
 from distil_rank.exits.function import FunctionKept, function_kept
 from distil_rank.exits.measure import ExitScores, measure_exit
@@ -41,6 +43,7 @@ class Recipe:
         target: From the last layer's vectors to what the map is to estimate.
         described: That, in words.
         tail: What stands behind the target, to be matched at its end by training.
+        bos_layers: Further layers that only the BOS token runs.
         copies: Perturbed copies of each protein to fit to besides; used where validation says that they help.
         training: Beyond the closed form, kept where it clearly wins; None for the closed form alone.
         with_weights: Copy the kept layers' weights.
@@ -51,9 +54,15 @@ class Recipe:
     target: Callable[[Tensor], Tensor] | None = None
     described: str = "the last layer"
     tail: nn.Module | None = None
+    bos_layers: int = 0
     copies: int = 0
     training: TrainingOptions | None = None
     with_weights: bool = False
+
+    @property
+    def bos_only_after(self) -> int | None:
+        """The layer behind which the BOS token goes on alone; None where it does not."""
+        return self.layer if self.bos_layers else None
 
 
 @dataclass(frozen=True)
@@ -162,36 +171,47 @@ def shorten(
     """
     check_writable(output)
     store = open_states(data)
-    model = _whole(backbone, store)
-    features = features_of(recipe.layer, store.layers)
-    rows = PooledStates(store, features, recipe.target)
-    split = data.split_rows
-    copies = None
-    if recipe.copies:
-        fitted = np.concatenate([split.train, split.val])
-        copies = augment(store, features, fitted, recipe.copies, copies_folder, recipe.target)
+    model, split = _whole(backbone, store), data.split_rows
+    rows, copies = _rows(model, store, split, recipe, copies_folder)
     origin = {"backbone_sha256": model.sha256, "layer": recipe.layer, "target": recipe.described}
-    found, tuned = fit_exit(rows, features, split, origin, copies), None
-    if recipe.training is not None:
-        tuned = tune_exit(model, store, found, rows, split, recipe.training, recipe.tail, logger, copies)
+    found, tuned = fit_exit(rows, rows.features, split, origin, copies), None
+    if (options := recipe.training) is not None:
+        alone = recipe.bos_only_after
+        tuned = tune_exit(model, store, found, rows, split, options, recipe.tail, logger, copies, alone)
         found = tuned.found
-    scores = _scores(found, rows, split.test, recipe.rank, tuned)
+    judged = None
+    if task is not None:
+        judged = function_kept(task, store, *_outputs(found, rows, split.test, recipe.rank, tuned))
     done = Shortened(
         output,
         recipe.layer,
         model.depth,
-        ", ".join(map(str, features)),
+        ", ".join(map(str, rows.features)),
         recipe.described,
         found.choice.ridge,
         min(found.layer.rank, recipe.rank or found.layer.rank),
-        scores,
-        measured_cost(store, recipe.layer),
+        _scores(found, rows, split.test, recipe.rank, tuned),
+        None if recipe.bos_layers else measured_cost(store, recipe.layer),
         found.augmentation,
         tuned.training if tuned else None,
-        None if task is None else function_kept(task, store, *_outputs(found, rows, split.test, recipe.rank, tuned)),
+        judged,
     )
     _save(done, found, data, recipe, store, model, tuned)
     return done, found
+
+
+def _rows(
+    model: Backbone, store: Store, split: Split, recipe: Recipe, folder: Path
+) -> tuple[PooledStates, AugmentedRows | None]:
+    """Features and targets of the store's proteins, and of copies of those that are fitted to."""
+    features, copies = features_of(recipe.layer, store.layers), None
+    rows = PooledStates(store, features, recipe.target)
+    if recipe.copies:
+        fitted = np.concatenate([split.train, split.val])
+        copies = augment(store, features, fitted, recipe.copies, folder, recipe.target)
+    if recipe.bos_layers:
+        rows, copies = with_bos_layers(model, store, rows, copies, recipe.layer, recipe.bos_layers)
+    return rows, copies
 
 
 def _whole(backbone: str, store: Store) -> Backbone:
@@ -246,7 +266,11 @@ def _save(
     student = found.layer if recipe.rank is None else found.layer.truncate(recipe.rank)
     save(student, done.folder, metrics=metrics, data=asdict(data.description()))
     state = model.model.state_dict()
-    prefixes = ("embed_tokens.", "emb_layer_norm_after.", *(f"layers.{number}." for number in range(recipe.layer)))
+    prefixes = (
+        "embed_tokens.",
+        "emb_layer_norm_after.",
+        *(f"layers.{number}." for number in range(found.features[-1].layer)),
+    )
     manifest = ShortenedManifest(
         model.name if not Path(model.name).exists() else str(Path(model.name).resolve()),
         model.sha256,
@@ -256,6 +280,7 @@ def _save(
         recipe.described,
         model.fallback,
         {"heads": model.model.attention_heads, "token_dropout": bool(model.model.token_dropout)},
+        recipe.bos_only_after,
     )
     weights = {key: value for key, value in state.items() if key.startswith(prefixes)} if recipe.with_weights else None
     write_shortened(done.folder, manifest, weights, (tuned.weights or None) if tuned else None)

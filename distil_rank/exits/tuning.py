@@ -88,8 +88,11 @@ def tune_exit(
     tail: nn.Module | None = None,
     logger: RunLog | None = None,
     copies: AugmentedRows | None = None,
+    bos_only_after: int | None = None,
 ) -> Tuned:
     """Train the last kept layer, or a residual network in it, and the map; both kept where they clearly win.
+
+    Where the BOS token goes on alone behind a layer, the layers that it runs alone are trained.
 
     Without a tail the map is solved again, in closed form, from the trained layer's states.
 
@@ -103,17 +106,17 @@ def tune_exit(
         tail: What stands behind the target; training then compares its outputs.
         logger: For the losses.
         copies: Further sequences to train with, those of training proteins.
+        bos_only_after: The layer behind which the BOS token goes on alone.
     """
+    first = start.features[-1].layer if bos_only_after is None else bos_only_after + 1  # of the trained layers
     sides = _usable(store, split, backbone)
     given = {side: _sequences(store, rows, getattr(sides, side)) for side in ("train", "val", "test")}
     if copies is not None:
         given["train"] = _with_copies(given["train"], copies, copies.of(sides.train), _room(backbone))
-    module = _module(backbone, start, given["train"], options, tail, store.manifest["pooling"] == "bos")
-    earlier = start.layer.in_features - _own_columns(start, backbone)
+    module = _module(backbone, start, first, given["train"], options, tail, store.manifest["pooling"] == "bos")
+    earlier = int(backbone.model.embed_dim) * sum(state.layer < first for state in start.features)
     batches = {
-        side: cache_states(
-            backbone, start.features[-1].layer, one.texts, one.x[:, :earlier], one.y, store.manifest["pooling"]
-        )
+        side: cache_states(backbone, first, one.texts, one.x[:, :earlier], one.y, store.manifest["pooling"])
         for side, one in given.items()
     }
     training = train_exit(
@@ -124,19 +127,14 @@ def tune_exit(
     if not training.kept:
         return Tuned(training, start, {}, features, target, sides.test)
     found = _found(module, batches, start, copies, len(sides.train), tail is not None)
-    weights = {f"layers.{start.features[-1].layer - 1}.{name}": value for name, value in module.layer_weights().items()}
+    weights = module.layer_weights(first - 1)
     return Tuned(training, found, weights, features, target, sides.test)
-
-
-def _own_columns(start: ExitMap, backbone: Backbone) -> int:
-    """Columns of the features that come from the layer that is trained."""
-    layer = start.features[-1].layer
-    return backbone.model.embed_dim * sum(state.layer == layer for state in start.features)
 
 
 def _module(
     backbone: Backbone,
     start: ExitMap,
+    first: int,
     given: _Sequences,
     options: TrainingOptions,
     tail: nn.Module | None,
@@ -144,12 +142,13 @@ def _module(
 ) -> ExitModule:
     """What is trained, at the closed form."""
     dense, spread, model = start.layer.to_linear(), given.x.std(0), backbone.model
+    own = [state for state in start.features if state.layer >= first]
     return ExitModule(
-        model.layers[start.features[-1].layer - 1],
+        model.layers[first - 1 : start.features[-1].layer],
         model.emb_layer_norm_after,
         dense.weight.detach(),
         dense.bias.detach(),
-        start.features[-1].normed,
+        [(state.layer - first, state.normed or state.layer == backbone.depth) for state in own],
         torch.where(spread > 0, spread, 1.0),
         float((given.y - given.y.mean(0)).square().mean()),
         tail,

@@ -1,6 +1,6 @@
-"""Train the last layer that a shortened backbone keeps, or a residual network in it, and the map behind it.
+"""Train the last layers of a shortened backbone, or a residual network in them, and the map behind it.
 
-What comes before that layer is frozen, so its hidden states are computed once. Training starts at the closed form,
+What comes before is frozen, so its hidden states are computed once. Training starts at the closed form,
 competes with it on validation rows, and the best is kept.
 """
 
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from distil_rank.training.losses import Outputs, layer_loss, tail_loss
 
+MAP_RATE = 0.1  # learning rate of the map, as a share of the layers' own
 RunLog = Logger  # where a trainer logs to, for those who do not know Lightning
 
 
@@ -54,33 +55,33 @@ def residual_network(width: int, hidden: int) -> nn.Sequential:
 
 
 class ExitModule(LightningModule):
-    """The last kept layer, pooling, and the map to the target.
+    """The layers that are trained, pooling, and the map to the target.
 
     Args:
-        layer: fair-esm's transformer layer.
+        layers: fair-esm's transformer layers: the last kept one, or those that the first token runs alone.
         norm: The model's final norm, frozen.
-        weight: Of the map, `(m, n)`; its features are `earlier`, the layer's pooled states and, where `normed`, these
-            after the norm.
+        weight: Of the map, `(m, n)`; its features are `earlier` and what is pooled of `states`.
         bias: Of the map, `(m,)`.
-        normed: Whether the features hold the normed states.
+        states: Which states of these layers are features, by the number of the layer (0 for the first of `layers`), and
+            whether the norm is applied.
         scale: Spread of each feature, `(n,)`: the map is trained in standardised features.
         variance: Mean squared deviation of an element of the target from its mean.
         tail: What stands behind the target, frozen; then its outputs are compared.
         outputs: Of the tail.
-        first_only: Only the first token is pooled, so that the layer computes no other's output.
-        residual: Hidden width of a residual network on each residue, beside the layer's feed-forward network, in place
-            of training the layer; 0 for none.
-        alpha: Weight of the cosine term.
-        lr: Learning rate.
+        first_only: Only the first token is pooled, so that the layers compute no other's output.
+        residual: Hidden width of a residual network on each token, beside the last layer's feed-forward network, in
+            place of training the layers; 0 for none.
+        alpha: Weight of the cosine term; with a tail, of the squared error of the target beside its outputs.
+        lr: Learning rate of the layers; that of the map is a tenth, since it starts at its optimum.
     """
 
     def __init__(
         self,
-        layer: nn.Module,
+        layers: Sequence[nn.Module],
         norm: nn.LayerNorm,
         weight: Tensor,
         bias: Tensor,
-        normed: bool,
+        states: Sequence[tuple[int, bool]],
         scale: Tensor,
         variance: float,
         tail: nn.Module | None = None,
@@ -91,11 +92,10 @@ class ExitModule(LightningModule):
         lr: float = 3e-4,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(
-            "normed", "variance", "outputs", "first_only", "residual", "alpha", "lr", logger=False
-        )
-        self.layer: nn.Module = copy.deepcopy(layer).requires_grad_(residual == 0)
+        self.save_hyperparameters("variance", "outputs", "first_only", "residual", "alpha", "lr", logger=False)
+        self.layers = nn.ModuleList(copy.deepcopy(list(layers))).requires_grad_(residual == 0)
         self.norm: nn.LayerNorm = copy.deepcopy(norm).requires_grad_(False)
+        self.states = tuple(states)
         self.scale = nn.Buffer(scale.clone())
         self.weight = nn.Parameter(weight * scale)
         self.bias = nn.Parameter(bias.clone())
@@ -108,42 +108,61 @@ class ExitModule(LightningModule):
 
     def features(self, batch: CachedBatch) -> Tensor:
         """What the map takes, `(B, n)`."""
-        hidden = self.last_layer(batch.hidden.float().transpose(0, 1), batch.padding).transpose(0, 1)
-        weights = batch.weights[:, : hidden.shape[1], None]
-        states = [hidden, self.norm(hidden)] if self.hparams["normed"] else [hidden]
-        return torch.cat([batch.earlier, *((state * weights).sum(1) for state in states)], dim=1)
+        before = batch.hidden.float().transpose(0, 1)  # (T, B, C), as fair-esm has it
+        hidden = before[:1] if self.hparams["first_only"] else before
+        weights = batch.weights.T[: len(hidden), :, None]
+        pooled = []
+        for number, layer in enumerate(self.layers):
+            hidden = self._run(layer, hidden, before, batch.padding, number == len(self.layers) - 1)
+            wanted = [self.norm(hidden) if normed else hidden for at, normed in self.states if at == number]
+            pooled += [(state * weights).sum(0) for state in wanted]
+        return torch.cat([batch.earlier, *pooled], dim=1)
 
-    def last_layer(self, hidden: Tensor, padding: Tensor) -> Tensor:
-        """Output of the layer that is trained, `(T, B, C)` → the same, or `(1, B, C)` of the first token."""
-        layer: Any = self.layer
-        x = layer.self_attn_layer_norm(hidden)
-        wanted = 1 if self.hparams["first_only"] else len(x)
-        attended, _ = layer.self_attn(x[:wanted], x, x, key_padding_mask=padding, need_weights=False)
-        hidden = hidden[:wanted] + attended
+    def _run(self, layer: Any, hidden: Tensor, before: Tensor, padding: Tensor, last: bool) -> Tensor:
+        """One layer, `(T, B, C)` → the same; where the first token runs alone, the others are as they were before."""
+        x = layer.self_attn_layer_norm(torch.cat([hidden, before[len(hidden) :]]))
+        attended, _ = layer.self_attn(x[: len(hidden)], x, x, key_padding_mask=padding, need_weights=False)
+        hidden = hidden + attended
         x = layer.final_layer_norm(hidden)
         output: Tensor = hidden + layer.fc2(F.gelu(layer.fc1(x)))
-        return output if self.network is None else output + self.network(x)
+        return output + self.network(x) if last and self.network is not None else output
 
-    def layer_weights(self) -> dict[str, Tensor]:
-        """The layer's parameters under fair-esm's names; a residual network makes its feed-forward network wider."""
-        state = {name: value.detach().clone() for name, value in self.layer.state_dict().items()}
+    def layer_weights(self, first: int) -> dict[str, Tensor]:
+        """The layers' parameters under fair-esm's names; a residual network makes the feed-forward network wider.
+
+        Args:
+            first: Number of the first of them in the model, from 0.
+        """
+        state = {
+            f"layers.{number}.{name}": value.detach().clone()
+            for number, layer in enumerate(self.layers, start=first)
+            for name, value in layer.state_dict().items()
+        }
         if self.network is not None:
-            added = self.network.state_dict()
-            state["fc1.weight"] = torch.cat([state["fc1.weight"], added["0.weight"]])
-            state["fc1.bias"] = torch.cat([state["fc1.bias"], added["0.bias"]])
-            state["fc2.weight"] = torch.cat([state["fc2.weight"], added["2.weight"]], dim=1)
+            added, last = self.network.state_dict(), f"layers.{first + len(self.layers) - 1}"
+            for name, key, dim in (
+                ("fc1.weight", "0.weight", 0),
+                ("fc1.bias", "0.bias", 0),
+                ("fc2.weight", "2.weight", 1),
+            ):
+                state[f"{last}.{name}"] = torch.cat([state[f"{last}.{name}"], added[key]], dim=dim)
         return state
 
     def losses(self, batch: CachedBatch) -> Tensor:
-        """Of each sequence, `(B,)`."""
-        output = self(batch)
+        """Of each sequence, `(B,)`: what validation compares."""
+        return self._losses(self(batch), batch)
+
+    def _losses(self, output: Tensor, batch: CachedBatch) -> Tensor:
         if self.tail is not None:
             return tail_loss(self.tail(output), self.tail(batch.target), self.hparams["outputs"])
         return layer_loss(output, batch.target, self.hparams["alpha"], self.hparams["variance"])["loss"]
 
     def training_step(self, batch: CachedBatch, batch_index: int) -> Tensor:
-        """Mean loss of one batch."""
-        loss = self.losses(batch).mean()
+        """Mean loss of one batch; with a tail the squared error of the target besides."""
+        output = self(batch)
+        loss = self._losses(output, batch).mean()
+        if self.tail is not None:
+            loss = loss + self.hparams["alpha"] * (output - batch.target).square().mean() / self.hparams["variance"]
         self.log("train/loss", loss, batch_size=len(batch.target))
         return loss
 
@@ -153,12 +172,13 @@ class ExitModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine decay over the whole run."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.hparams["lr"], weight_decay=0.01)
+        own = {id(self.weight), id(self.bias)}
+        others = [one for one in self.parameters() if one.requires_grad and id(one) not in own]
+        rates = [self.hparams["lr"], self.hparams["lr"] * MAP_RATE]
+        groups = [{"params": others, "lr": rates[0]}, {"params": [self.weight, self.bias], "lr": rates[1]}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         steps = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.hparams["lr"], total_steps=steps + 1, pct_start=0.1
-        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def map(self) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from distil_rank.exits.tuning import TrainingOptions, tune_exit
 from distil_rank.training.exit_training import ExitModule, ExitTraining
 
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+OWN = [(0, False), (0, True)]  # the states of the layer that is trained
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_training_starts_at_the_closed_form(model, data):
     )
     dense, esm = found.layer.to_linear(), load_backbone(str(model)).model
     module = ExitModule(
-        esm.layers[1], esm.emb_layer_norm_after, dense.weight.detach(), dense.bias.detach(), True, x.std(0), 1.0
+        [esm.layers[1]], esm.emb_layer_norm_after, dense.weight.detach(), dense.bias.detach(), OWN, x.std(0), 1.0
     ).eval()
     order = sorted(range(50), key=lambda index: len(store.sequences[index]))
     with torch.no_grad():
@@ -110,7 +111,7 @@ def test_the_first_token_alone_is_the_same(model, data):
     x, y = rows(np.arange(20))
     (batch,) = cache_states(load_backbone(str(model)), 2, store.sequences[:20], x[:, :32], y, "bos")
     dense, esm = found.layer.to_linear(), load_backbone(str(model)).model
-    fixed = (esm.layers[1], esm.emb_layer_norm_after, dense.weight.detach(), dense.bias.detach(), True, x.std(0), 1.0)
+    fixed = ([esm.layers[1]], esm.emb_layer_norm_after, dense.weight.detach(), dense.bias.detach(), OWN, x.std(0), 1.0)
     with torch.no_grad():
         both = [ExitModule(*fixed, first_only=first).eval()(batch) for first in (True, False)]
     torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
