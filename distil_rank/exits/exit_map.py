@@ -59,6 +59,7 @@ class ExitMap:
         r2: On test rows at rank 1, 2, …
         target_mean: Of the rows that were fitted to, `(m,)`.
         augmentation: What copies of these rows added; None where there were none.
+        start: The same map fitted to training rows alone, so that validation rows may judge what is trained from it.
     """
 
     features: tuple[State, ...]
@@ -66,7 +67,8 @@ class ExitMap:
     choice: Choice
     r2: tuple[float, ...]
     target_mean: Tensor
-    augmentation: Augmentation | None = None
+    augmentation: Augmentation | None
+    start: LowRankLinear
 
 
 class PooledStates:
@@ -150,14 +152,15 @@ def fit_exit(
     train, val, test = (JointMoments.of(_blocks(rows, side)) for side in (split.train, split.val, split.test))
     fitted = np.concatenate([split.train, split.val])
     both = JointMoments.of(_blocks(rows, fitted))
-    choice = choose_ridge(RidgePath(train), val)
-    augmentation = None
+    path, augmentation = RidgePath(train), None
+    choice = choose_ridge(path, val)
     if copies is not None:
-        augmented = choose_ridge(RidgePath(_augmented(train, copies, split.train)), val)
+        other = RidgePath(_augmented(train, copies, split.train))
+        augmented = choose_ridge(other, val)
         used = augmented.r2 > choice.r2
         augmentation = Augmentation(len(copies.of(fitted)), choice.r2, augmented.r2, used)
         if used:
-            choice, both = augmented, _augmented(both, copies, fitted)
+            path, choice, both = other, augmented, _augmented(both, copies, fitted)
     factors = RidgePath(both).solve(choice.ridge)
     curve = joint_r2(factors, test, both)
     layer = LowRankLinear.from_factors(factors, both.x.mean)
@@ -172,7 +175,8 @@ def fit_exit(
         "r2_held_out": curve.tolist(),
         **(about or {}),
     }
-    return ExitMap(tuple(features), layer, choice, tuple(curve.tolist()), both.y.mean, augmentation)
+    start = LowRankLinear.from_factors(path.solve(choice.ridge), train.x.mean)
+    return ExitMap(tuple(features), layer, choice, tuple(curve.tolist()), both.y.mean, augmentation, start)
 
 
 def _augmented(moments: JointMoments, copies: AugmentedRows, proteins: np.ndarray) -> JointMoments:

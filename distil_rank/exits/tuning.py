@@ -140,8 +140,8 @@ def _module(
     tail: nn.Module | None,
     first_only: bool,
 ) -> ExitModule:
-    """What is trained, at the closed form."""
-    dense, spread, model = start.layer.to_linear(), given.x.std(0), backbone.model
+    """What is trained, at the closed form of the training rows, which validation rows can judge."""
+    dense, spread, model = start.start.to_linear(), given.x.std(0), backbone.model
     own = [state for state in start.features if state.layer >= first]
     return ExitModule(
         model.layers[first - 1 : start.features[-1].layer],

@@ -82,10 +82,11 @@ def test_training_starts_at_the_closed_form(model, data):
 
 def halved(found):
     """A start far from the best, which training is sure to leave: on random weights it overfits the best one."""
-    layer = found.layer.truncate(found.layer.rank)
+    layer, start = found.layer.truncate(found.layer.rank), found.start.truncate(found.start.rank)
     with torch.no_grad():
         layer.B *= 0.5
-    return replace(found, layer=layer)
+        start.B *= 0.5
+    return replace(found, layer=layer, start=start)
 
 
 @pytest.mark.parametrize("what", ["layer", "residual"])
