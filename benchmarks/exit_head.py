@@ -128,9 +128,8 @@ class Table:
 
     def __init__(self, fragments: Fragments) -> None:
         self.fragments, self.head = fragments, Head().eval()
-        before = json.loads(ROWS.read_text()) if ROWS.exists() else {"lines": {}, "curves": {}}
-        self.lines: dict[str, str] = before["lines"]
-        self.curves: dict[str, list[tuple[int, float]]] = before["curves"]
+        self.lines: dict[str, str] = {}
+        self.curves: dict[str, list[tuple[int, float]]] = {}
         if not COSTS.exists():
             raise InputError(f"Expected {COSTS} but it is not there; run `python benchmarks/exit_head.py time` first.")
         self.costs: dict[str, float] = json.loads(COSTS.read_text())
@@ -192,7 +191,9 @@ class Table:
         self.tell(layer, method, tuned.target, output, start.target_mean, tuned.training.seconds)
 
     def save(self) -> None:
-        """The table and the picture."""
+        """The table and the picture, with what other runs measured."""
+        before = json.loads(ROWS.read_text()) if ROWS.exists() else {"lines": {}, "curves": {}}
+        self.lines, self.curves = before["lines"] | self.lines, before["curves"] | self.curves
         split, copies = self.fragments.parts[0], len(self.fragments.all_copies.owner)
         sides = ", ".join(
             f"{len(rows):,} {what}"

@@ -176,6 +176,10 @@ def draw(points: dict[str, list[tuple[float, float, Any]]], metric: str) -> None
     for axis, label in zip(axes, ("R² to the last layer", f"{metric} kept on the labelled sample"), strict=True):
         axis.set(xlabel="measured share of the whole backbone's time", ylabel=label, xlim=(0, 1.05))
         axis.axhline(1, color="0.6", lw=1, ls="--")
+    lowest = min(one[1] for values in points.values() for one in values)
+    axes[0].set_ylim(max(lowest, -1) - 0.05, 1.05)
+    if lowest < -1:
+        axes[0].text(0.02, -0.95, f"below the picture: R² {lowest:.1f}, low rank at the least budget", fontsize=8)
     axes[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(RESULTS / "report.png", dpi=120)
