@@ -9,6 +9,7 @@ FASTA ?= data/sample.fasta.gz
 STORE ?=
 BACKBONE ?= auto
 POOLING ?= mean
+PRECISION ?= auto
 LAYERS ?=
 CODE ?=
 DATA ?= auto
@@ -50,8 +51,9 @@ help: ## What there is, in one line each
 
 setup: .venv/installed ## Install into .venv, with exact versions
 
-embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME|s3://BUCKET/NAME BACKBONE= POOLING=mean|bos|residue LAYERS=4|3,4,5|all CODE=FOLDER of a code map)
-	@$(RUN) embed --fasta "$(FASTA)" $(if $(STORE),--store "$(STORE)") --backbone "$(BACKBONE)" --pooling "$(POOLING)" $(if $(CODE),--code "$(CODE)") \
+embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME|s3://BUCKET/NAME BACKBONE= POOLING=mean|bos|residue PRECISION=auto|fp32|bf16|int8|auto-int8 LAYERS=4|3,4,5|all CODE=FOLDER of a code map)
+	@$(RUN) embed --fasta "$(FASTA)" $(if $(STORE),--store "$(STORE)") --backbone "$(BACKBONE)" --pooling "$(POOLING)" \
+	  --precision "$(PRECISION)" $(if $(CODE),--code "$(CODE)") \
 	  $(if $(LAYERS),--layer "$(LAYERS)") $(ARGS)
 
 train-teacher: .venv/installed ## Make the dense layer (TEACHER=denoising|random|spectral|FILE:KEY DATA=)
@@ -73,7 +75,8 @@ compress: .venv/installed ## A layer of your own model, to a folder that deploys
 
 judge: .venv/installed ## Representations on a labelled task (DATA= LABELS= GROUPS= TASK=; alone: on the labelled sample)
 	@$(RUN) judge --data "$(DATA)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
-	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") $(ARGS)
+	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") \
+	  --precision "$(PRECISION)" $(ARGS)
 
 code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whitened|invariant RANK= DTYPE=float32|int8|bit|pq BYTES= CODES= LABELS=; MAP=FOLDER of a code map that is there)
 	@$(RUN) code --data "$(DATA)" $(if $(MAP),--code_map "$(MAP)") --metric "$(METRIC)" --rank "$(RANK)" --dtype "$(DTYPE)" $(if $(BYTES),--bytes "$(BYTES)") \
@@ -84,13 +87,17 @@ search: .venv/installed ## Proteins against codes, with E-values (CODES= FASTA=;
 
 recommend: .venv/installed ## The cheapest pipeline that keeps your function (FASTA= LABELS= DATA= KEEP=0.99; alone: the labelled sample)
 	@$(RUN) recommend --data "$(DATA)" --keep "$(KEEP)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
-	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") $(ARGS)
+	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") \
+	  --precision "$(PRECISION)" $(ARGS)
 
 shorten: .venv/installed ## A backbone that stops behind LAYER, with a map to its end (LAYER= BACKBONE= DATA= or FASTA= LABELS= OUT=)
 	@test -n "$(LAYER)" || { echo "Expected LAYER=NUMBER, the last layer to run, but got none." >&2; exit 2; }
 	@$(RUN) shorten --layer "$(LAYER)" --backbone "$(BACKBONE)" --data "$(DATA)" \
 	  $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)") $(if $(LABELS),--labels.source "$(LABELS)") \
 	  --output "$(if $(filter file,$(origin OUT)),shortened,$(OUT))" $(ARGS)
+
+quantise: .venv/installed ## A backbone in int8, a quarter of its size, calibrated on your proteins (BACKBONE= FASTA= OUT=int8)
+	@$(RUN) quantise --backbone "$(BACKBONE)" --fasta "$(FASTA)" --output "$(if $(filter file,$(origin OUT)),int8,$(OUT))" $(ARGS)
 
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)

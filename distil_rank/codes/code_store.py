@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from distil_rank.deployment.artefact import MANIFEST, load, save
 from distil_rank.embedding.location import open_storage
+from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, SETTINGS, Store
@@ -103,8 +104,13 @@ def write_codes(source: Store, path: Location, code_map: CodeMap) -> CodeStore:
     writer = StoreWriter(path, CODES)
     settings = {key: manifest[key] for key in SETTINGS}
     settings |= {"dim": code_map.code_width, "code": code_map.entry}
-    description = {key: manifest[key] for key in ("backbone", "fallback")}
+    description = {key: manifest[key] for key in ("backbone", "fallback", *NOTES) if key in manifest}
+    calibration = None
+    if "calibration_sha256" in manifest:  # queries are to be computed with it too
+        settings["calibration_sha256"], calibration = manifest["calibration_sha256"], read_calibration(source.path)
     with writer.lock():
+        if calibration is not None and not writer.manifest:
+            writer.storage.write(CALIBRATION, calibration.content())
         writer.plan(_proteins(source), settings, description, CleaningReport(str(source.path)))
         pending = writer.pending()
         with tqdm(total=sum(map(_rows, pending)), desc="encode", unit="protein", disable=None) as bar:

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from distil_rank.codes.perturbation import Perturbations
-from distil_rank.embedding.embed import embed
+from distil_rank.embedding.embed import OPTIONS, embed, options_like
 from distil_rank.embedding.layer_spec import State
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
-
-EMBED_OPTIONS = ("pooling", "layer", "precision", "long", "max_length")
 
 
 @dataclass(frozen=True)
@@ -83,17 +81,17 @@ def embed_copies_by_layer(
             "store made by embed, or another source of noise (--noise labels or clusters)."
         )
     texts = {f"{row}.{number}": text for row in chosen.tolist() for number, text in enumerate(how.of(sequences[row]))}
-    settings = {key: about[key] for key in EMBED_OPTIONS}
+    settings = {key: about[key] for key in OPTIONS}
     names = [str(one["layer"]) for one in layers]
     if len(names) > 1:
         settings["layer"] = ",".join(names)
-    content = json.dumps([about["weights_sha256"], settings, asdict(how), texts])
+    content = json.dumps([about["weights_sha256"], settings, asdict(how), texts, *_calibration(about)])
     path = Path(folder) / f"copies-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     fasta = path.with_suffix(".fasta")
     fasta.parent.mkdir(parents=True, exist_ok=True)
     fasta.write_text("".join(f">{name}\n{text}\n" for name, text in texts.items()))
     log.info("Embedding %s perturbed copies of %s proteins", f"{len(texts):,}", f"{len(chosen):,}")
-    embed(fasta, path, about["backbone"], **settings)
+    embed(fasta, path, about["backbone"], **{**options_like(about, about.get("source")), **settings})
     store = Store.open(path)
     if store.manifest["weights_sha256"] != about["weights_sha256"]:
         raise InputError(
@@ -106,3 +104,8 @@ def embed_copies_by_layer(
     copied = [store.sequences[protein] for protein in proteins]
     stores = [store.at(State.parse(name)) for name in names] if len(names) > 1 else [store]
     return [Copies(one.embeddings(), owner, copied) for one in stores]
+
+
+def _calibration(about: Mapping[str, Any]) -> list[str]:
+    """What the vectors depend on beside the settings, in int8."""
+    return [about["calibration_sha256"]] if "calibration_sha256" in about else []

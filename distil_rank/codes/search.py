@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +18,13 @@ from torch import Tensor
 from distil_rank.codes.code_store import CodeStore, manifest_of
 from distil_rank.codes.evalues import Tail, reversed_decoy
 from distil_rank.codes.index import CodeIndex
-from distil_rank.embedding.embed import embed
+from distil_rank.embedding.embed import OPTIONS, embed, options_like
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
 
-EMBED_OPTIONS = ("pooling", "layer", "precision", "long", "max_length")
 COLUMNS = ("query", "target", "score", "rank", "evalue")
 SAMPLED_TARGETS = 20_000  # that decoys are compared with
 BLOCK = 4096  # of queries that are searched and written at once
@@ -60,7 +58,7 @@ def embedded_queries(fasta: str | Path, store: CodeStore) -> Queries:
             f"{report.counts['records']:,} have none; remove them."
         )
     with TemporaryDirectory(prefix="distil-rank-") as folder:
-        vectors = embed_like([protein.sequence for protein in proteins], store.manifest, Path(folder))
+        vectors = embed_like([protein.sequence for protein in proteins], store, Path(folder))
     return Queries([protein.id for protein in proteins], store.code_map(vectors), np.full(len(proteins), -1))
 
 
@@ -82,12 +80,12 @@ def own_queries(store: CodeStore) -> Queries:
     return Queries(store.ids, F.normalize(decoded, dim=1), np.arange(len(store)))
 
 
-def embed_like(sequences: Sequence[str], manifest: Mapping[str, Any], folder: Path) -> Tensor:
-    """Vectors of sequences, `(N, n)`, made as those behind a store; kept in `folder`.
+def embed_like(sequences: Sequence[str], store: CodeStore, folder: Path) -> Tensor:
+    """Vectors of sequences, `(N, n)`, made as those behind the codes; kept in `folder`.
 
     Args:
         sequences: cleaned.
-        manifest: of the store, of embeddings or of codes.
+        store: of codes.
         folder: for a store of them.
 
     Raises:
@@ -97,7 +95,8 @@ def embed_like(sequences: Sequence[str], manifest: Mapping[str, Any], folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     # numbers for names: what came in was made unique already, and may hold what a header cannot
     fasta.write_text("".join(f">{number}\n{sequence}\n" for number, sequence in enumerate(sequences)))
-    embed(fasta, path, manifest["backbone"], **{key: manifest[key] for key in EMBED_OPTIONS})
+    manifest = store.manifest
+    embed(fasta, path, manifest["backbone"], **options_like(manifest, store.path))
     made = Store.open(path)
     if made.manifest["weights_sha256"] != manifest["weights_sha256"]:
         raise InputError(
@@ -126,9 +125,10 @@ def decoy_tail(store: CodeStore, decoys: int, folder: str | Path, seed: int = 0)
     chosen = np.sort(dice.permutation(len(store))[:decoys])
     proteins = store.proteins.take(chosen)
     sequences = [reversed_decoy(text) for text in proteins["sequence"].to_pylist()]
-    settings = {key: store.manifest[key] for key in ("weights_sha256", *EMBED_OPTIONS)}
+    keys = ("weights_sha256", *OPTIONS, *(["calibration_sha256"] if "calibration_sha256" in store.manifest else []))
+    settings = {key: store.manifest[key] for key in keys}
     name = hashlib.sha256(json.dumps([settings, sequences]).encode()).hexdigest()[:16]
-    vectors = embed_like(sequences, store.manifest, Path(folder) / f"decoys-{name}")
+    vectors = embed_like(sequences, store, Path(folder) / f"decoys-{name}")
     sampled = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
     codes = torch.from_numpy(store.embeddings()[sampled])
     targets = F.normalize(store.code_map.decode(codes), dim=1)

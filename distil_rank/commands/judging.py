@@ -86,6 +86,11 @@ def judge(
         data = extract(
             {"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean", "precision": precision}
         ).store
+    elif precision != "auto":
+        raise InputError(
+            f"Expected --fasta, whose proteins are to be embedded in {precision}, but got none; vectors that are there "
+            "have theirs."
+        )
     opened = open_labelled(data, labels, task, groups, fit_fraction, seed)
     candidates = _candidates(opened, ranks, students, others)
     notes, scores = list(opened.notes), None

@@ -19,6 +19,7 @@ from distil_rank.commands.embeddings import extract
 from distil_rank.commands.judging import metric_name
 from distil_rank.deployment.artefact import save
 from distil_rank.embedding.embed import default_store
+from distil_rank.embedding.precision import Precision
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.recommendation.costs import measure_costs, query_seconds
@@ -72,6 +73,7 @@ def recommend(
     seed: int = 0,
     output: str = "results",
     config: str = "",
+    precision: Precision = "auto",
 ) -> Recommendation:
     """Recommend the cheapest pipeline that keeps a function.
 
@@ -95,10 +97,11 @@ def recommend(
         seed: Of all draws.
         output: Folder for results.
         config: The resolved configuration, kept with the run.
+        precision: To embed `fasta` in; see `distil-rank embed`.
     """
     if not 0 < keep <= 2:
         raise InputError(f"Expected --keep in (0, 2], a share of the full vector's score, but got {keep}.")
-    data, labels, notes = _embedded(data, labels, fasta, backbone, proteins, seed, output)
+    data, labels, notes = _embedded(data, labels, fasta, (backbone, precision), proteins, seed, output)
     started = time.perf_counter()
     problem = open_problem(data, labels, task, groups, metric, seed, Path(output), perturbations)
     name = f"{Path(problem.source).stem} keep {keep:g}"
@@ -121,17 +124,30 @@ def recommend(
 
 
 def _embedded(
-    data: str, labels: LabelSource, fasta: str | None, backbone: str, proteins: int, seed: int, output: str
+    data: str,
+    labels: LabelSource,
+    fasta: str | None,
+    model: tuple[str, Precision],
+    proteins: int,
+    seed: int,
+    output: str,
 ) -> tuple[str, LabelSource, list[str]]:
     """The store to use, with all layers embedded first where sequences are given or the sample is meant."""
     notes: list[str] = []
     if data == "auto" and fasta is None and labels.source is None:
         fasta, labels = sample(f"{LABELLED}.fasta.gz"), LabelSource(f"{sample(LABELLED)}/{OWN_LABELS}")
+    backbone, precision = model
     if fasta is None:
+        if precision != "auto":
+            raise InputError(
+                f"Expected --fasta, whose proteins are to be embedded in {precision}, but got none; vectors that are "
+                "there have theirs."
+            )
         return data, labels, notes
     store = f"{default_store(fasta)}-layers" if data == "auto" else data
     fasta, note = subset_of(fasta, labels, proteins, seed, Path(output))
-    extract({"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean", "layer": "all"})
+    how = {"backbone": backbone, "precision": precision, "pooling": "mean", "layer": "all"}
+    extract({"fasta": fasta, "store": store, **how})
     return store, labels, [*notes, *([note] if note else [])]
 
 

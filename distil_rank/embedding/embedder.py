@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import logging
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -20,14 +17,13 @@ from torch import Tensor
 
 from distil_rank.embedding.backbones import Backbone
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
+from distil_rank.embedding.freed_memory import keep_freed_memory
 from distil_rank.embedding.layer_spec import State
 
 logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# glibc's M_MMAP_THRESHOLD (at most 32), M_TRIM_THRESHOLD and M_TOP_PAD, in MiB
-MALLOC_OPTIONS = {-3: 32, -1: 1024, -2: 64}
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
 
 
@@ -101,7 +97,9 @@ class Embedder:
         own = [State(backbone.num_layers)] if backbone.exit is None else backbone.exit.features
         self.layers = tuple(layers if layers and self.map is None else own)
         alone = None if backbone.exit is None else backbone.exit.bos_only_after
-        self.encoder = encoder or FusedEncoder(backbone.model, DTYPES[precision], device, self.layers[-1].layer, alone)
+        shared = precision == "fp32" and torch.device(device).type == "cpu"  # the model's own weights serve
+        model = backbone.model if shared else backbone.streamed
+        self.encoder = encoder or FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer, alone)
         self.alphabet = backbone.alphabet
         self.width = backbone.model.embed_dim
         self.dim = backbone.dim
@@ -171,7 +169,7 @@ class Embedder:
         """
         threads = self.parallel_batches
         if self.encoder.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         if threads == 1:
             yield from ((batch, self.embed(batch.texts)) for batch in batches)
             return
@@ -299,18 +297,6 @@ def windows(length: int, window: int | None) -> list[tuple[int, int]]:
     number = -(-(length - window) // step) + 1
     starts = [round(i * (length - window) / (number - 1)) for i in range(number)]
     return [(start, start + window) for start in starts]
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep the memory of freed tensors for the next ones, for the whole process.
-
-    By default it returns most of it to the kernel after every batch and requests it again for the next.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option, mebibytes in MALLOC_OPTIONS.items():
-            mallopt(option, mebibytes << 20)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -12,7 +12,7 @@ norm's scale and shift are folded into the linear map that follows, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -24,7 +24,10 @@ from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
+from distil_rank.embedding.freed_memory import return_freed_memory
 from distil_rank.embedding.layer_costs import LayerClock
+from distil_rank.embedding.streamed_model import StreamedModel
+from distil_rank.errors import InputError
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
 EXACT = 2  # first layers, whose queries and keys are not rounded: later layers amplify their errors most
@@ -62,11 +65,33 @@ class _Layer(NamedTuple):
     fc2: Affine
 
 
+class Parts(NamedTuple):
+    """What an encoder has beside its layers.
+
+    Attributes:
+        heads: Attention heads of each layer.
+        depth: Layers of the whole model.
+        eps: Of the norms.
+        frequencies: Of the rotary embedding, (head width / 2,).
+        embedding: Of each token, (tokens, dim).
+        norm_after: Scale and shift of the final norm.
+        first: The first layer's queries and keys, (tokens, 2 dim), and values, (tokens, dim), of each token.
+    """
+
+    heads: int
+    depth: int
+    eps: float
+    frequencies: Tensor
+    embedding: Tensor
+    norm_after: Affine
+    first: tuple[Tensor, Tensor]
+
+
 class FusedEncoder:
     """The encoder of a fair-esm ESM-2 model up to one layer, for inference.
 
     Args:
-        model: fair-esm's model. Its parameters are shared where dtype and device allow it.
+        model: fair-esm's model. In float32 on a CPU its parameters are shared.
         dtype: Of the weights and of the inputs of matrix products.
         device: Where to compute.
         layer: The last layer to compute; the model's own by default.
@@ -74,35 +99,52 @@ class FusedEncoder:
             behind this one; none by default.
 
     Attributes:
+        parts: What it has beside its layers.
         clock: What each layer took so far.
     """
 
     def __init__(
         self,
-        model: ESM2,
+        model: ESM2 | StreamedModel,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layer: int | None = None,
         bos_only_after: int | None = None,
     ):
         self.bos_only_after = bos_only_after
+        check_exact(model)
         self.layer = model.num_layers if layer is None else layer
-        self.heads: int = model.attention_heads
         self.dtype = dtype
         self.device = torch.device(device)
-        self.attention_dtype = torch.float32 if self.device.type == "cpu" else dtype
-        self.eps: float = model.emb_layer_norm_after.eps
-        self.frequencies: Tensor = model.layers[0].self_attn.rot_emb.inv_freq.float().cpu()
-        self.layers: Sequence[Any] = self._convert(model.layers[: self.layer])
-        self.depth: int = model.num_layers
-        self.norm_after = self._parameters(model.emb_layer_norm_after)
-        self.clock = LayerClock(self.layer, self.device)
-        scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
-        self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
-        exact = self._layer(model.layers[0], torch.float32, torch.float32)
-        self.first = self._project(self.embedding, exact)  # the first layer's projections of each token, (tokens, ...)
+        self.heads, self.eps = model.attention_heads, model.emb_layer_norm_after.eps
+        layers = self._convert(model.layers[: self.layer])
+        self._assemble(self._parts(model), layers)
 
-    def _convert(self, modules: Iterable[Any]) -> Sequence[Any]:
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """Of queries, keys and values in attention."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    def _assemble(self, parts: Parts, layers: Sequence[Any]) -> None:
+        """Takes over what the forward pass needs; `layer`, `dtype` and `device` are set."""
+        self.parts = parts
+        self.heads, self.depth, self.eps = parts.heads, parts.depth, parts.eps
+        self.frequencies, self.embedding = parts.frequencies, parts.embedding
+        self.norm_after, self.first = parts.norm_after, parts.first
+        self.layers = layers
+        self.clock = LayerClock(self.layer, self.device)
+        return_freed_memory()
+
+    def _parts(self, model: ESM2 | StreamedModel) -> Parts:
+        scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
+        embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
+        exact = model.layers[0]
+        first = self._project(embedding, self._layer(exact, torch.float32, torch.float32))
+        frequencies = exact.self_attn.rot_emb.inv_freq.float().cpu().clone()
+        norm_after = self._parameters(model.emb_layer_norm_after)
+        return Parts(model.attention_heads, model.num_layers, self.eps, frequencies, embedding, norm_after, first)
+
+    def _convert(self, modules: Sequence[Any]) -> Sequence[Any]:
         """The parameters of each layer, as `_apply` wants them."""
         return [
             self._layer(module, self.dtype, self.attention_dtype if number < EXACT else self.dtype)
@@ -128,7 +170,8 @@ class FusedEncoder:
             return torch.cat([weight for weight, _ in affines]), torch.cat([bias for _, bias in affines])
 
         def rounded(affine: Affine, dtype: torch.dtype) -> Affine:
-            return affine[0].to(dtype), affine[1]
+            weight, bias = affine  # a view of the bias would keep the float32 weights beside it in memory
+            return (weight, bias) if dtype == weight.dtype else (weight.to(dtype), bias.clone())
 
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, module.fc1, module.fc2]
         q, k, v, out, fc1, fc2 = map(self._parameters, projections)
@@ -233,6 +276,15 @@ class FusedEncoder:
         weight, bias = layer.fc1
         hidden = F.linear(self._norm(x, layer.norm2).to(self.dtype), weight, bias.to(self.dtype))
         return _linear(F.gelu(hidden), layer.fc2)
+
+
+def check_exact(model: ESM2 | StreamedModel) -> None:
+    """Raises `InputError` for the model of a backbone in int8, which has no other weights."""
+    if model.embed_tokens.weight.is_meta:
+        raise InputError(
+            "Expected a backbone with its exact weights but got one that was saved in int8; name the model that it was "
+            "made of, or use --precision int8."
+        )
 
 
 def folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:

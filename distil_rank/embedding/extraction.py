@@ -27,6 +27,7 @@ from distil_rank.embedding.precision import (
     MIN_BF16_COSINE,
     Precision,
     choose,
+    int8_encoder,
     store_calibration,
 )
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
@@ -59,6 +60,7 @@ class Request:
     retry_skipped: bool = False
     calibration: str | Path | None = None
     code_map: CodeMap | None = None
+    like: str | Path | None = None
 
 
 class Extraction:
@@ -106,7 +108,14 @@ class Extraction:
         self._check_layers(existing, layers)
         sequences = [protein.sequence for protein in head]
         choice = choose(
-            request.precision, self.writer, self.device, backbone, sequences, layers[-1].layer, request.calibration
+            request.precision,
+            self.writer,
+            self.device,
+            backbone,
+            sequences,
+            layers[-1].layer,
+            request.calibration,
+            request.like,
         )
         precision, calibration, self._int8 = choice.precision, choice.calibration, choice.encoder
         settings = {
@@ -232,7 +241,7 @@ class Extraction:
     def _int8_encoder(self, layer: int) -> Int8Encoder:
         """What `plan` has made; after a restart, and in other processes, made again from the store's calibration."""
         if self._int8 is None:
-            self._int8 = Int8Encoder(self.backbone.model, store_calibration(self.writer), layer)
+            self._int8 = int8_encoder(self.backbone, store_calibration(self.writer), layer)
         return self._int8
 
     @cached_property

@@ -1,30 +1,36 @@
 """ESM-2's encoder with its matrix products in int8; everything between them stays in float32.
 
-Exact remain the norms, rotations, attention, GELU and the residual stream; the first layer's queries, keys and
-values, which are read from a table; and the next layers' queries and keys, as in bfloat16 (`esm2.EXACT`). Rows go
-through in blocks that fit a core's cache, so that rounding and scaling cost little beside the products.
+Exact remain the norms, rotations, attention, GELU, the residual stream, and what `int8_weights` leaves exact. Each
+thread's rows go through the products in large blocks, and what is between two of them in pieces that fit its cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
+from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from esm.model.esm2 import ESM2
 from torch import Tensor
 
-from distil_rank.embedding.calibration import GELU_MINIMUM, Calibration
-from distil_rank.embedding.esm2 import EXACT, KEYS, WIDE, Affine, FusedEncoder, attend_sequentially, folded, rotated
-from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear, round_positive_rows, round_rows, round_weight
+from distil_rank.embedding.esm2 import KEYS, WIDE, Affine, FusedEncoder, attend_sequentially, rotated
+from distil_rank.embedding.int8_linear import (
+    ZERO_POINT,
+    Int8Linear,
+    Rounded,
+    round_positive_rows,
+    round_rows,
+)
+from distil_rank.embedding.int8_weights import Int8Weights
 
 HEADS = 5  # of a sequence, at once in one thread
-BLOCK = 128  # rows; of the feed-forward layer's inner width they are 2.6 MB in float32 at 650M
+BLOCK = 640  # rows of a product at most
+PIECE = 64 * 5120  # numbers that go through the activation at once: 1.3 MB
 
 
 class _Int8Layer(NamedTuple):
@@ -43,58 +49,43 @@ class _Int8Layer(NamedTuple):
     fc2: Int8Linear
     fc2_bias: Tensor
 
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> _Int8Layer:
+        """Brings a layer of `Int8Weights` into the kernels' order."""
+
+        def product(name: str, zero_point: int = ZERO_POINT) -> Int8Linear:
+            return Int8Linear(weights[f"{name}.weight"], weights[f"{name}.scales"], zero_point)
+
+        no_shift = torch.zeros_like(weights["norm1"])
+        return cls(
+            norm1=(weights["norm1"], no_shift),
+            qk=(weights["qk.weight"], weights["qk.bias"]) if "qk.weight" in weights else None,
+            qkv=product("qkv") if "qkv.weight" in weights else None,
+            qk_bias=weights["qk.bias"],
+            out=product("out"),
+            out_bias=weights["out.bias"],
+            norm2=(weights["norm2"], no_shift),
+            fc1=product("fc1"),
+            fc1_bias=weights["fc1.bias"],
+            raised=(weights["raised.scale"], weights["raised.shift"]),
+            fc2=product("fc2", zero_point=0),
+            fc2_bias=weights["fc2.bias"],
+        )
+
 
 class Int8Encoder(FusedEncoder):
     """The encoder of a fair-esm ESM-2 model up to one layer, for inference on a CPU with int8 units.
 
     Args:
-        model: fair-esm's model; its parameters are not kept.
-        calibration: The activations' ranges.
-        layer: The last layer to compute; the model's own by default.
+        weights: Of its layers, none of which is kept as it comes.
     """
 
-    def __init__(self, model: ESM2, calibration: Calibration, layer: int | None = None):
-        self._calibration = calibration
+    def __init__(self, weights: Int8Weights):
+        self.layer, self.dtype, self.device = len(weights.layers), torch.int8, torch.device("cpu")
+        self.bos_only_after = None
         self._pool: ThreadPoolExecutor | None = None
-        self._first_migration = torch.ones(model.embed_dim)
-        super().__init__(model, torch.int8, "cpu", layer)
-        qk, v = self.first
-        self.first = qk, v / self._first_migration
-
-    @torch.no_grad()
-    def _convert(self, modules: Iterable[Any]) -> Sequence[Any]:
-        return [self._rounded_layer(number, module) for number, module in enumerate(modules)]
-
-    def _rounded_layer(self, number: int, module: Any) -> _Int8Layer:
-        exact = self._layer(module, torch.float32, torch.float32)
-        _, (fc1,) = folded(exact.norm2, exact.fc1)
-        maxima, migration = self._calibration.layers[number], self._calibration.migration
-        width = len(maxima.qkv)
-        no_shift = torch.zeros(width)
-        before_qkv = migration(maxima.qkv, torch.cat([exact.qk[0], exact.v]))
-        before_out = migration(maxima.out, exact.out[0])
-        before_fc1 = migration(maxima.fc1, fc1[0])
-        before_fc2 = migration(maxima.fc2, exact.fc2[0])
-        if number == 0:
-            self._first_migration = before_out
-        qk, v = exact.qk[0] * before_qkv, exact.v * before_qkv / before_out[:, None]
-        keeps_qk = 0 < number < EXACT
-        product = None if number == 0 else _int8(v if keeps_qk else torch.cat([qk, v]))
-        fc2 = _int8(exact.fc2[0] * before_fc2, zero_point=0)
-        return _Int8Layer(
-            norm1=(1 / before_qkv, no_shift),
-            qk=(qk, exact.qk[1]) if keeps_qk else None,
-            qkv=product,
-            qk_bias=exact.qk[1],
-            out=_int8(exact.out[0] * before_out),
-            out_bias=exact.out[1],
-            norm2=(1 / before_fc1, no_shift),
-            fc1=_int8(fc1[0] * before_fc1),
-            fc1_bias=fc1[1],
-            raised=(1 / before_fc2, GELU_MINIMUM / before_fc2),
-            fc2=fc2,
-            fc2_bias=exact.fc2[1] - GELU_MINIMUM * exact.fc2[0].sum(1),
-        )
+        self._threads = 1  # of the pool, or the caller's own
+        self._assemble(weights.parts, [_Int8Layer.of(layer) for layer in weights.layers])
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
@@ -105,10 +96,11 @@ class Int8Encoder(FusedEncoder):
             return
         torch.set_num_threads(1)  # of each operation; a pass has as many operations at once as there are threads
         try:
+            self._threads = threads
             with ThreadPoolExecutor(threads) as self._pool:
                 yield from super().states(tokens, lengths)
         finally:
-            self._pool = None
+            self._pool, self._threads = None, 1
             torch.set_num_threads(threads)
 
     def _each(self, function: Callable[[Any], object], parts: Sequence[Any]) -> None:
@@ -121,7 +113,9 @@ class Int8Encoder(FusedEncoder):
             list(self._pool.map(mode, parts))
 
     def _blocks(self, total: int) -> list[slice]:
-        return [slice(start, start + BLOCK) for start in range(0, total, BLOCK)]
+        """Equally many for every thread, of equal size as far as rows go in 16."""
+        number = self._threads * ceil(total / (self._threads * BLOCK))
+        return _slices(total, 16 * ceil(total / (16 * number)))
 
     def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
         qk, v = self._project_in_blocks(x, layer) if projected is None else projected
@@ -173,17 +167,25 @@ class Int8Encoder(FusedEncoder):
 
     def _feed_forward(self, x: Tensor, layer: Any) -> Tensor:
         values, scales = round_rows(self._norm(x, layer.norm2))
-        hidden = F.gelu(torch.addcmul(layer.fc1_bias, layer.fc1(values), scales))
-        scale, shift = layer.raised
-        values, scales = round_positive_rows(torch.addcmul(shift, hidden, scale))
+        inner = layer.fc1(values)
+        pieces = _slices(len(x), max(PIECE // inner.shape[1], 1))
+        rounded = [_activated(inner[rows], scales[rows], layer) for rows in pieces]
+        values, scales = (torch.cat(parts) for parts in zip(*rounded, strict=True))
         return x.addcmul_(layer.fc2(values), scales).add_(layer.fc2_bias)
+
+
+def _activated(product: Tensor, scales: Tensor, layer: _Int8Layer) -> Rounded:
+    """The second product's inputs from the first one's integers."""
+    hidden = F.gelu(torch.addcmul(layer.fc1_bias, product, scales))
+    scale, shift = layer.raised
+    return round_positive_rows(torch.addcmul(shift, hidden, scale))
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 def _in_mode(function: Callable[[Any], object], inference: bool, part: Any) -> None:
     """Calls the function with the mode of the thread that asks for it; each thread has its own."""
     with torch.no_grad(), torch.inference_mode(inference):
         function(part)
-
-
-def _int8(weight: Tensor, zero_point: int = ZERO_POINT) -> Int8Linear:
-    return Int8Linear(*round_weight(weight), zero_point)

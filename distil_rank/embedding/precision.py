@@ -6,24 +6,27 @@ one exact pass, in which no more than one layer is held in float32 at a time.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from distil_rank.embedding.agreement import Agreement, agreement
 from distil_rank.embedding.backbones import Backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.freed_memory import return_freed_memory
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.int8_weights import round_weights
 from distil_rank.embedding.location import is_remote, open_storage
+from distil_rank.embedding.saved_int8 import SavedInt8
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -33,39 +36,11 @@ logger = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "bf16", "int8", "auto-int8"]
 INT8 = ("int8", "auto-int8")
 MIN_BF16_COSINE = 0.999  # to fp32; below it bf16 is not used
-MIN_INT8_COSINE = 0.99
-MIN_INT8_NEIGHBOURS = 0.8  # share of the nearest neighbours in fp32 that stay nearest in int8
 HEAD = 64  # proteins that calibration and comparison may take
 CALIBRATION_TOKENS, CALIBRATION_LENGTH = 1024, 256
 COMPARED_TOKENS, COMPARED_LENGTH = 2048, 128
-MAX_NEIGHBOURS = 10
 CALIBRATION = "calibration.safetensors"  # in the store
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How closely int8 follows fp32 on some proteins.
-
-    Attributes:
-        worst_cosine: Of the mean-pooled vectors, before and after.
-        neighbours_kept: Share of each protein's nearest neighbours in fp32 that it has in int8, by centred cosine; None
-            where there are too few proteins.
-        proteins: Their number.
-    """
-
-    worst_cosine: float
-    neighbours_kept: float | None
-    proteins: int
-
-    @property
-    def suffices(self) -> bool:
-        """Whether int8 may be used; not where a figure is NaN."""
-        kept = 1.0 if self.neighbours_kept is None else self.neighbours_kept
-        return self.worst_cosine >= MIN_INT8_COSINE and kept >= MIN_INT8_NEIGHBOURS
-
-    def __str__(self) -> str:
-        kept = "" if self.neighbours_kept is None else f", {self.neighbours_kept:.1%} of the neighbours kept"
-        return f"worst cosine {self.worst_cosine:.5f} to fp32{kept} ({self.proteins} proteins)"
+NOTES = ("int8_gate", "precision_note")  # entries of a store's manifest
 
 
 @dataclass(frozen=True)
@@ -93,6 +68,7 @@ def choose(
     sequences: Sequence[str],
     layer: int,
     calibration: str | Path | None = None,
+    like: Location | None = None,
 ) -> Choice:
     """Decides on the precision of a store, new or not.
 
@@ -104,35 +80,82 @@ def choose(
         sequences: The first proteins of the input.
         layer: The last layer to compute.
         calibration: Store or file whose calibration to use; by default that of the first proteins.
+        like: Store of the same backbone whose calibration and comparison to take over.
 
     Raises:
         InputError: int8 was asked for by name and does not follow fp32 closely enough.
     """
+    if backbone.int8 is not None:
+        return _saved(backbone, backbone.int8, requested, device, calibration)
     stored = store.manifest.get("precision")
     if stored and (requested.startswith("auto") or stored == requested):
         return Choice(stored, store_calibration(store) if stored == "int8" else None)
     if requested not in INT8:
         return Choice(native_precision(device) if requested == "auto" else requested)
     reason = int8_missing(device)
-    if reason is None and stored:
-        return Choice("int8")  # which the store refuses
     if reason is None:
-        given = None if calibration is None else read_calibration(calibration)
-        fitted, encoder, figures = calibrate(backbone, sequences, layer, given)
-        if figures.suffices:
-            logger.info("computing in int8: %s", figures)
-            notes = {"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"}
-            return Choice("int8", fitted, encoder, notes)
-        if requested == "int8":
-            raise InputError(
-                f"Expected int8 to reach a cosine of {MIN_INT8_COSINE} to fp32 and to keep {MIN_INT8_NEIGHBOURS:.0%} "
-                f"of the neighbours but got {figures}; use --precision auto."
-            )
-        reason = f"int8 is too far from fp32: {figures}"
+        found = Choice("int8") if stored else _calibrated(requested, backbone, sequences, layer, calibration, like)
+        if isinstance(found, Choice):
+            return found  # the store refuses int8 where it has another precision
+        reason = found
     precision = native_precision(device)
     sentence = f"{reason}: going on in {precision}"
     logger.warning(sentence)
     return Choice(precision, notes={"precision_note": sentence})
+
+
+def _calibrated(
+    requested: Precision,
+    backbone: Backbone,
+    sequences: Sequence[str],
+    layer: int,
+    calibration: str | Path | None,
+    like: Location | None,
+) -> Choice | str:
+    """int8, with what is known of it; or, where it may not be used but another precision may, why."""
+    if like is not None:
+        taken = read_calibration(like)  # of a store of embeddings or of codes, which was opened before
+        manifest = json.loads(open_storage(like).read_bytes("manifest.json"))
+        return Choice("int8", taken, notes={key: manifest[key] for key in NOTES if key in manifest})
+    given = None if calibration is None else read_calibration(calibration)
+    fitted, encoder, figures = calibrate(backbone, sequences, layer, given)
+    if requested == "int8":
+        figures.check()
+    if not figures.suffices:
+        return f"int8 is too far from fp32: {figures}"
+    logger.info("computing in int8: %s", figures)
+    return Choice("int8", fitted, encoder, {"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"})
+
+
+def _saved(
+    backbone: Backbone,
+    saved: SavedInt8,
+    requested: Precision,
+    device: torch.device,
+    calibration: str | Path | None,
+) -> Choice:
+    """The choice of a backbone that was saved in int8, which is int8."""
+    whole = f"name the model that it was made of, {saved.manifest.backbone}"
+    if requested not in ("auto", *INT8):
+        raise InputError(
+            f"Expected --precision int8 or auto for {backbone.name}, saved in int8, but got {requested}; {whole}."
+        )
+    if (reason := int8_missing(device)) is not None:
+        raise InputError(f"Expected int8 units for {backbone.name}, which was saved in int8, but {reason}; {whole}.")
+    if calibration is not None and read_calibration(calibration).sha256 != saved.calibration.sha256:
+        raise InputError(
+            f"Expected no other calibration than that of {backbone.name}, whose weights were rounded with it, but got "
+            f"{calibration}; leave --calibration out."
+        )
+    figures = saved.manifest.gate
+    return Choice("int8", saved.calibration, notes={"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"})
+
+
+def int8_encoder(backbone: Backbone, calibration: Calibration, layer: int) -> Int8Encoder:
+    """The encoder of a store's calibration, from weights that were saved in int8 or from the exact ones."""
+    if backbone.int8 is not None:
+        return Int8Encoder(backbone.int8.weights(layer))
+    return Int8Encoder(round_weights(CalibrationEncoder(backbone.streamed, layer), calibration))
 
 
 def read_calibration(source: Location) -> Calibration:
@@ -194,14 +217,15 @@ def calibrate(
     compared = list(_fragments(distinct[len(fitted) :] or distinct, COMPARED_TOKENS, COMPARED_LENGTH))
     tokens, lengths = tokenise([*fitted, *compared], backbone.alphabet)
     noted = sum(lengths[: len(fitted)])
-    exact = CalibrationEncoder(backbone.model, layer, noted)
+    exact = CalibrationEncoder(backbone.streamed, layer, noted)
     states = exact.states(tokens, lengths)
     for _ in tqdm(range(layer), desc="calibrate int8", unit="layer", disable=None):
         next(states)
     expected = _pooled(exact, next(states)[noted:], lengths[len(fitted) :])
     calibration = stored or exact.calibration()
-    encoder = Int8Encoder(backbone.model, calibration, layer)
+    encoder = Int8Encoder(round_weights(exact, calibration))
     *_, hidden = encoder.states(tokens[noted:], lengths[len(fitted) :])
+    return_freed_memory()
     return calibration, encoder, agreement(expected, _pooled(encoder, hidden, lengths[len(fitted) :]))
 
 
@@ -218,22 +242,3 @@ def _pooled(encoder: FusedEncoder, hidden: Tensor, lengths: list[int]) -> Tensor
     """Means over residues, after the final norm if this is the last layer, (sequences, dim)."""
     hidden = encoder.normed(hidden) if encoder.layer == encoder.depth else hidden
     return torch.stack([part[1:-1].mean(0) for part in hidden.split(lengths)])
-
-
-def agreement(expected: Tensor, found: Tensor) -> Agreement:
-    """Compares pooled vectors, (N, dim) each, row by row and by their neighbours.
-
-    >>> agreement(torch.eye(2), torch.eye(2))
-    Agreement(worst_cosine=1.0, neighbours_kept=None, proteins=2)
-    """
-    worst = float(np.min(F.cosine_similarity(expected, found).numpy(), initial=1.0))  # NaN where any of them is
-    number = min(MAX_NEIGHBOURS, len(expected) // 4)
-    if not number:
-        return Agreement(worst, None, len(expected))
-
-    def neighbours(x: Tensor) -> Tensor:
-        centred = F.normalize(x - expected.mean(0))
-        return (centred @ centred.T).fill_diagonal_(-torch.inf).topk(number).indices
-
-    same = neighbours(expected)[:, :, None] == neighbours(found)[:, None, :]
-    return Agreement(worst, same.any(2).float().mean().item(), len(expected))

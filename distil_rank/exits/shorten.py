@@ -16,6 +16,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.data.splits import Split
 from distil_rank.deployment.artefact import check_writable, save
 from distil_rank.embedding.backbones import Backbone, load_backbone
+from distil_rank.embedding.esm2 import check_exact
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.shortened import ShortenedManifest, write_shortened
@@ -219,6 +220,7 @@ def _whole(backbone: str, store: Store) -> Backbone:
     model = load_backbone(backbone)
     if model.exit is not None:
         raise InputError(f"Expected a whole backbone to shorten but {backbone} is a shortened one; name its original.")
+    check_exact(model.model)
     if store.manifest["weights_sha256"] != model.sha256:
         raise InputError(
             f"Expected a store that {backbone} made but {store.path} was made by {store.manifest['backbone']} with "

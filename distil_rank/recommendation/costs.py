@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from distil_rank.codes.index import CodeIndex
-from distil_rank.embedding.embed import embed
+from distil_rank.embedding.embed import embed, options_like
 from distil_rank.embedding.layer_spec import State
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.errors import InputError
@@ -24,7 +24,6 @@ from distil_rank.reporting.choices import Cost
 log = logging.getLogger(__name__)
 
 TIMED, TIMED_WIDE, WIDE = 256, 16, 640  # proteins that are timed; fewer where the vectors are at least this wide
-EMBED_OPTIONS = ("pooling", "precision", "long", "max_length")
 QUERIES = 100
 
 
@@ -50,10 +49,10 @@ def measure_costs(
     with tempfile.TemporaryDirectory(prefix="distil-rank-") as name:
         fasta = Path(name) / "timed.fasta"
         fasta.write_text("".join(f">{row}\n{sequences[row]}\n" for row in chosen))
-        settings = {key: about[key] for key in EMBED_OPTIONS if key in about}
+        settings = options_like(about, about.get("source"))
         deepest = max(state.layer for state in states.values())
         try:
-            embed(fasta, Path(name) / "store", about["backbone"], layer=deepest, **settings)
+            embed(fasta, Path(name) / "store", about["backbone"], **{**settings, "layer": deepest})
         except InputError as error:
             return {}, f"Time was not measured: {error}"
         [extraction] = read_provenance(Path(name) / "store")["extractions"]

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from distil_rank.embedding.layer_spec import split_source
 from distil_rank.reporting import report
 from distil_rank.reporting.choices import SCHEMA, Outcome, Recommendation
 from distil_rank.reporting.figures import STYLE
@@ -141,6 +142,8 @@ def as_json(result: Recommendation) -> str:
 def configuration(result: Recommendation, code_map: Path, about: Mapping[str, Any]) -> str:
     """Options of `distil-rank embed` for the chosen pipeline, as YAML, under the three lines."""
     options = {key: about[key] for key in ("backbone", "pooling", "precision") if about.get(key) is not None}
+    if options.get("precision") == "int8" and about.get("source"):
+        options["calibration"] = str(split_source(about["source"])[0])
     if result.chosen.pipeline.layer is not None:
         options["layer"] = result.chosen.pipeline.layer
     options["code"] = str(code_map)

@@ -13,6 +13,7 @@ from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.int8_weights import round_weights
 from distil_rank.embedding.precision import calibrate
 from distil_rank.errors import InputError
 
@@ -46,6 +47,10 @@ def calibration_of(model: ESM2) -> Calibration:
     return encoder.calibration()
 
 
+def encoder_of(model: ESM2, layer: int | None = None) -> Int8Encoder:
+    return Int8Encoder(round_weights(CalibrationEncoder(model, layer), calibration_of(model)))
+
+
 def test_the_calibrating_pass_is_exact(model):
     packed = tokenise(proteins(5), model.alphabet)
     torch.testing.assert_close(CalibrationEncoder(model)(*packed), FusedEncoder(model)(*packed), atol=2e-5, rtol=1e-5)
@@ -69,7 +74,7 @@ def test_the_noted_ranges_are_those_of_fair_esm_s_own_activations(model):
 def test_int8_follows_the_exact_encoder(model, layer):
     packed = tokenise(proteins(6), model.alphabet)
     exact = FusedEncoder(model, layer=layer)(*packed)
-    rounded = Int8Encoder(model, calibration_of(model), layer)(*packed)
+    rounded = encoder_of(model, layer)(*packed)
     assert rounded.shape == exact.shape
     assert F.cosine_similarity(rounded, exact).min() > 0.995
 
@@ -79,7 +84,7 @@ def test_bytes_do_not_depend_on_the_batch_or_on_threads(model, wide, monkeypatch
     for module in (int8_encoder, embedder):
         monkeypatch.setattr(module, "WIDE", wide)
     texts = proteins(12)
-    encoder, backbone = Int8Encoder(model, calibration_of(model)), backbone_of(model)
+    encoder, backbone = encoder_of(model), backbone_of(model)
 
     class Batch(list):
         @property

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_resume import content, write_fasta
 
+from distil_rank.embedding import agreement
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.int8_linear import has_int8_units
 from distil_rank.embedding.multi_device import balanced
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import Shard, StoreWriter
@@ -19,17 +21,18 @@ SCRIPT = """
 import os
 import sys
 import torch
-from distil_rank.embedding import planning
+from distil_rank.embedding import agreement, planning
 from distil_rank.embedding.embed import embed
 from distil_rank.errors import InputError
 
 torch.set_num_threads(1)
 backbone = sys.argv[1]
 for job in sys.argv[2:]:
-    fasta, store, shard = job.split(",")
+    fasta, store, shard, precision = job.split(",")
+    agreement.MIN_INT8_COSINE = agreement.MIN_INT8_NEIGHBOURS = 0.0  # two random layers amplify errors
     planning.SHARD_RESIDUES = (int(shard), int(shard))
     try:
-        summary = embed(fasta, store, backbone=backbone, accelerator="cpu", devices=2)
+        summary = embed(fasta, store, backbone=backbone, accelerator="cpu", devices=2, precision=precision)
         line = f"SUMMARY {store} {summary.proteins} {summary.added} {summary.computed}\\n"
     except InputError as error:
         line = f"REFUSED {error}\\n"
@@ -72,11 +75,19 @@ def test_two_processes_end_in_the_store_of_one(tiny_esm2, tmp_path, monkeypatch)
     write_fasta(many, 300, 60)
     monkeypatch.setattr("distil_rank.embedding.planning.SHARD_RESIDUES", (1000, 1000))
     embed(many, tmp_path / "one", backbone=backbone, accelerator="cpu")
+    for name in ("MIN_INT8_COSINE", "MIN_INT8_NEIGHBOURS"):
+        monkeypatch.setattr(agreement, name, 0.0)
+    embed(many, tmp_path / "int8 one", backbone=backbone, accelerator="cpu", precision="auto-int8")
     assert interrupted(many, tmp_path / "two", backbone) > 5
 
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    jobs = [f"{bad},{tmp_path}/bad,1000", f"{few},{tmp_path}/few,100000", f"{many},{tmp_path}/two,1000"]
+    jobs = [
+        f"{bad},{tmp_path}/bad,1000,auto",
+        f"{few},{tmp_path}/few,100000,auto",
+        f"{many},{tmp_path}/two,1000,auto",
+        f"{many},{tmp_path}/int8 two,1000,auto-int8",
+    ]
     result = subprocess.run(
         [sys.executable, str(script), backbone, *jobs],
         capture_output=True,
@@ -97,3 +108,6 @@ def test_two_processes_end_in_the_store_of_one(tiny_esm2, tmp_path, monkeypatch)
     two.verify()
     assert content(tmp_path / "two") == content(tmp_path / "one")
     assert one.digest == two.digest
+    rounded = Store.open(tmp_path / "int8 two")
+    assert rounded.manifest["precision"] == ("int8" if has_int8_units() else one.manifest["precision"])
+    assert rounded.digest == Store.open(tmp_path / "int8 one").digest

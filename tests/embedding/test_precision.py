@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from distil_rank.embedding import agreement as agreement_module
 from distil_rank.embedding import precision
+from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.int8_linear import has_int8_units
-from distil_rank.embedding.precision import agreement
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -31,8 +32,8 @@ def fasta(tmp_path) -> Path:
 
 @pytest.fixture
 def run(tiny_esm2, tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "MIN_INT8_COSINE", 0.9)  # two random layers amplify errors
-    monkeypatch.setattr(precision, "MIN_INT8_NEIGHBOURS", 0.3)
+    monkeypatch.setattr(agreement_module, "MIN_INT8_COSINE", 0.9)  # two random layers amplify errors
+    monkeypatch.setattr(agreement_module, "MIN_INT8_NEIGHBOURS", 0.3)
     monkeypatch.setattr(precision, "native_precision", lambda device: "fp32")
 
     def call(fasta, store="store", **options):
@@ -109,7 +110,7 @@ def test_another_store_s_calibration_can_be_used(run, fasta, tmp_path):
 
 @needs_units
 def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(precision, "MIN_INT8_COSINE", 1.1)
+    monkeypatch.setattr(agreement_module, "MIN_INT8_COSINE", 1.1)
     with pytest.raises(InputError, match=r"Expected int8 to reach a cosine of 1\.1 to fp32 .* use --precision auto"):
         run(fasta, precision="int8")
     assert not (tmp_path / "store").exists(), "a refused request leaves nothing"
