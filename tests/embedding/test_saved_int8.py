@@ -22,7 +22,7 @@ from distil_rank.embedding.int8_linear import has_int8_units
 from distil_rank.embedding.quantise import quantise
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
-from distil_rank.exits.shorten import shorten
+from distil_rank.exits.shorten import Recipe, shorten
 
 pytestmark = pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")
 
@@ -75,7 +75,7 @@ def test_a_shortened_backbone_in_int8(tiny_esm2, fasta, tmp_path):
     embed(fasta, tmp_path / "states", str(tiny_esm2.fair_esm), layer="1,1n,2", precision="fp32", accelerator="cpu")
     data = EmbeddingDataModule(str(tmp_path / "states"), split="exact")
     data.setup()
-    shorten(str(tiny_esm2.fair_esm), 1, data, tmp_path / "short")
+    shorten(str(tiny_esm2.fair_esm), data, tmp_path / "short", Recipe(1))
     exact = embed(fasta, tmp_path / "exact", str(tmp_path / "short"), precision="fp32", accelerator="cpu")
     rounded = embed(fasta, tmp_path / "rounded", str(tmp_path / "short"), precision="int8", accelerator="cpu")
     assert (exact.precision, rounded.precision) == ("fp32", "int8")
