@@ -163,7 +163,7 @@ def evalues(options: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     from distil_rank.codes.evalues import Tail, reversed_decoy
-    from distil_rank.codes.search import embed_like
+    from distil_rank.codes.search import decoy_scores, embed_like
 
     proteins = labelled(options.data, options.fasta, options.folds)
     fit = fitted(proteins, "invariant")
@@ -179,7 +179,7 @@ def evalues(options: argparse.Namespace) -> None:
     for rank, dtype, books in ((64, "bit", None), (128, "bit", None), (64, "int8", None), (160, "pq", 8)):
         code_map = fit.code_map(rank, dtype, books)
         targets = F.normalize(code_map.decode(code_map.encode(x)), dim=1)
-        tail = Tail.of((code_map(vectors) @ targets.T).numpy())
+        tail = Tail.of(decoy_scores(code_map(vectors), targets, chosen[:, None] == np.arange(len(judged))))
         observed = false_hits(code_map(x), targets, fold, tail, stated)
         name = f"{dtype}, rank {rank}"
         ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {code_map.bytes_per_protein} bytes")

@@ -113,7 +113,7 @@ def embed_like(sequences: Sequence[str], store: CodeStore, folder: Path) -> Tens
 
 
 def decoy_tail(store: CodeStore, decoys: int, folder: str | Path, seed: int = 0) -> Tail:
-    """The tail of the scores that reversed proteins of the store reach among its codes.
+    """The tail of the scores that reversed proteins of the store reach among its codes, their own originals left out.
 
     Args:
         store: of codes.
@@ -132,7 +132,24 @@ def decoy_tail(store: CodeStore, decoys: int, folder: str | Path, seed: int = 0)
     sampled = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
     codes = torch.from_numpy(store.embeddings()[sampled])
     targets = F.normalize(store.code_map.decode(codes), dim=1)
-    return Tail.of((store.code_map(vectors) @ targets.T).numpy())
+    return Tail.of(decoy_scores(store.code_map(vectors), targets, chosen[:, None] == sampled))
+
+
+def decoy_scores(decoys: Tensor, targets: Tensor, own: np.ndarray) -> np.ndarray:
+    """Scores of decoys among targets but for each one's own original, which has the very same composition.
+
+    Args:
+        decoys: queries, `(D, r)`.
+        targets: decoded codes of unit length, `(T, r)`.
+        own: which target each decoy is made of, `(D, T)` bool.
+
+    Returns:
+        `(D T - own.sum(),)`.
+
+    >>> decoy_scores(torch.eye(2), torch.eye(2), np.eye(2, dtype=bool)).tolist()
+    [0.0, 0.0]
+    """
+    return (decoys @ targets.T).numpy()[~own]
 
 
 def search(
