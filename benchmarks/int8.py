@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from embedding import machine, read_fasta
 from esm.model.esm2 import ESM2
+from script import interleaved
 from torch import Tensor
 
 from distil_rank.embedding.agreement import agreement
@@ -105,14 +105,8 @@ def kernels() -> None:
         for rows in ROWS:
             x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
             calls = torch_kernels(x, weight) | onnx_kernels(x, weight)
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(ROUNDS + 1):
-                for name, call in calls.items():
-                    start = time.perf_counter()
-                    call()
-                    times[name].append(time.perf_counter() - start)
-            for name, values in times.items():
-                rate = 2 * rows * inputs * outputs / statistics.median(values[1:]) / 1e9
+            for name, values in interleaved(calls, ROUNDS).items():
+                rate = 2 * rows * inputs * outputs / statistics.median(values) / 1e9
                 rates.setdefault(name, []).append(f"{rate:.0f}")
     print("| | " + " | ".join(head) + " |\n|---|" + "---|" * len(head))
     for name, row in rates.items():

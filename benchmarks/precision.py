@@ -6,13 +6,13 @@ python benchmarks/precision.py
 from __future__ import annotations
 
 import copy
-import time
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from embedding import matrix_rate, read_fasta
-from script import machine_line, run
+from script import interleaved, machine_line, run
 from torch import Tensor
 
 from distil_rank.embedding.backbones import load_backbone
@@ -22,14 +22,8 @@ ROUNDS = 5
 
 
 def seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Medians of interleaved rounds; the first one warms up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: sorted(values[1:])[ROUNDS // 2] for name, values in times.items()}
+    """Medians of interleaved rounds."""
+    return {name: statistics.median(values) for name, values in interleaved(calls, ROUNDS).items()}
 
 
 @torch.inference_mode()

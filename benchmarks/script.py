@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ MACHINE = "Machine: "  # begins the line that `pages.py` looks for
 def machine_line() -> str:
     """The line that names this machine."""
     return f"{MACHINE}{machine()}."
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of calls that take turns; a first round warms up and is left out."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in times.items()}
 
 
 def save_markdown(path: Path, lines: list[str]) -> None:

@@ -159,7 +159,7 @@ def test_what_does_not_belong_together(source, tmp_path):
     with pytest.raises(InputError, match="holds embeddings"):
         CodeStore.open(source.path)
     save(fitted(source, "int8"), tmp_path / "codes" / MAP)
-    with pytest.raises(InputError, match="it is another"):
+    with pytest.raises(InputError, match="missing or another"):
         _ = CodeStore.open(tmp_path / "codes").code_map
     save(LowRankLinear(4, 4, 2), tmp_path / "student")
     with pytest.raises(InputError, match="student layer"):

@@ -1,6 +1,5 @@
 """Copies as rows to fit to: labelled by the backbone, weighed together as much as their protein, used if better."""
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +14,13 @@ from distil_rank.embedding.layer_spec import State
 from distil_rank.embedding.store import Store
 from distil_rank.exits.augmentation import AugmentedRows, augment
 from distil_rank.exits.exit_map import fit_exit
-
-ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+from tests.exits.conftest import write_proteins
 
 
 @pytest.fixture(scope="module")
 def store(tiny_esm2, tmp_path_factory) -> Store:
     folder = tmp_path_factory.mktemp("states")
-    dice = random.Random(0)
-    records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(10, 20)))}\n" for i in range(40)]
-    (folder / "in.fasta").write_text("".join(records))
+    write_proteins(folder / "in.fasta", 40, 10, 20)
     done = embed(folder / "in.fasta", folder / "store", str(tiny_esm2.fair_esm), layer="1,1n,2", precision="fp32")
     return Store.open(done.store)
 

@@ -1,13 +1,8 @@
 """The BOS token alone through further layers: against fair-esm's own layers, and end to end through a folder."""
 
-import argparse
-import random
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from esm.model.esm2 import ESM2
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.embedding.backbones import load_backbone
@@ -21,32 +16,14 @@ from distil_rank.exits.bos_layers import bos_states
 from distil_rank.exits.exit_map import fit_exit
 from distil_rank.exits.shorten import Recipe, shorten
 from distil_rank.exits.tuning import TrainingOptions
+from tests.exits.conftest import write_proteins
 from tests.exits.test_tuning import halved
-
-ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """ESM-2 of 3 layers, 32 wide."""
-    path = tmp_path_factory.mktemp("model") / "esm2_three.pt"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        esm = ESM2(3, 32, 4)
-        for parameter in esm.parameters():
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    state = {f"encoder.sentence_encoder.{key}": value for key, value in esm.state_dict().items()}
-    config = argparse.Namespace(encoder_attention_heads=4, token_dropout=True)
-    torch.save({"cfg": {"model": config}, "model": state}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def data(model, tmp_path_factory) -> EmbeddingDataModule:
     folder = tmp_path_factory.mktemp("data")
-    dice = random.Random(0)
-    records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(3, 12)))}\n" for i in range(400)]
-    (folder / "in.fasta").write_text("".join(records))
+    write_proteins(folder / "in.fasta", 400, 3, 12)
     options = {"layer": "1,1n,3", "precision": "fp32", "accelerator": "cpu"}
     embed(folder / "in.fasta", folder / "store", str(model), "bos", **options)
     module = EmbeddingDataModule(str(folder / "store"), split="exact")

@@ -1,7 +1,6 @@
 """A shortened backbone against the whole one, and what it refuses."""
 
 import json
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +20,14 @@ from distil_rank.errors import InputError
 from distil_rank.exits.exit_map import PooledStates, features_of, fit_exit
 from distil_rank.exits.measure import measure_exit
 from distil_rank.exits.shorten import Recipe, layers_needed, open_states, shorten
-
-ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+from tests.exits.conftest import write_proteins
 
 
 @pytest.fixture(scope="module")
 def states(tiny_esm2, tmp_path_factory) -> Path:
     """A store of both layers of the tiny model, of proteins long enough for their means to differ."""
     folder = tmp_path_factory.mktemp("states")
-    dice = random.Random(0)
-    records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(3, 12)))}\n" for i in range(600)]
-    (folder / "in.fasta").write_text("".join(records))
+    write_proteins(folder / "in.fasta", 600, 3, 12)
     embed(
         folder / "in.fasta", folder / "store", str(tiny_esm2.fair_esm), layer="1,1n,2", precision="fp32",
         accelerator="cpu",

@@ -1,14 +1,10 @@
 """Training the last kept layer, on a model small enough to see it win and to see it refused."""
 
-import argparse
-import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from esm.model.esm2 import ESM2
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.embedding.backbones import load_backbone
@@ -24,32 +20,15 @@ from distil_rank.exits.exit_map import PooledStates, features_of, fit_exit
 from distil_rank.exits.shorten import Recipe, shorten
 from distil_rank.exits.tuning import TrainingOptions, tune_exit
 from distil_rank.training.exit_training import ExitModule, ExitTraining
+from tests.exits.conftest import write_proteins
 
-ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 OWN = [(0, False), (0, True)]  # the states of the layer that is trained
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """ESM-2 of 3 layers, 32 wide."""
-    path = tmp_path_factory.mktemp("model") / "esm2_three.pt"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        esm = ESM2(3, 32, 4)
-        for parameter in esm.parameters():
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    state = {f"encoder.sentence_encoder.{key}": value for key, value in esm.state_dict().items()}
-    config = argparse.Namespace(encoder_attention_heads=4, token_dropout=True)
-    torch.save({"cfg": {"model": config}, "model": state}, path)
-    return path
 
 
 @pytest.fixture(scope="module", params=["mean", "bos"])
 def data(model, request, tmp_path_factory) -> EmbeddingDataModule:
     folder = tmp_path_factory.mktemp("data")
-    dice = random.Random(0)
-    records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(3, 12)))}\n" for i in range(400)]
-    (folder / "in.fasta").write_text("".join(records))
+    write_proteins(folder / "in.fasta", 400, 3, 12)
     options = {"layer": "1,2,2n,3", "precision": "fp32", "accelerator": "cpu"}
     embed(folder / "in.fasta", folder / "store", str(model), request.param, **options)
     module = EmbeddingDataModule(str(folder / "store"), split="exact")
