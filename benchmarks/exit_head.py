@@ -259,14 +259,20 @@ def timing(fragments: int, rounds: int) -> None:
 
 
 def predictions(
-    options: TrainingOptions, copies: int, exits: tuple[int, ...], layer_at: tuple[int, ...], alone_at: tuple[int, ...]
+    options: TrainingOptions,
+    copies: int,
+    exits: tuple[int, ...],
+    layer_at: tuple[int, ...],
+    alone_at: tuple[int, ...],
+    shortest: bool,
 ) -> None:
     """What is kept at some exits; lines of other exits stay in the table."""
     table = Table(Fragments(copies))
     for layer in exits:
         start = table.closed_forms(layer)
-        table.bos_alone(layer, options, layer in alone_at)
-        for what, with_copies in TRAININGS if layer in layer_at else ():
+        if layer in alone_at or not shortest:
+            table.bos_alone(layer, options, layer in alone_at)
+        for what, with_copies in TRAININGS[: 1 if shortest else None] if layer in layer_at else ():
             table.trained(layer, start, replace(options, what=what), with_copies)
         table.save()
 
@@ -282,6 +288,7 @@ def main(
     exits: tuple[int, ...] = (1, 2, 3, 4, 5),
     layer_at: tuple[int, ...] = (4,),
     alone_at: tuple[int, ...] = (3, 4),
+    shortest: bool = False,
 ) -> None:
     """Run one part.
 
@@ -296,11 +303,12 @@ def main(
         exits: To measure; lines of others that were measured before stay.
         layer_at: Exits at which the last kept layer is trained.
         alone_at: Exits behind which the layers that the BOS token runs alone are trained.
+        shortest: Only the first training, of the last kept layer on the fragments alone.
     """
     if part == "time":
         timing(fragments, rounds)
     else:
-        predictions(TrainingOptions("layer", minutes, epochs, lr), copies, exits, layer_at, alone_at)
+        predictions(TrainingOptions("layer", minutes, epochs, lr), copies, exits, layer_at, alone_at, shortest)
 
 
 if __name__ == "__main__":
