@@ -46,6 +46,11 @@ def test_the_sample(workplace, capsys, monkeypatch):
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(content["front"]) and all(run.info.status == "FINISHED" for run in runs)
     assert parent.data.params["verdict"] == "confirmed"
+    assert (
+        parent.info.run_name
+        == f"{parent.data.params['choice']}, {store.code_map.bytes_per_protein} bytes: keeps "
+        + (f"{kept['value']:.3f}, confirmed")
+    )
     assert parent.data.metrics["kept_low"] == pytest.approx(kept["low"], rel=1e-4)
 
 

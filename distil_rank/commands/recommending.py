@@ -243,7 +243,10 @@ def _tags(problem: Problem) -> dict[str, str]:
 
 def _log(run: Run, result: Recommendation, files: Sequence[Path], config: str) -> None:
     """The parent says what was chosen; each pipeline of the front is a child."""
-    run.log_params({"choice": str(result.chosen.pipeline), "verdict": result.verdict})
+    choice = str(result.chosen.pipeline)
+    run.log_params({"choice": choice, "verdict": result.verdict})
+    name = f"{choice}, {result.confirmed.bytes} bytes: keeps {result.confirmed.worst:.3f}, {result.verdict}"
+    run.set_tags({"mlflow.runName": name})  # the list of runs then answers the question
     run.log_metrics({**_figures(result.confirmed), "pipelines": len(result.outcomes), "seconds": result.seconds})
     run.log_text(config, "config.yaml")
     for file in [
