@@ -67,6 +67,7 @@ def compress(
         InputError: a pattern that matches no linear layer, a layer that never runs or does more than its weights say, a
             rank or budget out of range, data that cannot be passed over again where that is needed.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
     >>> report = compress(model, {"0": 3}, data=torch.randn(200, 16))
     >>> model[0].rank, report.parameters

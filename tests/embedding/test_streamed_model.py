@@ -11,6 +11,7 @@ from esm.model.esm2 import ESM2
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.streamed_model import StreamedModel
+from tests.conftest import hugging_face_key
 
 PACKED = ["MKTAYIAKQR", "GDTQLFNW"]
 
@@ -54,7 +55,7 @@ def test_nothing_of_the_file_stays_in_memory(kind, tmp_path):
         torch.manual_seed(0)
         model = ESM2(6, 192, 4)
     state = {key: value.clone() for key, value in model.state_dict().items() if "lm_head" not in key}
-    renamed = {_key(key): value for key, value in state.items() if "contact" not in key}
+    renamed = {hugging_face_key(key): value for key, value in state.items() if "contact" not in key}
     config = {"model_type": "esm", "position_embedding_type": "rotary", "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     file = tmp_path / ("model.safetensors" if kind == "safetensors" else "pytorch_model.bin")
@@ -67,9 +68,3 @@ def test_nothing_of_the_file_stays_in_memory(kind, tmp_path):
     shared = FusedEncoder(backbone.model)
     assert shared(*tokenise(PACKED, backbone.alphabet)).isfinite().all()
     assert resident(file) > 0.9 * size, "where the weights are shared they are read"
-
-
-def _key(key: str) -> str:
-    from conftest import hugging_face_key
-
-    return hugging_face_key(key)
