@@ -105,6 +105,9 @@ ui: .venv/installed ## Browse the runs in MLflow
 test: .venv/installed-dev ## Run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q $(ARGS)  # one worker a core, one thread a worker
 
+check-docs: .venv/installed-dev ## Run all that the README tells to type, as it stands, in a fresh clone of the last commit (20 minutes)
+	@DISTIL_RANK_FRESH_CLONE=1 $(BIN)/python -m pytest -q -s tests/test_fresh_clone.py $(ARGS)
+
 notebooks: .venv/installed-dev ## Run the notebooks in full; copies with outputs go to results/notebooks
 	@mkdir -p results/notebooks && cp notebooks/*.ipynb results/notebooks
 	@$(BIN)/jupyter-execute --inplace results/notebooks/*.ipynb

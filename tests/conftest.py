@@ -59,6 +59,29 @@ def hugging_face_key(key: str) -> str:
     return f"esm.encoder.layer.{layer}.{inner[module]}.{parameter}"
 
 
+def hugging_face_folder(model: ESM2, folder: Path, pickled: bool = False) -> None:
+    """Write a model as Hugging Face does, without the heads that embeddings do not need."""
+    renamed: dict[str, Tensor] = {
+        hugging_face_key(key): value.clone()
+        for key, value in model.state_dict().items()
+        if "lm_head" not in key and "contact" not in key
+    }
+    config = {
+        "model_type": "esm",
+        "position_embedding_type": "rotary",
+        "num_attention_heads": model.attention_heads,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.embed_dim,
+        "token_dropout": True,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    if pickled:
+        torch.save(renamed, folder / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(renamed, folder / "model.safetensors")
+
+
 @pytest.fixture(autouse=True)
 def log_levels() -> None:
     """Undo what a command that an earlier test ran in this process set, so that `caplog` sees all it should."""
@@ -86,22 +109,8 @@ def tiny_esm2(tmp_path_factory: pytest.TempPathFactory) -> TinyEsm2:
     prefixed |= {f"encoder.{key}": value for key, value in state.items() if "lm_head" in key}
     torch.save({"cfg": {"model": config}, "model": prefixed}, fair_esm)
 
-    renamed: dict[str, Tensor] = {
-        hugging_face_key(key): value for key, value in state.items() if "lm_head" not in key and "contact" not in key
-    }
-    hf_config = {
-        "model_type": "esm",
-        "position_embedding_type": "rotary",
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
-        "hidden_size": DIM,
-        "token_dropout": True,
-    }
     for name in ("safetensors", "bin"):
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(hf_config))
-    safetensors.torch.save_file(renamed, folder / "safetensors" / "model.safetensors")
-    torch.save(renamed, folder / "bin" / "pytorch_model.bin")
+        hugging_face_folder(model, folder / name, pickled=name == "bin")
     return TinyEsm2(model, fair_esm, folder / "safetensors", folder / "bin")
 
 

