@@ -8,7 +8,8 @@ codes/
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 from distil_rank.deployment.artefact import MANIFEST, load, save
-from distil_rank.embedding.location import open_storage
+from distil_rank.embedding.elastic import Cluster, compute_elastically
+from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.location import absolute, open_storage
 from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.storage import Location
@@ -86,13 +89,14 @@ def manifest_of(source: Store) -> dict[str, Any]:
     return manifest if source.layer is None else {**manifest, "layer": source.layer.entry}
 
 
-def write_codes(source: Store, path: Location, code_map: CodeMap) -> CodeStore:
+def write_codes(source: Store, path: Location, code_map: CodeMap, cluster: Cluster | None = None) -> CodeStore:
     """Encode a store of embeddings, shard after shard; what is there already stays.
 
     Args:
         source: pooled embeddings.
         path: folder or address of the codes, which holds the map.
         code_map: fitted to vectors of the same backbone, layer and pooling.
+        cluster: whose workers encode; by default this process does.
 
     Raises:
         InputError: map and store do not belong together, the store is per residue, or the folder holds other codes.
@@ -113,17 +117,29 @@ def write_codes(source: Store, path: Location, code_map: CodeMap) -> CodeStore:
             writer.storage.write(CALIBRATION, calibration.content())
         writer.plan(_proteins(source), settings, description, CleaningReport(str(source.path)))
         pending = writer.pending()
-        with tqdm(total=sum(map(_rows, pending)), desc="encode", unit="protein", disable=None) as bar:
-            for shard in pending:
-                if not writer.is_sealed(shard):
-                    _encode_shard(writer, shard, source, code_map)
-                bar.update(_rows(shard))
+        if cluster is None:
+            for shard in tqdm(pending, desc="encode", unit="shard", disable=None):
+                _encode_shard(writer, shard, source, code_map)
+        else:
+            work = _Encoding(absolute(source.path), source.layer, absolute(path), code_map)
+            compute_elastically(pending, work, cluster, "encode")
         writer.finish()
         return CodeStore.open(path)
 
 
-def _rows(shard: Shard) -> int:
-    return shard.rows[1] - shard.rows[0]
+@dataclass(frozen=True)
+class _Encoding:
+    """Makes, in a worker, what encodes a shard."""
+
+    source: Location
+    layer: State | None
+    path: Location
+    code_map: CodeMap
+
+    def __call__(self) -> Callable[[Shard], None]:
+        source = Store.open(self.source if self.layer is None else f"{self.source}:{self.layer}")
+        writer = StoreWriter(self.path, CODES)
+        return lambda shard: _encode_shard(writer, shard, source, self.code_map)
 
 
 def _proteins(source: Store) -> Iterator[Protein]:
@@ -135,6 +151,8 @@ def _proteins(source: Store) -> Iterator[Protein]:
 
 
 def _encode_shard(writer: StoreWriter, shard: Shard, source: Store, code_map: CodeMap) -> None:
+    if writer.is_sealed(shard):
+        return
     low, high = shard.rows
     counts = np.zeros(high - low, int)
     parts = [np.empty((0, code_map.code_width), torch.empty(0, dtype=code_map.code_dtype).numpy().dtype)]

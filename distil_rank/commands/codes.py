@@ -21,6 +21,7 @@ from distil_rank.codes.judging import code_candidate, copy_task
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.codes.sources import NoiseSource, Proteins, copies_of, noise_of, open_proteins
 from distil_rank.deployment.artefact import save
+from distil_rank.embedding.elastic import Cluster, workers_on
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -72,6 +73,9 @@ def code(
     power: float = 1.0,
     train: int = STEPS,
     seed: int = 0,
+    engine: Literal["local", "ray"] = "local",
+    cluster: str | None = None,
+    worker_cores: int | None = None,
     output: str = "results",
     config: str = "",
 ) -> CodeResult:
@@ -97,6 +101,9 @@ def code(
         train: Steps of training towards the neighbours of the full-rank code, kept only where it clearly helps; 0 for
             the closed form alone. Codes of the variance metric are not trained.
         seed: Of all draws.
+        engine: What encodes the store: this process, or ray, whose workers may come and go.
+        cluster: Address of a Ray cluster, auto for the one on this machine; by default one is started here.
+        worker_cores: CPU cores of each of Ray's workers; by default as many as this machine has.
         output: Folder for results.
         config: The resolved configuration, kept with the run.
     """
@@ -114,11 +121,12 @@ def code(
     asked |= {"noise": noise, **asdict(perturbations)} if metric == "invariant" else {}
     asked |= {"power": power} if metric == "whitened" else {}
     asked |= {f"labels_{key}": value for key, value in asdict(labels).items() if value is not None}
+    workers = workers_on(cluster, worker_cores) if engine == "ray" else None
     existing = _existing(codes, asked)
     if existing is not None:
         log.info("Going on with the code map in %s, which was fitted with the same options.", codes)
         source = Store.open(labelled_source(data, labels))
-        return CodeResult(f"{codes}/{MAP}", write_codes(source, codes, existing).path, None)
+        return CodeResult(f"{codes}/{MAP}", write_codes(source, codes, existing, workers).path, None)
     proteins = open_proteins(data, labels, task, groups, fit_fraction, seed)
     name = f"{Path(proteins.source).stem}-{metric}-r{rank}-{dtype}{bytes or ''}"
     params = {**asked, "source": proteins.source, "groups": proteins.groups.description}
@@ -133,7 +141,7 @@ def code(
         saved = save(made, folder / MAP, **_about(made, done))
         for file in sorted(saved.iterdir()):
             run.log_artifact(file)
-        store = _encode(proteins, made, done, codes)
+        store = _encode(proteins, made, done, codes, workers)
     log.info("Code map: %s (distil_rank.load reads it).", saved)
     return CodeResult(saved, None if store is None else store.path, done)
 
@@ -222,12 +230,14 @@ def _about(code_map: CodeMap, done: Judgement) -> dict[str, Any]:
     return {"metrics": {**metrics, "kept": kept}, "data": code_map.provenance}
 
 
-def _encode(proteins: Proteins, code_map: CodeMap, done: Judgement, codes: str) -> CodeStore | None:
+def _encode(
+    proteins: Proteins, code_map: CodeMap, done: Judgement, codes: str, workers: Cluster | None
+) -> CodeStore | None:
     if proteins.embeddings.provenance.get("format") != "store":
         log.warning("No codes were written: %s is no store of embeddings (make one with embed).", proteins.source)
         return None
     write_code_map(code_map, codes, **_about(code_map, done))
-    store = write_codes(Store.open(proteins.source), codes, code_map)
+    store = write_codes(Store.open(proteins.source), codes, code_map, workers)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", code_map.bytes_per_protein)
     return store
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,18 +12,20 @@ from typing import Any, Literal
 import pyarrow.compute as pc
 import torch
 
+from distil_rank.embedding.cluster_extraction import extract_on_cluster
+from distil_rank.embedding.elastic import workers_on
 from distil_rank.embedding.embedder import Pooling
-from distil_rank.embedding.extraction import Extraction, Long, Request
-from distil_rank.embedding.layer_costs import LayerCost
+from distil_rank.embedding.extraction import Extraction, Filled, Long, Request
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.precision import Precision
-from distil_rank.embedding.sequences import CleaningReport, uncompressed_name
+from distil_rank.embedding.sequences import uncompressed_name
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap
 
 logger = logging.getLogger(__name__)
 
+Engine = Literal["lightning", "ray"]
 STORES = Path("embeddings")  # where stores are created by default
 OPTIONS = ("pooling", "layer", "precision", "long", "max_length")  # that vectors depend on
 MAX_NAMED = 20  # skipped proteins in the warning; the summary lists all
@@ -99,6 +101,9 @@ def embed(
     devices: int = 1,
     num_nodes: int = 1,
     strategy: str = "ddp",
+    engine: Engine = "lightning",
+    cluster: str | None = None,
+    worker_cores: int | None = None,
     retry_skipped: bool = False,
     calibration: str | Path | None = None,
     code_map: CodeMap | None = None,
@@ -123,6 +128,9 @@ def embed(
         devices: Devices on each node; each gets a process.
         num_nodes: Number of nodes, under SLURM or torchrun as for Lightning's Trainer.
         strategy: How Lightning launches several processes.
+        engine: What several devices are used through: Lightning's Trainer, or ray, whose workers may come and go.
+        cluster: Address of a Ray cluster, auto for the one on this machine; by default one is started here.
+        worker_cores: CPU cores of each of Ray's workers; by default as many as this machine has.
         retry_skipped: Compute proteins again that were skipped for lack of memory; without it, only on a device with
             more memory.
         calibration: Store or file whose int8 calibration to use; by default that of the first proteins.
@@ -153,14 +161,34 @@ def embed(
         code_map,
         like,
     )
-    if devices == 1 and num_nodes == 1:
-        use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
-        return _extract(Extraction(request, torch.device("cuda" if use_cuda else "cpu")))
-    from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
+    use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if use_cuda else "cpu")
+    several = devices > 1 or num_nodes > 1
+    if engine == "ray":
+        if several:
+            raise InputError("Expected no --devices or --num_nodes with --engine ray, which takes all that is free.")
+        done = extract_on_cluster(request, device, workers_on(cluster, worker_cores, int(use_cuda)))
+    elif several:
+        from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
 
-    done = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
-    costs = done.extraction.costs(done.computed, done.residues, done.seconds)
-    return _summary(done.store, done.added, done.computed, done.residues, done.seconds, done.report, costs)
+        done = extract_on_devices(request, accelerator, devices, num_nodes, strategy)
+    else:
+        done = _extract_here(request, device)
+    return _summary(done)
+
+
+def _extract_here(request: Request, device: torch.device) -> Filled:
+    """Fills the store in this process."""
+    extraction = Extraction(request, device)
+    writer = extraction.writer
+    with writer.lock():
+        added, report = extraction.plan()
+        start = time.perf_counter()
+        computed, residues = extraction.compute(writer.pending())
+        seconds = time.perf_counter() - start
+        extraction.finish(computed, residues, seconds)
+        store, costs = Store.open(writer.path, writer.content), extraction.costs(computed, residues, seconds)
+    return Filled(store, added, report, computed, residues, seconds, costs)
 
 
 def options_like(manifest: Mapping[str, Any], store: str | Path | None) -> dict[str, Any]:
@@ -174,19 +202,6 @@ def options_like(manifest: Mapping[str, Any], store: str | Path | None) -> dict[
     if options.get("precision") == "int8" and store is not None:
         options["like"] = split_source(store)[0]
     return options
-
-
-def _extract(extraction: Extraction) -> EmbedSummary:
-    """Plan, compute and finish in this process."""
-    writer = extraction.writer
-    with writer.lock():
-        added, report = extraction.plan()
-        start = time.perf_counter()
-        computed, residues = extraction.compute(writer.pending())
-        seconds = time.perf_counter() - start
-        extraction.finish(computed, residues, seconds)
-        filled = Store.open(writer.path, writer.content)
-    return _summary(filled, added, computed, residues, seconds, report, extraction.costs(computed, residues, seconds))
 
 
 def default_store(fasta: str | Path) -> Path:
@@ -203,15 +218,8 @@ def default_store(fasta: str | Path) -> Path:
     return STORES / (Path(uncompressed_name(fasta)).stem.lstrip(".") or "proteins")
 
 
-def _summary(
-    store: Store,
-    added: int,
-    computed: int,
-    residues: int,
-    seconds: float,
-    report: CleaningReport,
-    costs: Sequence[LayerCost],
-) -> EmbedSummary:
+def _summary(done: Filled) -> EmbedSummary:
+    store = done.store
     manifest, skipped = store.manifest, store.skipped
     if skipped:
         logger.warning(
@@ -221,21 +229,21 @@ def _summary(
     return EmbedSummary(
         store=str(store.path),
         proteins=len(store),
-        added=added,
-        computed=computed,
-        residues=residues,
-        seconds=seconds,
+        added=done.added,
+        computed=done.computed,
+        residues=done.residues,
+        seconds=done.seconds,
         skipped=len(skipped),
         skipped_ids=", ".join(skipped) or None,
         long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
-        cleaning=str(report),
+        cleaning=str(done.report),
         backbone=manifest["backbone"],
         precision=manifest["precision"],
         precision_note=manifest.get("precision_note"),
         pooling=manifest["pooling"],
         dim=manifest["dim"],
         layers=", ".join(map(str, store.layers or [manifest["layer"]])),
-        layer_cost="; ".join(map(str, costs)) or None,
+        layer_cost="; ".join(map(str, done.costs)) or None,
         fallback=manifest["fallback"],
         digest=store.digest,
     )

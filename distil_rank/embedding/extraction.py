@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -33,7 +33,7 @@ from distil_rank.embedding.precision import (
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_records
 from distil_rank.embedding.shortened import POOLED_ALIKE
-from distil_rank.embedding.store import CODES, EMBEDDINGS, layers_of
+from distil_rank.embedding.store import CODES, EMBEDDINGS, Store, layers_of
 from distil_rank.embedding.store_writer import Shard, StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap
@@ -61,6 +61,29 @@ class Request:
     calibration: str | Path | None = None
     code_map: CodeMap | None = None
     like: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A store that was filled, and what it took.
+
+    Attributes:
+        store: Opened before its lock was released.
+        added: New proteins.
+        report: What cleaning changed.
+        computed: Distinct sequences that were computed.
+        residues: Their residues.
+        seconds: Time for computing them.
+        costs: Of stopping behind each layer; nothing where this process computed nothing.
+    """
+
+    store: Store
+    added: int
+    report: CleaningReport
+    computed: int
+    residues: int
+    seconds: float
+    costs: Sequence[LayerCost] = ()
 
 
 class Extraction:

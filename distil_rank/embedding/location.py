@@ -25,6 +25,11 @@ def is_remote(location: Location) -> bool:
     return str(location).startswith(S3)
 
 
+def absolute(location: Location) -> Location:
+    """The same place for a process with another working directory."""
+    return location if is_remote(location) else Path(location).absolute()
+
+
 def open_storage(location: Location) -> Storage:
     """The files at a location, which need not exist.
 

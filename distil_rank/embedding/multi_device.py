@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from distil_rank.embedding.extraction import Extraction, Request
+from distil_rank.embedding.extraction import Extraction, Filled, Request
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import Shard
@@ -104,11 +104,8 @@ class _Extractor(LightningModule):
         self._lock.close()
 
 
-def extract_on_devices(request: Request, accelerator: str, devices: int, num_nodes: int, strategy: str) -> _Extractor:
+def extract_on_devices(request: Request, accelerator: str, devices: int, num_nodes: int, strategy: str) -> Filled:
     """Fills the store with `devices` processes on each of `num_nodes` nodes, as Lightning launches them.
-
-    Returns:
-        The module after prediction, with this process's results.
 
     Raises:
         InputError: Lightning has no such devices or strategy, or the request cannot be met.
@@ -129,6 +126,7 @@ def extract_on_devices(request: Request, accelerator: str, devices: int, num_nod
     except (ValueError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"Expected devices and a strategy that Lightning knows but got: {reason}") from error
-    extractor = _Extractor(request)
-    trainer.predict(extractor, return_predictions=False)
-    return extractor
+    done = _Extractor(request)
+    trainer.predict(done, return_predictions=False)
+    costs = done.extraction.costs(done.computed, done.residues, done.seconds)
+    return Filled(done.store, done.added, done.report, done.computed, done.residues, done.seconds, costs)
