@@ -21,7 +21,7 @@ from distil_rank.codes.judging import code_candidate, copy_task
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.codes.sources import NoiseSource, Proteins, copies_of, noise_of, open_proteins
 from distil_rank.deployment.artefact import save
-from distil_rank.embedding.elastic import Cluster, workers_on
+from distil_rank.embedding.ray_cluster import Cluster, workers_on
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -74,8 +74,8 @@ def code(
     train: int = STEPS,
     seed: int = 0,
     engine: Literal["local", "ray"] = "local",
-    cluster: str | None = None,
-    worker_cores: int | None = None,
+    ray_address: str | None = None,
+    ray_cores: int | None = None,
     output: str = "results",
     config: str = "",
 ) -> CodeResult:
@@ -102,13 +102,14 @@ def code(
             the closed form alone. Codes of the variance metric are not trained.
         seed: Of all draws.
         engine: What encodes the store: this process, or ray, whose workers may come and go.
-        cluster: Address of a Ray cluster, auto for the one on this machine; by default one is started here.
-        worker_cores: CPU cores of each of Ray's workers; by default as many as this machine has.
+        ray_address: HOST:PORT of a Ray cluster; by default one is started on this machine.
+        ray_cores: CPU cores of each of Ray's workers; by default all of this machine's.
         output: Folder for results.
         config: The resolved configuration, kept with the run.
     """
+    workers = workers_on(ray_address, ray_cores) if engine == "ray" else None
     if code_map is not None:
-        return _encode_with(load_code_map(code_map), data, labels, codes)
+        return _encode_with(load_code_map(code_map), data, labels, codes, workers)
     asked: dict[str, Any] = {
         "train": train,
         "metric": metric,
@@ -121,7 +122,6 @@ def code(
     asked |= {"noise": noise, **asdict(perturbations)} if metric == "invariant" else {}
     asked |= {"power": power} if metric == "whitened" else {}
     asked |= {f"labels_{key}": value for key, value in asdict(labels).items() if value is not None}
-    workers = workers_on(cluster, worker_cores) if engine == "ray" else None
     existing = _existing(codes, asked)
     if existing is not None:
         log.info("Going on with the code map in %s, which was fitted with the same options.", codes)
@@ -146,7 +146,7 @@ def code(
     return CodeResult(saved, None if store is None else store.path, done)
 
 
-def _encode_with(code_map: CodeMap, data: str, labels: LabelSource, codes: str) -> CodeResult:
+def _encode_with(code_map: CodeMap, data: str, labels: LabelSource, codes: str, workers: Cluster | None) -> CodeResult:
     """Encode a store with a code map that is there.
 
     Raises:
@@ -158,7 +158,7 @@ def _encode_with(code_map: CodeMap, data: str, labels: LabelSource, codes: str) 
         write_code_map(code_map, codes, data=code_map.provenance)
     elif before.digest != code_map.digest:
         raise InputError(f"Expected codes of this code map in {codes} but they are of another; name another folder.")
-    store = write_codes(source, codes, code_map)
+    store = write_codes(source, codes, code_map, workers)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", code_map.bytes_per_protein)
     return CodeResult(f"{codes}/{MAP}", store.path, None)
 

