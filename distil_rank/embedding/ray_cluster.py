@@ -70,7 +70,7 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster; one that was started here ends with the context. Nothing is reported to Ray's makers.
+    """Ray, connected to a cluster; one that was started here ends with the context, and reports nothing to its makers.
 
     Args:
         address: As in `Cluster`.
@@ -82,7 +82,9 @@ def connected(address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no GPU is hidden from a worker that takes none
     import ray  # noqa: PLC0415  (optional: the ray extra)
 
-    own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address is None else {}
+    own: dict[str, Any] = (
+        {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address is None else {}
+    )
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **own)

@@ -59,12 +59,17 @@ def _command(process: psutil.Process) -> str:
 
 
 def start(command, folder, empty_database):
-    """A command of ours in a folder, and where it writes what it says."""
+    """A command of ours in a folder, and where it writes what it says.
+
+    What runs in a shell's background inherits Ctrl-C ignored, and would never hear the one that a test sends.
+    """
+    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heard}; from distil_rank.cli import main; sys.exit(main())"
     (folder / "mlruns").mkdir()
     shutil.copy(empty_database, folder / "mlruns")
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "distil_rank", *map(str, command)], stderr=log, stdout=log, cwd=folder
+            [sys.executable, "-c", program, *map(str, command)], stderr=log, stdout=log, cwd=folder
         )
     return process, folder / "log"
 
@@ -126,7 +131,7 @@ def test_what_ends_the_work(cluster, monkeypatch):
     with pytest.raises(InputError, match=r"^Expected something else in vectors-00000\.arrow\.$"):
         compute_elastically([shard], refuses, here, "refuse")
     monkeypatch.setattr(elastic, "DEATHS", 2)
-    with pytest.raises(InputError, match="but 2 died computing vectors-00000.arrow, for lack of memory perhaps"):
+    with pytest.raises(InputError, match=r"but 2 died computing vectors-00000\.arrow, for lack of memory perhaps"):
         compute_elastically([shard], dies, here, "die")
     assert compute_elastically([], dies, here, "nothing") == []
 
