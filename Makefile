@@ -99,6 +99,10 @@ shorten: .venv/installed ## A backbone that stops behind LAYER, with a map to it
 quantise: .venv/installed ## A backbone in int8, a quarter of its size, calibrated on your proteins (BACKBONE= FASTA= OUT=int8)
 	@$(RUN) quantise --backbone "$(BACKBONE)" --fasta "$(FASTA)" --output "$(if $(filter file,$(origin OUT)),int8,$(OUT))" $(ARGS)
 
+serve: .venv/installed ## A student, codes or a shortened backbone behind an address, by MLflow (MODEL=FOLDER)
+	@test -n "$(MODEL)" || { echo "Expected MODEL=FOLDER, a student, codes or a shortened backbone, but got none." >&2; exit 2; }
+	@$(RUN) serve --model "$(MODEL)" $(if $(filter command environment,$(origin BACKBONE)),--backbone "$(BACKBONE)") $(ARGS)
+
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
 

@@ -252,6 +252,16 @@ def _quantise(argv: Sequence[str]) -> int:
     return 0
 
 
+def _serve(argv: Sequence[str]) -> int:
+    """a student, codes or a shortened backbone behind an address"""
+    from distil_rank.commands.serving import serve
+
+    parser = _parser("serve", serve.__doc__)
+    parser.add_function_arguments(serve, None, as_group=False)
+    serve(**{key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"})
+    return 0
+
+
 def _ui(argv: Sequence[str]) -> int:
     """browse the runs in MLflow's own pages"""
     from distil_rank.runs.ui import serve_ui
@@ -276,6 +286,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "recommend": _recommend,
     "shorten": _shorten,
     "quantise": _quantise,
+    "serve": _serve,
     "ui": _ui,
 }
 

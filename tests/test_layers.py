@@ -24,6 +24,7 @@ ORDER = [
     "codes",
     "exits",
     "recommendation",
+    "serving",
     "commands",
     "cli",
     "__main__",
@@ -36,7 +37,7 @@ MODULES = {
 }
 # Whose import takes seconds or brings what a user of the library may not want, and the packages that may know it.
 HEAVY = {
-    "mlflow": {"runs"},
+    "mlflow": {"runs", "serving"},
     "lightning": {"data", "embedding", "runs", "training", "commands", "cli"},
     "esm": {"embedding"},
     "matplotlib": {"reporting"},

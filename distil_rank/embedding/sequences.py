@@ -202,6 +202,26 @@ def uncompressed_name(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
 
 
+def clean_sequence(text: str, number: int, report: CleaningReport) -> str:
+    """One sequence in ESM-2's letters; counts the changes.
+
+    Args:
+        text: The sequence.
+        number: To name it by.
+        report: Counts the changes.
+
+    Raises:
+        InputError: nothing is left of it, or it holds a character that is not an amino acid.
+
+    >>> clean_sequence("mvl-SP*", 1, CleaningReport("here"))
+    'MVLSP'
+    """
+    sequence = _cleaned(_Record(f"number {number}", text, number), f"number {number}", report)
+    if not sequence:
+        raise InputError(f"Expected residues in every sequence of {report.source} but number {number} has none.")
+    return sequence
+
+
 def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:
     """The record's sequence in ESM-2's letters; counts the changes."""
     sequence = "".join(record.sequence.split())

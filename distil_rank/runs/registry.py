@@ -8,16 +8,19 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 
+import mlflow
 import numpy as np
 import torch
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from torch import nn
 
 from distil_rank.runs.run_store import is_remote
@@ -54,25 +57,63 @@ def log_student(
     with torch.inference_mode():
         width = layer(torch.from_numpy(rows)).shape[1]
     inputs, outputs = (Schema([TensorSpec(np.dtype(np.float32), (-1, size))]) for size in (rows.shape[1], width))
-    params = run.client.get_run(run.id).data.params
-    model = run.client.create_logged_model(run.experiment_id, name, source_run_id=run.id, params=params)
-    with tempfile.TemporaryDirectory() as folder:
+    with _logged_model(run, name) as (model_id, folder):
         _pytorch_flavour().save_model(
             layer,
-            f"{folder}/model",
-            mlflow_model=Model(run_id=run.id, model_id=model.model_id),
+            folder,
+            mlflow_model=Model(run_id=run.id, model_id=model_id),
             signature=ModelSignature(inputs, outputs),
             input_example=rows,
             pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "torch", "numpy")],
             serialization_format="pt2",
         )
+    now = int(time.time() * 1000)
+    figures = [Metric(key, rounded(value), now, 0, model_id=model_id) for key, value in (metrics or {}).items()]
+    run.client.log_batch(run.id, metrics=figures)
+    return f"models:/{model_id}"
+
+
+def log_script(
+    run: Run, name: str, script: Path, folder: Path, config: Mapping[str, str | None], example: np.ndarray
+) -> str:
+    """Keep what answers for protein sequences with its run: a script and a folder of tensors, nothing pickled.
+
+    Args:
+        run: that it belongs to.
+        name: of the model.
+        script: MLflow runs it to load the model; it needs this package.
+        folder: which the script finds as the artifact `model`.
+        config: of the script.
+        example: an answer, `(1, width)`.
+
+    Returns:
+        The model's address, `models:/<id>`.
+    """
+    inputs = Schema([ColSpec(DataType.string, "sequence")])
+    outputs = Schema([TensorSpec(example.dtype, (-1, example.shape[1]))])
+    with _logged_model(run, name) as (model_id, place):
+        mlflow.pyfunc.save_model(
+            place,
+            python_model=str(script),
+            artifacts={"model": str(folder)},
+            model_config=dict(config),
+            mlflow_model=Model(run_id=run.id, model_id=model_id),
+            signature=ModelSignature(inputs, outputs),
+            pip_requirements=[f"{package}=={version(package)}" for package in ("distil-rank", "mlflow")],
+        )
+    return f"models:/{model_id}"
+
+
+@contextmanager
+def _logged_model(run: Run, name: str) -> Iterator[tuple[str, str]]:
+    """A new model's id, and a folder to save it to; it is kept when the context ends."""
+    params = run.client.get_run(run.id).data.params
+    model = run.client.create_logged_model(run.experiment_id, name, source_run_id=run.id, params=params)
+    with tempfile.TemporaryDirectory() as folder:
+        yield model.model_id, f"{folder}/model"
         run.client.log_model_artifacts(model.model_id, f"{folder}/model")
     run.client.finalize_logged_model(model.model_id, "READY")
     run.client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
-    now = int(time.time() * 1000)
-    figures = [Metric(key, rounded(value), now, 0, model_id=model.model_id) for key, value in (metrics or {}).items()]
-    run.client.log_batch(run.id, metrics=figures)
-    return f"models:/{model.model_id}"
 
 
 def promote_champion(run: Run, model_uri: str, *, r2: float, rank: int, teacher: str, data: str) -> str:

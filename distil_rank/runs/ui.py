@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
@@ -46,9 +46,12 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
     port = free_port(host, port)
     address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     print("Starting the MLflow UI ...", flush=True)
-    with exit_on_signals(signal.SIGTERM, signal.SIGHUP), _server(uri, folder, host, port) as server:
+    options = {"--backend-store-uri": uri, "--host": host, "--port": str(port), "--workers": "1"}
+    options["--artifacts-destination"] = str(folder / "artifacts")
+    command, log = ["server", *chain.from_iterable(options.items())], folder / "ui.log"
+    with exit_on_signals(signal.SIGTERM, signal.SIGHUP), mlflow_server(command, log) as server:
         try:
-            _wait_until_ready(server, address, folder)
+            wait_until_ready(server, address, log)
             print(f"MLflow UI at {address} (Ctrl-C ends it)")
             for name, page in run_lists(address):
                 print(f"  {name:8} {page}", flush=True)
@@ -58,7 +61,7 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
                 raise
             print("\nThe MLflow UI has ended.")
             return
-    raise InputError(f"The MLflow UI ended by itself; see {folder / 'ui.log'}.")
+    raise InputError(f"The MLflow UI ended by itself; see {log}.")
 
 
 def run_lists(address: str) -> list[tuple[str, str]]:
@@ -93,15 +96,26 @@ def free_port(host: str, wanted: int | None) -> int:
 
 
 @contextmanager
-def _server(uri: str, folder: Path, host: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """MLflow's server as a process group of its own, so that Ctrl-C reaches us alone and we end all of it."""
-    options = {"--backend-store-uri": uri, "--host": host, "--port": str(port), "--workers": "1"}
-    options["--artifacts-destination"] = str(folder / "artifacts")
-    command = [sys.executable, "-m", "mlflow", "server", *chain.from_iterable(options.items())]
+def mlflow_server(
+    command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`mlflow COMMAND` as a process group of its own, so that Ctrl-C reaches us alone and we end all of it.
+
+    Args:
+        command: With its options.
+        log: What it prints goes there; its folder is the working directory.
+        env: Further environment variables.
+    """
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "ui.log").open("wb") as output:
+    quiet["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it starts programs of its environment
+    with log.open("wb") as output:
         server = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **quiet}, stdout=output, stderr=output, start_new_session=True
+            [sys.executable, "-m", "mlflow", *command],
+            cwd=log.parent,
+            env={**os.environ, **quiet, **(env or {})},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         yield server
@@ -114,7 +128,12 @@ def _server(uri: str, folder: Path, host: str, port: int) -> Iterator[subprocess
                 continue
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], address: str, folder: Path) -> None:
+def wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Waits until a server answers at /health.
+
+    Raises:
+        InputError: it does not.
+    """
     end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end and server.poll() is None:
         try:
@@ -122,4 +141,4 @@ def _wait_until_ready(server: subprocess.Popen[bytes], address: str, folder: Pat
             return
         except requests.RequestException:
             time.sleep(0.2)
-    raise InputError(f"Expected the MLflow UI to start at {address} but it did not; see {folder / 'ui.log'}.")
+    raise InputError(f"Expected MLflow to start at {address} but it did not; see {log}.")

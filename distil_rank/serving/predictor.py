@@ -1,0 +1,132 @@
+"""From a protein's sequence to its code, or to the vector of a shortened backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from distil_rank.deployment.artefact import load
+from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.extraction import MAX_TOKENS
+from distil_rank.embedding.layer_spec import parse_layers
+from distil_rank.embedding.sequences import CleaningReport, clean_sequence
+from distil_rank.embedding.shortened import POOLED_ALIKE, is_shortened, read_shortened
+from distil_rank.errors import InputError
+from distil_rank.lowrank.code_map import CodeMap
+
+WINDOW = 1022  # residues in a pass, as `embed` has it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a sequence becomes the vector that is coded.
+
+    Attributes:
+        backbone: As `load_backbone` takes it.
+        weights_sha256: That it must have; None where nobody knows.
+        pooling: `mean` or `bos`.
+        layer: Whose states are pooled; None for the last.
+        precision: `fp32` or `bf16`.
+    """
+
+    backbone: str
+    weights_sha256: str | None = None
+    pooling: str = "mean"
+    layer: str | None = None
+    precision: str = "fp32"
+
+
+def recipe_of(folder: Path, backbone: str | None = None, precision: str = "fp32") -> Recipe:
+    """What a shortened backbone or a code map says of the vectors.
+
+    Args:
+        folder: Of either.
+        backbone: Of the vectors of a code map that does not name it, or another place of the same weights.
+        precision: `fp32` or `bf16`.
+
+    Raises:
+        InputError: it is neither, is damaged, or does not say.
+    """
+    if is_shortened(folder):
+        pooling = read_shortened(folder)[0].pooling
+        return Recipe(str(folder.absolute()), pooling=POOLED_ALIKE[pooling][0], precision=precision)
+    code_map = load(folder)
+    if not isinstance(code_map, CodeMap):
+        raise InputError(f"Expected a code map or a shortened backbone in {folder} but it holds something else.")
+    about = code_map.provenance
+    name = backbone or about.get("backbone")
+    if not name or about.get("pooling") == "residue":
+        raise InputError(f"Expected {folder} to name the backbone of its vectors but it does not; use --backbone.")
+    if Path(name).exists():
+        name = str(Path(name).absolute())
+    layer = about.get("layer")
+    pooling = about.get("pooling") or "mean"
+    return Recipe(name, about.get("weights_sha256"), pooling, None if layer is None else str(layer), precision)
+
+
+class Predictor:
+    """Answers for sequences. Made by `load`.
+
+    Args:
+        embedder: That makes the vectors.
+        code_map: That makes codes of them; None for the vectors themselves.
+    """
+
+    def __init__(self, embedder: Embedder, code_map: nn.Module | None):
+        self.embedder, self.code_map = embedder, code_map
+
+    @classmethod
+    def load(cls, recipe: Recipe, folder: str | Path) -> Self:
+        """Loads backbone and code map, onto a GPU where there is one.
+
+        Args:
+            recipe: How to make the vectors.
+            folder: Of the code map or the shortened backbone.
+
+        Raises:
+            InputError: one is missing, or they do not belong together.
+        """
+        folder = Path(folder)
+        short = is_shortened(folder)
+        backbone = load_backbone(str(folder) if short else recipe.backbone)
+        if recipe.weights_sha256 not in (None, backbone.sha256):
+            raise InputError(
+                f"Expected the weights {str(recipe.weights_sha256)[:12]}… that the code map was fitted behind but "
+                f"{recipe.backbone} has {backbone.sha256[:12]}…; name theirs with --backbone."
+            )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        layers = None if short else parse_layers(recipe.layer, backbone.num_layers, backbone.name)
+        embedder = Embedder(
+            backbone,
+            recipe.pooling,  # type: ignore[arg-type]  # out of a JSON file
+            recipe.precision,
+            device,
+            layers,
+            WINDOW,
+            MAX_TOKENS[device.type],
+        )
+        return cls(embedder, None if short else load(folder))
+
+    @torch.no_grad()
+    def __call__(self, sequences: Sequence[str]) -> np.ndarray:
+        """One row for each sequence, (N, width): float32 vectors, or a code's numbers.
+
+        Raises:
+            InputError: a sequence is empty, holds what is no amino acid, or does not fit into memory.
+        """
+        report = CleaningReport("the request")
+        texts = [clean_sequence(text, number, report) for number, text in enumerate(sequences, start=1)]
+        found = torch.empty(len(texts), self.embedder.dim)
+        for batch in self.embedder.batches([len(text) for text in texts]):
+            done = self.embedder.embed([texts[i] for i in batch])
+            if 0 in done.counts:
+                raise InputError(f"Expected sequences that fit into memory but number {batch[0] + 1} does not.")
+            found[batch] = done.vectors.cpu()
+        return (self.code_map.encode(found) if isinstance(self.code_map, CodeMap) else found).numpy()

@@ -1,0 +1,118 @@
+"""The `serve` command: MLflow's own server answers as the library does, and what cannot be served is one line."""
+
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import requests
+import torch
+from servers import mlflow_process
+
+from distil_rank import load, save
+from distil_rank.cli import main
+from distil_rank.codes.code_store import write_code_map
+from distil_rank.codes.fitting import fit_metric
+from distil_rank.commands.serving import log_model
+from distil_rank.embedding.embed import embed
+from distil_rank.embedding.store import Store
+from distil_rank.lowrank.low_rank import LowRankLinear
+
+ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+# What runs in a shell's background inherits Ctrl-C ignored, and would never hear the one that a test sends.
+PROGRAM = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from distil_rank.cli import main; sys.exit(main())"
+)
+
+
+@pytest.fixture
+def models(workplace, tiny_esm2):
+    """A store of 300 proteins, and in folders: a code map in a store of codes, a shortened backbone, a student."""
+    dice = random.Random(0)
+    records = [f">p{i}\n{''.join(dice.choices(ALPHABET, k=dice.randint(20, 40)))}\n" for i in range(300)]
+    Path("in.fasta").write_text("".join(records))
+    backbone = str(tiny_esm2.fair_esm)
+    embed("in.fasta", "states", backbone, layer="1,1n,2", precision="fp32")
+    store = Store.open("states:2")
+    about = {"weights_sha256": store.manifest["weights_sha256"], "layer": 2, "pooling": "mean", "backbone": backbone}
+    x = store.embeddings()
+    code_map = fit_metric(x, np.ones(len(x), bool), "whitened", provenance=about).code_map(8, "bit")
+    write_code_map(code_map, "codes", data=about)
+    shorten = ["--layer", "1", "--data", "states", "--split", "exact", "--copies", "0"]
+    assert main(["-q", "shorten", "--backbone", backbone, *shorten]) == 0
+    embed("in.fasta", "short", "shortened", precision="fp32")
+    torch.manual_seed(0)
+    save(LowRankLinear(32, 12, rank=4), "student")
+    return workplace
+
+
+def check_answers(address: str, sequences: list[str], expected: np.ndarray) -> None:
+    """The answers of a server, and how it refuses."""
+
+    def ask(*texts: str) -> requests.Response:
+        return requests.post(address, json={"dataframe_records": [{"sequence": text} for text in texts]}, timeout=60)
+
+    reply = ask(*sequences)
+    assert reply.ok, reply.text
+    np.testing.assert_allclose(reply.json()["predictions"], expected, rtol=1e-4, atol=1e-5)
+    for wrong, told in (("MK1O2?", "'?'"), (" ", "number 1 has none")):
+        refused = ask(wrong)
+        assert refused.status_code == 400 and told in refused.json()["message"], refused.text
+    assert requests.post(address, json={"inputs": [["no"]]}, timeout=60).status_code == 400
+
+
+@pytest.mark.slow
+def test_servers_answer_as_the_library_does(models):
+    """Codes by the command, a shortened backbone by MLflow's own; a student's server is in runs/test_registry.py."""
+    store = Store.open("states:2")
+    x, sequences = torch.tensor(store.embeddings()[:20]), store.sequences[:20]
+    codes = load("codes/code_map").encode(x).numpy()
+    command = [sys.executable, "-c", PROGRAM, "serve", "--model", "codes"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = ""
+    try:
+        short = log_model(Path("shortened"))
+        serving = ("models", "serve", "--env-manager", "local", "--model-uri", short.uri)
+        where = {"MLFLOW_TRACKING_URI": short.tracking_uri}
+        with mlflow_process(*serving, folder=models, env=where, path="/ping") as address:
+            check_answers(f"{address}/invocations", sequences, Store.open("short").embeddings()[:20])
+        for line in process.stdout:
+            said += line
+            if found := re.search(r"curl (http://\S+/invocations)", line):
+                check_answers(found[1], sequences, codes)
+                break
+    finally:
+        process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "The server has ended." in said, said
+    with pytest.MonkeyPatch.context() as patch:
+        student = log_model(Path("student"))
+        patch.setenv("MLFLOW_TRACKING_URI", student.tracking_uri)
+        answer = mlflow.pyfunc.load_model(student.uri).predict(x.numpy())
+    torch.testing.assert_close(torch.as_tensor(answer), load("student")(x).detach())
+
+
+def test_what_cannot_be_served(workplace, capsys, tiny_esm2):
+    save(LowRankLinear(32, 12, rank=4), "student")
+    Path("student/model.safetensors").write_bytes(b"cut")
+    x = np.random.default_rng(0).normal(size=(100, 32)).astype(np.float32)
+    save(fit_metric(x, np.ones(100, bool), "whitened").code_map(8, "bit"), "nameless")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        refusals = {
+            f"{port} cannot be had": ["--model", "nameless", "--port", port],
+            "it has no manifest.json": ["--model", "nowhere"],
+            "model.safetensors": ["--model", "student"],
+            "to name the backbone of its vectors": ["--model", "nameless"],
+        }
+        for message, options in refusals.items():
+            assert main(["-q", "serve", *options]) == 2
+            line = capsys.readouterr().err.strip().splitlines()[-1]
+            assert message in line and line.startswith("distil-rank: Expected"), line
