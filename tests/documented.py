@@ -31,6 +31,9 @@ RECORDED = (
     "jupyter-execute",
     "git",
     "pre-commit",
+    "ray",
+    "curl",
+    "podman",
 )
 
 

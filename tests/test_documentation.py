@@ -47,6 +47,8 @@ PARSED_ONLY = {
     r"python benchmarks/": "takes minutes; the page shows what it wrote",
     r"--to onnx-int8": "refused for so few vectors; tests/deployment/test_integer_onnx.py exports",
     r"MAP=results": "the layer that is recommended differs with the proteins",
+    r"--ray_address 10\.": "needs several machines; tests/embedding/test_elastic.py has a cluster",
+    r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
     r"make ui": "serves until it is stopped; tests/runs/test_ui.py opens it",
 }
 
@@ -58,6 +60,9 @@ RECORDED_ONLY = {
     "pytest": "the suite would run itself",
     "ruff": "`make lint` runs it",
     "mypy": "`make lint` runs it",
+    "ray": "tests/embedding/test_elastic.py starts clusters",
+    "curl": "tests/test_serving.py asks the server",
+    "podman": "needs a container engine; tests/test_containerfile.py reads the file",
     "zensical": "tests/test_site.py builds the site",
 }
 
