@@ -31,6 +31,7 @@ from distil_rank.runs.interrupts import exit_on_signals, was_interrupted
 from distil_rank.runs.run_store import RUN_LISTS, VIEW, artifact_location, default_tracking_uri, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 set_telemetry_client()  # it read the environment when MLflow was imported
 
 for _logger in ("alembic", "mlflow"):  # such as "Creating initial MLflow database tables..."
