@@ -92,8 +92,10 @@ def connected(address: str | None) -> Iterator[Any]:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"Expected a Ray cluster at {address or 'this machine'} but got: {reason}") from error
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
+        if threading.current_thread() is threading.main_thread():  # Ray has put its own in place of the handler
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # it hides every exception but Ctrl-C's
         yield ray
     finally:
         ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)

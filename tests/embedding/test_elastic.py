@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -137,7 +138,7 @@ def test_what_ends_the_work(cluster, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_process_behind(tiny_esm2, tmp_path, empty_database):
+def test_a_signal_leaves_no_process_behind(tiny_esm2, tmp_path, empty_database):
     """Of a cluster that the command starts on this machine."""
     store = tmp_path / "store"
     command = ["embed", "--fasta", SAMPLE, "--store", store, "--backbone", tiny_esm2.fair_esm, "--engine", "ray"]
@@ -146,10 +147,12 @@ def test_ctrl_c_leaves_no_process_behind(tiny_esm2, tmp_path, empty_database):
     wait_until(lambda: "a worker joined" in log.read_text(), process, log)
     servers = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in _command(server) for server in servers)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # handled as Ctrl-C is while Ray is connected
     assert process.wait(timeout=60) == 130, log.read_text()
     assert not psutil.wait_procs(servers, timeout=30)[1]
     assert "Traceback" not in log.read_text()
+    with sqlite3.connect(tmp_path / "mlruns" / "mlflow.db") as runs:
+        assert runs.execute("select status from runs").fetchall() == [("KILLED",)]
 
 
 def test_what_is_refused(workplace, monkeypatch, capsys):
