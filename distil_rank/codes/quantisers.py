@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,6 +29,11 @@ class Codebooks(NamedTuple):
 
     rotation: Tensor
     centroids: Tensor
+
+
+def has_faiss() -> bool:
+    """Whether faiss, an extra, is installed."""
+    return importlib.util.find_spec("faiss") is not None
 
 
 def import_faiss() -> ModuleType:

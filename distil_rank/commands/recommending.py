@@ -170,6 +170,7 @@ def _conclude(
     verdict = "nothing keeps it" if not reached else "confirmed" if confirmed.at_least >= keep else "not confirmed"
     maps = [fitted.code_map(pipeline) for pipeline in (chosen.pipeline, full.pipeline)]
     seconds = query_seconds(maps, [problem.layers[one.pipeline.layer] for one in (chosen, full)])
+    untimed = [] if seconds else ["A query's time was not measured: faiss is missing (pip install faiss-cpu)."]
     parts = range(problem.part.max() + 1)
     return Recommendation(
         problem.source,
@@ -191,7 +192,7 @@ def _conclude(
         problem.groups,
         problem.noise_source,
         time.perf_counter() - started,
-        (*problem.notes, *notes),
+        (*problem.notes, *notes, *untimed),
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from distil_rank.codes.index import CodeIndex
+from distil_rank.codes.quantisers import has_faiss
 from distil_rank.embedding.embed import embed, options_like
 from distil_rank.embedding.layer_spec import State
 from distil_rank.embedding.provenance import read_provenance
@@ -64,13 +65,15 @@ def measure_costs(
     return costs, f"Time was measured on {len(chosen):,} of the proteins, of all lengths alike, {about['precision']}."
 
 
-def query_seconds(maps: Sequence[CodeMap], x: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Median time of one query among all proteins, of two code maps in turn.
+def query_seconds(maps: Sequence[CodeMap], x: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """Median time of one query among all proteins, of two code maps in turn; None without faiss.
 
     Args:
         maps: of two pipelines.
         x: vectors of all proteins for each, `(N, d)`.
     """
+    if not has_faiss():
+        return None
     rows = np.random.default_rng(0).permutation(len(x[0]))[:QUERIES]
     indices, queries = [], []
     for code_map, vectors in zip(maps, x, strict=True):
