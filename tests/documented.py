@@ -71,7 +71,7 @@ def code_of(page: Path) -> list[Code]:
 
 def is_a_name(command: str, page: Path) -> bool:
     """Whether words in the text name a program or a target; in the README even a target alone is to be typed."""
-    bare = re.fullmatch(r"make|distil-rank|make [a-z-]+", command) and not (page.name == "README.md" and " " in command)
+    bare = re.fullmatch(r"(make|distil-rank)( [a-z-]+)?", command) and not (page.name == "README.md" and " " in command)
     return bool(bare) or "COMMAND" in command or "…" in command
 
 

@@ -43,18 +43,23 @@ PLAIN_SCRIPTS = {
 
 # Commands that their program parses but does not run, by pattern, and why.
 PARSED_ONLY = {
-    r"srun |--devices 8": "needs eight GPUs, or a cluster",
+    r"srun |--devices 8|--accelerator cuda": "needs GPUs",
     r"python benchmarks/": "takes minutes; the page shows what it wrote",
     r"--to onnx-int8": "refused for so few vectors; tests/deployment/test_integer_onnx.py exports",
     r"MAP=results": "the layer that is recommended differs with the proteins",
     r"--ray_address 10\.": "needs several machines; tests/embedding/test_elastic.py has a cluster",
     r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
     r"make ui": "serves until it is stopped; tests/runs/test_ui.py opens it",
+    r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
+    r"--engine ray": "starts a cluster; tests/embedding/test_elastic.py runs one",
 }
 
 # Programs whose start is recorded and no more, and why.
 RECORDED_ONLY = {
+    "curl": "asks a server; tests/test_serving.py does",
     "git": "`make check-docs` clones",
+    "podman": "no container engine is at hand; tests/test_containerfile.py reads the Containerfile",
+    "ray": "starts a cluster; tests/embedding/test_elastic.py runs one",
     "pip": "installs from a registry; .ci/check_package installs",
     "pre-commit": "installs a git hook",
     "pytest": "the suite would run itself",
@@ -84,7 +89,7 @@ MY_STORE = {"depth.md": None, "judge.md": "last_layer"}
 # What a page leaves to the reader, by how it is written there.
 LEFT_TO_THE_READER = {"git clone … && cd distil-rank": "git clone ADDRESS"}
 
-LANGUAGES = {*SHELL, IN_TEXT, "python", "text", "mermaid"}
+LANGUAGES = {*SHELL, IN_TEXT, "python", "text"}
 
 
 @pytest.fixture(scope="session")

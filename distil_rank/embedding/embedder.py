@@ -246,9 +246,10 @@ class Embedder:
             per_piece = torch.cat([weights[piece.owner] for piece in pieces]).to(device)[:, None]
             return lambda hidden: hidden[first] * per_piece
         padded = [F.pad(weights[piece.owner][piece.start : piece.start + len(piece.text)], (1, 1)) for piece in pieces]
-        per_token = torch.cat(padded).to(device)[:, None]
+        on_host = torch.cat(padded)
+        per_token = on_host.to(device)[:, None]
         if self.pooling == "residue":
-            residues = per_token[:, 0].nonzero()[:, 0]  # all but BOS and EOS
+            residues = on_host.nonzero()[:, 0].to(device)  # all but BOS and EOS; a GPU would have to be asked how many
             return lambda hidden: hidden[residues] * per_token[residues]
         on_device = torch.tensor(lengths, device=device)
         return lambda hidden: torch.segment_reduce(hidden * per_token, "sum", lengths=on_device, axis=0)

@@ -342,9 +342,15 @@ def _mask(visible: int, masked: int, dtype: torch.dtype) -> Tensor:
     return mask.expand(1, 1, visible, -1)
 
 
+@lru_cache(maxsize=1)  # of a batch, for all its layers: a copy to the device waits for what it computes
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sequence begins, and the end, (N + 1,)."""
+    return torch.tensor(np.cumsum([0, *lengths]), device=device)
+
+
 def _attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """Attention within each sequence, all in one kernel over nested tensors, for GPUs; shapes as above."""
-    offsets = torch.tensor(np.cumsum([0, *lengths]), device=q.device)
+    offsets = _offsets(tuple(lengths), q.device)
 
     def jagged(tensor: Tensor) -> Tensor:
         nested = torch.nested.nested_tensor_from_jagged(
