@@ -48,18 +48,13 @@ PARSED_ONLY = {
     r"--to onnx-int8": "refused for so few vectors; tests/deployment/test_integer_onnx.py exports",
     r"MAP=results": "the layer that is recommended differs with the proteins",
     r"--ray_address 10\.": "needs several machines; tests/embedding/test_elastic.py has a cluster",
-    r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
     r"make ui": "serves until it is stopped; tests/runs/test_ui.py opens it",
     r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
-    r"--engine ray": "starts a cluster; tests/embedding/test_elastic.py runs one",
 }
 
 # Programs whose start is recorded and no more, and why.
 RECORDED_ONLY = {
-    "curl": "asks a server; tests/test_serving.py does",
     "git": "`make check-docs` clones",
-    "podman": "no container engine is at hand; tests/test_containerfile.py reads the Containerfile",
-    "ray": "starts a cluster; tests/embedding/test_elastic.py runs one",
     "pip": "installs from a registry; .ci/check_package installs",
     "pre-commit": "installs a git hook",
     "pytest": "the suite would run itself",
