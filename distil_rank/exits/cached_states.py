@@ -31,7 +31,7 @@ def cache_states(
 
     Args:
         backbone: The whole model.
-        layer: The one that is to be trained; at least 2.
+        layer: The one that is to be trained; before the first are the tokens' embeddings.
         sequences: Whole ones, N.
         earlier: Pooled states of the layers before it, `(N, n)`.
         target: `(N, m)`.
@@ -40,10 +40,8 @@ def cache_states(
         batch_size: Sequences in a batch at most.
 
     Raises:
-        InputError: layer 1, or more states than fit into `CACHE_BYTES`.
+        InputError: More states than fit into `CACHE_BYTES`.
     """
-    if layer < 2:
-        raise InputError(f"Expected a layer from 2 on to train but got {layer}; train a later exit.")
     needed = 2 * backbone.model.embed_dim * sum(len(sequence) + 2 for sequence in sequences)
     if needed > CACHE_BYTES:
         raise InputError(

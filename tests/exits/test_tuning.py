@@ -10,6 +10,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.esm2 import tokenise
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.exits import cached_states, tuning
@@ -132,11 +133,18 @@ def test_a_tail_is_matched_at_its_end(model, data):
         assert after < before
 
 
-def test_what_cannot_be_trained(model, data, monkeypatch):
+def test_before_the_first_layer_are_embeddings(model, data):
+    store, rows, _ = closed_form(data)
+    backbone = load_backbone(str(model))
+    (batch,) = cache_states(backbone, 1, store.sequences[:1], *rows(np.arange(1)), "mean")
+    tokens, _ = tokenise(store.sequences[:1], backbone.alphabet)
+    embedded = backbone.model.embed_tokens(tokens) * (1 - 0.15 * 0.8)
+    torch.testing.assert_close(batch.hidden[0].float(), embedded, atol=1e-3, rtol=1e-3)
+
+
+def test_more_states_than_fit_cannot_be_trained_on(model, data, monkeypatch):
     store, rows, _ = closed_form(data)
     x, y = rows(np.arange(5))
-    with pytest.raises(InputError, match="from 2 on"):
-        cache_states(load_backbone(str(model)), 1, store.sequences[:5], x, y, "mean")
     monkeypatch.setattr(cached_states, "CACHE_BYTES", 100)
     with pytest.raises(InputError, match="on fewer"):
         cache_states(load_backbone(str(model)), 2, store.sequences[:5], x, y, "mean")
