@@ -38,20 +38,22 @@ class LogFidelity(Callback):
     The metric names are `val/<metric>/<method>`, so that the tracking server draws one metric's methods side by side.
 
     Args:
-        baselines: other replacements of the same teacher, by name; they do not change, and appear as horizontal lines.
         mean: the teacher's mean output on the training rows, `(m,)`.
+        baselines: other replacements of the same teacher, by name; they do not change, so that they are measured once,
+            and appear as horizontal lines.
     """
 
-    def __init__(self, baselines: Mapping[str, nn.Module], mean: Tensor) -> None:
-        self.baselines = copy.deepcopy(dict(baselines))  # they move to the trainer's device
+    def __init__(self, mean: Tensor, baselines: Mapping[str, nn.Module] | None = None) -> None:
+        self.baselines = copy.deepcopy(dict(baselines or {}))  # they move to the trainer's device
         self.metrics = {name: Fidelity(mean) for name in ("student", *self.baselines)}
+        self.measured: dict[str, dict[str, Tensor]] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new pass."""
-        for name, metric in self.metrics.items():
-            metric.to(pl_module.device).reset()
-            if name in self.baselines:
-                self.baselines[name].to(pl_module.device)
+        self.metrics["student"].to(pl_module.device).reset()
+        for name in self.baselines.keys() - self.measured.keys():
+            self.metrics[name].to(pl_module.device).reset()
+            self.baselines[name].to(pl_module.device)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, *indices: int
@@ -59,46 +61,36 @@ class LogFidelity(Callback):
         """Add one batch."""
         assert isinstance(pl_module, DistilModule)
         target = pl_module.teacher(batch)
-        for name, metric in self.metrics.items():
-            output = self.baselines[name](batch) if name in self.baselines else pl_module(batch)[0]
-            metric.update(output, target)
+        self.metrics["student"].update(pl_module(batch)[0], target)
+        for name in self.baselines.keys() - self.measured.keys():
+            self.metrics[name].update(self.baselines[name](batch), target)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the pass."""
-        for method, metric in self.metrics.items():
-            pl_module.log_dict({f"val/{name}/{method}": value for name, value in metric.compute().items()})
+        student = self.metrics["student"].compute()
+        self.measured |= {name: self.metrics[name].compute() for name in self.baselines.keys() - self.measured.keys()}
+        for method, values in {"student": student, **self.measured}.items():
+            pl_module.log_dict({f"val/{name}/{method}": value for name, value in values.items()})
 
 
 class CurveRecorder(Callback):
     """Keep the validation curve for the report: `1 − R²` and the loss at every validation, the warm start first.
 
-    Args:
-        mean: the teacher's mean output on the training rows, `(m,)`.
+    What it reads was logged by `LogFidelity` and the module.
 
     Attributes:
         curve: what was recorded.
     """
 
-    def __init__(self, mean: Tensor) -> None:
-        self.fidelity = Fidelity(mean)
+    def __init__(self) -> None:
         self.curve = Curve()
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a new pass."""
-        self.fidelity.to(pl_module.device).reset()
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, *indices: int
-    ) -> None:
-        """Add one batch."""
-        assert isinstance(pl_module, DistilModule)
-        self.fidelity.update(pl_module(batch)[0], pl_module.teacher(batch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Append the pass to the curve."""
+        logged = trainer.callback_metrics
         self.curve.step.append(trainer.global_step)
-        self.curve.val_residual.append(1 - float(self.fidelity.compute()["r2"]))
-        self.curve.val_loss.append(float(trainer.callback_metrics["val/loss"]))
+        self.curve.val_residual.append(1 - float(logged["val/r2/student"]))
+        self.curve.val_loss.append(float(logged["val/loss"]))
 
 
 class Progress(Callback):

@@ -176,7 +176,7 @@ class ExitModule(LightningModule):
         others = [one for one in self.parameters() if one.requires_grad and id(one) not in own]
         rates = [self.hparams["lr"], self.hparams["lr"] * MAP_RATE]
         groups = [{"params": others, "lr": rates[0]}, {"params": [self.weight, self.bias], "lr": rates[1]}]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
         steps = max(int(self.trainer.estimated_stepping_batches), 1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -89,7 +89,7 @@ class NeighbourModule(LightningModule):
         groups.append({"params": [self.log_sharpness], "lr": 0.01})
         if self.centroids is not None:
             groups.append({"params": [self.centroids], "lr": self.lr})
-        optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

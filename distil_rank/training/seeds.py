@@ -134,11 +134,11 @@ def train_students(solved: Solved, data: EmbeddingDataModule, options: TrainingO
     """Our students, one per seed; the first is logged. Checkpoints hold all that are trained together."""
     started = time.perf_counter()
     groups = [options.seeds] if options.train_together() else [[seed] for seed in options.seeds]
-    latency, recorder = LogLatency(), CurveRecorder(solved.mean)
+    latency, recorder = LogLatency(), CurveRecorder()
     baselines = {"svd": solved.students["svd"]}
     callbacks: list[Callback] = [
         recorder,
-        LogFidelity(baselines, solved.mean),
+        LogFidelity(solved.mean, baselines),
         latency,
         LogLosses(),
         Progress("distilling"),
@@ -186,9 +186,9 @@ def train_recipes(solved: Solved, data: EmbeddingDataModule, seeds: Sequence[int
 
     module = DistilModule(teacher, [LowRankLinear.from_factors(factors)] * len(seeds), **ORIGINAL)
     batches = _seed_batches(rows, loader, seeds, validated=False)
-    recorder = CurveRecorder(solved.mean)
+    recorder = CurveRecorder()
     options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, "val_check_interval": 50}
-    trainer = Trainer(**options, logger=False, enable_checkpointing=False, callbacks=[recorder])
+    trainer = Trainer(**options, logger=False, enable_checkpointing=False, callbacks=[LogFidelity(solved.mean), recorder])
     trainer.fit(module, batches, data.val_dataloader())
     students = [module.students[number].eval() for number in range(len(seeds))]
     return Trained(students, recorder.curve, (time.perf_counter() - started) / len(seeds))

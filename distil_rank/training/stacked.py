@@ -74,8 +74,8 @@ class StackedStudents(nn.Module):
     def forward(self, x: Tensor, rank: int | None = None) -> Tensor:
         """`(S, N, n)`, or `(N, n)` for all alike, → `(S, N, m)`, at full rank or at a lower one."""
         if rank is None or rank == self.rank:
-            y = x @ self.A.mT @ self.B.mT
-            return y if self.bias is None else y + self.bias[:, None]
+            hidden = x @ self.A.mT
+            return hidden @ self.B.mT if self.bias is None else torch.baddbmm(self.bias[:, None], hidden, self.B.mT)
         y = x @ self.A[:, :rank].mT @ self.B[:, :, :rank].mT
         if self.bias is None:
             return y
@@ -143,17 +143,13 @@ class SeedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Rows `(S, N, n)` and targets `(S, N, m)`."""
-        iterators = []
+        drawn = []
         for seed, loader in enumerate(self.loaders):
             with self._random_state(seed):
                 if self.validated:
                     torch.empty((), dtype=torch.int64).random_()
-                iterators.append(iter(loader))
-        for _ in range(len(self)):
-            numbers = []
-            for seed, iterator in enumerate(iterators):
-                with self._random_state(seed):
-                    numbers.append(next(iterator))
+                drawn.append(list(loader))
+        for numbers in zip(*drawn, strict=True):
             x, targets = self.rows.__getitems__(torch.cat(numbers).tolist())  # one gather for all seeds
             shape = (len(numbers), len(numbers[0]))
             yield x.unflatten(0, shape), None if targets is None else targets.unflatten(0, shape)
