@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from script import machine_line, run
 
 SIZES = {  # layers, width, heads
     "8M": (6, 320, 20),
@@ -382,6 +381,8 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
     """The table: residues per second, ratio to fair-esm, agreement with it."""
     residues = sum(map(len, sequences))
     lengths = f"{min(map(len, sequences))}-{max(map(len, sequences))}"
+    from script import machine_line
+
     print(machine_line())
     print(f"{torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
     print(f"{len(sequences)} proteins of {lengths} residues, {residues:,} in all; rivals get {TOKENS} tokens a batch")
@@ -417,4 +418,9 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
 
 
 if __name__ == "__main__":
-    run(main, parse=False)
+    if "--serve" in sys.argv:  # in a rival's environment, which has no more than the rival needs
+        main()
+    else:
+        from script import run
+
+        run(main, parse=False)

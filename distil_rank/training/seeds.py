@@ -188,7 +188,9 @@ def train_recipes(solved: Solved, data: EmbeddingDataModule, seeds: Sequence[int
     batches = _seed_batches(rows, loader, seeds, validated=False)
     recorder = CurveRecorder()
     options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, "val_check_interval": 50}
-    trainer = Trainer(**options, logger=False, enable_checkpointing=False, callbacks=[LogFidelity(solved.mean), recorder])
+    trainer = Trainer(
+        **options, logger=False, enable_checkpointing=False, callbacks=[LogFidelity(solved.mean), recorder]
+    )
     trainer.fit(module, batches, data.val_dataloader())
     students = [module.students[number].eval() for number in range(len(seeds))]
     return Trained(students, recorder.curve, (time.perf_counter() - started) / len(seeds))
