@@ -48,6 +48,8 @@ def test_from_sequences_to_embeddings_by_fewer_layers(proteins, tiny_esm2, capsy
     save(LowRankLinear(32, 32, rank=4, input_mean=False), proteins / "student")
     codes = ["--target", "codes", "--codes", "student", "--output", "coded"]
     assert main(["shorten", *model, "--layer", "1", "--data", "states", *codes, *exact]) == 0
+    trained = ["--train", "layer", "--epochs", "1", "--output", "trained"]
+    assert main(["shorten", *model, "--layer", "1", "--data", "states", *trained, *exact]) == 0
     torch.save({"dense.weight": torch.randn(2, 32), "dense.bias": torch.zeros(2)}, proteins / "head.pt")
     refusals = {
         "from 1 to 1": ["--layer", "2", "--fasta", "in.fasta"],
@@ -57,7 +59,6 @@ def test_from_sequences_to_embeddings_by_fewer_layers(proteins, tiny_esm2, capsy
         "--train for --target head": [
             *("--layer", "1", "--data", "states", "--target", "head", "--head", "head.pt:dense"),
         ],
-        "from 2 on to train": ["--layer", "1", "--data", "states", "--train", "layer", "--output", "o"],
         "--copies of at least 0": ["--layer", "1", "--data", "states", "--copies", "-1"],
         "--train_minutes above 0": ["--layer", "1", "--data", "states", "--train", "layer", "--train_minutes", "0"],
         "store of BOS vectors": ["--layer", "1", "--data", "states", "--bos_layers", "1", "--output", "o"],
