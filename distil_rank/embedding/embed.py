@@ -146,21 +146,8 @@ def embed(
         if number < 1:
             raise InputError(f"Expected {name} of at least 1 but got {number}.")
     store = default_store(fasta) if store is None else store
-    request = Request(
-        fasta,
-        store,
-        backbone,
-        pooling,
-        layer,
-        precision,
-        long,
-        max_length,
-        max_tokens,
-        retry_skipped,
-        calibration,
-        code_map,
-        like,
-    )
+    given = (fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens)
+    request = Request(*given, retry_skipped, calibration, code_map, like)
     use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
     several = devices > 1 or num_nodes > 1

@@ -70,7 +70,7 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster; one that was started here ends with the context, and reports nothing to its makers.
+    """Ray, connected to a cluster; one that was started here ends with the context, and sends no usage statistics.
 
     Args:
         address: As in `Cluster`.

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
-import requests
-
 from distil_rank.errors import InputError
-from distil_rank.runs.interrupts import exit_on_signals, was_interrupted
+from distil_rank.runs.mlflow_server import http, run_server
 from distil_rank.runs.run_store import VIEW, default_tracking_uri, is_remote, without_credentials
 
 DEFAULT_PORT = 5000
-http = requests.Session()
-http.trust_env = False  # our own server needs no proxy
-START_TIMEOUT, STOP_TIMEOUT = 120.0, 10.0  # seconds
 
 
 def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.1") -> None:
@@ -44,24 +32,15 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
     folder = root.resolve() / "mlruns"
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port(host, port)
-    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    print("Starting the MLflow UI ...", flush=True)
-    options = {"--backend-store-uri": uri, "--host": host, "--port": str(port), "--workers": "1"}
-    options["--artifacts-destination"] = str(folder / "artifacts")
-    command, log = ["server", *chain.from_iterable(options.items())], folder / "ui.log"
-    with exit_on_signals(signal.SIGTERM, signal.SIGHUP), mlflow_server(command, log) as server:
-        try:
-            wait_until_ready(server, address, log)
-            print(f"MLflow UI at {address} (Ctrl-C ends it)")
-            for name, page in run_lists(address):
-                print(f"  {name:8} {page}", flush=True)
-            server.wait()
-        except (KeyboardInterrupt, SystemExit) as end:
-            if not was_interrupted(end):
-                raise
-            print("\nThe MLflow UI has ended.")
-            return
-    raise InputError(f"The MLflow UI ended by itself; see {log}.")
+    options = {"--backend-store-uri": uri, "--artifacts-destination": str(folder / "artifacts"), "--workers": "1"}
+    command = ["server", *chain.from_iterable(options.items())]
+    run_server("the MLflow UI", command, folder / "ui.log", host, port, _announce)
+
+
+def _announce(address: str) -> None:
+    print(f"MLflow UI at {address} (Ctrl-C ends it)")
+    for name, page in run_lists(address):
+        print(f"  {name:8} {page}", flush=True)
 
 
 def run_lists(address: str) -> list[tuple[str, str]]:
@@ -93,52 +72,3 @@ def free_port(host: str, wanted: int | None) -> int:
             except OSError as error:
                 reason = error.strerror
     raise InputError(f"Expected a free port at {host} but {wanted} cannot be had ({reason}): choose another --port.")
-
-
-@contextmanager
-def mlflow_server(
-    command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """`mlflow COMMAND` as a process group of its own, so that Ctrl-C reaches us alone and we end all of it.
-
-    Args:
-        command: With its options.
-        log: What it prints goes there; its folder is the working directory.
-        env: Further environment variables.
-    """
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    quiet["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it starts programs of its environment
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *command],
-            cwd=log.parent,
-            env={**os.environ, **quiet, **(env or {})},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        yield server
-    finally:
-        for ask in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(server.pid, ask)
-                server.wait(STOP_TIMEOUT)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Waits until a server answers at /health.
-
-    Raises:
-        InputError: it does not.
-    """
-    end = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            http.get(f"{address}/health", timeout=5)
-            return
-        except requests.RequestException:
-            time.sleep(0.2)
-    raise InputError(f"Expected MLflow to start at {address} but it did not; see {log}.")

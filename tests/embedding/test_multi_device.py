@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_resume import content, write_fasta
@@ -65,7 +67,17 @@ def interrupted(fasta: Path, store: Path, backbone: str) -> int:
     return len(writer.pending())
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes of `SCRIPT`: the order of a float32 product's sums depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_end_in_the_store_of_one(tiny_esm2, tmp_path, monkeypatch):
     """One launch, since launching is slow: an invalid input, fewer shards than processes, an interrupted run."""
     backbone = str(tiny_esm2.fair_esm)
