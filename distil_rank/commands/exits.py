@@ -26,7 +26,7 @@ from distil_rank.exits.shorten import shorten as fit_and_save
 from distil_rank.exits.tuning import TrainingOptions
 from distil_rank.lowrank.code_map import CodeMap
 from distil_rank.runs.run_logger import RunLogger
-from distil_rank.runs.tracking import Run, start_run
+from distil_rank.runs.tracking import Run, points, start_run
 from distil_rank.tasks.labelled import OWN_LABELS, LabelledData, open_labelled
 from distil_rank.tasks.labels import LabelSource
 from distil_rank.training.losses import Outputs
@@ -170,6 +170,7 @@ def _task(source: str, labels: LabelSource) -> LabelledData | None:
 def _log(run: Run, done: Shortened, found: ExitMap, config: str) -> None:
     """Everything that was measured, and the folder."""
     run.log_params({"ridge": done.ridge, "rank": done.rank, "features": done.features})
+    curves = [point for rank, share in enumerate(found.r2, 1) for point in points({"test/r2_at_rank": share}, rank)]
     run.log_metrics({f"test/{name}": value for name, value in asdict(done.scores).items()})
     if done.cost is not None:
         run.log_metrics({"cost": done.cost})
@@ -181,11 +182,10 @@ def _log(run: Run, done: Shortened, found: ExitMap, config: str) -> None:
             {"training/seconds": done.training.seconds, "training/kept": done.training.kept, "training/gain": gain}
         )
         for step, loss in done.training.curve:
-            run.log_metrics({"training/validation_loss": loss}, step=step)
+            curves += points({"training/validation_loss": loss}, step)
     if done.function is not None and done.function.kept is not None:
         run.log_metrics({"function/kept": done.function.kept, "function/full": done.function.full})
-    for direction, share in enumerate(found.r2, start=1):
-        run.log_metrics({"test/r2_at_rank": share}, step=direction)
+    run.log_points(curves)
     run.log_text(config, "config.yaml")
     for path in sorted(done.folder.iterdir()):
         run.log_artifact(path)

@@ -19,6 +19,7 @@ from distil_rank.commands.embeddings import extract
 from distil_rank.commands.judging import metric_name
 from distil_rank.deployment.artefact import save
 from distil_rank.embedding.embed import default_store
+from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.precision import Precision
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -233,8 +234,8 @@ def _keep(problem: Problem, fitted: Fitted, result: Recommendation, folder: Path
     (folder / "recommended.yaml").write_text(report.configuration(result, place / MAP, problem.about[problem.last]))
     about = problem.about[problem.last]
     if about.get("format") == "store" and about.get("pooling") != "residue":
-        several = len(Store.open(problem.source).layers) > 1
-        write_codes(Store.open(f"{problem.source}:{pipeline.layer}" if several else problem.source), place, code_map)
+        path, _ = split_source(problem.source)
+        write_codes(Store.open(f"{path}:{pipeline.layer}"), place, code_map)
 
 
 def _tags(problem: Problem) -> dict[str, str]:

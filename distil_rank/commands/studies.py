@@ -15,7 +15,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.reporting import figures
 from distil_rank.reporting.results import OURS, Result, TeacherResult
 from distil_rank.reporting.run_folder import link, run_folder, set_latest
-from distil_rank.runs.tracking import Run, start_run
+from distil_rank.runs.tracking import Run, points, start_run
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +123,11 @@ def _study(name: str, children: list[dict[str, Any]], data: EmbeddingDataModule,
         save_report(result, folder / f"{stem}_summary.json", folder / f"{stem}_final_report.png", parent)
         if name == "sweep":
             parent.log_artifact(figures.sweep(result, folder / "distil_rank_sweep.png"))
+            curves = []
             for teacher in teachers:
                 ours = teacher.row(OURS).metrics
-                parent.log_metrics({f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}, step=teacher.rank)
+                curves += points({f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}, teacher.rank)
+            parent.log_points(curves)
         latest = set_latest(folder)
         for file in folder.iterdir():
             link(output / file.name, latest / file.name)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from distil_rank.runs.tracking import Run
+from distil_rank.runs.tracking import Point, Run, points
+
+PERIOD = 2.0  # seconds between two calls of MLflow, each of which costs as much as several steps of a small student
 
 
 class RunLogger(MLFlowLogger):
     """Log a `Trainer`'s metrics into a run of `start_run`, which alone decides how the run ends.
 
-    Checkpoints go to `mlruns/lightning/<experiment>/<run id>/checkpoints` unless their callback names a folder.
+    Metrics are sent every two seconds and when the fit ends, however it ends (only SIGKILL loses what was not sent
+    yet). Checkpoints go to `mlruns/lightning/<experiment>/<run id>/checkpoints` unless their callback names a folder.
 
     Args:
         run: where to log.
@@ -23,6 +28,8 @@ class RunLogger(MLFlowLogger):
     def __init__(self, run: Run) -> None:
         super().__init__(experiment_name=run.experiment, tracking_uri=run.tracking_uri, run_id=run.id)
         self._run = run
+        self._waiting: list[Point] = []
+        self._sent = time.monotonic()
 
     @property
     def experiment(self) -> Any:
@@ -49,5 +56,18 @@ class RunLogger(MLFlowLogger):
         """Record hyper-parameters beside the run's own parameters; what the run recorded first stays."""
         self._run.log_params(vars(params) if isinstance(params, Namespace) else params)
 
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Take down metrics at a step, and send what waits where it is time."""
+        self._waiting += points(metrics, step)
+        if time.monotonic() - self._sent > PERIOD:
+            self._send()
+
     def finalize(self, status: str = "success") -> None:
-        """Leave the run open: a run may hold several fits, and what follows them."""
+        """Send what waits. The run stays open: it may hold several fits, and what follows them."""
+        self._send()
+
+    @rank_zero_only
+    def _send(self) -> None:
+        waiting, self._waiting, self._sent = self._waiting, [], time.monotonic()
+        self._run.log_points(waiting)

@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 from torch import nn
 from torch.utils.data import DataLoader
 
+from distil_rank.runs import run_logger
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.run_store import default_tracking_uri
 from distil_rank.runs.tracking import Run, start_run
@@ -56,6 +57,19 @@ def test_a_trainer_logs_into_the_open_run_and_leaves_it_open(project):
     assert len(client.search_runs([run.experiment_id])) == 1
 
 
+@pytest.mark.parametrize(("period", "most"), [(60.0, 1), (0.0, 8)])
+def test_metrics_are_sent_once_a_period_and_at_the_end(project, monkeypatch, period, most):
+    monkeypatch.setattr(run_logger, "PERIOD", period)
+    calls = []
+    with start_run("distil", "toy", params={}, tags={}, root=project) as run:
+        send = run.log_points
+        monkeypatch.setattr(Run, "log_points", lambda self, measured: (calls.append(len(measured)), send(measured)))
+        fit(run)
+    assert sum(map(bool, calls)) == most
+    history = MlflowClient(default_tracking_uri(project)).get_metric_history(run.id, "train/loss")
+    assert [value.step for value in history] == list(range(6))
+
+
 def test_checkpoints_lie_under_mlruns(project):
     with start_run("distil", "toy", params={}, tags={}, root=project) as run:
         fit(run)
@@ -88,9 +102,11 @@ def test_a_training_that_is_stopped_leaves_its_run_killed(project, number, code)
     finally:
         signal.signal(signal.SIGINT, before)
     assert left.value.code == code
-    kept = MlflowClient(default_tracking_uri(project)).get_run(run.id)
+    client = MlflowClient(default_tracking_uri(project))
+    kept = client.get_run(run.id)
     assert kept.info.status == "KILLED"
     assert "error" not in kept.data.tags
+    assert [value.step for value in client.get_metric_history(run.id, "train/loss")] == [0]
 
 
 class Crash(Callback):

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from distil_rank.errors import InputError
 from distil_rank.runs import tracking
 from distil_rank.runs.run_store import RUN_LISTS, VIEW, default_tracking_uri
-from distil_rank.runs.tracking import start_run
+from distil_rank.runs.tracking import points, start_run
 
 
 def client(root) -> MlflowClient:
@@ -26,8 +26,7 @@ def test_a_run_keeps_what_it_is_given(project, tmp_path):
     tags = {"teacher_run": "abc"}
     with start_run("distil", "random, rank 8", params={"rank": 8}, tags=tags, root=project) as run:
         run.log_params({"optimiser": {"lr": 0.1, "betas": (0.9, 0.999)}, **{f"p{i}": i for i in range(150)}})
-        for step in range(3):
-            run.log_metrics({"val/r2": step / 10}, step)
+        run.log_points([point for step in range(1500) for point in points({"val/r2": step / 10}, step)])
         run.log_metrics({"test/r2": 0.5})
         run.note("**bold**")
         run.log_artifact(tmp_path / "figure.png", "figures")
@@ -45,7 +44,7 @@ def test_a_run_keeps_what_it_is_given(project, tmp_path):
     assert kept.data.tags["mlflow.note.content"] == "**bold**"
     assert kept.data.metrics["test/r2"] == 0.5
     history = client(project).get_metric_history(run.id, "val/r2")
-    assert [(value.step, value.value) for value in history] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert [(value.step, value.value) for value in history] == [(step, step / 10) for step in range(1500)]
     (dataset,) = kept.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("sample", "d" * 36)
     assert mlflow.data.get_source(dataset).to_dict() == {"uri": "data/sample.arrow"}

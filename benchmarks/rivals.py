@@ -1,0 +1,202 @@
+"""What the rivals of `embedding.py` compute: each embeds proteins in a process of its own, whenever a line comes in.
+
+It imports nothing of this project before it knows its rival, whose environment may have no more than the rival needs:
+
+    python benchmarks/rivals.py "fair-esm fp32" WEIGHTS FASTA PROTEINS LENGTHS
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENS = 4096  # in a rival's batch; ours takes its own default
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def read_fasta(path: Path, proteins: int, lengths: str = "1-100000") -> list[str]:
+    """Every so-manieth sequence within the lengths, so that the choice is spread over the file."""
+    with gzip.open(path, "rt") as file:
+        blocks = f"\n{file.read()}".split("\n>")[1:]
+    sequences = ["".join(block.split("\n")[1:]) for block in blocks]
+    shortest, longest = map(int, lengths.split("-"))
+    sequences = [text for text in sequences if shortest <= len(text) <= longest]
+    step = max(len(sequences) // proteins, 1)
+    return sequences[::step][:proteins]
+
+
+def fair_esm_batches(sequences: list[str]) -> list[list[int]]:
+    """fair-esm's own batching."""
+    from esm import FastaBatchedDataset
+
+    return FastaBatchedDataset([str(i) for i in range(len(sequences))], sequences).get_batch_indices(TOKENS, 1)
+
+
+def padded_batches(sequences: list[str]) -> list[list[int]]:
+    """The same, for who has no batching of his own: by length, padded size within the budget."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if batches[-1] and (len(batches[-1]) + 1) * (len(sequences[i]) + 2) > TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def mean_of_residues(hidden: torch.Tensor, batch: list[int], sequences: list[str], means: list[Any]) -> None:
+    """Pools one padded batch (B, T, dim) as all rivals do."""
+    for row, i in enumerate(batch):
+        means[i] = hidden[row, 1 : len(sequences[i]) + 1].float().mean(0)
+
+
+def fair_esm(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
+    """fair-esm's own forward, alphabet and batches."""
+    from distil_rank.embedding.backbones import load_backbone
+
+    backbone = load_backbone(str(weights))
+    convert = backbone.alphabet.get_batch_converter()
+    last = backbone.num_layers
+
+    def run() -> list[torch.Tensor]:
+        means: list[Any] = [None] * len(sequences)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            for batch in fair_esm_batches(sequences):
+                _, _, tokens = convert([(str(i), sequences[i]) for i in batch])
+                hidden = backbone.model(tokens, repr_layers=[last])["representations"][last]
+                mean_of_residues(hidden, batch, sequences, means)
+        return means
+
+    return run
+
+
+def hugging_face(weights: Path, sequences: list[str], precision: str, faesm: bool) -> Callable[[], list[torch.Tensor]]:
+    """`EsmModel` with SDPA, or faesm's version of it (which uses SDPA where flash-attn is missing)."""
+    from transformers import EsmConfig, EsmModel, EsmTokenizer
+
+    config = EsmConfig.from_pretrained(weights)
+    if faesm:
+        from faesm.esm import FAEsmModel
+
+        config.use_fa = False
+        model = FAEsmModel(config, add_pooling_layer=False)
+    else:
+        config._attn_implementation = "sdpa"
+        model = EsmModel(config, add_pooling_layer=False)
+    if (weights / "model.safetensors").exists():
+        from safetensors.torch import load_file
+
+        state = load_file(weights / "model.safetensors")
+    else:
+        state = torch.load(weights / "pytorch_model.bin", weights_only=True)
+    state = {key.removeprefix("esm."): value for key, value in state.items() if key.startswith("esm.")}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert not [key for key in missing if "inv_freq" not in key and "position" not in key and "contact" not in key], (
+        missing
+    )
+    model.eval().to(getattr(torch, DTYPES[precision]))
+    vocabulary = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary))
+        tokenizer = EsmTokenizer(str(Path(folder) / "vocab.txt"))
+
+    def run() -> list[torch.Tensor]:
+        means: list[Any] = [None] * len(sequences)
+        for batch in padded_batches(sequences):
+            inputs = tokenizer([sequences[i] for i in batch], return_tensors="pt", padding=True)
+            hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+            mean_of_residues(hidden, batch, sequences, means)
+        return means
+
+    return run
+
+
+def esm_cpp(weights: Path, sequences: list[str]) -> Callable[[], None]:
+    """esm-cpp's quantised weights and its own scheduling; it returns logits, and hidden states only one by one."""
+    import esm_cpp as library
+    import numpy as np
+
+    model = library.Model.load_from_safetensors(str(weights / "model.safetensors"))
+    model.quantize_weights()
+    letters = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-"]
+    inputs = [np.array([0, *(letters.index(letter) for letter in text), 2], np.int32) for text in sequences]
+
+    def run() -> None:
+        model.forward_scheduled(inputs)
+
+    return run
+
+
+def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
+    """Ours, as `embed` calls it; `PRECISION@LAYER` stops after that layer."""
+    from distil_rank.embedding.backbones import load_backbone
+    from distil_rank.embedding.embedder import Embedder
+    from distil_rank.embedding.layer_spec import State
+
+    backbone = load_backbone(str(weights))
+    precision, _, exit_layer = precision.partition("@")
+    layer = int(exit_layer or backbone.num_layers)
+    if precision == "int8":
+        from distil_rank.embedding.precision import calibrate
+
+        _, encoder, figures = calibrate(backbone, sequences, layer)
+        print(figures, file=sys.stderr)
+        embedder = Embedder(backbone, layers=[State(layer)], encoder=encoder)
+    else:
+        embedder = Embedder(backbone, precision=precision, layers=[State(layer)])
+
+    class Batch(list):
+        @property
+        def texts(self) -> list[str]:
+            return [sequences[i] for i in self]
+
+    def run() -> list[torch.Tensor]:
+        means: list[Any] = [None] * len(sequences)
+        batches = map(Batch, embedder.batches([len(text) for text in sequences]))
+        for batch, result in embedder.stream(batches):
+            for i, vector in zip(batch, result.vectors, strict=True):
+                means[i] = vector
+        return means
+
+    return run
+
+
+def serve(rival: str, weights: Path, sequences: list[str]) -> None:
+    """A rival's process: computes whenever a line comes in, and answers with seconds; keeps its last vectors."""
+    name, precision = rival.split()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # a rival's chatter is no answer
+    if name == "distil-rank":
+        run = distil_rank(weights, sequences, precision)
+    elif name == "esm-cpp":
+        run = esm_cpp(weights, sequences)
+    elif name == "fair-esm":
+        run = fair_esm(weights, sequences, precision)
+    else:
+        run = hugging_face(weights, sequences, precision, faesm=name == "faesm")
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            vectors = run()
+        print(time.perf_counter() - start, *memory(), file=answers, flush=True)
+        if vectors is not None:
+            torch.save(torch.stack(vectors), line.strip())
+
+
+def memory() -> tuple[float, float]:
+    """What this process holds in memory now, and the most it ever held, loading included, in GB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    now, most = (int(status[name].split()[0]) * 1024 / 1e9 for name in ("VmRSS", "VmHWM"))
+    return now, most
+
+
+if __name__ == "__main__":
+    rival, weights, fasta, proteins, lengths = sys.argv[1:]
+    serve(rival, Path(weights), read_fasta(Path(fasta), int(proteins), lengths))
