@@ -25,9 +25,10 @@ from distil_rank.embedding.location import absolute, open_storage
 from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
 from distil_rank.embedding.ray_cluster import Cluster
 from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, SETTINGS, Store
-from distil_rank.embedding.store_writer import Shard, StoreWriter
+from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap
 

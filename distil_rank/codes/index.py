@@ -164,7 +164,7 @@ def _quantiser(index: Any, faiss: Any, code_map: CodeMap) -> None:
 
 
 def _int8_scales(index: Any, faiss: Any, code_map: CodeMap) -> None:
-    """Give faiss the scales, as the ranges that its 8-bit type decodes a byte `c` from: `low + (c + 0.5) / 255 · range`.
+    """Give faiss the scales, as the ranges from which it decodes a byte `c`: `low + range · (c + 0.5) / 255`.
 
     Its type for plain signed bytes would store none, but rounds queries to integers where the processor has AVX2 and
     no AVX-512 and the rank is a multiple of 16 (seen in faiss 1.15.1).

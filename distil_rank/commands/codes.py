@@ -27,6 +27,7 @@ from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap, CodeType
 from distil_rank.reporting import judgement as report
+from distil_rank.reporting.run_folder import publish, run_folder
 from distil_rank.runs.run_logger import RunLogger
 from distil_rank.runs.tracking import Run, start_run
 from distil_rank.tasks.judge import Judgement
@@ -130,14 +131,15 @@ def code(
         made = _trained(proteins, fitted, fitted.code_map(rank, dtype, bytes, seed), train, seed, run)
         made.provenance["asked"] = asked
         done = _judge(proteins, made, rank, perturbations, copies, seed)
-        folder = Path(output) / "code" / name
+        place = Path(output) / "code" / name
+        folder = run_folder(place, run.id)
         _log(run, done, made, report.save(done, folder), config)
-        saved = save(made, folder / MAP, **_about(made, done))
-        for file in sorted(saved.iterdir()):
+        for file in sorted(save(made, folder / MAP, **_about(made, done)).iterdir()):
             run.log_artifact(file)
+        publish(folder, place)
         store = _encode(proteins, made, done, codes, workers)
-    log.info("Code map: %s (distil_rank.load reads it).", saved)
-    return CodeResult(saved, None if store is None else store.path, done)
+    log.info("Code map: %s (distil_rank.load reads it).", place / MAP)
+    return CodeResult(place / MAP, None if store is None else store.path, done)
 
 
 def _encode_with(code_map: CodeMap, data: str, labels: LabelSource, codes: str, workers: Cluster | None) -> CodeResult:

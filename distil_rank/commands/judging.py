@@ -14,6 +14,7 @@ from distil_rank.deployment.artefact import load, read_manifest
 from distil_rank.embedding.precision import Precision
 from distil_rank.errors import InputError
 from distil_rank.reporting import judgement as report
+from distil_rank.reporting.run_folder import publish, run_folder
 from distil_rank.runs.tracking import Run, start_run
 from distil_rank.tasks.alignment import alignment_scores, has_mmseqs
 from distil_rank.tasks.judge import Judgement
@@ -108,9 +109,11 @@ def judge(
             metric,
             seed,
         )
-        folder = Path(output) / "judge" / Path(opened.source).stem
+        place = Path(output) / "judge" / Path(opened.source).stem
+        folder = run_folder(place, run.id)
         _log(run, done, report.save(done, folder), config)
-    log.info("Judgement: %s", folder / "judgement.md")
+        publish(folder, place)
+    log.info("Judgement: %s", place / "judgement.md")
     return done
 
 

@@ -14,7 +14,7 @@ from distil_rank.commands.teachers import check_rank_request, kind_of, largest_r
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.reporting import figures
 from distil_rank.reporting.results import OURS, Result, TeacherResult
-from distil_rank.reporting.run_folder import link, run_folder, set_latest
+from distil_rank.reporting.run_folder import publish, run_folder
 from distil_rank.runs.tracking import Run, points, start_run
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,5 @@ def _study(name: str, children: list[dict[str, Any]], data: EmbeddingDataModule,
                 ours = teacher.row(OURS).metrics
                 curves += points({f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}, teacher.rank)
             parent.log_points(curves)
-        latest = set_latest(folder)
-        for file in folder.iterdir():
-            link(output / file.name, latest / file.name)
+        publish(folder, output)
     return result

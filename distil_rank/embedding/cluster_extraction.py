@@ -13,8 +13,8 @@ from distil_rank.embedding.elastic import compute_elastically
 from distil_rank.embedding.extraction import Extraction, Filled, Request
 from distil_rank.embedding.location import absolute
 from distil_rank.embedding.ray_cluster import Cluster
+from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
-from distil_rank.embedding.store_writer import Shard
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from distil_rank.embedding.ray_cluster import Cluster, connected
-from distil_rank.embedding.store_writer import Shard
+from distil_rank.embedding.shards import Shard
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)

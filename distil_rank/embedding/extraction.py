@@ -32,9 +32,10 @@ from distil_rank.embedding.precision import (
 )
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_records
+from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.shortened import POOLED_ALIKE
 from distil_rank.embedding.store import CODES, EMBEDDINGS, Store, layers_of
-from distil_rank.embedding.store_writer import Shard, StoreWriter
+from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap
 

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from distil_rank.embedding.extraction import Extraction, Filled, Request
 from distil_rank.embedding.sequences import CleaningReport
+from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
-from distil_rank.embedding.store_writer import Shard
 from distil_rank.errors import InputError
 
 

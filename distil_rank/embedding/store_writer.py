@@ -15,12 +15,10 @@ deleted and computed again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.planning import new_shards, write_new_proteins
 from distil_rank.embedding.provenance import FORMERLY_IN_MANIFEST, read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.shards import PARTS, Shard, key_of, reopen, shard_of, vector_table
 from distil_rank.embedding.storage import Location, Storage
 from distil_rank.embedding.store import (
     EMBEDDINGS,
@@ -39,7 +38,6 @@ from distil_rank.embedding.store import (
     column_of,
     layers_of,
     read_manifest,
-    settings_of,
     vectors_of,
 )
 from distil_rank.errors import InputError
@@ -47,33 +45,8 @@ from distil_rank.errors import InputError
 logger = logging.getLogger(__name__)
 
 MORE_MEMORY = 1.05  # times the memory of the device that skipped a sequence: retry; a machine's own varies a little
-PARTS = "parts"  # the folder of finished batches
 # what a store holds beside its .arrow files and the manifest
 OWN_NAMES = (PARTS, "provenance.json", "code_map", "calibration.safetensors")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Consecutive distinct sequences that are computed and stored together.
-
-    Attributes:
-        file: Name of its Arrow file in the store.
-        rows: First row and the one behind the last.
-        proteins: Where in the table of proteins these rows first appear: file, first line, line behind the last.
-        residues: Residues to compute.
-        key: Digest of what determines its vectors.
-    """
-
-    file: str
-    rows: tuple[int, int]
-    proteins: tuple[str, int, int]
-    residues: int
-    key: str
-
-    @property
-    def parts(self) -> str:
-        """Folder of its finished batches."""
-        return f"{PARTS}/{self.file.removesuffix('.arrow')}"
 
 
 class StoreWriter:
@@ -194,7 +167,7 @@ class StoreWriter:
     def pending(self) -> list[Shard]:
         """The shards that the manifest does not list as finished, in order."""
         manifest = self.manifest
-        return [_shard(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
+        return [shard_of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
 
     def retry_skipped(self, memory: int, every: bool = False) -> int:
         """Makes skipped sequences pending again where the device has more memory than the one that skipped them.
@@ -218,9 +191,9 @@ class StoreWriter:
             rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
             if len(rows):
                 vectors = np.stack([vectors_of(table, name) for name in self._columns()])
-                self.write_part(_shard(entry, manifest), rows.tolist(), counts.tolist(), vectors)
+                self.write_part(shard_of(entry, manifest), rows.tolist(), counts.tolist(), vectors)
             retried += entry["skipped"]
-            _clear(entry)
+            reopen(entry)
             reopened.append(file)
         self._write_manifest(manifest)
         for file in reopened:
@@ -320,16 +293,16 @@ class StoreWriter:
             if "sha256" in shard and sizes.get(file) != shard["bytes"]:
                 logger.warning("%s is missing or damaged: it is computed again", self.storage.where(file))
                 self.storage.delete(file)
-                _clear(shard)
+                reopen(shard)
             table = None
             if "sha256" not in shard and file in sizes:
-                table = self._computed(file, _key(shard, manifest), ["row"])
+                table = self._computed(file, key_of(shard, manifest), ["row"])
             if table is not None:
                 rows = table["row"].to_numpy()
                 shard["vectors"] = len(rows)
                 shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
                 shard.update(_fingerprint(self.storage, file))
-                self.storage.delete_folder(_shard(shard, manifest).parts)
+                self.storage.delete_folder(shard_of(shard, manifest).parts)
         self.storage.delete_unfinished()
 
     def _computed(self, name: str, key: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -363,40 +336,11 @@ class StoreWriter:
             self.storage.delete_folder(PARTS)
 
 
-def _shard(entry: dict[str, Any], manifest: dict[str, Any]) -> Shard:
-    """The shard of an entry in the manifest."""
-    rows, proteins = tuple(entry["rows"]), tuple(entry["proteins"])
-    return Shard(entry["file"], rows, proteins, entry["residues"], _key(entry, manifest))
-
-
-def _clear(entry: dict[str, Any]) -> None:
-    """Makes a shard's entry in the manifest one that is pending."""
-    for key in ("vectors", "skipped", "bytes", "sha256"):
-        entry.pop(key, None)
-
-
 def _retries(table: pa.Table, memory: int, every: bool) -> bool:
     """Whether to retry the sequences that a shard or part lacks; without a recorded memory only on request."""
     recorded = table.schema.metadata.get(b"memory")
     return every or (recorded is not None and memory > MORE_MEMORY * int(recorded))
 
 
-def _key(shard: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """Digest of what determines the shard's vectors: the settings, and its lines of a table of proteins."""
-    name = shard["proteins"][0]
-    table = next(file["sha256"] for file in manifest["proteins"] if file["file"] == name)
-    inputs = [settings_of(manifest), table, shard["proteins"], shard["rows"]]
-    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-
-
 def _fingerprint(storage: Storage, name: str) -> dict[str, Any]:
     return {"bytes": storage.size(name), "sha256": storage.sha256(name)}
-
-
-def vector_table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[str, str]) -> pa.Table:
-    """The table of a shard or part: row numbers, `(vectors,)`, and columns of vectors or codes, `(vectors, width)`."""
-    arrays = {
-        name: pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).ravel()), vectors.shape[1])
-        for name, vectors in columns.items()
-    }
-    return pa.table({"row": pa.array(rows, pa.int64()), **arrays}, metadata=metadata)

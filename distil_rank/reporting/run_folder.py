@@ -28,6 +28,13 @@ def set_latest(folder: Path) -> Path:
     return link(folder.parent / "latest", folder)
 
 
+def publish(folder: Path, place: Path) -> None:
+    """Point `latest` to a run's folder, and at `place` every name in it to the latest run's."""
+    latest = set_latest(folder)
+    for entry in sorted(folder.iterdir()):
+        link(place / entry.name, latest / entry.name)
+
+
 def link(path: Path, target: Path) -> Path:
     """Make `path` a relative symbolic link to `target`, or a copy of it where the file system has no links.
 

@@ -1,13 +1,16 @@
-"""Lightning callbacks: log and record losses, fidelity and latency, and show progress, while a student trains."""
+"""Lightning callbacks: log losses, fidelity and latency, save, and show progress, while a student trains."""
 
 from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -15,6 +18,8 @@ from distil_rank.measure.latency import LayerLatency, compare_layers
 from distil_rank.measure.metrics import Fidelity
 from distil_rank.reporting.results import Curve
 from distil_rank.training.distil import DistilModule
+
+SAVE_PERIOD = 10.0  # seconds of training that a killed run may lose
 
 
 class LogLosses(Callback):
@@ -91,6 +96,31 @@ class CurveRecorder(Callback):
         self.curve.step.append(trainer.global_step)
         self.curve.val_residual.append(1 - float(logged["val/r2/student"]))
         self.curve.val_loss.append(float(logged["val/loss"]))
+
+
+class SaveLast(Checkpoint):
+    """Save what a run is resumed from, `last.ckpt`, at ends of epochs, ten seconds apart at least, and at the end.
+
+    Lightning's own callback would save after every epoch, of which a small data set has several a second.
+
+    Args:
+        folder: where to save.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.file = Path(folder) / "last.ckpt"
+        self.saved = -math.inf
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where it is time; the first process decides for all."""
+        due = time.monotonic() - self.saved > SAVE_PERIOD
+        if trainer.strategy.broadcast(due):
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        trainer.save_checkpoint(self.file)
+        self.saved = time.monotonic()
 
 
 class Progress(Callback):

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
@@ -24,7 +23,7 @@ from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import Factors
 from distil_rank.measure.latency import LayerLatency
 from distil_rank.reporting.results import Curve
-from distil_rank.training.callbacks import CurveRecorder, LogFidelity, LogLatency, LogLosses, Progress
+from distil_rank.training.callbacks import CurveRecorder, LogFidelity, LogLatency, LogLosses, Progress, SaveLast
 from distil_rank.training.distil import (
     ORIGINAL,
     ORIGINAL_BATCH,
@@ -162,11 +161,10 @@ def _train_group(
     rows = _training_rows(teacher, data)
     batches = _seed_batches(rows, partial(training_loader, data), seeds, validated=True)
     with _checkpoint_folder(options.checkpoints) as folder:
-        checkpoint = ModelCheckpoint(folder, "last", enable_version_counter=False)  # to resume; the best is in it too
         trainer = Trainer(
             **{**TRAINER_DEFAULTS, **options.trainer},
             logger=options.logger or False,
-            callbacks=[*callbacks, checkpoint],
+            callbacks=[*callbacks, SaveLast(folder)],
         )
         return fit(module, data, trainer, options.ckpt_path, options.optimal, batches)
 

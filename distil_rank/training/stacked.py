@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,11 @@ class StackedStudents(nn.Module):
     def forward(self, x: Tensor, rank: int | None = None) -> Tensor:
         """`(S, N, n)`, or `(N, n)` for all alike, → `(S, N, m)`, at full rank or at a lower one."""
         if rank is None or rank == self.rank:
-            hidden = x @ self.A.mT
-            return hidden @ self.B.mT if self.bias is None else torch.baddbmm(self.bias[:, None], hidden, self.B.mT)
+            if self.bias is None or torch.is_autocast_enabled(x.device.type):
+                y = x @ self.A.mT @ self.B.mT
+                return y if self.bias is None else y + self.bias[:, None]
+            output: Tensor = _TwoFactors.apply(x, self.A, self.B, self.bias)
+            return output
         y = x @ self.A[:, :rank].mT @ self.B[:, :, :rank].mT
         if self.bias is None:
             return y
@@ -83,6 +87,25 @@ class StackedStudents(nn.Module):
         if self.input_mean is not None:  # as `LowRankLinear.truncate` does
             bias = bias + (self.B[:, :, rank:] @ (self.A[:, rank:] @ self.input_mean)[..., None]).squeeze(-1)
         return y + bias[:, None]
+
+
+class _TwoFactors(torch.autograd.Function):
+    """`y = B A x + b` with the gradients in the parameters' own layout; autograd's come transposed and are copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+        """`(S, N, n)` or `(N, n)`, `(S, r, n)`, `(S, m, r)` and `(S, m)` → `(S, N, m)`."""
+        assert not ctx.needs_input_grad[0], "the rows have no gradient"
+        hidden = x @ A.mT
+        ctx.save_for_backward(x, B, hidden)
+        return torch.baddbmm(bias[:, None], hidden, B.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        """∂L/∂A = (g B)ᵀ x, ∂L/∂B = gᵀ h and ∂L/∂b = Σ g, with g = ∂L/∂y and h = A x."""
+        (gradient,) = gradients
+        x, B, hidden = ctx.saved_tensors
+        return None, (gradient @ B).mT @ x, gradient.mT @ hidden, gradient.sum(1)
 
 
 class RowsWithTargets(Dataset[Batch]):

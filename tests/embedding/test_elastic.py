@@ -25,8 +25,8 @@ from distil_rank.embedding import elastic
 from distil_rank.embedding.elastic import compute_elastically
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.ray_cluster import Cluster
+from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
-from distil_rank.embedding.store_writer import Shard
 from distil_rank.errors import InputError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the ray extra)")

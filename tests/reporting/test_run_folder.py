@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_rank.reporting.run_folder import link, run_folder, set_latest
+from distil_rank.reporting.run_folder import link, publish, run_folder, set_latest
 
 
 @pytest.fixture(params=["links", "no links"])
@@ -35,3 +35,17 @@ def test_a_file_can_be_linked_and_the_whole_tree_moved(tmp_path, file_system):
     link(tmp_path / "old" / "summary.json", tmp_path / "old" / "run" / "summary.json")
     (tmp_path / "old").rename(tmp_path / "new")
     assert (tmp_path / "new" / "summary.json").read_text() == "1"
+
+
+def test_the_latest_results_are_found_in_one_place(tmp_path, file_system):
+    place = tmp_path / "judge" / "store"
+    folders = []
+    for text, run_id in (("first", "aaaaaaaaaa"), ("second", "bbbbbbbbbb")):
+        folders.append(run_folder(place, run_id))
+        (folders[-1] / "code_map").mkdir()
+        for name in ("judgement.md", "code_map/manifest.json"):
+            (folders[-1] / name).write_text(text)
+        publish(folders[-1], place)
+        assert (place / "judgement.md").read_text() == (place / "code_map" / "manifest.json").read_text() == text
+        assert (place / "latest" / "judgement.md").read_text() == text
+    assert (folders[0] / "judgement.md").read_text() == "first"

@@ -122,3 +122,29 @@ def test_a_stack_at_a_lower_rank_is_the_truncated_students(solved):
             torch.testing.assert_close(stack(x, rank)[i], student.truncate(rank)(x[i]), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(stack(x[0], rank)[i], student.truncate(rank)(x[0]), rtol=1e-4, atol=1e-5)
     assert torch.equal(stack[1].A, students[1].A) and stack[1].provenance == students[0].provenance
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5), (7, 5)])
+def test_gradients_are_those_of_the_plain_composition(shape):
+    torch.manual_seed(0)
+    stack = StackedStudents([LowRankLinear(5, 4, rank=2) for _ in range(3)]).double()
+    x, weights = torch.randn(shape, dtype=torch.float64), torch.randn(3, 7, 4, dtype=torch.float64)
+    plain = x @ stack.A.mT @ stack.B.mT + stack.bias[:, None]
+    expected = torch.autograd.grad((plain * weights).sum(), list(stack.parameters()))
+    output = stack(x)
+    torch.testing.assert_close(output, plain)
+    (output * weights).sum().backward()
+    for parameter, gradient in zip(stack.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+        assert parameter.grad.stride() == parameter.stride()
+
+
+def test_lower_precision_goes_through_autocast():
+    torch.manual_seed(0)
+    stack = StackedStudents([LowRankLinear(5, 4, rank=2) for _ in range(3)])
+    x = torch.randn(3, 7, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = stack(x)
+    output.sum().backward()
+    torch.testing.assert_close(output.float(), stack(x), rtol=0.05, atol=0.05)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in stack.parameters())
