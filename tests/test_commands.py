@@ -162,11 +162,10 @@ def test_benchmark_runs_the_three_teachers(workplace, capsys):
     assert (workplace / "results/distil_rank_final_report.png").stat().st_size > 10_000
 
 
-def test_a_sweep_is_a_parent_with_children_and_no_noise(workplace):
+def test_a_sweep_is_a_parent_with_children_and_no_noise(workplace, capfd):
     command = ["sweep", "--data.source", "proteins.npz", "--teacher.kind", "spectral", "--ranks", "[2, 4]"]
-    command = [sys.executable, "-m", "distil_rank", *command, "--trainer.max_steps", "4", "--data.split", "exact"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert not re.search("GPU|TPU|Tip|stopped", done.stderr)
+    assert main([*command, "--trainer.max_steps", "4", "--data.split", "exact"]) == 0
+    assert not re.search("GPU|TPU|Tip|stopped", capfd.readouterr().err)
     found = runs(workplace, "sweep")
     (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]

@@ -48,7 +48,7 @@ PARSED_ONLY = {
     r"python benchmarks/": "takes minutes; the page shows what it wrote",
     r"--to onnx-int8": "refused for so few vectors; tests/deployment/test_integer_onnx.py exports",
     r"MAP=results": "the layer that is recommended differs with the proteins",
-    r"--ray_address 10\.": "needs several machines; tests/embedding/test_elastic.py has a cluster",
+    r"--engine ray": "starts a cluster each time; tests/embedding/test_elastic.py has one",
     r"make ui": "serves until it is stopped; tests/runs/test_ui.py opens it",
     r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
 }
