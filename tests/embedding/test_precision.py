@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from distil_rank.embedding import agreement as agreement_module
-from distil_rank.embedding import precision
+from distil_rank.embedding import extraction, precision
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -154,3 +156,53 @@ def test_agreement_counts_neighbours_by_brute_force():
 
 def test_nan_does_not_suffice():
     assert not agreement(torch.ones(3, 2), torch.full((3, 2), torch.nan)).suffices
+
+
+def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
+    with caplog.at_level(logging.INFO):
+        assert run(fasta).precision == "bf16"
+    assert "computing in bf16: cosine to fp32 of at least 0.99" in caplog.text
+    assert 0.999 < read_provenance(fasta.parent / "store")["bf16_cosine"] < 1
+    assert "going on in fp32" not in caplog.text
+
+
+def test_bf16_that_disagrees_is_replaced_by_fp32_with_a_warning(run, fasta, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
+    with caplog.at_level(logging.WARNING):
+        assert run(fasta).precision == "fp32"
+    assert "going on in fp32" in caplog.text
+    store = Store.open(fasta.parent / "store")
+    assert store.manifest["precision"] == "fp32"
+    assert run(fasta).precision == "fp32", "and the decision stays"
+
+
+def test_an_explicit_bf16_store_stays_bf16(run, fasta, monkeypatch):
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
+    assert run(fasta, precision="bf16").computed > 0
+    assert (run(fasta).precision, run(fasta).computed) == ("bf16", 0)
+    fasta.write_text(fasta.read_text() + ">new\nMKVLAAGIV\n")
+    assert (run(fasta).precision, Store.open(fasta.parent / "store").manifest["precision"]) == ("bf16", "bf16")
+
+
+def test_bf16_with_nan_for_one_protein_is_replaced_by_fp32(run, fasta, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
+    original = Embedder.embed
+
+    def overflowing(self, sequences):
+        result = original(self, sequences)
+        if self.encoder.dtype == torch.bfloat16:
+            result.vectors[-1] = torch.nan
+        return result
+
+    monkeypatch.setattr(Embedder, "embed", overflowing)
+    assert run(fasta).precision == "fp32"
+    assert "going on in fp32" in caplog.text
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    for flag, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})
+        assert precision.native_precision(torch.device("cpu")) == expected
