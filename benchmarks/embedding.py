@@ -42,6 +42,7 @@ SIZES = {  # layers, width, heads
     "150M": (30, 640, 20),
     "650M": (33, 1280, 20),
 }
+BASE = "fair-esm fp32"
 LABELS = {"transformers": "transformers (SDPA)", "faesm": "faesm (SDPA)", "esm-cpp": "esm-cpp (logits, not pooled)"}
 
 
@@ -168,6 +169,8 @@ def main() -> None:
 
 def only(names: list[str], pythons: dict[str, str]) -> dict[str, str]:
     """The rivals asked for, each of ours perhaps with `@LAYER`."""
+    if BASE not in names:
+        raise InputError(f"Expected {BASE} among the rivals, which the others are compared with, but got {names}.")
     for name in names:
         if name.partition("@")[0] not in pythons:
             raise InputError(f"Expected rivals out of {', '.join(pythons)} but got {name}; others need --peer.")
@@ -215,7 +218,7 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
     print(f"{torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
     print(f"{len(sequences)} proteins of {lengths} residues, {residues:,} in all; rivals get {TOKENS} tokens a batch")
     print(f"weights: {options.random or options.weights.name}; medians of {options.rounds} interleaved rounds\n")
-    base = next(rival for rival in rivals if rival.name == "fair-esm fp32")
+    base = next(rival for rival in rivals if rival.name == BASE)
     reference = torch.load(base.file, weights_only=True).double()
     rates = {"fp32": matrix_rate(torch.float32), "bf16": matrix_rate(torch.bfloat16), "int8": int8_rate()}
     measured = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in rates.items())

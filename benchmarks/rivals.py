@@ -23,7 +23,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def read_fasta(path: Path, proteins: int, lengths: str = "1-100000") -> list[str]:
-    """Every so-manieth sequence within the lengths, so that the choice is spread over the file."""
+    """Every n-th sequence within the lengths, so that the choice is spread over the file."""
     with gzip.open(path, "rt") as file:
         blocks = f"\n{file.read()}".split("\n>")[1:]
     sequences = ["".join(block.split("\n")[1:]) for block in blocks]

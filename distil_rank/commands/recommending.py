@@ -235,7 +235,8 @@ def _keep(problem: Problem, fitted: Fitted, result: Recommendation, folder: Path
     about = problem.about[problem.last]
     if about.get("format") == "store" and about.get("pooling") != "residue":
         path, _ = split_source(problem.source)
-        write_codes(Store.open(f"{path}:{pipeline.layer}"), place, code_map)
+        source = path if pipeline.layer is None else f"{path}:{pipeline.layer}"
+        write_codes(Store.open(source), place, code_map)
 
 
 def _tags(problem: Problem) -> dict[str, str]:
