@@ -41,7 +41,7 @@ help: ## What there is, in one line each
 	  || { echo "Expected Python 3.11 or newer but got $$($(PYTHON) --version); try make PYTHON=python3.12" >&2; exit 2; }
 	@echo "Setting up .venv (once; a minute or two) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[search]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[int8,search]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

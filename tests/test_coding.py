@@ -17,7 +17,7 @@ from distil_rank.codes.code_store import CodeStore
 from distil_rank.deployment.artefact import load
 from distil_rank.embedding import agreement
 from distil_rank.embedding.embed import embed
-from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.processor import has_int8_units
 from distil_rank.embedding.store import EMBEDDINGS, Store
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
-from distil_rank.embedding.int8_encoder import Int8Encoder
+from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.layer_costs import LayerCost, layer_costs
 from distil_rank.embedding.layer_spec import Layers, State, parse_layers
 from distil_rank.embedding.precision import (
@@ -103,7 +103,7 @@ class Extraction:
         self.request = request
         self.device = device
         self.writer = StoreWriter(request.store, EMBEDDINGS if request.code_map is None else CODES)
-        self._int8: Int8Encoder | None = None
+        self._int8: FusedEncoder | None = None
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -262,7 +262,7 @@ class Extraction:
         manifest = self.writer.manifest
         return layers_of(manifest) or [State.parse(manifest["layer"])]
 
-    def _int8_encoder(self, layer: int) -> Int8Encoder:
+    def _int8_encoder(self, layer: int) -> FusedEncoder:
         """What `plan` has made; after a restart, and in other processes, made again from the store's calibration."""
         if self._int8 is None:
             self._int8 = int8_encoder(self.backbone, store_calibration(self.writer), layer)

@@ -1,7 +1,8 @@
-"""ESM-2's encoder with its matrix products in int8; everything between them stays in float32.
+"""ESM-2's encoder with its matrix products in int8; what is between two of them is in `int8_kernels`.
 
-Exact remain the norms, rotations, attention, GELU, the residual stream, and what `int8_weights` leaves exact. Each
-thread's rows go through the products in large blocks, and what is between two of them in pieces that fit its cache.
+In float32 remain the norms, rotations, GELU, the residual stream, and what `int8_weights` leaves exact; attention is in
+bfloat16 where the processor multiplies it, but for the layers whose queries and keys are exact. Each thread's rows go
+through the products in large blocks.
 """
 
 from __future__ import annotations
@@ -16,33 +17,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from distil_rank.embedding import int8_kernels as kernels
 from distil_rank.embedding.esm2 import KEYS, WIDE, Affine, FusedEncoder, attend_sequentially, rotated
-from distil_rank.embedding.int8_linear import (
-    ZERO_POINT,
-    Int8Linear,
-    Rounded,
-    round_positive_rows,
-    round_rows,
-)
+from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear
 from distil_rank.embedding.int8_weights import Int8Weights
+from distil_rank.embedding.processor import has_bf16_units
 
 HEADS = 5  # of a sequence, at once in one thread
-BLOCK = 640  # rows of a product at most
-PIECE = 64 * 5120  # numbers that go through the activation at once: 1.3 MB
+BLOCK = 256  # rows of a product at most
 
 
 class _Int8Layer(NamedTuple):
     """The parameters of one layer; each norm's scale is what migrates its outputs."""
 
-    norm1: Affine
+    norm1: Tensor
     qk: Affine | None  # queries and keys, where they are exact
     qkv: Int8Linear | None  # of values alone, where they are; None in the first layer, which is a table
     qk_bias: Tensor
     out: Int8Linear
     out_bias: Tensor
-    norm2: Affine
+    norm2: Tensor
     fc1: Int8Linear
     fc1_bias: Tensor
     raised: Affine  # migrates GELU's outputs: scale and shift
@@ -50,22 +47,21 @@ class _Int8Layer(NamedTuple):
     fc2_bias: Tensor
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor]) -> _Int8Layer:
-        """Brings a layer of `Int8Weights` into the kernels' order."""
+    def of(cls, weights: Mapping[str, Tensor], low: torch.dtype) -> _Int8Layer:
+        """Brings a layer of `Int8Weights` into the kernels' order; products that are rounded next are in `low`."""
 
-        def product(name: str, zero_point: int = ZERO_POINT) -> Int8Linear:
-            return Int8Linear(weights[f"{name}.weight"], weights[f"{name}.scales"], zero_point)
+        def product(name: str, zero_point: int = ZERO_POINT, dtype: torch.dtype = torch.float32) -> Int8Linear:
+            return Int8Linear(weights[f"{name}.weight"], weights[f"{name}.scales"], zero_point, dtype)
 
-        no_shift = torch.zeros_like(weights["norm1"])
         return cls(
-            norm1=(weights["norm1"], no_shift),
+            norm1=weights["norm1"],
             qk=(weights["qk.weight"], weights["qk.bias"]) if "qk.weight" in weights else None,
-            qkv=product("qkv") if "qkv.weight" in weights else None,
+            qkv=product("qkv", dtype=low) if "qkv.weight" in weights else None,
             qk_bias=weights["qk.bias"],
             out=product("out"),
             out_bias=weights["out.bias"],
-            norm2=(weights["norm2"], no_shift),
-            fc1=product("fc1"),
+            norm2=weights["norm2"],
+            fc1=product("fc1", dtype=low),
             fc1_bias=weights["fc1.bias"],
             raised=(weights["raised.scale"], weights["raised.shift"]),
             fc2=product("fc2", zero_point=0),
@@ -82,10 +78,11 @@ class Int8Encoder(FusedEncoder):
 
     def __init__(self, weights: Int8Weights):
         self.layer, self.dtype, self.device = len(weights.layers), torch.int8, torch.device("cpu")
+        self._low = torch.bfloat16 if has_bf16_units() else torch.float32  # of attention
         self.bos_only_after = None
         self._pool: ThreadPoolExecutor | None = None
         self._threads = 1  # of the pool, or the caller's own
-        self._assemble(weights.parts, [_Int8Layer.of(layer) for layer in weights.layers])
+        self._assemble(weights.parts, [_Int8Layer.of(layer, self._low) for layer in weights.layers])
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
@@ -115,74 +112,84 @@ class Int8Encoder(FusedEncoder):
     def _blocks(self, total: int) -> list[slice]:
         """Equally many for every thread, of equal size as far as rows go in 16."""
         number = self._threads * ceil(total / (self._threads * BLOCK))
-        return _slices(total, 16 * ceil(total / (16 * number)))
+        size = 16 * ceil(total / (16 * number))
+        return [slice(start, start + size) for start in range(0, total, size)]
 
     def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
-        qk, v = self._project_in_blocks(x, layer) if projected is None else projected
-        attended = self._attend(qk, v, rotations, lengths)
+        exact = projected is not None or layer.qk is not None
+        qkv = x.new_empty(len(x), 3 * x.shape[1], dtype=torch.float32 if exact else self._low)
 
-        def finish(rows: slice) -> None:
-            values, scales = round_rows(attended[rows])
-            x[rows].addcmul_(layer.out(values), scales).add_(layer.out_bias)
-            self._feed_forward(x[rows], layer)
+        def project(rows: slice) -> None:
+            if projected is not None:
+                torch.cat([tensor[rows] for tensor in projected], 1, out=qkv[rows])
+            elif exact:
+                self._project_exactly(x[rows], layer, qkv[rows])
+            else:
+                self._project_rows(x[rows], layer, rotations[rows], qkv[rows])
+            if exact:
+                rotated(qkv[rows, : -x.shape[1]].unflatten(-1, (2 * self.heads, -1)), rotations[rows])
 
-        self._each(finish, self._blocks(len(x)))
+        self._each(project, self._blocks(len(x)))
+        attended = self._attend_to(qkv, lengths)
+        self._each(lambda rows: self._finish(x[rows], layer, attended[rows]), self._blocks(len(x)))
 
-    def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
-        if self._pool is None:
-            return super()._attend(qk, v, rotations, lengths)
-        heads = qk.unflatten(-1, (2 * self.heads, -1))
-        self._each(lambda rows: rotated(heads[rows], rotations[rows]), self._blocks(len(qk)))
-        q, k = heads.chunk(2, dim=1)
-        values = v.unflatten(-1, (self.heads, -1))
-        attended = torch.empty_like(values)
+    def _project_rows(self, x: Tensor, layer: _Int8Layer, rotations: Tensor, qkv: Tensor) -> None:
+        """Rotated queries and keys, and values, of some rows."""
+        values, steps = _rounded_like(x)
+        _run(kernels.norm_rows, x, layer.norm1, self.eps, values, steps)
+        assert layer.qkv is not None  # the first layer is a table
+        angles = torch.view_as_real(rotations).flatten(1)
+        _run(kernels.split_rows, layer.qkv(values), steps, layer.qk_bias, angles, qkv)
 
-        def one(part: tuple[int, int, int]) -> None:
+    def _project_exactly(self, x: Tensor, layer: _Int8Layer, qkv: Tensor) -> None:
+        """The same with exact queries and keys, not rotated yet."""
+        values, steps = _rounded_like(x)
+        _run(kernels.norm_rows, x, layer.norm1, self.eps, values, steps)
+        assert layer.qkv is not None and layer.qk is not None
+        torch.mul(layer.qkv(values), steps, out=qkv[:, -x.shape[1] :])
+        qkv[:, : -x.shape[1]] = F.linear(F.layer_norm(x, x.shape[1:], layer.norm1, eps=self.eps), *layer.qk)
+
+    def _attend_to(self, qkv: Tensor, lengths: list[int]) -> Tensor:
+        """Attention of packed queries, keys and values, (T, 3 C), to (T, C)."""
+        q, k, v = qkv.unflatten(-1, (3 * self.heads, -1)).chunk(3, dim=1)
+        attended = torch.empty_like(v, memory_format=torch.contiguous_format)
+        together = self.heads if self._pool is None else HEADS
+
+        def attend(part: tuple[int, int, int]) -> None:
             start, stop, head = part
-            rows, some = slice(start, stop + KEYS), slice(head, head + HEADS)  # with the keys that complete its own
-            result = attend_sequentially(q[rows, some], k[rows, some], values[rows, some], [stop - start])
+            rows, some = slice(start, stop + KEYS), slice(head, head + together)  # with the keys that complete its own
+            result = attend_sequentially(q[rows, some], k[rows, some], v[rows, some], [stop - start])
             attended[start:stop, some] = result[: stop - start]
 
         ends = np.cumsum([0, *lengths]).tolist()
-        parts = [(*extent, head) for extent in pairwise(ends) for head in range(0, self.heads, HEADS)]
-        self._each(one, parts)
+        self._each(attend, [(*extent, head) for extent in pairwise(ends) for head in range(0, self.heads, together)])
         return attended.flatten(1)
 
-    def _project_in_blocks(self, x: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-        width = x.shape[1]
-        qk, v = x.new_empty(len(x), 2 * width), torch.empty_like(x)
-
-        def project(rows: slice) -> None:
-            normed = self._norm(x[rows], layer.norm1)
-            values, scales = round_rows(normed)
-            product = layer.qkv(values)
-            torch.mul(product[:, -width:], scales, out=v[rows])
-            if layer.qk is None:
-                torch.addcmul(layer.qk_bias, product[:, : 2 * width], scales, out=qk[rows])
-            else:
-                qk[rows] = F.linear(normed, *layer.qk)
-
-        self._each(project, self._blocks(len(x)))
-        return qk, v
-
-    def _feed_forward(self, x: Tensor, layer: Any) -> Tensor:
-        values, scales = round_rows(self._norm(x, layer.norm2))
-        inner = layer.fc1(values)
-        pieces = _slices(len(x), max(PIECE // inner.shape[1], 1))
-        rounded = [_activated(inner[rows], scales[rows], layer) for rows in pieces]
-        values, scales = (torch.cat(parts) for parts in zip(*rounded, strict=True))
-        return x.addcmul_(layer.fc2(values), scales).add_(layer.fc2_bias)
+    def _finish(self, x: Tensor, layer: _Int8Layer, attended: Tensor) -> None:
+        """Adds to some rows what follows from their attention."""
+        values, steps = _rounded_like(x)
+        _run(kernels.round_rows, attended, values, steps)
+        product = layer.out(values)
+        _run(kernels.add_and_norm_rows, x, product, steps, layer.out_bias, layer.norm2, self.eps, values, steps)
+        product = layer.fc1(values)
+        inner, inner_steps = _rounded_like(product)
+        _run(kernels.activate_rows, product, steps, layer.fc1_bias, *layer.raised, inner, inner_steps)
+        _run(kernels.add_rows, x, layer.fc2(inner), inner_steps, layer.fc2_bias)
 
 
-def _activated(product: Tensor, scales: Tensor, layer: _Int8Layer) -> Rounded:
-    """The second product's inputs from the first one's integers."""
-    hidden = F.gelu(torch.addcmul(layer.fc1_bias, product, scales))
-    scale, shift = layer.raised
-    return round_positive_rows(torch.addcmul(shift, hidden, scale))
+def _rounded_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the bytes of rows like those of x, and their steps."""
+    return torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
 
 
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, total, size)]
+def _run(kernel: Callable[..., None], *arguments: Tensor | float) -> None:
+    """Calls a kernel with the memory of tensors; bfloat16 goes as its bits."""
+    kernel(*(_array(argument) if isinstance(argument, Tensor) else np.float32(argument) for argument in arguments))
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
 def _in_mode(function: Callable[[Any], object], inference: bool, part: Any) -> None:

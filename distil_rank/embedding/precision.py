@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,9 @@ from distil_rank.embedding.backbones import Backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.freed_memory import return_freed_memory
-from distil_rank.embedding.int8_encoder import Int8Encoder
-from distil_rank.embedding.int8_linear import has_int8_units
-from distil_rank.embedding.int8_weights import round_weights
+from distil_rank.embedding.int8_weights import Int8Weights, round_weights
 from distil_rank.embedding.location import is_remote, open_storage
+from distil_rank.embedding.processor import has_bf16_units, has_int8_units
 from distil_rank.embedding.saved_int8 import SavedInt8
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store_writer import StoreWriter
@@ -56,7 +56,7 @@ class Choice:
 
     precision: str
     calibration: Calibration | None = None
-    encoder: Int8Encoder | None = None
+    encoder: FusedEncoder | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -151,11 +151,21 @@ def _saved(
     return Choice("int8", saved.calibration, notes={"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"})
 
 
-def int8_encoder(backbone: Backbone, calibration: Calibration, layer: int) -> Int8Encoder:
+def int8_encoder(backbone: Backbone, calibration: Calibration, layer: int) -> FusedEncoder:
     """The encoder of a store's calibration, from weights that were saved in int8 or from the exact ones."""
     if backbone.int8 is not None:
-        return Int8Encoder(backbone.int8.weights(layer))
-    return Int8Encoder(round_weights(CalibrationEncoder(backbone.streamed, layer), calibration))
+        return _rounded(backbone.int8.weights(layer))
+    return _rounded(round_weights(CalibrationEncoder(backbone.streamed, layer), calibration))
+
+
+def _rounded(weights: Int8Weights) -> FusedEncoder:
+    """The encoder with these weights; numba, which it needs, is an extra and takes long to import."""
+    try:
+        from distil_rank.embedding.int8_encoder import Int8Encoder  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError("Expected numba for int8 but it is missing; pip install 'distil-rank[int8]'.") from error
+
+    return Int8Encoder(weights)
 
 
 def read_calibration(source: Location) -> Calibration:
@@ -187,20 +197,21 @@ def native_precision(device: torch.device) -> str:
     """`bf16` where the hardware multiplies it natively, otherwise `fp32`."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return "bf16" if has_bf16_units() else "fp32"
 
 
 def int8_missing(device: torch.device) -> str | None:
     """Why there is no int8 on this device; None where there is."""
     if device.type != "cpu":
         return "int8 runs on a CPU"
-    return None if has_int8_units() else "this processor has no int8 units (VNNI or AMX)"
+    if not has_int8_units():
+        return "this processor has no int8 units (VNNI or AMX)"
+    return None if find_spec("numba") else "int8 needs numba (pip install 'distil-rank[int8]')"
 
 
 def calibrate(
     backbone: Backbone, sequences: Sequence[str], layer: int, stored: Calibration | None = None
-) -> tuple[Calibration, Int8Encoder, Agreement]:
+) -> tuple[Calibration, FusedEncoder, Agreement]:
     """Calibrates int8 on some proteins and compares it with fp32 on others.
 
     Args:
@@ -223,7 +234,7 @@ def calibrate(
         next(states)
     expected = _pooled(exact, next(states)[noted:], lengths[len(fitted) :])
     calibration = stored or exact.calibration()
-    encoder = Int8Encoder(round_weights(exact, calibration))
+    encoder = _rounded(round_weights(exact, calibration))
     *_, hidden = encoder.states(tokens[noted:], lengths[len(fitted) :])
     return_freed_memory()
     return calibration, encoder, agreement(expected, _pooled(encoder, hidden, lengths[len(fitted) :]))

@@ -12,9 +12,9 @@ from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8_encoder import Int8Encoder
-from distil_rank.embedding.int8_linear import has_int8_units
 from distil_rank.embedding.int8_weights import round_weights
 from distil_rank.embedding.precision import calibrate
+from distil_rank.embedding.processor import has_int8_units
 from distil_rank.errors import InputError
 
 pytestmark = pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")

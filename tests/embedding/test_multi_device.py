@@ -14,8 +14,8 @@ from test_resume import content, write_fasta
 
 from distil_rank.embedding import agreement
 from distil_rank.embedding.embed import embed
-from distil_rank.embedding.int8_linear import has_int8_units
 from distil_rank.embedding.multi_device import balanced
+from distil_rank.embedding.processor import has_int8_units
 from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from distil_rank.embedding import extraction, precision
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.processor import has_int8_units
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
@@ -120,6 +121,21 @@ def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta,
     assert summary.precision == "fp32"
     assert "int8 is too far from fp32" in summary.precision_note
     assert "going on in fp32" in caplog.text
+
+
+@needs_units
+def test_int8_without_numba_takes_the_next_precision_and_a_store_in_int8_names_it(run, fasta, monkeypatch, caplog):
+    run(fasta, "kept", precision="int8", max_tokens=400)
+    monkeypatch.setattr(precision, "find_spec", lambda name: None)
+    for name in ("numba", "distil_rank.embedding.int8_encoder"):
+        monkeypatch.setitem(sys.modules, name, None)
+    summary = run(fasta, precision="int8")
+    assert summary.precision == precision.native_precision(torch.device("cpu"))
+    assert "int8 needs numba (pip install 'distil-rank[int8]'): going on in" in caplog.text
+    more = fasta.with_name("more.fasta")
+    more.write_text(fasta.read_text() + ">other\nMKVLA\n")
+    with pytest.raises(InputError, match="Expected numba for int8 but it is missing; pip install"):
+        run(more, "kept")
 
 
 @pytest.mark.parametrize("requested", ["int8", "auto-int8"])

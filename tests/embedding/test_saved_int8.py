@@ -18,7 +18,7 @@ from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder
-from distil_rank.embedding.int8_linear import has_int8_units
+from distil_rank.embedding.processor import has_int8_units
 from distil_rank.embedding.quantise import quantise
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
