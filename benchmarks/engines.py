@@ -8,6 +8,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from rivals import hugging_face_model, padded_runs
@@ -18,7 +20,18 @@ FITTED = 8  # proteins that OpenVINO calibrates on
 def run_of(name: str, weights: Path, sequences: list[str]) -> Callable[[], list[torch.Tensor]]:
     """What an engine computes."""
     make = {"torchao": torchao, "openvino": openvino, "onnxruntime": onnxruntime}[name]
-    return make(hugging_face_model(weights), sequences)
+    model = hugging_face_model(weights)
+    for module in model.modules():
+        if hasattr(module, "_update_cos_sin_tables"):
+            module._update_cos_sin_tables = MethodType(rotary_tables, module)
+    return make(model, sequences)
+
+
+def rotary_tables(module: Any, x: torch.Tensor, seq_dimension: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for the tokens at hand: the model's own are kept between calls, which no graph can be."""
+    angles = torch.outer(torch.arange(x.shape[seq_dimension]).type_as(module.inv_freq), module.inv_freq)
+    both = torch.cat((angles, angles), dim=-1)[None, None]
+    return both.cos(), both.sin()
 
 
 def torchao(model: torch.nn.Module, sequences: list[str]) -> Callable[[], list[torch.Tensor]]:
@@ -65,7 +78,7 @@ def onnxruntime(model: torch.nn.Module, sequences: list[str]) -> Callable[[], li
     torch.onnx.export(
         model,
         (example, example),
-        exact,
+        str(exact),
         input_names=list(sizes),
         output_names=["hidden"],
         dynamic_axes=sizes,

@@ -269,7 +269,7 @@ def loading(rounds: int = 5) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = random_model("650M", Path(name))
         sample = Path(__file__).parent.parent / "data" / "sample.fasta.gz"
-        quantise(sample, folder / "int8", str(folder))
+        quantise(sample, str(folder), folder / "int8")
         size = sum(path.stat().st_size for path in (folder / "int8").iterdir())
         command = [sys.executable, "-c", LOAD, str(folder / "int8")]
         loads = [
