@@ -28,6 +28,7 @@ from distil_rank.embedding.processor import has_bf16_units
 
 HEADS = 5  # of a sequence, at once in one thread
 BLOCK = 256  # rows of a product at most
+LOADED = 4  # layers from files at once, in memory twice each
 
 
 class _Int8Layer(NamedTuple):
@@ -82,7 +83,7 @@ class Int8Encoder(FusedEncoder):
         self.bos_only_after = None
         self._pool: ThreadPoolExecutor | None = None
         self._threads = 1  # of the pool, or the caller's own
-        self._assemble(weights.parts, [_Int8Layer.of(layer, self._low) for layer in weights.layers])
+        self._assemble(weights.parts, _packed(weights, self._low))
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
@@ -175,6 +176,23 @@ class Int8Encoder(FusedEncoder):
         inner, inner_steps = _rounded_like(product)
         _run(kernels.activate_rows, product, steps, layer.fc1_bias, *layer.raised, inner, inner_steps)
         _run(kernels.add_rows, x, layer.fc2(inner), inner_steps, layer.fc2_bias)
+
+
+def _packed(weights: Int8Weights, low: torch.dtype) -> list[_Int8Layer]:
+    """All layers in the kernels' order; oneDNN's reordering, like the check of a file, is slow and on one core."""
+
+    def pack(number: int) -> _Int8Layer:
+        return _Int8Layer.of(weights.layers[number], low)
+
+    threads, numbers = torch.get_num_threads(), range(len(weights.layers))
+    if not weights.apart:
+        return list(map(pack, numbers))
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, LOADED)) as pool:
+            return list(pool.map(pack, numbers))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rounded_like(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,12 @@ class Int8Weights:
     Attributes:
         parts: What it has beside its layers; exact.
         layers: Tensors by name, of each layer; made or read when asked for.
+        apart: Whether several layers may be asked for at once: each is read from a file of its own, on one core.
     """
 
     parts: Parts
     layers: Sequence[Mapping[str, Tensor]]
+    apart: bool = False
 
 
 @torch.no_grad()

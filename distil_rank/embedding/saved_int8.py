@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ class SavedInt8:
             raise InputError(
                 f"Expected {error} in {self.folder / SHARED} but it is not there; make it again."
             ) from None
-        return Int8Weights(parts, _SavedLayers(self, layer))
+        return Int8Weights(parts, _SavedLayers(self, layer), apart=True)
 
     @property
     def exit(self) -> Exit | None:
@@ -145,14 +144,7 @@ class _SavedLayers(Sequence[Mapping[str, Tensor]]):
         return tensors
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        """Each is read and checked while the caller works on the one before it."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead = [pool.submit(self.__getitem__, number) for number in range(min(self.layers, 1))]
-            for number in range(self.layers):
-                layer = ahead.pop().result()
-                if number + 1 < self.layers:
-                    ahead.append(pool.submit(self.__getitem__, number + 1))
-                yield layer
+        return map(self.__getitem__, range(self.layers))
 
 
 def is_int8(folder: Path) -> bool:
