@@ -39,7 +39,6 @@ QUICKER = {
 # Scripts without options: all that they are given.
 PLAIN_SCRIPTS = {
     "benchmarks/precision.py": ([],),
-    "benchmarks/int8.py": (["agreement"], ["kernels"]),
 }
 
 # Commands that their program parses but does not run, by pattern, and why.
