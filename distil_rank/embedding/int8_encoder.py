@@ -79,7 +79,7 @@ class Int8Encoder(FusedEncoder):
 
     def __init__(self, weights: Int8Weights):
         self.layer, self.dtype, self.device = len(weights.layers), torch.int8, torch.device("cpu")
-        self._low = torch.bfloat16 if has_bf16_units() else torch.float32  # of attention
+        self._low = torch.bfloat16 if has_bf16_units() else torch.float32  # of attention and its inputs
         self.bos_only_after = None
         self._pool: ThreadPoolExecutor | None = None
         self._threads = 1  # of the pool, or the caller's own

@@ -160,10 +160,9 @@ def int8_encoder(backbone: Backbone, calibration: Calibration, layer: int) -> Fu
 
 def _rounded(weights: Int8Weights) -> FusedEncoder:
     """The encoder with these weights; numba, which it needs, is an extra and takes long to import."""
-    try:
-        from distil_rank.embedding.int8_encoder import Int8Encoder  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError("Expected numba for int8 but it is missing; pip install 'distil-rank[int8]'.") from error
+    if find_spec("numba") is None:
+        raise InputError("Expected numba for int8 but it is missing; pip install 'distil-rank[int8]'.")
+    from distil_rank.embedding.int8_encoder import Int8Encoder  # noqa: PLC0415
 
     return Int8Encoder(weights)
 
