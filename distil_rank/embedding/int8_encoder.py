@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distil_rank.embedding import int8_kernels as kernels
-from distil_rank.embedding.esm2 import KEYS, WIDE, Affine, FusedEncoder, attend_sequentially, rotated
+from distil_rank.embedding.bf16_attention import MULTIPLE, padding
+from distil_rank.embedding.bf16_attention import attend as attend_in_bf16
+from distil_rank.embedding.esm2 import WIDE, Affine, FusedEncoder, attend_sequentially, rotated
 from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear
 from distil_rank.embedding.int8_weights import Int8Weights
 from distil_rank.embedding.processor import has_bf16_units
 
-HEADS = 5  # of a sequence, at once in one thread
+HEADS = 5  # of a long sequence, at once in one thread
 BLOCK = 256  # rows of a product at most
 LOADED = 4  # layers from files at once, in memory twice each
 
@@ -111,14 +113,15 @@ class Int8Encoder(FusedEncoder):
             list(self._pool.map(mode, parts))
 
     def _blocks(self, total: int) -> list[slice]:
-        """Equally many for every thread, of equal size as far as rows go in 16."""
+        """Equally many for every thread, whose sizes differ by 16 at the most."""
         number = self._threads * ceil(total / (self._threads * BLOCK))
-        size = 16 * ceil(total / (16 * number))
-        return [slice(start, start + size) for start in range(0, total, size)]
+        ends = [min(16 * (i * ceil(total / 16) // number), total) for i in range(number + 1)]
+        return [slice(*ends) for ends in pairwise(ends)]
 
     def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
         exact = projected is not None or layer.qk is not None
-        qkv = x.new_empty(len(x), 3 * x.shape[1], dtype=torch.float32 if exact else self._low)
+        qkv = x.new_empty(len(x) + MULTIPLE, 3 * x.shape[1], dtype=torch.float32 if exact else self._low)
+        qkv[len(x) :] = 0  # read by attention, without an effect
 
         def project(rows: slice) -> None:
             if projected is not None:
@@ -151,20 +154,26 @@ class Int8Encoder(FusedEncoder):
         qkv[:, : -x.shape[1]] = F.linear(F.layer_norm(x, x.shape[1:], layer.norm1, eps=self.eps), *layer.qk)
 
     def _attend_to(self, qkv: Tensor, lengths: list[int]) -> Tensor:
-        """Attention of packed queries, keys and values, (T, 3 C), to (T, C)."""
-        q, k, v = qkv.unflatten(-1, (3 * self.heads, -1)).chunk(3, dim=1)
-        attended = torch.empty_like(v, memory_format=torch.contiguous_format)
-        together = self.heads if self._pool is None else HEADS
+        """Attention of packed queries, keys and values, (T + padding, 3 C), to (T, C)."""
+        qkv = qkv.unflatten(-1, (3 * self.heads, -1))
+        attended = torch.empty(sum(lengths), self.heads, qkv.shape[2], dtype=qkv.dtype)
+        attend = attend_in_bf16 if qkv.dtype == torch.bfloat16 else _attend_exactly
 
-        def attend(part: tuple[int, int, int]) -> None:
-            start, stop, head = part
-            rows, some = slice(start, stop + KEYS), slice(head, head + together)  # with the keys that complete its own
-            result = attend_sequentially(q[rows, some], k[rows, some], v[rows, some], [stop - start])
-            attended[start:stop, some] = result[: stop - start]
+        def attend_to(part: tuple[int, int, slice]) -> None:
+            attend(qkv, *part, attended)
 
-        ends = np.cumsum([0, *lengths]).tolist()
-        self._each(attend, [(*extent, head) for extent in pairwise(ends) for head in range(0, self.heads, together)])
+        self._each(attend_to, self._attention_parts(lengths))
         return attended.flatten(1)
+
+    def _attention_parts(self, lengths: list[int]) -> list[tuple[int, int, slice]]:
+        """Start and length of each sequence, and heads: all, or a part of them where all keep one thread too long."""
+        starts = np.cumsum([0, *lengths[:-1]]).tolist()
+        share = sum(length**2 for length in lengths) / self._threads
+        parts = []
+        for start, length in sorted(zip(starts, lengths, strict=True), key=lambda part: -part[1]):  # longest first
+            size = HEADS if self._pool is not None and 2 * length**2 > share else self.heads
+            parts += [(start, length, slice(head, head + size)) for head in range(0, self.heads, size)]
+        return parts
 
     def _finish(self, x: Tensor, layer: _Int8Layer, attended: Tensor) -> None:
         """Adds to some rows what follows from their attention."""
@@ -176,6 +185,13 @@ class Int8Encoder(FusedEncoder):
         inner, inner_steps = _rounded_like(product)
         _run(kernels.activate_rows, product, steps, layer.fc1_bias, *layer.raised, inner, inner_steps)
         _run(kernels.add_rows, x, layer.fc2(inner), inner_steps, layer.fc2_bias)
+
+
+def _attend_exactly(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:
+    """As `bf16_attention.attend`, in float32."""
+    rows = slice(start, start + length + padding(length))
+    q, k, v = (part[:, heads] for part in qkv[rows].chunk(3, dim=1))
+    attended[start : start + length, heads] = attend_sequentially(q, k, v, [length])[:length]
 
 
 def _packed(weights: Int8Weights, low: torch.dtype) -> list[_Int8Layer]:

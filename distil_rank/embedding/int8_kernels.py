@@ -40,6 +40,11 @@ COEFFICIENTS = tuple(
     np.float32(c) for c in Chebyshev.interpolate(_half_erf, DEGREE).convert(kind=Polynomial).coef[::-1]
 )
 _END, _PER_SQUARE = np.float32(END), np.float32(2 / END**2)
+POWERS = tuple(
+    np.float32(c) for c in Chebyshev.interpolate(lambda t: 2**t, 4, [-0.5, 0.5]).convert(kind=Polynomial).coef[::-1]
+)  # 2**t within 4e-6 of itself
+_LOWEST = np.float32(-126)
+_MASKED = np.uint16(0xFF7F)  # the lowest of bfloat16's numbers
 _ONE, _HALF = np.float32(1), np.float32(0.5)
 _SMALLEST = np.float32(SMALLEST).view(np.int32)
 _LEVELS, _UNSIGNED = np.float32(LEVELS), np.float32(UNSIGNED_LEVELS)
@@ -90,6 +95,12 @@ def _store_in(row, out):  # type: ignore[no-untyped-def]
 
 
 @_inlined
+def _ordered(bits):  # type: ignore[no-untyped-def]
+    """bfloat16's bits as integers of the same order, and back."""
+    return np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF)))
+
+
+@_inlined
 def _gelu(x):  # type: ignore[no-untyped-def]
     a = x if x < _END else _END
     a = a if a > -_END else -_END
@@ -98,6 +109,18 @@ def _gelu(x):  # type: ignore[no-untyped-def]
     for coefficient in COEFFICIENTS:
         value = value * t + coefficient
     return x * (_HALF + a * value)
+
+
+@_inlined
+def _power(t):  # type: ignore[no-untyped-def]
+    """2**t, of which t is at most 0, as bits."""
+    t = t if t > _LOWEST else _LOWEST
+    whole = np.int32(t - _HALF)
+    rest = t - np.float32(whole)
+    value = np.float32(0)
+    for coefficient in POWERS:
+        value = value * rest + coefficient
+    return np.int32(np.float32(value).view(np.int32) + np.int32(whole << np.int32(23)))
 
 
 @_inlined
@@ -228,3 +251,40 @@ def split_rows(product: Numbers, product_steps: Floats, bias: Floats, rotations:
                 row[j] = a * cosine - b * sine
                 row[j + 1] = a * sine + b * cosine
         _store(row, qkv[i])
+
+
+@_compiled
+def exponentiate(scores: Numbers, visible: int, scale: np.float32, sums: Floats) -> None:
+    """2**(scale (s − the largest s of its row)) in place of scores (H, Q, K), in bfloat16's bits; their sums, (H, Q).
+
+    Args:
+        visible: Keys; what is behind them becomes 0.
+    """
+    for head in range(scores.shape[0]):
+        for i in range(scores.shape[1]):
+            row = scores[head, i]
+            row[visible:] = _MASKED
+            largest = np.int16(-32768)
+            signed = row.view(np.int16)
+            for j in range(row.size):
+                largest = max(largest, _ordered(signed[j]))
+            top = _float(np.uint16(_ordered(largest))) * scale
+            total = np.float32(0)
+            for j in range(row.size):
+                power = _power(_float(row[j]) * scale - top)
+                total += np.int32(power).view(np.float32)
+                row[j] = np.uint16((np.uint32(power) + np.uint32(0x8000)) >> np.uint32(16))
+            row[visible:] = 0
+            sums[head, i] = total
+
+
+@_compiled
+def divide(mixed: Numbers, sums: Floats, out: Numbers, start: int, stop: int, first: int) -> None:
+    """Divides (H, Q, D) by sums (H, Q) into rows of out (T, N, D), from the head `first` on; in bfloat16's bits."""
+    row = np.empty(mixed.shape[2], np.float32)
+    for i in range(min(mixed.shape[1], stop - start)):
+        for head in range(mixed.shape[0]):
+            per_sum = _ONE / sums[head, i]
+            for j in range(row.size):
+                row[j] = _float(mixed[head, i, j]) * per_sum
+            _store(row, out[start + i, first + head])

@@ -114,6 +114,28 @@ def test_queries_keys_and_values_are_split_and_rotated(heads, width):
     assert torch.equal(low, bits(qkv)), "rounded as torch does"
 
 
+@pytest.mark.parametrize(("keys", "visible"), [(16, 1), (16, 16), (208, 195), (1008, 1003)])
+def test_scores_become_powers_of_two_of_their_distance_to_the_largest(keys, visible):
+    scores = 30 * floats(2, 5, keys) - 100
+    given, sums = bits(scores), torch.empty(2, 5)
+    run(kernels.exponentiate, given, visible, np.float32(0.3), sums)
+    seen = scores.bfloat16().double()[..., :visible]
+    exact = torch.exp2(0.3 * (seen - seen.amax(-1, keepdim=True)))
+    found = given.view(torch.bfloat16).double()
+    torch.testing.assert_close(found[..., :visible], exact, rtol=2**-8, atol=1e-30)
+    assert not found[..., visible:].any()
+    torch.testing.assert_close(sums.double(), exact.sum(-1), rtol=2e-5, atol=0)
+
+
+def test_mixed_values_are_divided_into_their_rows():
+    mixed, sums = floats(2, 16, 24), floats(2, 16).abs() + 1
+    out = torch.zeros(20, 3, 24, dtype=torch.uint16)
+    run(kernels.divide, bits(mixed), sums, out, 4, 17, 1)
+    expected = torch.zeros(20, 3, 24, dtype=torch.double)
+    expected[4:17, 1:] = (mixed.bfloat16().double() / sums[..., None]).transpose(0, 1)[:13]
+    torch.testing.assert_close(out.view(torch.bfloat16).double(), expected, rtol=2**-8, atol=0)
+
+
 def test_a_row_does_not_depend_on_the_rows_beside_it():
     x, scale = floats(50, 1280), floats(1280).abs()
     values, steps = memory(50, 1280)
