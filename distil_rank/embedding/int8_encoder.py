@@ -1,8 +1,8 @@
 """ESM-2's encoder with its matrix products in int8; what is between two of them is in `int8_kernels`.
 
-In float32 remain the norms, rotations, GELU, the residual stream, and what `int8_weights` leaves exact; attention is in
-bfloat16 where the processor multiplies it, but for the layers whose queries and keys are exact. Each thread's rows go
-through the products in large blocks.
+In float32 remain the norms, rotations, GELU and the residual stream. Attention, and the queries and keys that
+`int8_weights` leaves exact, are in bfloat16 where the processor multiplies it, otherwise in float32 too. Each thread's
+rows go through the products in large blocks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from distil_rank.embedding import int8_kernels as kernels
 from distil_rank.embedding.bf16_attention import MULTIPLE, padding
 from distil_rank.embedding.bf16_attention import attend as attend_in_bf16
-from distil_rank.embedding.esm2 import WIDE, Affine, FusedEncoder, attend_sequentially, rotated
+from distil_rank.embedding.esm2 import WIDE, Affine, FusedEncoder, attend_sequentially, linear, rotated
 from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear
 from distil_rank.embedding.int8_weights import Int8Weights
 from distil_rank.embedding.processor import has_bf16_units
 
 HEADS = 5  # of a long sequence, at once in one thread
-BLOCK = 256  # rows of a product at most
+BLOCK, NUMBERS = 256, 512 * 320  # rows of a product at most, or as many as have so many numbers
 LOADED = 4  # layers from files at once, in memory twice each
 
 
@@ -37,7 +37,7 @@ class _Int8Layer(NamedTuple):
     """The parameters of one layer; each norm's scale is what migrates its outputs."""
 
     norm1: Tensor
-    qk: Affine | None  # queries and keys, where they are exact
+    qk: Affine | None  # queries and keys, where they are not in int8
     qkv: Int8Linear | None  # of values alone, where they are; None in the first layer, which is a table
     qk_bias: Tensor
     out: Int8Linear
@@ -58,7 +58,7 @@ class _Int8Layer(NamedTuple):
 
         return cls(
             norm1=weights["norm1"],
-            qk=(weights["qk.weight"], weights["qk.bias"]) if "qk.weight" in weights else None,
+            qk=(weights["qk.weight"].to(low), weights["qk.bias"]) if "qk.weight" in weights else None,
             qkv=product("qkv", dtype=low) if "qkv.weight" in weights else None,
             qk_bias=weights["qk.bias"],
             out=product("out"),
@@ -113,25 +113,24 @@ class Int8Encoder(FusedEncoder):
             list(self._pool.map(mode, parts))
 
     def _blocks(self, total: int) -> list[slice]:
-        """Equally many for every thread, whose sizes differ by 16 at the most."""
-        number = self._threads * ceil(total / (self._threads * BLOCK))
-        ends = [min(16 * (i * ceil(total / 16) // number), total) for i in range(number + 1)]
+        """Equally many for every thread where each gets 16 rows; sizes differ by 16 at the most."""
+        most, units = max(BLOCK, NUMBERS // self.embedding.shape[1]), ceil(total / 16)
+        number = min(self._threads * ceil(total / (self._threads * most)), units)
+        ends = [min(16 * (i * units // number), total) for i in range(number + 1)]
         return [slice(*ends) for ends in pairwise(ends)]
 
     def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
-        exact = projected is not None or layer.qk is not None
-        qkv = x.new_empty(len(x) + MULTIPLE, 3 * x.shape[1], dtype=torch.float32 if exact else self._low)
+        qkv = x.new_empty(len(x) + MULTIPLE, 3 * x.shape[1], dtype=self._low)
         qkv[len(x) :] = 0  # read by attention, without an effect
 
         def project(rows: slice) -> None:
             if projected is not None:
-                torch.cat([tensor[rows] for tensor in projected], 1, out=qkv[rows])
-            elif exact:
-                self._project_exactly(x[rows], layer, qkv[rows])
+                qk, v = (tensor[rows] for tensor in projected)
+                self._split(qk, v, rotations[rows], qkv[rows])
+            elif layer.qk is not None:
+                self._split(*self._project_apart(x[rows], layer), rotations[rows], qkv[rows])
             else:
                 self._project_rows(x[rows], layer, rotations[rows], qkv[rows])
-            if exact:
-                rotated(qkv[rows, : -x.shape[1]].unflatten(-1, (2 * self.heads, -1)), rotations[rows])
 
         self._each(project, self._blocks(len(x)))
         attended = self._attend_to(qkv, lengths)
@@ -145,13 +144,17 @@ class Int8Encoder(FusedEncoder):
         angles = torch.view_as_real(rotations).flatten(1)
         _run(kernels.split_rows, layer.qkv(values), steps, layer.qk_bias, angles, qkv)
 
-    def _project_exactly(self, x: Tensor, layer: _Int8Layer, qkv: Tensor) -> None:
-        """The same with exact queries and keys, not rotated yet."""
+    def _project_apart(self, x: Tensor, layer: _Int8Layer) -> tuple[Tensor, Tensor]:
+        """Queries and keys that are not in int8, (T, 2 C), and values, (T, C)."""
         values, steps = _rounded_like(x)
         _run(kernels.norm_rows, x, layer.norm1, self.eps, values, steps)
         assert layer.qkv is not None and layer.qk is not None
-        torch.mul(layer.qkv(values), steps, out=qkv[:, -x.shape[1] :])
-        qkv[:, : -x.shape[1]] = F.linear(F.layer_norm(x, x.shape[1:], layer.norm1, eps=self.eps), *layer.qk)
+        return linear(F.layer_norm(x, x.shape[1:], layer.norm1, eps=self.eps), layer.qk), layer.qkv(values) * steps
+
+    def _split(self, qk: Tensor, v: Tensor, rotations: Tensor, qkv: Tensor) -> None:
+        """Rotates queries and keys in place, and brings them and the values beside each other."""
+        qkv[:, : qk.shape[1]] = rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).flatten(1)
+        qkv[:, qk.shape[1] :] = v
 
     def _attend_to(self, qkv: Tensor, lengths: list[int]) -> Tensor:
         """Attention of packed queries, keys and values, (T + padding, 3 C), to (T, C)."""

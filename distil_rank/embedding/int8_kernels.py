@@ -261,9 +261,9 @@ def exponentiate(scores: Numbers, visible: int, scale: np.float32, sums: Floats)
         visible: Keys; what is behind them becomes 0.
     """
     for head in range(scores.shape[0]):
+        scores[head, :, visible:] = _MASKED  # before any is read: a wide load waits for narrow stores
         for i in range(scores.shape[1]):
             row = scores[head, i]
-            row[visible:] = _MASKED
             largest = np.int16(-32768)
             signed = row.view(np.int16)
             for j in range(row.size):
@@ -274,8 +274,8 @@ def exponentiate(scores: Numbers, visible: int, scale: np.float32, sums: Floats)
                 power = _power(_float(row[j]) * scale - top)
                 total += np.int32(power).view(np.float32)
                 row[j] = np.uint16((np.uint32(power) + np.uint32(0x8000)) >> np.uint32(16))
-            row[visible:] = 0
             sums[head, i] = total
+        scores[head, :, visible:] = 0
 
 
 @_compiled

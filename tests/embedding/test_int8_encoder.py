@@ -70,8 +70,10 @@ def test_the_noted_ranges_are_those_of_fair_esm_s_own_activations(model):
         torch.testing.assert_close(maxima.fc2, (given + 0.17).abs().flatten(0, -2).amax(0), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("layer", [0, 1, 3, None])
-def test_int8_follows_the_exact_encoder(model, layer):
+def test_int8_follows_the_exact_encoder(model, layer, bf16, monkeypatch):
+    monkeypatch.setattr(int8_encoder, "has_bf16_units", lambda: bf16)
     packed = tokenise(proteins(6), model.alphabet)
     exact = FusedEncoder(model, layer=layer)(*packed)
     rounded = encoder_of(model, layer)(*packed)
@@ -106,6 +108,30 @@ def test_bytes_do_not_depend_on_the_batch_or_on_threads(model, wide, monkeypatch
         assert torch.equal(vectors(10_000, 2), expected)
     for max_tokens, threads in ((1, 1), (300, 1), (300, 2), (700, 2)):
         assert torch.equal(vectors(max_tokens, threads), expected), (max_tokens, threads)
+
+
+def test_rows_are_cut_evenly(model):
+    encoder = encoder_of(model, 1)
+    for threads in (1, 2, 3, 8):
+        encoder._threads = threads
+        for total in (1, 64, 640, 1285, 7000):
+            blocks = encoder._blocks(total)
+            assert len(blocks) % threads == 0 or total < 16 * threads
+            assert all(block.start < block.stop for block in blocks)
+            assert [i for block in blocks for i in range(total)[block]] == list(range(total))
+            sizes = [block.stop - block.start for block in blocks[:-1]]
+            assert max(sizes, default=0) - min(sizes, default=0) <= 16
+
+
+def test_a_sequence_longer_than_a_thread_s_share_is_cut_by_its_heads(model, monkeypatch):
+    encoder = encoder_of(model, 1)
+    assert encoder._attention_parts([10, 30]) == [(10, 30, slice(0, 4)), (0, 10, slice(0, 4))]
+    monkeypatch.setattr(int8_encoder, "HEADS", 2)
+    encoder._pool, encoder._threads = object(), 2
+    assert encoder._attention_parts([10, 10, 30, 10, 10]) == [
+        *((20, 30, slice(0, 2)), (20, 30, slice(2, 4))),
+        *((start, 10, slice(0, 4)) for start in (0, 10, 50, 60)),
+    ]
 
 
 def test_migration_costs_nothing_with_outlier_dimensions():
