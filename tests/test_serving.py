@@ -21,8 +21,12 @@ from distil_rank.codes.code_store import write_code_map
 from distil_rank.codes.fitting import fit_metric
 from distil_rank.commands.serving import log_model
 from distil_rank.embedding.embed import embed
+from distil_rank.embedding.precision import int8_missing
+from distil_rank.embedding.quantise import quantise
 from distil_rank.embedding.store import Store
+from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
+from distil_rank.serving.predictor import Predictor, recipe_of
 
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 # What runs in a shell's background inherits Ctrl-C ignored, and would never hear the one that a test sends.
@@ -97,6 +101,27 @@ def test_servers_answer_as_the_library_does(models):
         patch.setenv("MLFLOW_TRACKING_URI", student.tracking_uri)
         answer = mlflow.pyfunc.load_model(student.uri).predict(x.numpy())
     torch.testing.assert_close(torch.as_tensor(answer), load("student")(x).detach())
+
+
+@pytest.mark.skipif(int8_missing(torch.device("cpu")) is not None, reason="needs a processor with int8 units")
+def test_a_backbone_in_int8_answers_as_embed_does(workplace, tiny_esm2):
+    dice = random.Random(0)
+    texts = ["".join(dice.choices(ALPHABET, k=dice.randint(20, 40))) for _ in range(40)]
+    Path("in.fasta").write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(texts)))
+    backbone = str(tiny_esm2.fair_esm)
+    quantise("in.fasta", backbone, "int8")
+    embed("in.fasta", "states", "int8", precision="int8")
+    x = Store.open("states").embeddings()
+    about = {"weights_sha256": Store.open("states").manifest["weights_sha256"], "layer": 2, "backbone": backbone}
+    save(fit_metric(x, np.ones(len(x), bool), "whitened", provenance=about).code_map(8, "bit"), "map")
+
+    np.testing.assert_array_equal(Predictor.load(recipe_of(Path("int8")), "int8")(texts), x)
+    codes = Predictor.load(recipe_of(Path("map"), "int8", "int8"), "map")(texts)
+    np.testing.assert_array_equal(codes, load("map").encode(torch.tensor(x)).numpy())
+    with pytest.raises(InputError, match="saved in int8, but got bf16"):
+        Predictor.load(recipe_of(Path("map"), "int8", "bf16"), "map")
+    with pytest.raises(InputError, match="make one with quantise"):
+        Predictor.load(recipe_of(Path("map"), precision="int8"), "map")
 
 
 def test_what_cannot_be_served(workplace, capsys, tiny_esm2):

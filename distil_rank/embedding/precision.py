@@ -135,13 +135,7 @@ def _saved(
     calibration: str | Path | None,
 ) -> Choice:
     """The choice of a backbone that was saved in int8, which is int8."""
-    whole = f"name the model that it was made of, {saved.manifest.backbone}"
-    if requested not in ("auto", *INT8):
-        raise InputError(
-            f"Expected --precision int8 or auto for {backbone.name}, saved in int8, but got {requested}; {whole}."
-        )
-    if (reason := int8_missing(device)) is not None:
-        raise InputError(f"Expected int8 units for {backbone.name}, which was saved in int8, but {reason}; {whole}.")
+    _check_saved(backbone, saved, requested, device)
     if calibration is not None and read_calibration(calibration).sha256 != saved.calibration.sha256:
         raise InputError(
             f"Expected no other calibration than that of {backbone.name}, whose weights were rounded with it, but got "
@@ -149,6 +143,31 @@ def _saved(
         )
     figures = saved.manifest.gate
     return Choice("int8", saved.calibration, notes={"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"})
+
+
+def _check_saved(backbone: Backbone, saved: SavedInt8, requested: str, device: torch.device) -> None:
+    """Raises `InputError` where a backbone that was saved in int8 cannot be used as is asked for."""
+    whole = f"name the model that it was made of, {saved.manifest.backbone}"
+    if requested not in ("auto", *INT8):
+        raise InputError(
+            f"Expected --precision int8 or auto for {backbone.name}, saved in int8, but got {requested}; {whole}."
+        )
+    if (reason := int8_missing(device)) is not None:
+        raise InputError(f"Expected int8 units for {backbone.name}, which was saved in int8, but {reason}; {whole}.")
+
+
+def saved_encoder(backbone: Backbone, requested: str, device: torch.device, layer: int) -> FusedEncoder | None:
+    """The encoder up to a layer of a backbone that was saved in int8; None for one that has its exact weights.
+
+    Raises:
+        InputError: it cannot be used here, or with this precision; or int8 is asked for but was not saved.
+    """
+    if backbone.int8 is not None:
+        _check_saved(backbone, backbone.int8, requested, device)
+        return _rounded(backbone.int8.weights(layer))
+    if requested in INT8:
+        raise InputError(f"Expected a backbone that was saved in int8 but got {backbone.name}; make one with quantise.")
+    return None
 
 
 def int8_encoder(backbone: Backbone, calibration: Calibration, layer: int) -> FusedEncoder:

@@ -1,4 +1,4 @@
-"""From a protein's sequence to its code, or to the vector of a shortened backbone."""
+"""From a protein's sequence to its code, or to the vector of a backbone that was shortened or saved in int8."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.extraction import MAX_TOKENS
 from distil_rank.embedding.layer_spec import parse_layers
+from distil_rank.embedding.precision import saved_encoder
+from distil_rank.embedding.saved_int8 import is_int8, open_int8
 from distil_rank.embedding.sequences import CleaningReport, clean_sequence
 from distil_rank.embedding.shortened import POOLED_ALIKE, is_shortened, read_shortened
 from distil_rank.errors import InputError
@@ -33,33 +35,39 @@ class Recipe:
         weights_sha256: That it must have; None where nobody knows.
         pooling: `mean` or `bos`.
         layer: Whose states are pooled; None for the last.
-        precision: `fp32` or `bf16`.
+        precision: `fp32`, `bf16`, or `int8` for a backbone that was saved in it; `auto` is that, or fp32.
     """
 
     backbone: str
     weights_sha256: str | None = None
     pooling: str = "mean"
     layer: str | None = None
-    precision: str = "fp32"
+    precision: str = "auto"
 
 
-def recipe_of(folder: Path, backbone: str | None = None, precision: str = "fp32") -> Recipe:
-    """What a shortened backbone or a code map says of the vectors.
+def is_backbone(folder: Path) -> bool:
+    """Whether a folder holds a backbone that this package has written, shortened or in int8."""
+    return is_shortened(folder) or is_int8(folder)
+
+
+def recipe_of(folder: Path, backbone: str | None = None, precision: str = "auto") -> Recipe:
+    """What a backbone or a code map says of the vectors.
 
     Args:
         folder: Of either.
         backbone: Of the vectors of a code map that does not name it, or another place of the same weights.
-        precision: `fp32` or `bf16`.
+        precision: As in `Recipe`.
 
     Raises:
         InputError: it is neither, is damaged, or does not say.
     """
-    if is_shortened(folder):
-        pooling = read_shortened(folder)[0].pooling
-        return Recipe(str(folder.absolute()), pooling=POOLED_ALIKE[pooling][0], precision=precision)
+    if is_backbone(folder):
+        stops = read_shortened(folder)[0] if is_shortened(folder) else open_int8(folder).exit
+        pooling = POOLED_ALIKE[stops.pooling][0] if stops else "mean"
+        return Recipe(str(folder.absolute()), pooling=pooling, precision=precision)
     code_map = load(folder)
     if not isinstance(code_map, CodeMap):
-        raise InputError(f"Expected a code map or a shortened backbone in {folder} but it holds something else.")
+        raise InputError(f"Expected a code map or a backbone in {folder} but it holds something else.")
     about = code_map.provenance
     name = backbone or about.get("backbone")
     if not name or about.get("pooling") == "residue":
@@ -88,31 +96,33 @@ class Predictor:
 
         Args:
             recipe: How to make the vectors.
-            folder: Of the code map or the shortened backbone.
+            folder: Of the code map or the backbone.
 
         Raises:
             InputError: one is missing, or they do not belong together.
         """
         folder = Path(folder)
-        short = is_shortened(folder)
-        backbone = load_backbone(str(folder) if short else recipe.backbone)
+        alone = is_backbone(folder)
+        backbone = load_backbone(str(folder) if alone else recipe.backbone)
         if recipe.weights_sha256 not in (None, backbone.sha256):
             raise InputError(
                 f"Expected the weights {str(recipe.weights_sha256)[:12]}… that the code map was fitted behind but "
                 f"{recipe.backbone} has {backbone.sha256[:12]}…; name theirs with --backbone."
             )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        layers = None if short else parse_layers(recipe.layer, backbone.num_layers, backbone.name)
+        device = torch.device("cuda" if torch.cuda.is_available() and backbone.int8 is None else "cpu")
+        layers = None if alone else parse_layers(recipe.layer, backbone.num_layers, backbone.name)
+        last = layers[-1].layer if layers else backbone.exit.layer if backbone.exit else backbone.num_layers
         embedder = Embedder(
             backbone,
             recipe.pooling,  # type: ignore[arg-type]  # out of a JSON file
-            recipe.precision,
+            "fp32" if recipe.precision in ("auto", "int8") else recipe.precision,
             device,
             layers,
             WINDOW,
             MAX_TOKENS[device.type],
+            saved_encoder(backbone, recipe.precision, device, last),
         )
-        return cls(embedder, None if short else load(folder))
+        return cls(embedder, None if alone else load(folder))
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[str]) -> np.ndarray:
