@@ -160,7 +160,7 @@ class Int8Encoder(FusedEncoder):
         """Attention of packed queries, keys and values, (T + padding, 3 C), to (T, C)."""
         qkv = qkv.unflatten(-1, (3 * self.heads, -1))
         attended = torch.empty(sum(lengths), self.heads, qkv.shape[2], dtype=qkv.dtype)
-        attend = attend_in_bf16 if qkv.dtype == torch.bfloat16 else _attend_exactly
+        attend = attend_in_bf16 if qkv.dtype == torch.bfloat16 else _attend_in_fp32
 
         def attend_to(part: tuple[int, int, slice]) -> None:
             attend(qkv, *part, attended)
@@ -190,7 +190,7 @@ class Int8Encoder(FusedEncoder):
         _run(kernels.add_rows, x, layer.fc2(inner), inner_steps, layer.fc2_bias)
 
 
-def _attend_exactly(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:
+def _attend_in_fp32(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:
     """As `bf16_attention.attend`, in float32."""
     rows = slice(start, start + length + padding(length))
     q, k, v = (part[:, heads] for part in qkv[rows].chunk(3, dim=1))
