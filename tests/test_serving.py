@@ -115,6 +115,8 @@ def test_a_backbone_in_int8_answers_as_embed_does(workplace, tiny_esm2):
     about = {"weights_sha256": Store.open("states").manifest["weights_sha256"], "layer": 2, "backbone": backbone}
     save(fit_metric(x, np.ones(len(x), bool), "whitened", provenance=about).code_map(8, "bit"), "map")
 
+    resolved = [recipe_of(Path("int8")), recipe_of(Path("map")), recipe_of(Path("map"), "int8")]
+    assert [recipe.precision for recipe in resolved] == ["int8", "fp32", "int8"]
     np.testing.assert_array_equal(Predictor.load(recipe_of(Path("int8")), "int8")(texts), x)
     codes = Predictor.load(recipe_of(Path("map"), "int8", "int8"), "map")(texts)
     np.testing.assert_array_equal(codes, load("map").encode(torch.tensor(x)).numpy())

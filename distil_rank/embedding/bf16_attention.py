@@ -1,7 +1,7 @@
 """Attention in bfloat16 on a CPU: two batched products of oneDNN, and a compiled softmax between them.
 
-torch's own attention goes through 32 queries at a time, and reaches a third of the processor's rate. Here a product has
-as many queries and heads as go into its cache with their scores, which are rounded to bfloat16.
+torch's own attention multiplies small blocks of queries and keys, at a third of the processor's rate. Here a product
+has as many queries and heads as go into its cache with their scores, which are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ def attend(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor)
     scale = np.float32(log2(e) / q.shape[2] ** 0.5)
     size = max(SCORES // q.shape[1] // MULTIPLE, 1) * MULTIPLE  # queries
     together = max(SCORES // (min(size, q.shape[1]) * q.shape[1]), 1)
-    out = _bits(attended)
+    out = bits(attended)
     for first in range(0, len(q), together):
         some = slice(first, first + together)
         for row in range(0, length, size):
             scores = torch.bmm(q[some, row : row + size], k[some].transpose(1, 2))
             sums = np.empty(scores.shape[:2], np.float32)
-            kernels.exponentiate(_bits(scores), length, scale, sums)
+            kernels.exponentiate(bits(scores), length, scale, sums)
             mixed = torch.bmm(scores, v[some])
-            kernels.divide(_bits(mixed), sums, out, start + row, start + length, heads.start + first)
+            kernels.divide(bits(mixed), sums, out, start + row, start + length, heads.start + first)
 
 
-def _bits(x: Tensor) -> NDArray[np.uint16]:
-    bits: NDArray[np.uint16] = x.view(torch.uint16).numpy()
-    return bits
+def bits(x: Tensor) -> NDArray[np.uint16]:
+    """A bfloat16 tensor's memory as numpy, which does not know the type, and the kernels take it."""
+    array: NDArray[np.uint16] = x.view(torch.uint16).numpy()
+    return array

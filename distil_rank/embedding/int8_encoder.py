@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distil_rank.embedding import int8_kernels as kernels
-from distil_rank.embedding.bf16_attention import MULTIPLE, padding
+from distil_rank.embedding.bf16_attention import MULTIPLE, bits, padding
 from distil_rank.embedding.bf16_attention import attend as attend_in_bf16
 from distil_rank.embedding.esm2 import WIDE, Affine, FusedEncoder, attend_sequentially, linear, rotated
 from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear
@@ -225,8 +225,7 @@ def _run(kernel: Callable[..., None], *arguments: Tensor | float) -> None:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
+    return bits(tensor) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _in_mode(function: Callable[[Any], object], inference: bool, part: Any) -> None:

@@ -1,4 +1,4 @@
-"""What stands between two int8 products, each step one pass over rows that stay in a core's cache; compiled by numba.
+"""What stands between two products, of int8 or of attention, each step over rows that stay in a core's cache; by numba.
 
 Activations come out of a product short of their rows' scales, (T, N), and go into the next one as unsigned
 bytes with one step per row. In torch each of these steps is six to ten operations, which go through memory.

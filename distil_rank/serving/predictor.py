@@ -35,14 +35,14 @@ class Recipe:
         weights_sha256: That it must have; None where nobody knows.
         pooling: `mean` or `bos`.
         layer: Whose states are pooled; None for the last.
-        precision: `fp32`, `bf16`, or `int8` for a backbone that was saved in it; `auto` is that, or fp32.
+        precision: `fp32`, `bf16`, or `int8` for a backbone that was saved in it.
     """
 
     backbone: str
     weights_sha256: str | None = None
     pooling: str = "mean"
     layer: str | None = None
-    precision: str = "auto"
+    precision: str = "fp32"
 
 
 def is_backbone(folder: Path) -> bool:
@@ -56,7 +56,7 @@ def recipe_of(folder: Path, backbone: str | None = None, precision: str = "auto"
     Args:
         folder: Of either.
         backbone: Of the vectors of a code map that does not name it, or another place of the same weights.
-        precision: As in `Recipe`.
+        precision: As in `Recipe`; `auto` is int8 for a backbone that was saved in it, fp32 for others.
 
     Raises:
         InputError: it is neither, is damaged, or does not say.
@@ -64,7 +64,7 @@ def recipe_of(folder: Path, backbone: str | None = None, precision: str = "auto"
     if is_backbone(folder):
         stops = read_shortened(folder)[0] if is_shortened(folder) else open_int8(folder).exit
         pooling = POOLED_ALIKE[stops.pooling][0] if stops else "mean"
-        return Recipe(str(folder.absolute()), pooling=pooling, precision=precision)
+        return Recipe(str(folder.absolute()), pooling=pooling, precision=_precision(precision, folder))
     code_map = load(folder)
     if not isinstance(code_map, CodeMap):
         raise InputError(f"Expected a code map or a backbone in {folder} but it holds something else.")
@@ -76,7 +76,19 @@ def recipe_of(folder: Path, backbone: str | None = None, precision: str = "auto"
         name = str(Path(name).absolute())
     layer = about.get("layer")
     pooling = about.get("pooling") or "mean"
-    return Recipe(name, about.get("weights_sha256"), pooling, None if layer is None else str(layer), precision)
+    return Recipe(
+        name,
+        about.get("weights_sha256"),
+        pooling,
+        None if layer is None else str(layer),
+        _precision(precision, Path(name)),
+    )
+
+
+def _precision(requested: str, backbone: Path) -> str:
+    if requested != "auto":
+        return requested
+    return "int8" if is_int8(backbone) else "fp32"
 
 
 class Predictor:
@@ -115,7 +127,7 @@ class Predictor:
         embedder = Embedder(
             backbone,
             recipe.pooling,  # type: ignore[arg-type]  # out of a JSON file
-            "fp32" if recipe.precision in ("auto", "int8") else recipe.precision,
+            "fp32" if backbone.int8 else recipe.precision,  # not used where there is an encoder
             device,
             layers,
             WINDOW,
