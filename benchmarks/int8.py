@@ -152,7 +152,7 @@ def attention_kernels(length: int, width: int) -> dict[str, Callable[[], Tensor]
     low, out = qkv.bfloat16(), torch.empty(length, HEADS, width, dtype=torch.bfloat16)
 
     def ours() -> Tensor:
-        attend(low, 0, length, slice(0, HEADS), out)
+        attend(low.unflatten(1, (3, HEADS)).permute(1, 2, 0, 3), 0, length, slice(0, HEADS), out)
         return out
 
     def by_torch(packed: Tensor) -> Tensor:

@@ -28,15 +28,15 @@ def attend(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor)
     """Attention of some heads within one sequence.
 
     Args:
-        qkv: Queries, keys and values of all heads, (T + `MULTIPLE`, 3 H, D) bfloat16. What is in the rows behind a
+        qkv: Queries, keys and values of all heads, (3, H, T + `MULTIPLE`, D) bfloat16. What is in the rows behind a
             sequence has no effect, but has to be finite.
         start: The sequence's first row.
         length: Its rows.
         heads: Which ones.
         attended: (T, H, D) bfloat16, where the result is written.
     """
-    rows = slice(start, start + length + padding(length))
-    q, k, v = (part[:, heads].transpose(0, 1) for part in qkv[rows].chunk(3, dim=1))  # (heads, rows, D)
+    q, k, v = qkv[:, heads, start : start + length + padding(length)]  # (heads, rows, D)
+    k = k.transpose(1, 2)
     scale = np.float32(log2(e) / q.shape[2] ** 0.5)
     size = max(SCORES // q.shape[1] // MULTIPLE, 1) * MULTIPLE  # queries
     together = max(SCORES // (min(size, q.shape[1]) * q.shape[1]), 1)
@@ -44,7 +44,7 @@ def attend(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor)
     for first in range(0, len(q), together):
         some = slice(first, first + together)
         for row in range(0, length, size):
-            scores = torch.bmm(q[some, row : row + size], k[some].transpose(1, 2))
+            scores = torch.bmm(q[some, row : row + size], k[some])
             sums = np.empty(scores.shape[:2], np.float32)
             kernels.exponentiate(bits(scores), length, scale, sums)
             mixed = torch.bmm(scores, v[some])

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LAST, LEAST = 4, 4  # a batch has a quarter of the tokens that are left, but not less than a quarter of the most
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
 
 
@@ -110,7 +111,8 @@ class Embedder:
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Groups sequences of similar length, each group within `max_tokens` where it has more than one.
 
-        Long ones come first, so that running out of memory happens early.
+        Long ones come first, so that running out of memory happens early. Where cores compute batches side by side, the
+        last ones get smaller, so that no core waits long for the others.
 
         Args:
             lengths: Residues of each sequence.
@@ -120,14 +122,16 @@ class Embedder:
         """
         order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
         groups: list[list[int]] = []
-        free = 0
+        free, rest = 0, sum(lengths) + 2 * len(lengths)
         for i in order:
             tokens = lengths[i] + 2
             if tokens > free:
                 groups.append([])
-                free = self.max_tokens
+                share = max(rest // LAST, self.max_tokens // LEAST) if self._narrow else self.max_tokens
+                free = min(share, self.max_tokens)
             groups[-1].append(i)
             free -= tokens
+            rest -= tokens
         return groups
 
     def embed(self, sequences: Sequence[str]) -> Embedded:
@@ -152,10 +156,14 @@ class Embedder:
             return Embedded(self.map(features)[None], pooled.counts)
 
     @property
+    def _narrow(self) -> bool:
+        """Whether one core is enough for a batch; independent of their number, on which no vector may depend."""
+        return self.encoder.device.type == "cpu" and self.width < WIDE
+
+    @property
     def parallel_batches(self) -> int:
         """Batches that `stream` computes at once."""
-        narrow = self.encoder.device.type == "cpu" and self.width < WIDE
-        return torch.get_num_threads() if narrow else 1
+        return torch.get_num_threads() if self._narrow else 1
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
         """Embeds batch after batch and yields them in order, each with its vectors.

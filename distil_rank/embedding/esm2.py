@@ -239,13 +239,17 @@ class FusedEncoder:
             self.clock.lap(number, lap)
             yield x[:total]
             lap = None if lap is None else self.clock.now()
-            projected = None if number else tuple(F.embedding(tokens, table) for table in self.first)
+            projected = None if number else self._look_up(tokens)
             if self.bos_only_after is None or number < self.bos_only_after:
                 self._apply(layer, x, projected, rotations, lengths)
             else:
                 self._apply_to_bos(layer, x, rotations, lengths)
         self.clock.lap(len(self.layers), lap)
         yield x[:total]
+
+    def _look_up(self, tokens: Tensor) -> Any:
+        """The first layer's queries and keys, and values, of some tokens."""
+        return tuple(F.embedding(tokens, table) for table in self.first)
 
     def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
         """Adds one layer's output to x, (T, C); `projected` are its queries, keys and values, where they are known."""

@@ -23,13 +23,14 @@ from torch import Tensor
 from distil_rank.embedding import int8_kernels as kernels
 from distil_rank.embedding.bf16_attention import MULTIPLE, bits, padding
 from distil_rank.embedding.bf16_attention import attend as attend_in_bf16
-from distil_rank.embedding.esm2 import WIDE, Affine, FusedEncoder, attend_sequentially, linear, rotated
+from distil_rank.embedding.esm2 import WIDE, Affine, FusedEncoder, attend_sequentially
 from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear
 from distil_rank.embedding.int8_weights import Int8Weights
 from distil_rank.embedding.processor import has_bf16_units
 
 HEADS = 5  # of a long sequence, at once in one thread
 BLOCK, NUMBERS = 256, 512 * 320  # rows of a product at most, or as many as have so many numbers
+PAIRS = 64  # of rotations in a row at least: they fill vector units, with little left over
 LOADED = 4  # layers from files at once, in memory twice each
 
 
@@ -37,7 +38,7 @@ class _Int8Layer(NamedTuple):
     """The parameters of one layer; each norm's scale is what migrates its outputs."""
 
     norm1: Tensor
-    qk: Affine | None  # queries and keys, where they are not in int8
+    qk: Tensor | None  # weight of queries and keys, where it is not in int8
     qkv: Int8Linear | None  # of values alone, where they are; None in the first layer, which is a table
     qk_bias: Tensor
     out: Int8Linear
@@ -58,7 +59,7 @@ class _Int8Layer(NamedTuple):
 
         return cls(
             norm1=weights["norm1"],
-            qk=(weights["qk.weight"].to(low), weights["qk.bias"]) if "qk.weight" in weights else None,
+            qk=weights["qk.weight"].to(low) if "qk.weight" in weights else None,
             qkv=product("qkv", dtype=low) if "qkv.weight" in weights else None,
             qk_bias=weights["qk.bias"],
             out=product("out"),
@@ -86,6 +87,7 @@ class Int8Encoder(FusedEncoder):
         self._pool: ThreadPoolExecutor | None = None
         self._threads = 1  # of the pool, or the caller's own
         self._assemble(weights.parts, _packed(weights, self._low))
+        self._table = torch.cat(self.first, dim=1)  # of the first layer's queries, keys and values
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
@@ -119,18 +121,26 @@ class Int8Encoder(FusedEncoder):
         ends = [min(16 * (i * units // number), total) for i in range(number + 1)]
         return [slice(*ends) for ends in pairwise(ends)]
 
+    def _rotations(self, lengths: list[int]) -> Tensor:
+        """Cosines, then sines, of each token's rotary angles; of several narrow heads, which fill a vector unit."""
+        heads = next(
+            n for n in range(1, 2 * self.heads + 1) if n * len(self.frequencies) >= PAIRS or n == 2 * self.heads
+        )
+        angles = super()._rotations(lengths)[:, 0].repeat(1, heads)
+        return torch.cat([angles.real, angles.imag], dim=1)
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
+        return tokens  # a row of the table is rotated on its way, and not copied before
+
     def _apply(self, layer: Any, x: Tensor, projected: Any, rotations: Tensor, lengths: list[int]) -> None:
         qkv = x.new_empty(len(x) + MULTIPLE, 3 * x.shape[1], dtype=self._low)
         qkv[len(x) :] = 0  # read by attention, without an effect
 
         def project(rows: slice) -> None:
-            if projected is not None:
-                qk, v = (tensor[rows] for tensor in projected)
-                self._split(qk, v, rotations[rows], qkv[rows])
-            elif layer.qk is not None:
-                self._split(*self._project_apart(x[rows], layer), rotations[rows], qkv[rows])
-            else:
+            if projected is None:
                 self._project_rows(x[rows], layer, rotations[rows], qkv[rows])
+            else:
+                _run(kernels.look_up_rows, self._table, projected[rows], rotations[rows], qkv[rows])
 
         self._each(project, self._blocks(len(x)))
         attended = self._attend_to(qkv, lengths)
@@ -141,25 +151,17 @@ class Int8Encoder(FusedEncoder):
         values, steps = _rounded_like(x)
         _run(kernels.norm_rows, x, layer.norm1, self.eps, values, steps)
         assert layer.qkv is not None  # the first layer is a table
-        angles = torch.view_as_real(rotations).flatten(1)
-        _run(kernels.split_rows, layer.qkv(values), steps, layer.qk_bias, angles, qkv)
-
-    def _project_apart(self, x: Tensor, layer: _Int8Layer) -> tuple[Tensor, Tensor]:
-        """Queries and keys that are not in int8, (T, 2 C), and values, (T, C)."""
-        values, steps = _rounded_like(x)
-        _run(kernels.norm_rows, x, layer.norm1, self.eps, values, steps)
-        assert layer.qkv is not None and layer.qk is not None
-        return linear(F.layer_norm(x, x.shape[1:], layer.norm1, eps=self.eps), layer.qk), layer.qkv(values) * steps
-
-    def _split(self, qk: Tensor, v: Tensor, rotations: Tensor, qkv: Tensor) -> None:
-        """Rotates queries and keys in place, and brings them and the values beside each other."""
-        qkv[:, : qk.shape[1]] = rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).flatten(1)
-        qkv[:, qk.shape[1] :] = v
+        product = layer.qkv(values)
+        if layer.qk is not None:
+            normed = F.layer_norm(x, x.shape[1:], layer.norm1, eps=self.eps)
+            product = torch.cat([F.linear(normed.to(self._low), layer.qk), (product * steps).to(self._low)], dim=1)
+            steps = torch.ones_like(steps)
+        _run(kernels.split_rows, product, steps, layer.qk_bias, rotations, qkv)
 
     def _attend_to(self, qkv: Tensor, lengths: list[int]) -> Tensor:
         """Attention of packed queries, keys and values, (T + padding, 3 C), to (T, C)."""
-        qkv = qkv.unflatten(-1, (3 * self.heads, -1))
-        attended = torch.empty(sum(lengths), self.heads, qkv.shape[2], dtype=qkv.dtype)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)  # (3, H, T + padding, D)
+        attended = torch.empty(sum(lengths), self.heads, qkv.shape[3], dtype=qkv.dtype)
         attend = attend_in_bf16 if qkv.dtype == torch.bfloat16 else _attend_in_fp32
 
         def attend_to(part: tuple[int, int, slice]) -> None:
@@ -192,8 +194,7 @@ class Int8Encoder(FusedEncoder):
 
 def _attend_in_fp32(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:
     """As `bf16_attention.attend`, in float32."""
-    rows = slice(start, start + length + padding(length))
-    q, k, v = (part[:, heads] for part in qkv[rows].chunk(3, dim=1))
+    q, k, v = qkv[:, heads, start : start + length + padding(length)].transpose(1, 2)
     attended[start : start + length, heads] = attend_sequentially(q, k, v, [length])[:length]
 
 

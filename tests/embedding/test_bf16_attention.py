@@ -19,7 +19,7 @@ def packed(total: int, size: float = 1.0) -> torch.Tensor:
 
 def attended(qkv: torch.Tensor, start: int, length: int, heads: slice = slice(0, HEADS)) -> torch.Tensor:
     out = torch.zeros(len(qkv) - MULTIPLE, HEADS, WIDTH, dtype=torch.bfloat16)
-    attend(qkv, start, length, heads, out)
+    attend(qkv.unflatten(1, (3, -1)).permute(1, 2, 0, 3), start, length, heads, out)
     return out
 
 

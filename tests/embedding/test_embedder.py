@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distil_rank.embedding import embedder
 from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embedder import Embedder, windows
 from distil_rank.embedding.layer_spec import State
@@ -42,12 +43,21 @@ def test_pooling_equals_fair_esm(tiny_esm2, backbone, pooling, max_tokens):
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 400))
 def test_batches_hold_each_sequence_once_and_keep_to_the_budget(tiny_esm2, lengths, max_tokens):
-    embedder = Embedder(load_backbone_once(tiny_esm2), max_tokens=max_tokens)
-    batches = embedder.batches(lengths)
+    batches = Embedder(load_backbone_once(tiny_esm2), max_tokens=max_tokens).batches(lengths)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(batch) == 1 or sum(lengths[i] + 2 for i in batch) <= max_tokens for batch in batches)
     order = [lengths[i] for batch in batches for i in batch]
     assert order == sorted(order, reverse=True)
+
+
+def test_the_last_batches_are_smaller_where_each_core_computes_its_own(tiny_esm2, monkeypatch):
+    def sizes() -> list[int]:
+        batches = Embedder(load_backbone_once(tiny_esm2), max_tokens=2000).batches([98] * 200)
+        return [len(batch) for batch in batches]
+
+    assert sizes() == [20, 20, 20, 20, 20, 20, 20, 15, 11, 8, 6, 5, 5, 5, 5]
+    monkeypatch.setattr(embedder, "WIDE", 32)
+    assert sizes() == [20] * 10
 
 
 _loaded = {}
