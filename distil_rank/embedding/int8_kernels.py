@@ -331,10 +331,11 @@ def exponentiate(scores: Numbers, visible: int, scale: np.float32, sums: Floats)
 @_compiled
 def divide(mixed: Numbers, sums: Floats, out: Numbers, start: int, stop: int, first: int) -> None:
     """Divides (H, Q, D) by sums (H, Q) into rows of out (T, N, D), from the head `first` on; in bfloat16's bits."""
-    row = np.empty(mixed.shape[2], np.float32)
+    heads, width = mixed.shape[0], mixed.shape[2]
+    row = np.empty((heads, width), np.float32)
     for i in range(min(mixed.shape[1], stop - start)):
-        for head in range(mixed.shape[0]):
+        for head in range(heads):
             per_sum = _ONE / sums[head, i]
-            for j in range(row.size):
-                row[j] = _float(mixed[head, i, j]) * per_sum
-            _store(row, out[start + i, first + head])
+            for j in range(width):
+                row[head, j] = _float(mixed[head, i, j]) * per_sum
+        _store(row.ravel(), out[start + i, first : first + heads].ravel())
