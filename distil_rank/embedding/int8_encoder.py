@@ -122,11 +122,8 @@ class Int8Encoder(FusedEncoder):
         return [slice(*ends) for ends in pairwise(ends)]
 
     def _rotations(self, lengths: list[int]) -> Tensor:
-        """Cosines, then sines, of each token's rotary angles; of several narrow heads, which fill a vector unit."""
-        heads = next(
-            n for n in range(1, 2 * self.heads + 1) if n * len(self.frequencies) >= PAIRS or n == 2 * self.heads
-        )
-        angles = super()._rotations(lengths)[:, 0].repeat(1, heads)
+        """Cosines, then sines, of each token's rotary angles, (T, G D) for G heads as in `kernels.split_rows`."""
+        angles = super()._rotations(lengths)[:, 0].repeat(1, _together(2 * self.heads, len(self.frequencies)))
         return torch.cat([angles.real, angles.imag], dim=1)
 
     def _look_up(self, tokens: Tensor) -> Tensor:
@@ -190,6 +187,19 @@ class Int8Encoder(FusedEncoder):
         inner, inner_steps = _rounded_like(product)
         _run(kernels.activate_rows, product, steps, layer.fc1_bias, *layer.raised, inner, inner_steps)
         _run(kernels.add_rows, x, layer.fc2(inner), inner_steps, layer.fc2_bias)
+
+
+def _together(heads: int, pairs: int) -> int:
+    """How many heads are rotated at once: a divisor of their number, so that narrow ones fill vector units.
+
+    Args:
+        heads: Of queries and keys.
+        pairs: That are rotated in each.
+
+    >>> _together(40, 8), _together(40, 12), _together(40, 32)
+    (8, 8, 2)
+    """
+    return next(n for n in range(1, heads + 1) if heads % n == 0 and (n * pairs >= PAIRS or n == heads))
 
 
 def _attend_in_fp32(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:

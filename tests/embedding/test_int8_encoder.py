@@ -81,6 +81,16 @@ def test_int8_follows_the_exact_encoder(model, layer, bf16, monkeypatch):
     assert F.cosine_similarity(rounded, exact).min() > 0.995
 
 
+def test_heads_of_any_number_and_width_are_rotated():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = ESM2(3, 168, 7).eval().requires_grad_(False)  # 12 pairs in each of 14 heads
+        for layer in model.layers:
+            layer.self_attn.q_proj.weight.data *= 6  # otherwise it hardly matters where a token looks
+    packed = tokenise(proteins(6), model.alphabet)
+    assert F.cosine_similarity(encoder_of(model)(*packed), FusedEncoder(model)(*packed)).min() > 0.995
+
+
 @pytest.mark.parametrize("wide", [10_000, 64])
 def test_bytes_do_not_depend_on_the_batch_or_on_threads(model, wide, monkeypatch):
     for module in (int8_encoder, embedder):
