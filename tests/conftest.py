@@ -15,6 +15,9 @@ from hypothesis import settings
 from servers import s3_process
 
 from distil_rank.data.formats import load_matrix
+from distil_rank.embedding import precision
+from distil_rank.embedding.int8_linear import Int8Linear
+from distil_rank.embedding.processor import has_int8_units
 from tests.esm2_files import hugging_face_folder
 
 LAYERS, DIM, HEADS = 2, 32, 4
@@ -39,6 +42,24 @@ def log_levels() -> None:
     logging.getLogger("distil_rank").setLevel(logging.NOTSET)
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def int8_units() -> Iterator[None]:
+    """Int8 on every processor: without units for it, whose sums could saturate, products are float64's, exact too."""
+
+    def prepare(self: Int8Linear, weight, scales, zero_point, dtype=torch.float32) -> None:
+        self.weight, self.scales, self.zero_point, self.dtype = weight.double(), scales, zero_point, dtype
+
+    def product(self: Int8Linear, values: torch.Tensor) -> torch.Tensor:
+        return ((values.double() - self.zero_point) @ self.weight.T * self.scales).to(self.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not has_int8_units():
+            patch.setattr(precision, "has_int8_units", lambda: True)
+            patch.setattr(Int8Linear, "__init__", prepare)
+            patch.setattr(Int8Linear, "__call__", product)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from distil_rank.codes.code_store import CodeStore
 from distil_rank.deployment.artefact import load
 from distil_rank.embedding import agreement
 from distil_rank.embedding.embed import embed
-from distil_rank.embedding.processor import has_int8_units
 from distil_rank.embedding.store import EMBEDDINGS, Store
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -246,7 +245,7 @@ def test_search_without_faiss(stored):
     assert done.returncode == 2 and "pip install faiss-cpu" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")
+@pytest.mark.usefixtures("int8_units")
 def test_codes_of_an_int8_store_are_searched_in_int8(workplace, embedded, tiny_esm2, monkeypatch):
     for name in ("MIN_INT8_COSINE", "MIN_INT8_NEIGHBOURS"):
         monkeypatch.setattr(agreement, name, 0.0)

@@ -14,10 +14,9 @@ from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.int8_weights import round_weights
 from distil_rank.embedding.precision import calibrate
-from distil_rank.embedding.processor import has_int8_units
 from distil_rank.errors import InputError
 
-pytestmark = pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")
+pytestmark = pytest.mark.usefixtures("int8_units")
 
 LETTERS = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
 

@@ -14,13 +14,12 @@ from distil_rank.embedding import extraction, precision
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.processor import has_int8_units
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
-needs_units = pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")
+needs_units = pytest.mark.usefixtures("int8_units")
 
 
 @pytest.fixture

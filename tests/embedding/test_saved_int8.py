@@ -18,13 +18,12 @@ from distil_rank.embedding.backbones import load_backbone
 from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder
-from distil_rank.embedding.processor import has_int8_units
 from distil_rank.embedding.quantise import quantise
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.exits.shorten import Recipe, shorten
 
-pytestmark = pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")
+pytestmark = pytest.mark.usefixtures("int8_units")
 
 
 @pytest.fixture(autouse=True)
