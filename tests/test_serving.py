@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -20,8 +21,8 @@ from distil_rank.cli import main
 from distil_rank.codes.code_store import write_code_map
 from distil_rank.codes.fitting import fit_metric
 from distil_rank.commands.serving import log_model
+from distil_rank.embedding import agreement
 from distil_rank.embedding.embed import embed
-from distil_rank.embedding.precision import int8_missing
 from distil_rank.embedding.quantise import quantise
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -103,7 +104,41 @@ def test_servers_answer_as_the_library_does(models):
     torch.testing.assert_close(torch.as_tensor(answer), load("student")(x).detach())
 
 
-@pytest.mark.skipif(int8_missing(torch.device("cpu")) is not None, reason="needs a processor with int8 units")
+def test_long_proteins_are_treated_as_in_the_vectors_that_a_map_is_for(workplace, tiny_esm2):
+    texts = ["MKVLAAGIC" * 5, "MKVLAAGIC"]
+    Path("in.fasta").write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(texts)))
+    backbone = str(tiny_esm2.fair_esm)
+    x = np.random.default_rng(0).normal(size=(100, 32)).astype(np.float32)
+    about = {"backbone": backbone, "pooling": "mean", "max_length": 20}
+    for long in ("truncate", "window"):
+        embed("in.fasta", long, backbone, precision="fp32", long=long, max_length=20)
+        save(
+            fit_metric(x, np.ones(100, bool), "whitened", provenance={**about, "long": long}).code_map(8), long + "-map"
+        )
+        predictor = Predictor.load(recipe_of(Path(long + "-map")), long + "-map")
+        expected = predictor.code_map.encode(torch.tensor(Store.open(long).embeddings())).numpy()
+        np.testing.assert_allclose(predictor(texts), expected, atol=1e-5)
+    save(fit_metric(x, np.ones(100, bool), "whitened", provenance={**about, "long": "error"}).code_map(8), "map")
+    with pytest.raises(InputError, match="at most 20 residues but sequence 1 has 45"):
+        Predictor.load(recipe_of(Path("map")), "map")(texts)
+
+
+@pytest.mark.usefixtures("int8_units")
+def test_requests_at_once_are_answered_as_one_after_the_other(workplace, tiny_esm2, monkeypatch):
+    texts = ["MKVLAAGIC" * n for n in range(1, 9)]
+    Path("in.fasta").write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(texts)))
+    for name in ("MIN_INT8_COSINE", "MIN_INT8_NEIGHBOURS"):
+        monkeypatch.setattr(agreement, name, 0.0)
+    quantise("in.fasta", str(tiny_esm2.fair_esm), "int8")
+    monkeypatch.setattr("distil_rank.embedding.int8_encoder.WIDE", 1)  # all cores share one pass
+    predictor = Predictor.load(recipe_of(Path("int8")), "int8")
+    expected = predictor(texts)
+    with ThreadPoolExecutor(4) as pool:
+        for answer in pool.map(predictor, [texts] * 40):
+            np.testing.assert_array_equal(answer, expected)
+
+
+@pytest.mark.usefixtures("int8_units")
 def test_a_backbone_in_int8_answers_as_embed_does(workplace, tiny_esm2):
     dice = random.Random(0)
     texts = ["".join(dice.choices(ALPHABET, k=dice.randint(20, 40))) for _ in range(40)]
@@ -117,8 +152,11 @@ def test_a_backbone_in_int8_answers_as_embed_does(workplace, tiny_esm2):
 
     resolved = [recipe_of(Path("int8")), recipe_of(Path("map")), recipe_of(Path("map"), "int8")]
     assert [recipe.precision for recipe in resolved] == ["int8", "fp32", "int8"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's float32 attention of heads as narrow as these differs by their number
     np.testing.assert_array_equal(Predictor.load(recipe_of(Path("int8")), "int8")(texts), x)
     codes = Predictor.load(recipe_of(Path("map"), "int8", "int8"), "map")(texts)
+    torch.set_num_threads(threads)
     np.testing.assert_array_equal(codes, load("map").encode(torch.tensor(x)).numpy())
     with pytest.raises(InputError, match="saved in int8, but got bf16"):
         Predictor.load(recipe_of(Path("map"), "int8", "bf16"), "map")

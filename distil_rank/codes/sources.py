@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 NoiseSource = Literal["copies", "labels", "clusters"]
 MOST_CLUSTERED = 20_000  # proteins that are set apart by MMseqs2 clusters where nobody asked for them
 JUDGED_COPIES = 300  # of proteins that nothing was fitted on
-BELONGING = ("backbone", "weights_sha256", "layer", "pooling", "precision", "fallback")
+BELONGING = ("backbone", "weights_sha256", "layer", "pooling", "precision", "long", "max_length", "fallback")
+ORIGINS = (*BELONGING, "source", "digest")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,12 @@ class Proteins:
     @property
     def origin(self) -> dict[str, object]:
         """What a code map tells of the vectors it is for."""
-        about = self.embeddings.provenance
-        return {key: about[key] for key in (*BELONGING, "source", "digest") if about.get(key) is not None}
+        return origin_of(self.embeddings.provenance)
+
+
+def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a code map tells of the vectors it is for, out of what is known of them."""
+    return {key: about[key] for key in ORIGINS if about.get(key) is not None}
 
 
 def open_proteins(

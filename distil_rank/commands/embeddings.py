@@ -27,7 +27,6 @@ def extract(options: dict[str, Any]) -> EmbedSummary:
     folder = options.pop("code", None)
     if folder is not None:
         options = _for_codes(options, folder)
-    options = {**options, "store": options.get("store") or default_store(options["fasta"])}
     name = f"{options['backbone']} {options['pooling']} {Path(options['fasta']).name}"
     params = {f"{key}_requested" if key in ("backbone", "precision") else key: value for key, value in options.items()}
     params |= {"code_map": None if options.get("code_map") is None else options["code_map"].digest}
@@ -35,7 +34,7 @@ def extract(options: dict[str, Any]) -> EmbedSummary:
         done = embed(**options)
         summary = asdict(done)
         counts = {key: value for key, value in summary.items() if isinstance(value, int | float)}
-        run.log_metrics({**counts, "residues_per_second": done.residues / done.seconds if done.seconds else 0.0})
+        run.log_metrics({**counts, "residues_per_second": done.residues_per_second})
         run.log_params({key: summary[key] for key in ("backbone", "precision")})
         tags = {key: summary[key] for key in ("digest", "cleaning", "backbone", "fallback") if summary[key]}
         run.set_tags(tags)

@@ -14,7 +14,7 @@ import torch
 
 from distil_rank.codes.code_store import MAP, write_codes
 from distil_rank.codes.perturbation import Perturbations
-from distil_rank.codes.sources import BELONGING
+from distil_rank.codes.sources import origin_of
 from distil_rank.commands.embeddings import extract
 from distil_rank.commands.judging import metric_name
 from distil_rank.deployment.artefact import save
@@ -214,10 +214,7 @@ def _rivals(problem: Problem, evaluator: Evaluator, alignment: bool) -> list[Riv
 
 def _origins(problem: Problem) -> dict[str | None, dict[str, Any]]:
     """What the code map of each layer tells of the vectors it is for."""
-    return {
-        layer: {key: about[key] for key in (*BELONGING, "source", "digest") if about.get(key) is not None}
-        for layer, about in problem.about.items()
-    }
+    return {layer: origin_of(about) for layer, about in problem.about.items()}
 
 
 def _keep(problem: Problem, fitted: Fitted, result: Recommendation, folder: Path) -> None:

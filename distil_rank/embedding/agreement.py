@@ -42,7 +42,7 @@ class Agreement:
         if not self.suffices:
             raise InputError(
                 f"Expected int8 to reach a cosine of {MIN_INT8_COSINE} to fp32 and to keep {MIN_INT8_NEIGHBOURS:.0%} "
-                f"of the neighbours but got {self}; use --precision auto."
+                f"of the neighbours but got {self}; use this backbone in bf16 or fp32."
             )
 
     def __str__(self) -> str:

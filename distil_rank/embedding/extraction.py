@@ -28,7 +28,6 @@ from distil_rank.embedding.precision import (
     Precision,
     choose,
     int8_encoder,
-    store_calibration,
 )
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_records
@@ -265,7 +264,7 @@ class Extraction:
     def _int8_encoder(self, layer: int) -> FusedEncoder:
         """What `plan` has made; after a restart, and in other processes, made again from the store's calibration."""
         if self._int8 is None:
-            self._int8 = int8_encoder(self.backbone, store_calibration(self.writer), layer)
+            self._int8 = int8_encoder(self.backbone, self.writer, self.device, layer)
         return self._int8
 
     @cached_property

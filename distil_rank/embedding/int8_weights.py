@@ -1,7 +1,7 @@
 """A model's weights in int8, one layer at a time: rounded from the exact ones, or as they were saved.
 
-Exact remain the first layer's queries, keys and values, which are read from a table, and the next layers' queries and
-keys, as in bfloat16 (`esm2.EXACT`).
+Not in int8 are the first layer's queries, keys and values, which are read from a table, and the queries and keys of the
+second (`esm2.EXACT`).
 
 Names of a layer's tensors: `norm1` and `norm2`, the norms' scales, (C,); `NAME.weight`, (N, C) int8, `NAME.scales` and
 `NAME.bias`, (N,), for `qkv` (of values alone where queries and keys are exact; absent in the first layer), `out`, `fc1`
@@ -20,6 +20,7 @@ from torch import Tensor
 from distil_rank.embedding.calibration import GELU_MINIMUM, Calibration, CalibrationEncoder, Maxima
 from distil_rank.embedding.esm2 import EXACT, Parts
 from distil_rank.embedding.int8_linear import round_weight
+from distil_rank.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,17 @@ def round_weights(exact: CalibrationEncoder, calibration: Calibration) -> Int8We
     Args:
         exact: The encoder, up to the layer that int8 is to go to.
         calibration: The activations' ranges, of at least these layers.
+
+    Raises:
+        InputError: it is that of another model.
     """
+    width = exact.embedding.shape[1]
+    found = [len(maxima.qkv) for maxima in calibration.layers[: exact.layer]]
+    if found != [width] * exact.layer:
+        raise InputError(
+            f"Expected a calibration of {exact.layer} layers of width {width} but got {len(calibration.layers)} of "
+            f"width {found[0] if found else 0}; leave --calibration out, or name one of this backbone."
+        )
     parts, layers = exact.parts, _RoundedLayers(exact, calibration)
     if len(layers):
         qk, v = parts.first

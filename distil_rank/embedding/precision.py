@@ -83,12 +83,15 @@ def choose(
         like: Store of the same backbone whose calibration and comparison to take over.
 
     Raises:
-        InputError: int8 was asked for by name and does not follow fp32 closely enough.
+        InputError: int8 was asked for by name and does not follow fp32 closely enough; or the store is in int8, which
+            this device does not have.
     """
     if backbone.int8 is not None:
         return _saved(backbone, backbone.int8, requested, device, calibration)
     stored = store.manifest.get("precision")
     if stored and (requested.startswith("auto") or stored == requested):
+        if stored == "int8":
+            _check_int8(device, store.path)
         return Choice(stored, store_calibration(store) if stored == "int8" else None)
     if requested not in INT8:
         return Choice(native_precision(device) if requested == "auto" else requested)
@@ -170,8 +173,23 @@ def saved_encoder(backbone: Backbone, requested: str, device: torch.device, laye
     return None
 
 
-def int8_encoder(backbone: Backbone, calibration: Calibration, layer: int) -> FusedEncoder:
-    """The encoder of a store's calibration, from weights that were saved in int8 or from the exact ones."""
+def _check_int8(device: torch.device, store: Location) -> None:
+    """Raises `InputError` where a store in int8 cannot be continued on this device."""
+    if (reason := int8_missing(device)) is not None:
+        raise InputError(
+            f"Expected to go on in int8, in which the vectors of {store} are, but {reason}; use such a machine, or "
+            "another store."
+        )
+
+
+def int8_encoder(backbone: Backbone, store: StoreWriter, device: torch.device, layer: int) -> FusedEncoder:
+    """The encoder of a store's calibration, from weights that were saved in int8 or from the exact ones.
+
+    Raises:
+        InputError: there is no int8 on this device, or the store's calibration was changed.
+    """
+    _check_int8(device, store.path)
+    calibration = store_calibration(store)
     if backbone.int8 is not None:
         return _rounded(backbone.int8.weights(layer))
     return _rounded(round_weights(CalibrationEncoder(backbone.streamed, layer), calibration))

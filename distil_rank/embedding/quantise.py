@@ -66,7 +66,7 @@ def quantise(
         raise InputError(f"Expected a new folder, or that of a backbone in int8, but {folder} holds something else.")
     reason = int8_missing(torch.device("cpu"))
     if reason is not None:
-        raise InputError(f"Expected a CPU with int8 units but {reason}; quantise where there are some.")
+        raise InputError(f"Expected int8 units, and numba, to quantise and compare but {reason}.")
     head = list(islice(iter_records(fasta, CleaningReport(str(fasta))), HEAD))
     if not head:
         raise InputError(f"Expected proteins to calibrate on in {fasta} but there are none.")

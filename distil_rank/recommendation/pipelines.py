@@ -14,6 +14,7 @@ from distil_rank.lowrank.code_map import CodeMap, CodeType
 from distil_rank.reporting.choices import Pipeline
 from distil_rank.tasks.representations import Representation
 
+KEPT = 4  # fits in memory: all metrics of a layer, and one more
 RANKS = (16, 32, 64, 128, 256)
 TYPES: Mapping[Metric, tuple[CodeType, ...]] = {
     "variance": ("float32", "int8"),  # the signs of principal components say next to nothing
@@ -38,7 +39,9 @@ def grid(layers: Sequence[str | None], widths: Sequence[int], metrics: Sequence[
 
 
 class Fitted:
-    """Closed forms of every layer and metric, each fitted when it is first wanted; all ranks and types follow from one.
+    """Closed forms of every layer and metric, each fitted when it is wanted; all ranks and types follow from one.
+
+    The last few are kept: pipelines come layer by layer, and a fit has its rows and matrices of the vectors' width.
 
     Args:
         layers: vectors by layer, `(N, d)` each.
@@ -64,6 +67,8 @@ class Fitted:
         if key not in self._fits:
             noise = self._noise(pipeline.layer, self.fit) if self._noise and pipeline.metric == "invariant" else None
             about = dict(self._provenance.get(pipeline.layer, {}))
+            while len(self._fits) >= KEPT:
+                del self._fits[next(iter(self._fits))]
             self._fits[key] = fit_metric(
                 self.layers[pipeline.layer], self.fit, pipeline.metric, noise, provenance=about
             )

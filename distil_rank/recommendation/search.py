@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from distil_rank.errors import InputError
-from distil_rank.recommendation.parts import CONFIRM, FIT, VALIDATE
+from distil_rank.recommendation.parts import FIT, VALIDATE
 from distil_rank.recommendation.pipelines import Fitted, grid
 from distil_rank.recommendation.problem import Problem, Task
 from distil_rank.reporting.choices import Cost, Outcome, Pipeline
@@ -180,8 +180,3 @@ def pareto_front(outcomes: Sequence[Outcome]) -> list[Outcome]:
         if not ((points <= point).all(axis=1) & (points < point).any(axis=1)).any()
     ]
     return sorted(front, key=costs)
-
-
-def confirm(problem: Problem, fitted: Fitted, pipeline: Pipeline, costs: Mapping[str | None, Cost]) -> Outcome:
-    """The pipeline on groups that nothing was fitted or chosen on: look once."""
-    return Evaluator(problem, fitted, CONFIRM).outcome(pipeline, costs)

@@ -1,4 +1,6 @@
-"""A stated part of many proteins: whole classes where there are labels, so that there is something to find."""
+"""A stated part of many proteins: whole classes where there are labels, so that there is something to find.
+
+Of classes too large for that, a part."""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ import numpy as np
 from distil_rank.embedding.sequences import Protein, read_proteins
 from distil_rank.errors import InputError
 from distil_rank.tasks.labels import LabelSource, read_labels
+
+LARGE = 10  # a class gets at most this share of the proteins, or, where there are fewer classes, as much as others
 
 
 def subset_of(fasta: str, labels: LabelSource, proteins: int, seed: int, folder: Path) -> tuple[str, str | None]:
@@ -36,7 +40,7 @@ def subset_of(fasta: str, labels: LabelSource, proteins: int, seed: int, folder:
     path = folder / f"subset-{hashlib.sha256(text.encode()).hexdigest()[:12]}.fasta"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    how = "whole classes at random" if labels.source is not None else "at random"
+    how = "classes at random, the largest in part" if labels.source is not None else "at random"
     return str(path), f"FEWER PROTEINS: {len(chosen):,} of {len(everything):,}, {how} (--proteins takes more)"
 
 
@@ -50,8 +54,14 @@ def _chosen(everything: Sequence[Protein], labels: LabelSource, proteins: int, s
     rows = [row for row, one in enumerate(everything) if one.id in table]
     if not rows:
         raise InputError(f"Expected labels of the proteins in the FASTA file but {source} has none of them.")
-    number = np.unique([table[everything[row].id] for row in rows], return_inverse=True)[1]
-    order = dice.permutation(number.max() + 1)
-    total = np.cumsum(np.bincount(number)[order])
-    kept = np.isin(number, order[total <= proteins])
-    return [row for row, wanted in zip(rows, kept, strict=True) if wanted]
+    classes = list(np.unique([table[everything[row].id] for row in rows], return_inverse=True)[1])
+    most = max(proteins // (max(classes) + 1), proteins // LARGE, 1)
+    members: dict[int, list[int]] = {}
+    for row in dice.permutation(len(rows)):
+        if len(part := members.setdefault(classes[row], [])) < most:
+            part.append(rows[row])
+    kept: list[int] = []
+    for number in dice.permutation(list(members)):
+        if len(kept) + len(members[number]) <= proteins:
+            kept += members[number]
+    return sorted(kept)

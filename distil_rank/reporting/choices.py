@@ -88,7 +88,7 @@ class Outcome:
     @property
     def after_margin(self) -> float:
         """As far below the lower end as that is below the estimate, on a logarithmic scale."""
-        return min(interval.low * max(interval.low, 0.0) / interval.value for interval in self.kept)
+        return min(i.low**2 / i.value if i.low > 0 else i.low for i in self.kept)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,11 @@ def as_json(result: Recommendation) -> str:
 
 def configuration(result: Recommendation, code_map: Path, about: Mapping[str, Any]) -> str:
     """Options of `distil-rank embed` for the chosen pipeline, as YAML, under the three lines."""
-    options = {key: about[key] for key in ("backbone", "pooling", "precision") if about.get(key) is not None}
+    options = {
+        key: about[key]
+        for key in ("backbone", "pooling", "precision", "long", "max_length")
+        if about.get(key) is not None
+    }
     if options.get("precision") == "int8" and about.get("source"):
         options["calibration"] = str(split_source(about["source"])[0])
     if result.chosen.pipeline.layer is not None:

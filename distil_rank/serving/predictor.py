@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 import numpy as np
@@ -23,8 +24,6 @@ from distil_rank.embedding.shortened import POOLED_ALIKE, is_shortened, read_sho
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap
 
-WINDOW = 1022  # residues in a pass, as `embed` has it
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -36,6 +35,8 @@ class Recipe:
         pooling: `mean` or `bos`.
         layer: Whose states are pooled; None for the last.
         precision: `fp32`, `bf16`, or `int8` for a backbone that was saved in it.
+        long: What happens to proteins above `max_length`, as `embed` has it.
+        max_length: Residues in a pass.
     """
 
     backbone: str
@@ -43,6 +44,8 @@ class Recipe:
     pooling: str = "mean"
     layer: str | None = None
     precision: str = "fp32"
+    long: str = "window"
+    max_length: int = 1022
 
 
 def is_backbone(folder: Path) -> bool:
@@ -82,6 +85,7 @@ def recipe_of(folder: Path, backbone: str | None = None, precision: str = "auto"
         pooling,
         None if layer is None else str(layer),
         _precision(precision, Path(name)),
+        **{key: about[key] for key in ("long", "max_length") if key in about},
     )
 
 
@@ -97,10 +101,12 @@ class Predictor:
     Args:
         embedder: That makes the vectors.
         code_map: That makes codes of them; None for the vectors themselves.
+        long: What happens to proteins that are longer than the embedder's window.
     """
 
-    def __init__(self, embedder: Embedder, code_map: nn.Module | None):
-        self.embedder, self.code_map = embedder, code_map
+    def __init__(self, embedder: Embedder, code_map: nn.Module | None, long: str = "window"):
+        self.embedder, self.code_map, self.long = embedder, code_map, long
+        self._one_at_a_time = Lock()  # the server answers each request in a thread, and one keeps all cores busy
 
     @classmethod
     def load(cls, recipe: Recipe, folder: str | Path) -> Self:
@@ -130,11 +136,11 @@ class Predictor:
             "fp32" if backbone.int8 else recipe.precision,  # not used where there is an encoder
             device,
             layers,
-            WINDOW,
+            recipe.max_length,
             MAX_TOKENS[device.type],
             saved_encoder(backbone, recipe.precision, device, last),
         )
-        return cls(embedder, None if alone else load(folder))
+        return cls(embedder, None if alone else load(folder), recipe.long)
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[str]) -> np.ndarray:
@@ -144,11 +150,24 @@ class Predictor:
             InputError: a sequence is empty, holds what is no amino acid, or does not fit into memory.
         """
         report = CleaningReport("the request")
-        texts = [clean_sequence(text, number, report) for number, text in enumerate(sequences, start=1)]
+        texts = [
+            self._within(clean_sequence(text, number, report), number) for number, text in enumerate(sequences, start=1)
+        ]
         found = torch.empty(len(texts), self.embedder.dim)
-        for batch in self.embedder.batches([len(text) for text in texts]):
-            done = self.embedder.embed([texts[i] for i in batch])
-            if 0 in done.counts:
-                raise InputError(f"Expected sequences that fit into memory but number {batch[0] + 1} does not.")
-            found[batch] = done.vectors.cpu()
+        with self._one_at_a_time:
+            for batch in self.embedder.batches([len(text) for text in texts]):
+                done = self.embedder.embed([texts[i] for i in batch])
+                if 0 in done.counts:
+                    number = batch[done.counts.index(0)] + 1
+                    raise InputError(f"Expected sequences that fit into memory but number {number} does not.")
+                found[batch] = done.vectors.cpu()
         return (self.code_map.encode(found) if isinstance(self.code_map, CodeMap) else found).numpy()
+
+    def _within(self, text: str, number: int) -> str:
+        """The sequence as the vectors' store treats long ones."""
+        limit = self.embedder.window
+        if limit is None or len(text) <= limit or self.long == "window":
+            return text
+        if self.long == "error":
+            raise InputError(f"Expected at most {limit} residues but sequence {number} has {len(text)}.")
+        return text[:limit]

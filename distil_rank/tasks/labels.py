@@ -89,7 +89,8 @@ class LabelTable:
             notes.append(
                 f"{len(missing):,} of {len(ids):,} proteins have no label and are left out ({_examples(missing)})"
             )
-        if unused := [name for name in self.labels if name not in set(ids)]:
+        present = set(ids)
+        if unused := [name for name in self.labels if name not in present]:
             notes.append(f"{len(unused):,} labels in {self.source} are of no protein in the data ({_examples(unused)})")
         return np.array(rows), [self.labels[ids[row]] for row in rows], notes
 
@@ -159,10 +160,11 @@ def _from_npz(path: Path, column: str) -> LabelTable:
 def _from_table(path: Path, text: str, column: str | None) -> LabelTable:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), **_dialect(path, text.partition("\n")[0]))
-        lines = [[cell.strip() for cell in line] for line in reader]
+        read = [([cell.strip() for cell in line], reader.line_num) for line in reader]
     except csv.Error as error:
         raise InputError(f"Expected a table of labels in {path} but it is malformed ({error}).") from error
-    lines = [line for line in lines if any(line)]
+    numbered = [(line, number) for line, number in read if any(line)]
+    lines = [line for line, _ in numbered]
     if not lines or len(lines[0]) < 2:
         raise InputError(
             f"Expected a table of ids and labels in {path} but got {'one column' if lines else 'nothing'}; separate "
@@ -171,11 +173,9 @@ def _from_table(path: Path, text: str, column: str | None) -> LabelTable:
     names = [name.lower() for name in lines[0]]
     has_header = any(name in (*ID_COLUMNS, *LABEL_COLUMNS) for name in names) or column in lines[0]
     header, body = (lines[0], lines[1:]) if has_header else ([f"column {i + 1}" for i in range(len(names))], lines)
-    ragged = next((number for number, line in enumerate(body, 2) if len(line) != len(header)), None)
-    if ragged is not None:
-        raise InputError(
-            f"Expected {len(header)} cells in every line of {path} but line {ragged} has {len(body[ragged - 2])}."
-        )
+    for line, number in numbered:
+        if len(line) != len(header):
+            raise InputError(f"Expected {len(header)} cells in every line of {path} but line {number} has {len(line)}.")
     id_index, label_index = _columns(path, header, column)
     cells = {name: index for index, name in enumerate(header) if index not in (id_index, label_index)}
     others = {name: {line[id_index]: line[index] for line in body if line[index]} for name, index in cells.items()}

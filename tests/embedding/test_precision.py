@@ -113,7 +113,7 @@ def test_another_store_s_calibration_can_be_used(run, fasta, tmp_path):
 @needs_units
 def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(agreement_module, "MIN_INT8_COSINE", 1.1)
-    with pytest.raises(InputError, match=r"Expected int8 to reach a cosine of 1\.1 to fp32 .* use --precision auto"):
+    with pytest.raises(InputError, match=r"Expected int8 to reach a cosine of 1\.1 to fp32 .* in bf16 or fp32"):
         run(fasta, precision="int8")
     assert not (tmp_path / "store").exists(), "a refused request leaves nothing"
     summary = run(fasta, precision="auto-int8")
@@ -133,8 +133,29 @@ def test_int8_without_numba_takes_the_next_precision_and_a_store_in_int8_names_i
     assert "int8 needs numba (pip install 'distil-rank[int8]'): going on in" in caplog.text
     more = fasta.with_name("more.fasta")
     more.write_text(fasta.read_text() + ">other\nMKVLA\n")
-    with pytest.raises(InputError, match="Expected numba for int8 but it is missing; pip install"):
+    with pytest.raises(InputError, match=r"kept are, but int8 needs numba \(pip install"):
         run(more, "kept")
+
+
+@needs_units
+@pytest.mark.parametrize("requested", ["int8", "auto"])
+def test_a_store_in_int8_is_not_continued_where_sums_could_saturate(run, fasta, tmp_path, requested, monkeypatch):
+    run(fasta, precision="int8")
+    before = Store.open(tmp_path / "store").digest
+    monkeypatch.setattr(precision, "has_int8_units", lambda: False)
+    with pytest.raises(InputError, match="store are, but this processor has no int8 units"):
+        run(fasta, precision=requested)
+    writer = StoreWriter(tmp_path / "store")
+    with pytest.raises(InputError, match="this processor has no int8 units"):  # as a worker that joins would
+        precision.int8_encoder(None, writer, torch.device("cpu"), 2)
+    assert Store.open(tmp_path / "store").digest == before
+
+
+@needs_units
+def test_a_calibration_of_another_model_is_refused(run, fasta, tmp_path):
+    run(fasta, precision="int8", layer=1)
+    with pytest.raises(InputError, match="Expected a calibration of 2 layers of width 32 but got 1 of width 32"):
+        run(fasta, "other", precision="int8", calibration=tmp_path / "store")
 
 
 @pytest.mark.parametrize("requested", ["int8", "auto-int8"])

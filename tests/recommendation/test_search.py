@@ -92,7 +92,14 @@ def test_an_uncertain_pipeline_comes_after_a_certain_one():
     certain, uncertain = outcome(8, 1.0, 1.1, low=1.08), outcome(4, 1.0, 1.1, low=0.99)
     assert cheapest([certain, uncertain], 0.99, "bytes") == (certain, True)
     assert cheapest([uncertain], 0.99, "bytes") == (uncertain, True)
-    assert math.isinf(outcome(4, 1.0, 1.0, low=-math.inf).after_margin) is False
+
+
+def test_each_of_several_tasks_has_to_be_kept():
+    kept, lost = Interval(1.1, 1.08, 1.2), Interval(-0.2, -math.inf, math.inf)
+    for tasks in ((kept, lost), (lost, kept), (kept, Interval(0.0, -math.inf, math.inf))):
+        cheap = Outcome(Pipeline("1", "variance", 4, "int8"), 4, 1.0, (1.0, 1.0), tasks)
+        assert cheap.after_margin == -math.inf
+        assert cheapest([cheap, certain := outcome(8, 1.0, 1.1)], 0.99, "bytes") == (certain, True)
 
 
 def test_the_front_is_what_brute_force_finds():
