@@ -19,7 +19,7 @@ from torch import Tensor
 from distil_rank.embedding import int8_kernels as kernels
 from distil_rank.embedding.bf16_attention import bits
 from distil_rank.embedding.freed_memory import keep_freed_memory
-from distil_rank.embedding.int8_encoder import PAIRS, _run
+from distil_rank.embedding.int8_encoder import _run, together
 from distil_rank.embedding.int8_linear import LEVELS, UNSIGNED_LEVELS, ZERO_POINT
 
 SIZES = {"8M": (512, 320, 16), "650M": (256, 1280, 64)}  # rows, width, width of a head
@@ -43,7 +43,8 @@ def steps(rows: int, width: int, head: int) -> dict[str, tuple[Callable[[], obje
     values, found = torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows, 1)
     inner, qkv = torch.empty(rows, 4 * width, dtype=torch.uint8), torch.empty_like(third)
     angles = torch.rand(rows, head // 2)
-    turns, repeated = torch.polar(torch.ones_like(angles), angles)[:, None], angles.repeat(1, 2 * PAIRS // head)
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+    repeated = angles.repeat(1, together(2 * width // head, head // 2))
     rotations = torch.cat([repeated.cos(), repeated.sin()], dim=1)
 
     def split() -> Tensor:
@@ -98,7 +99,8 @@ def main() -> None:
     by_size = [steps(*size) for size in SIZES.values()]
     for name in by_size[0]:
         print(f"| {name} | " + " | ".join(ratio(*calls[name]) for calls in by_size) + " |")
-    print(f"| softmax, {HEADS} heads of {TOKENS} tokens | {ratio(*softmax())} | – |")
+    exponentials = ratio(*softmax())
+    print(f"| softmax of {HEADS} heads, {TOKENS} tokens (ours divides later) | {exponentials} | {exponentials} |")
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> str:

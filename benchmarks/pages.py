@@ -22,6 +22,7 @@ from distil_rank.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"(<!-- table: (\S+)(?: (\d+))? -->\n).*?(<!-- /table -->)", re.DOTALL)
+EMPTY = "-->\n<!-- /table"
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 MACHINE_LINE = re.compile(r"^(?:- )?Machine: (.*)$", re.MULTILINE)
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.DOTALL | re.MULTILINE)
@@ -96,6 +97,9 @@ def run() -> int:
         text = page.read_text()
         wrong += [f"{page.name}: {name} does not exist" for name in unknown_names(text)]
         wrong += [f"{page.name}: its tables are not those of results/"] if fill_tables(text) != text else []
+        wrong += [
+            f"{page.name}: the place of {place[2]} is empty" for place in PLACE.finditer(text) if EMPTY in place[0]
+        ]
     print("\n".join(wrong), file=sys.stderr)
     return int(bool(wrong))
 

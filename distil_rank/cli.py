@@ -253,7 +253,7 @@ def _quantise(argv: Sequence[str]) -> int:
 
 
 def _serve(argv: Sequence[str]) -> int:
-    """a student, codes or a shortened backbone behind an address"""
+    """a student, codes, or a backbone that was shortened or quantised, behind an address"""
     from distil_rank.commands.serving import serve
 
     parser = _parser("serve", serve.__doc__)

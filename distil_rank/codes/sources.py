@@ -110,7 +110,7 @@ def copies_of(proteins: Proteins, judged: bool, how: Perturbations, folder: Path
     chosen = np.sort(np.random.default_rng(how.seed).permutation(side)[: how.proteins])
     if not judged and how.copies * len(chosen) < found.x.shape[1]:
         log.warning(
-            "FEW COPIES: %s of %s proteins for %s dimensions; the regularisation decides much",
+            "FEW COPIES: %s of %s proteins for %s dimensions; the result depends strongly on --regularisation",
             *(f"{number:,}" for number in (how.copies * len(chosen), len(chosen), found.x.shape[1])),
         )
     return embed_copies(found.sequences, chosen, how, found.provenance, folder)

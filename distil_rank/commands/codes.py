@@ -20,6 +20,7 @@ from distil_rank.codes.fitting import REGULARISATION, Fit, Metric, fit_metric
 from distil_rank.codes.judging import code_candidate, copy_task
 from distil_rank.codes.perturbation import Perturbations
 from distil_rank.codes.sources import NoiseSource, Proteins, copies_of, noise_of, open_proteins
+from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.deployment.artefact import save
 from distil_rank.embedding.ray_cluster import Cluster, workers_on
 from distil_rank.embedding.storage import Location
@@ -125,7 +126,7 @@ def code(
     proteins = open_proteins(data, labels, task, groups, fit_fraction, seed)
     name = f"{Path(proteins.source).stem}-{metric}-r{rank}-{dtype}{bytes or ''}"
     params = {**asked, "source": proteins.source, "groups": proteins.groups.description}
-    with start_run("code", name, params=params, tags=_tags(proteins)) as run:
+    with start_run("code", name, params=params, tags=lineage_of_vectors(proteins.embeddings.provenance)) as run:
         copies = Path(output) / "copies"
         fitted = _fit(proteins, asked, perturbations, copies)
         made = _trained(proteins, fitted, fitted.code_map(rank, dtype, bytes, seed), train, seed, run)
@@ -236,11 +237,6 @@ def _encode(
     store = write_codes(Store.open(proteins.source), codes, code_map, workers)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", code_map.bytes_per_protein)
     return store
-
-
-def _tags(proteins: Proteins) -> dict[str, str]:
-    about = proteins.embeddings.provenance
-    return {key: str(about[key]) for key in ("embedding_run", "fallback", "digest") if about.get(key)}
 
 
 def _log(run: Run, done: Judgement, code_map: CodeMap, files: list[Path], config: str) -> None:

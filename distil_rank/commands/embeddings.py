@@ -10,7 +10,7 @@ from typing import Any
 from distil_rank.codes.code_store import load_code_map, own_code_map, write_code_map
 from distil_rank.embedding.embed import EmbedSummary, default_store, embed
 from distil_rank.embedding.storage import Location
-from distil_rank.embedding.store import CODES, EMBEDDINGS, read_manifest
+from distil_rank.embedding.store import CODES, EMBEDDINGS
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.runs.tracking import process_rank, start_run
@@ -63,7 +63,7 @@ def _for_codes(options: dict[str, Any], folder: Location) -> dict[str, Any]:
     fixed = {key: about[key] for key in ("layer", "pooling") if about.get(key) is not None}
     if options["backbone"] == "auto" and about.get("backbone"):
         fixed["backbone"] = about["backbone"]
-    read_manifest(options["store"], CODES)  # refuses a store of embeddings
+    StoreWriter(options["store"], CODES).check_folder()  # before the map goes there
     there = own_code_map(options["store"])
     if there is None:
         write_code_map(code_map, options["store"], data=about)

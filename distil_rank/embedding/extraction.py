@@ -122,6 +122,7 @@ class Extraction:
         Returns:
             The number of added proteins, and what cleaning changed.
         """
+        self.writer.check_folder()
         report = CleaningReport(str(self.request.fasta))
         proteins = self._proteins(report)
         head = list(islice(proteins, HEAD))  # reports an unreadable file before a model is fetched

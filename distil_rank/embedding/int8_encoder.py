@@ -123,7 +123,7 @@ class Int8Encoder(FusedEncoder):
 
     def _rotations(self, lengths: list[int]) -> Tensor:
         """Cosines, then sines, of each token's rotary angles, (T, G D) for G heads as in `kernels.split_rows`."""
-        angles = super()._rotations(lengths)[:, 0].repeat(1, _together(2 * self.heads, len(self.frequencies)))
+        angles = super()._rotations(lengths)[:, 0].repeat(1, together(2 * self.heads, len(self.frequencies)))
         return torch.cat([angles.real, angles.imag], dim=1)
 
     def _look_up(self, tokens: Tensor) -> Tensor:
@@ -189,14 +189,14 @@ class Int8Encoder(FusedEncoder):
         _run(kernels.add_rows, x, layer.fc2(inner), inner_steps, layer.fc2_bias)
 
 
-def _together(heads: int, pairs: int) -> int:
+def together(heads: int, pairs: int) -> int:
     """How many heads are rotated at once: a divisor of their number, so that narrow ones fill vector units.
 
     Args:
         heads: Of queries and keys.
         pairs: That are rotated in each.
 
-    >>> _together(40, 8), _together(40, 12), _together(40, 32)
+    >>> together(40, 8), together(40, 12), together(40, 32)
     (8, 8, 2)
     """
     return next(n for n in range(1, heads + 1) if heads % n == 0 and (n * pairs >= PAIRS or n == heads))

@@ -34,7 +34,7 @@ class Int8Linear:
         self._zero_points = torch.zeros(len(scales), dtype=torch.int64)  # of the weight, which is symmetric
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Product with integer rows, (T, C) uint8 to (T, N), short of the rows' scales."""
+        """Product with integer rows, (T, C) uint8 to (T, N), not yet multiplied by the rows' scales."""
         return torch.ops.onednn.qlinear_pointwise(
             *(values, 1.0, self.zero_point, self._packed, self.scales, self._zero_points, None),
             *(1.0, 0, self.dtype, "none", [], ""),

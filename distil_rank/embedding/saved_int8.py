@@ -165,7 +165,8 @@ def save_int8(
         exit_: Where a shortened backbone stops.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    for former in (MANIFEST, MAP, *(path.name for path in folder.glob(LAYER.format(0).replace("00", "*")))):
+        (folder / former).unlink(missing_ok=True)
     files: dict[str, str] = {}
 
     def write(name: str, data: bytes) -> None:

@@ -113,6 +113,14 @@ class StoreWriter:
         self._write_manifest(manifest)
         return added
 
+    def check_folder(self) -> None:
+        """Raises `InputError` where there is something else than a store, or what is left of one's first files."""
+        if not self.manifest:
+            entries = self.storage.entries()
+            unexpected = [name for name, size in entries.items() if not self._belongs_to_store(name, size)]
+            if unexpected:
+                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {unexpected[0]}.")
+
     def _begin(self, settings: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
         """The manifest of a store with these settings; a new one where there is none.
 
@@ -121,10 +129,7 @@ class StoreWriter:
         """
         manifest = self.manifest
         if not manifest:
-            entries = self.storage.entries()
-            unexpected = [name for name, size in entries.items() if not self._belongs_to_store(name, size)]
-            if unexpected:
-                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {unexpected[0]}.")
+            self.check_folder()
             header = {"format": self.content, "version": VERSION}
             manifest = {**header, **settings, **description, "proteins": [], "shards": []}
         for key, value in settings.items():

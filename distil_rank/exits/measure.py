@@ -41,7 +41,7 @@ def measure_exit(found: ExitMap, rows: Rows, test: np.ndarray, rank: int | None 
 
 
 def measure_outputs(output: Tensor, target: Tensor, mean: Tensor) -> ExitScores:
-    """The x to their targets, `(N, m)` both, about the mean `(m,)` of the rows that were fitted to."""
+    """Fidelity of outputs to their targets, `(N, m)` both; `mean` `(m,)` is that of the rows that were fitted to."""
     output, target = output.double(), target.double()
     error = residual(output, target).numpy()
     spread = residual(mean.expand_as(target), target).numpy()

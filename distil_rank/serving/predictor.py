@@ -124,7 +124,7 @@ class Predictor:
         backbone = load_backbone(str(folder) if alone else recipe.backbone)
         if recipe.weights_sha256 not in (None, backbone.sha256):
             raise InputError(
-                f"Expected the weights {str(recipe.weights_sha256)[:12]}… that the code map was fitted behind but "
+                f"Expected the weights {str(recipe.weights_sha256)[:12]}… that the code map was fitted to but "
                 f"{recipe.backbone} has {backbone.sha256[:12]}…; name theirs with --backbone."
             )
         device = torch.device("cuda" if torch.cuda.is_available() and backbone.int8 is None else "cpu")

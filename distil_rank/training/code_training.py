@@ -1,4 +1,4 @@
-"""Training a code map where it earns its place: against its own start, on groups that neither was fitted to."""
+"""Training a code map where it earns its place: against its own start, on groups that are not trained on."""
 
 from __future__ import annotations
 
