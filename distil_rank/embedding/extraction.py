@@ -25,6 +25,7 @@ from distil_rank.embedding.precision import (
     CALIBRATION,
     HEAD,
     MIN_BF16_COSINE,
+    Choice,
     Precision,
     choose,
     int8_encoder,
@@ -127,48 +128,54 @@ class Extraction:
         proteins = self._proteins(report)
         head = list(islice(proteins, HEAD))  # reports an unreadable file before a model is fetched
         proteins = chain(head, proteins)
-        request, backbone, existing = self.request, self.backbone, self.writer.manifest
-        layers = self._layers()
+        existing, layers = self.writer.manifest, self._layers()
         self._check_layers(existing, layers)
-        sequences = [protein.sequence for protein in head]
-        choice = choose(
-            request.precision,
-            self.writer,
-            self.device,
-            backbone,
-            sequences,
-            layers[-1].layer,
-            request.calibration,
-            request.like,
-        )
-        precision, calibration, self._int8 = choice.precision, choice.calibration, choice.encoder
-        settings = {
-            "weights_sha256": backbone.sha256,
-            "dim": backbone.dim,
-            **layer_settings(layers),
-            "pooling": request.pooling,
-            "precision": precision,
-            **({} if calibration is None else {"calibration_sha256": calibration.sha256}),
-            "long": request.long,
-            "max_length": request.max_length,
-        }
-        if request.code_map is not None:
-            settings |= self._code_settings(request.code_map, settings)
-        description = {"backbone": backbone.name, "fallback": backbone.fallback, **choice.notes}
-        if calibration is not None and not existing:
-            self.writer.storage.write(CALIBRATION, calibration.content())
-        added = self.writer.plan(proteins, settings, description, report)
+        choice = self._choose([protein.sequence for protein in head], layers)
+        self._int8 = choice.encoder
+        description = {"backbone": self.backbone.name, "fallback": self.backbone.fallback, **choice.notes}
+        if choice.calibration is not None and not existing:
+            self.writer.storage.write(CALIBRATION, choice.calibration.content())
+        added = self.writer.plan(proteins, self._settings(layers, choice), description, report)
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", self.writer.path)
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
         untouched = len(self.writer.pending()) == len(self.writer.manifest["shards"]) > 0
         compared = "bf16_cosine" in read_provenance(self.writer.path)
-        if request.precision != "bf16" and precision == "bf16" and untouched and not compared:
+        if self.request.precision != "bf16" and choice.precision == "bf16" and untouched and not compared:
             self._compare_bf16()
         retried = self.writer.retry_skipped(memory_of(self.device), self.request.retry_skipped)
         if retried:
             logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
         return added, report
+
+    def _choose(self, sequences: list[str], layers: list[State]) -> Choice:
+        """The precision, from the first proteins."""
+        request = self.request
+        return choose(
+            request.precision,
+            self.writer,
+            self.device,
+            self.backbone,
+            sequences,
+            layers[-1].layer,
+            request.calibration,
+            request.like,
+        )
+
+    def _settings(self, layers: list[State], choice: Choice) -> dict[str, Any]:
+        """What the vectors depend on, for the manifest."""
+        request, backbone, calibration = self.request, self.backbone, choice.calibration
+        settings = {
+            "weights_sha256": backbone.sha256,
+            "dim": backbone.dim,
+            **layer_settings(layers),
+            "pooling": request.pooling,
+            "precision": choice.precision,
+            **({} if calibration is None else {"calibration_sha256": calibration.sha256}),
+            "long": request.long,
+            "max_length": request.max_length,
+        }
+        return settings if request.code_map is None else settings | self._code_settings(request.code_map, settings)
 
     def _layers(self) -> list[State]:
         """What is asked for; a shortened backbone has one output, for the pooling that it was made for."""
