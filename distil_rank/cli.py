@@ -14,15 +14,18 @@ from distil_rank.errors import InputError
 # Imports of torch, Lightning and MLflow take seconds, so each command brings its own.
 # ruff: noqa: PLC0415
 
+QUIET = (
+    *("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"),
+    *("mlflow", "alembic", "matplotlib"),
+)  # libraries whose progress is not ours
 PROG = "distil-rank"
 
 
 def _parser(name: str, description: str | None) -> Any:
-    from jsonargparse import ActionConfigFile
-    from lightning.pytorch.cli import LightningArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser
 
     summary = (description or "").splitlines()[0]
-    parser = LightningArgumentParser(prog=f"{PROG} {name}", description=summary, exit_on_error=False)
+    parser = ArgumentParser(prog=f"{PROG} {name}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; give it again to layer another on top.")
     return parser
 
@@ -201,7 +204,8 @@ def _search(argv: Sequence[str]) -> int:
     done = search_codes(all_against_all=options.pop("self"), **options)
     if done.table is not None:
         rows = [[q, t, f"{score:.3f}", str(rank), f"{e:.1e}"] for q, t, score, rank, e in done.first]
-        report.show_table(f"{done.hits:,} hits of {done.queries:,} queries: {done.table}", list(COLUMNS), rows)
+        shown = f", the first {len(rows)} below" if done.hits > len(rows) else ""
+        report.show_table(f"{done.hits:,} hits of {done.queries:,} queries{shown}: {done.table}", list(COLUMNS), rows)
     if done.exported is not None:
         print(f"Exported: {done.exported}")
     return 0
@@ -296,22 +300,27 @@ def _usage() -> str:
     return "\n".join([f"usage: {PROG} [-q | -v] COMMAND [OPTIONS]   (COMMAND --help tells the options)", "", *lines])
 
 
+class _ErrorsOnly(logging.Logger):
+    """A library's logger; importing the library, which takes seconds and comes later, does not set its level back."""
+
+    def setLevel(self, level: int | str) -> None:
+        super().setLevel(logging.ERROR)
+
+
 def configure_output(verbosity: int) -> None:
     """Set up logging to standard error: -1 warnings only, 0 progress too, 1 everything, also from dependencies."""
     level = {-1: logging.WARNING, 1: logging.DEBUG}.get(verbosity, logging.INFO)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("distil_rank").setLevel(level)
     if verbosity < 1:
-        import lightning  # noqa: F401 - sets its own loggers up when imported
-
-        for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "matplotlib"):
+        logging.setLoggerClass(_ErrorsOnly)
+        for name in QUIET:
             logger = logging.getLogger(name)
             logger.setLevel(logging.ERROR)
             logger.propagate = False
-            for handler in logger.handlers:  # importing mlflow.pytorch sets the levels of loggers back, not these
+            for handler in logger.handlers:  # of a library that was imported before, whose logger is of its own class
                 handler.setLevel(logging.ERROR)
-        for name in ("pytorch_lightning", "lightning_fabric"):  # mlflow.pytorch imports them; they set their own levels
-            logging.getLogger(name).propagate = False
+        logging.setLoggerClass(logging.Logger)
         # Warnings that a user cannot act on, such as deprecations inside Lightning.
         modules = (
             r"(lightning|lightning_fabric|lightning_utilities|torchmetrics|mlflow|torch|esm|jsonargparse|pydantic)\b"

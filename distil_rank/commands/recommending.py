@@ -35,6 +35,7 @@ from distil_rank.recommendation.search import (
     Limits,
     Weigh,
     cheapest,
+    check_limits,
     pareto_front,
     search_pipelines,
 )
@@ -44,7 +45,7 @@ from distil_rank.reporting.choices import Cost, Outcome, Recommendation, Rival
 from distil_rank.reporting.run_folder import run_folder, set_latest
 from distil_rank.runs.tracking import Run, start_run
 from distil_rank.samples import LABELLED, sample
-from distil_rank.tasks.alignment import alignment_scores, has_mmseqs
+from distil_rank.tasks.alignment import MISSING, alignment_scores, has_mmseqs
 from distil_rank.tasks.labelled import OWN_LABELS
 from distil_rank.tasks.labels import LabelSource
 from distil_rank.tasks.representations import Representation, composition
@@ -89,7 +90,7 @@ def recommend(
         max_time: Share of the full backbone's time at most.
         fasta: Sequences to embed into `data` first, all layers in one pass (only what is missing there).
         backbone: ESM-2 model for that.
-        proteins: At most so many of a larger FASTA file, whole groups of labels.
+        proteins: At most so many of a larger FASTA file, whole groups of labels, the largest in part.
         task: retrieval, classification, multilabel or regression; auto decides by the labels.
         groups: What is kept on one side; see judge.
         metric: The score that is to be kept; by default mAP (retrieval), accuracy, macro_f1 or spearman.
@@ -110,10 +111,11 @@ def recommend(
     params = {"source": problem.source, "keep": keep, "weigh": weigh, "max_bytes": max_bytes, "max_time": max_time}
     params |= {"tasks": ", ".join(one.name for one in problem.tasks), "groups": problem.groups, "seed": seed}
     with start_run("recommend", name, params=params, tags=lineage_of_vectors(problem.about[problem.last])) as run:
+        limits = Limits(*(np.inf if limit is None else limit for limit in (max_bytes, max_time)))
+        check_limits(problem, limits)
         log.info("Measuring the time of each exit ...")
         costs, words = measure_costs(list(problem.layers), problem.about[problem.last], problem.sequences)
         fitted = Fitted(problem.layers, problem.part == FIT, problem.noise, _origins(problem))
-        limits = Limits(*(np.inf if limit is None else limit for limit in (max_bytes, max_time)))
         outcomes = search_pipelines(problem, fitted, costs, limits, max_queries, seed)
         result = _conclude(problem, fitted, costs, outcomes, keep, weigh, alignment, started, (*notes, words))
         folder = run_folder(Path(output) / "recommend", run.id)
@@ -172,6 +174,8 @@ def _conclude(
     verdict = "nothing keeps it" if not reached else "confirmed" if confirmed.at_least >= keep else "not confirmed"
     maps = [fitted.code_map(pipeline) for pipeline in (chosen.pipeline, full.pipeline)]
     seconds = query_seconds(maps, [problem.layers[one.pipeline.layer] for one in (chosen, full)])
+    if alignment and problem.sequences is not None and not has_mmseqs():
+        notes = [*notes, MISSING]
     untimed = [] if seconds else ["A query's time was not measured: faiss is missing (pip install faiss-cpu)."]
     parts = range(problem.part.max() + 1)
     return Recommendation(

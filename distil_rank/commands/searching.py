@@ -21,6 +21,7 @@ from distil_rank.codes.search import (
     search,
     stored_queries,
 )
+from distil_rank.deployment.artefact import check_writable
 from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 from distil_rank.runs.tracking import start_run
@@ -90,6 +91,7 @@ def search_codes(
         )
     if hits < 1 or decoys < 0:
         raise InputError(f"Expected hits of at least 1 and decoys of at least 0 but got {hits} and {decoys}.")
+    check_writable(Path(output))
     import_faiss()
     store = CodeStore.open(codes)
     exported = None if export is None else export_codes(store, export)

@@ -12,6 +12,7 @@ from distil_rank.commands.lineage import lineage
 from distil_rank.commands.students import distil, final_metrics, save_report
 from distil_rank.commands.teachers import check_rank_request, kind_of, largest_rank
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.errors import InputError
 from distil_rank.reporting import figures
 from distil_rank.reporting.results import OURS, Result, TeacherResult
 from distil_rank.reporting.run_folder import publish, run_folder
@@ -74,6 +75,8 @@ def sweep(
         output: Folder for results.
         config: The resolved configuration, kept with the run.
     """
+    if ranks is not None and not len(ranks):
+        raise InputError("Expected ranks to try but --ranks has none.")
     data.prepare_data()
     data.setup()
     if ranks is None:

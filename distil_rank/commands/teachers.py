@@ -53,7 +53,7 @@ def kind_of(teacher: dict[str, Any] | None) -> str:
 def largest_rank(data: EmbeddingDataModule, teacher: dict[str, Any] | None) -> int:
     """Of a student of the layer that `train_teacher` makes on these data with these options."""
     kind = kind_of(teacher)
-    return data.dim if kind in BUILT_IN else min(load_linear(kind).weight.shape)
+    return data.dim if kind in BUILT_IN else min(_own(kind, data.dim).weight.shape)
 
 
 def check_rank_request(data: EmbeddingDataModule, rank: int | float | str, teacher: dict[str, Any] | None) -> None:
@@ -135,7 +135,20 @@ def _made(kind: str, dim: int, seed: int) -> nn.Linear:
     """A layer that needs no training: random, of a given spectrum, or out of a file."""
     if kind == "random":
         return random_teacher(dim, seed=seed)
-    return spectral_teacher(dim, seed=seed) if kind == "spectral" else load_linear(kind)
+    return spectral_teacher(dim, seed=seed) if kind == "spectral" else _own(kind, dim)
+
+
+def _own(spec: str, dim: int) -> nn.Linear:
+    """A layer out of a file, for inputs of this width."""
+    layer = load_linear(spec)
+    if layer.in_features != dim:
+        raise InputError(
+            f"Expected a layer for the data's {dim} numbers but {spec} takes {layer.in_features}; embed with the model "
+            "that the layer belongs to."
+        )
+    if not layer.weight.any():
+        raise InputError(f"Expected a layer that computes something but the weights of {spec} are all zero.")
+    return layer
 
 
 def _keep(made: Teacher, settings: Mapping[str, Any], config: str, run: Run) -> None:

@@ -114,11 +114,12 @@ def _validated(embeddings: Embeddings, path: Location) -> Embeddings:
         if column is not None and len(column) != len(x):
             raise InputError(f"Expected {len(x)} {name} in {path}, one for each row, but got {len(column)}.")
     for start in range(0, len(x), FINITE_CHECK_ROWS):
-        finite = np.isfinite(x[start : start + FINITE_CHECK_ROWS]).all(axis=1)
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
+            finite = np.isfinite(x[start : start + FINITE_CHECK_ROWS].astype(np.float32, copy=False)).all(axis=1)
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise InputError(
-                f"Expected finite numbers in {path} but row {row} ({embeddings.ids[row]}) holds NaN or inf."
+                f"Expected finite float32 numbers in {path} but row {row} ({embeddings.ids[row]}) holds NaN or inf."
             )
     if x.dtype != np.float32:
         x = x.astype(np.float32)

@@ -136,6 +136,19 @@ def check_writable(path: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         what = "cannot be written to" if folder.is_dir() else "is a file"
         raise InputError(f"Expected a folder to save to at {path} but {folder} {what}; name another place.")
+    if kind := _other_content(path):
+        raise InputError(f"Expected a folder to save to at {path} but it holds {kind}; name another place.")
+
+
+def _other_content(path: Path) -> str | None:
+    """What a folder holds that saving an artefact would destroy."""
+    if any(path.glob("*.arrow")):
+        return "a store of vectors"
+    try:
+        kind = json.loads((path / MANIFEST).read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # nothing, or what is left of an artefact
+    return None if kind == FORMAT else f"{kind!r}"
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -147,6 +148,9 @@ def embed(
     for name, number in (("devices", devices), ("num_nodes", num_nodes)):
         if number < 1:
             raise InputError(f"Expected {name} of at least 1 but got {number}.")
+    cores = os.cpu_count() or 1
+    if accelerator == "cpu" and devices > cores:
+        raise InputError(f"Expected at most {cores} devices, the cores of this machine, but got {devices}.")
     store = default_store(fasta) if store is None else store
     given = (fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens)
     request = Request(*given, retry_skipped, calibration, code_map, like)

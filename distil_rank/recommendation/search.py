@@ -120,8 +120,7 @@ def search_pipelines(
     Raises:
         InputError: no pipeline is within the limits.
     """
-    names = list(problem.layers)
-    pipelines = grid(names, [problem.layers[name].shape[1] for name in names], problem.metrics)
+    pipelines = _grid(problem)
     allowed = [one for one in pipelines if one.bytes <= limits.bytes and _time(one, costs) <= limits.time]
     if not allowed:
         smallest = min(one.bytes for one in pipelines)
@@ -133,6 +132,21 @@ def search_pipelines(
     evaluator = Evaluator(problem, fitted, VALIDATE, max_queries, seed)
     bar: Iterable[Pipeline] = tqdm(allowed, desc="pipelines", disable=None if progress else True)
     return [evaluator.outcome(pipeline, costs, ONE_SIDED) for pipeline in bar]
+
+
+def check_limits(problem: Problem, limits: Limits) -> None:
+    """Raises `InputError` where no pipeline can be within the limits, before the time of any is measured."""
+    smallest = min(one.bytes for one in _grid(problem))
+    if limits.bytes < smallest or limits.time <= 0:
+        raise InputError(
+            f"Expected limits that some pipeline meets (from {smallest} bytes, and more than 0 of the time) but got "
+            f"--max_bytes {limits.bytes:g} and --max_time {limits.time:g}."
+        )
+
+
+def _grid(problem: Problem) -> list[Pipeline]:
+    names = list(problem.layers)
+    return grid(names, [problem.layers[name].shape[1] for name in names], problem.metrics)
 
 
 def _time(pipeline: Pipeline, costs: Mapping[str | None, Cost]) -> float:

@@ -69,6 +69,6 @@ def free_port(host: str, wanted: int | None) -> int:
             try:
                 listener.bind((host, port))
                 return int(listener.getsockname()[1])
-            except OSError as error:
-                reason = error.strerror
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or "ports go from 0 to 65535"
     raise InputError(f"Expected a free port at {host} but {wanted} cannot be had ({reason}): choose another --port.")

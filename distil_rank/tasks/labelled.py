@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from distil_rank.data.datamodule import find_source, read_clusters
 from distil_rank.data.formats import Embeddings, load_matrix
+from distil_rank.data.sources import find_source, read_clusters
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.errors import InputError
 from distil_rank.samples import LABELLED, sample

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from distil_rank.data.datamodule import EmbeddingDataModule, find_source, read_clusters
+from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.data.sources import find_source, read_clusters
 from distil_rank.errors import InputError
 
 
