@@ -48,15 +48,6 @@ def test_a_store_is_not_overwritten_by_what_is_saved(store, tiny_esm2, capsys):
     assert files("states") | files("plain") == before
 
 
-def test_vectors_without_their_manifest_are_not_computed_over(store, tiny_esm2, capsys):
-    Path("plain/manifest.json").unlink()
-    before = files("plain")
-    Path("few.fasta").write_text(">other\nMKVLA\n")
-    again = ["embed", "--fasta", "few.fasta", "--store", "plain", "--backbone", str(tiny_esm2.fair_esm)]
-    assert "it holds vectors-00000.arrow" in refused(capsys, *again)
-    assert files("plain") == before
-
-
 @pytest.mark.parametrize("command", [["distil", "--rank", "4"], ["train-teacher"]])
 @pytest.mark.parametrize(("layer", "told"), [("wide", "takes 48; embed with the model"), ("zero", "are all zero")])
 def test_a_layer_that_does_not_fit_the_vectors(store, capsys, command, layer, told):

@@ -325,8 +325,7 @@ class StoreWriter:
 
     def _belongs_to_store(self, name: str, size: int | None) -> bool:
         """Whether an entry may be there before the manifest; another store in a sub-folder may, too."""
-        table = name.startswith("proteins-") and name.endswith(".arrow")  # vectors come after the manifest
-        own = name.startswith(".") or table or name in OWN_NAMES
+        own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
         return own or (size is None and self.storage.size(f"{name}/manifest.json") is not None)
 
     def finish(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.multiclass import OneVsRestClassifier
@@ -62,6 +62,8 @@ def probe(
     model = _model(target, y_fit, number[fit])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
+        warnings.simplefilter("ignore", FitFailedWarning)  # a fold without a second class scores 0 at every strength
+        warnings.filterwarnings("ignore", "The number of unique classes")  # what is meant decides --task
         model.fit(x_fit, y_fit, groups=number[fit])
     predicted = model.predict(x)
     if target.kind == "regression":
