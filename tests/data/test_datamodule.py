@@ -1,14 +1,12 @@
 """The data module: every source, and splits that never share a sequence."""
 
 import logging
-import os
 
 import numpy as np
 import pytest
 import torch
 
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.data.sources import find_source, read_clusters
 from distil_rank.errors import InputError
 
 
@@ -71,27 +69,6 @@ def test_clusters_beside_the_data_are_kept_apart(tmp_path, matrix):
     cluster = {side: {int(row) // 4 for row in getattr(data.split_rows, side)} for side in ("train", "test")}
     assert not cluster["train"] & cluster["test"]
     assert "given clusters" in data.split_rows.method
-    table.write_text("0\t0\n")
-    with pytest.raises(InputError, match="1 has none"):
-        read_clusters(table, ["0", "1"])
-    table.write_text("one column\n")
-    with pytest.raises(InputError, match="representative, tab, member"):
-        read_clusters(table, ["0"])
-
-
-def test_auto_takes_the_newest_store_and_warns_where_there_is_none(tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        assert find_source("auto") == "synthetic"
-    assert "NO EMBEDDINGS FOUND" in caplog.text
-    for number, store in enumerate(["data/sample", "embeddings/mine", "embeddings", "embeddings/yours"]):
-        caplog.clear()
-        (tmp_path / store).mkdir(parents=True, exist_ok=True)
-        (tmp_path / store / "manifest.json").touch()
-        os.utime(tmp_path / store / "manifest.json", (number, number))
-        with caplog.at_level(logging.WARNING):
-            assert find_source("auto") == store
-    assert "using embeddings/yours, which changed last, not embeddings, embeddings/mine" in caplog.text
 
 
 def test_synthetic_data_are_the_originals_and_named_so():
