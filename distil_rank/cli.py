@@ -313,6 +313,7 @@ def configure_output(verbosity: int) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("distil_rank").setLevel(level)
     if verbosity < 1:
+        before = logging.getLoggerClass()
         logging.setLoggerClass(_ErrorsOnly)
         for name in QUIET:
             logger = logging.getLogger(name)
@@ -320,7 +321,7 @@ def configure_output(verbosity: int) -> None:
             logger.propagate = False
             for handler in logger.handlers:  # of a library that was imported before, whose logger is of its own class
                 handler.setLevel(logging.ERROR)
-        logging.setLoggerClass(logging.Logger)
+        logging.setLoggerClass(before)
         # Warnings that a user cannot act on, such as deprecations inside Lightning.
         modules = (
             r"(lightning|lightning_fabric|lightning_utilities|torchmetrics|mlflow|torch|esm|jsonargparse|pydantic)\b"

@@ -128,15 +128,29 @@ def code(
         source = Store.open(labelled_source(data, labels))
         return CodeResult(f"{codes}/{MAP}", write_codes(source, codes, existing, workers).path, None)
     proteins = open_proteins(data, labels, task, groups, fit_fraction, seed)
+    return _made(proteins, asked, perturbations, codes, workers, Path(output), config)
+
+
+def _made(
+    proteins: Proteins,
+    asked: dict[str, Any],
+    perturbations: Perturbations,
+    codes: str,
+    workers: Cluster | None,
+    output: Path,
+    config: str,
+) -> CodeResult:
+    """A new code map and its codes, as one MLflow run; `asked` are the options that the map depends on."""
+    metric, rank, dtype, bytes, seed = (asked[key] for key in ("metric", "rank", "dtype", "bytes", "seed"))
     name = f"{Path(proteins.source).stem}-{metric}-r{rank}-{dtype}{bytes or ''}"
     params = {**asked, "source": proteins.source, "groups": proteins.groups.description}
     with start_run("code", name, params=params, tags=lineage_of_vectors(proteins.embeddings.provenance)) as run:
-        copies = Path(output) / "copies"
+        copies = output / "copies"
         fitted = _fit(proteins, asked, perturbations, copies)
-        made = _trained(proteins, fitted, fitted.code_map(rank, dtype, bytes, seed), train, seed, run)
+        made = _trained(proteins, fitted, fitted.code_map(rank, dtype, bytes, seed), asked["train"], seed, run)
         made.provenance["asked"] = asked
         done = _judge(proteins, made, rank, perturbations, copies, seed)
-        place = Path(output) / "code" / name
+        place = output / "code" / name
         folder = run_folder(place, run.id)
         _log(run, done, made, report.save(done, folder), config)
         for file in sorted(save(made, folder / MAP, **_about(made, done)).iterdir()):

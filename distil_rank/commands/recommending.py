@@ -107,12 +107,12 @@ def recommend(
     data, labels, notes = _embedded(data, labels, fasta, (backbone, precision), proteins, seed, output)
     started = time.perf_counter()
     problem = open_problem(data, labels, task, groups, metric, seed, Path(output), perturbations)
+    limits = Limits(*(np.inf if limit is None else limit for limit in (max_bytes, max_time)))
+    check_limits(problem, limits)
     name = f"{Path(problem.source).stem} keep {keep:g}"
     params = {"source": problem.source, "keep": keep, "weigh": weigh, "max_bytes": max_bytes, "max_time": max_time}
     params |= {"tasks": ", ".join(one.name for one in problem.tasks), "groups": problem.groups, "seed": seed}
     with start_run("recommend", name, params=params, tags=lineage_of_vectors(problem.about[problem.last])) as run:
-        limits = Limits(*(np.inf if limit is None else limit for limit in (max_bytes, max_time)))
-        check_limits(problem, limits)
         log.info("Measuring the time of each exit ...")
         costs, words = measure_costs(list(problem.layers), problem.about[problem.last], problem.sequences)
         fitted = Fitted(problem.layers, problem.part == FIT, problem.noise, _origins(problem))
@@ -174,7 +174,8 @@ def _conclude(
     verdict = "nothing keeps it" if not reached else "confirmed" if confirmed.at_least >= keep else "not confirmed"
     maps = [fitted.code_map(pipeline) for pipeline in (chosen.pipeline, full.pipeline)]
     seconds = query_seconds(maps, [problem.layers[one.pipeline.layer] for one in (chosen, full)])
-    if alignment and problem.sequences is not None and not has_mmseqs():
+    searchable = problem.sequences is not None and isinstance(evaluator.sides[0].trial, RetrievalTrial)
+    if alignment and searchable and not has_mmseqs():
         notes = [*notes, MISSING]
     untimed = [] if seconds else ["A query's time was not measured: faiss is missing (pip install faiss-cpu)."]
     parts = range(problem.part.max() + 1)

@@ -148,14 +148,14 @@ def embed(
     for name, number in (("devices", devices), ("num_nodes", num_nodes)):
         if number < 1:
             raise InputError(f"Expected {name} of at least 1 but got {number}.")
-    cores = os.cpu_count() or 1
-    if accelerator == "cpu" and devices > cores:
-        raise InputError(f"Expected at most {cores} devices, the cores of this machine, but got {devices}.")
     store = default_store(fasta) if store is None else store
     given = (fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens)
     request = Request(*given, retry_skipped, calibration, code_map, like)
     use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
+    cores = os.cpu_count() or 1
+    if not use_cuda and devices > cores:
+        raise InputError(f"Expected at most {cores} devices, the cores of this machine, but got {devices}.")
     several = devices > 1 or num_nodes > 1
     if engine == "ray":
         if several:

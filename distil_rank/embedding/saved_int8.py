@@ -37,7 +37,7 @@ from distil_rank.lowrank.solvers import Factors
 
 FORMAT, VERSION = "distil-rank int8 backbone", 1
 MANIFEST, CALIBRATION, SHARED, MAP = "int8.json", "calibration.safetensors", "shared.safetensors", "map.safetensors"
-LAYER = "layer-{:02d}.safetensors"
+LAYER, LAYERS = "layer-{:02d}.safetensors", "layer-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def save_int8(
         exit_: Where a shortened backbone stops.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for former in (MANIFEST, MAP, *(path.name for path in folder.glob(LAYER.format(0).replace("00", "*")))):
+    for former in (MANIFEST, MAP, *(path.name for path in folder.glob(LAYERS))):
         (folder / former).unlink(missing_ok=True)
     files: dict[str, str] = {}
 

@@ -1,6 +1,7 @@
 """A stated part of many proteins: whole classes where there are labels, so that there is something to find.
 
-Of classes too large for that, a part."""
+Of classes too large for that, a part.
+"""
 
 from __future__ import annotations
 
