@@ -108,14 +108,15 @@ class Embedder:
         self.window = window
         self.max_tokens = max_tokens
 
-    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+    def batches(self, lengths: Sequence[int], tapered: bool = True) -> list[list[int]]:
         """Groups sequences of similar length, each group within `max_tokens` where it has more than one.
 
-        Long ones come first, so that running out of memory happens early. Where cores compute batches side by side, the
-        last ones get smaller, so that no core waits long for the others.
+        Long ones come first, so that running out of memory happens early.
 
         Args:
             lengths: Residues of each sequence.
+            tapered: Where cores compute batches side by side, the last ones get smaller, so that no core waits long for
+                the others.
 
         Returns:
             Indices into `lengths`.
@@ -127,8 +128,8 @@ class Embedder:
             tokens = lengths[i] + 2
             if tokens > free:
                 groups.append([])
-                share = max(rest // LAST, self.max_tokens // LEAST) if self._narrow else self.max_tokens
-                free = min(share, self.max_tokens)
+                share = max(rest // LAST, self.max_tokens // LEAST)
+                free = min(share, self.max_tokens) if tapered and self._narrow else self.max_tokens
             groups[-1].append(i)
             free -= tokens
             rest -= tokens
@@ -146,7 +147,7 @@ class Embedder:
         empty = torch.zeros(len(self.layers), sum(counts), self.width, device=self.encoder.device)
         sums = _Sums(empty, counts, per_residue)
         weights = [self._weights(text) for text in sequences]
-        for group in self.batches([len(piece.text) for piece in pieces]):
+        for group in self.batches([len(piece.text) for piece in pieces], tapered=False):
             self._add([pieces[i] for i in group], weights, sums)
         pooled = sums.result()
         if self.map is None:
