@@ -83,7 +83,7 @@ def softmax() -> tuple[Callable[[], object], Callable[[], object]]:
     """Scores of one protein become weights, in place; torch divides by the sums, too."""
     scores, sums = torch.randn(HEADS, TOKENS, TOKENS).bfloat16(), torch.empty(HEADS, TOKENS)
     return (
-        lambda: kernels.exponentiate(bits(scores.clone()), TOKENS, np.float32(0.4), sums.numpy()),
+        lambda: kernels.exponentiate(bits(scores.clone()), TOKENS, TOKENS, np.float32(0.4), sums.numpy()),
         lambda: torch.softmax(scores.clone(), -1),
     )
 

@@ -44,11 +44,21 @@ def attend(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor)
     for first in range(0, len(q), together):
         some = slice(first, first + together)
         for row in range(0, length, size):
-            scores = torch.bmm(q[some, row : row + size], k[some])
-            sums = np.empty(scores.shape[:2], np.float32)
-            kernels.exponentiate(bits(scores), length, scale, sums)
-            mixed = torch.bmm(scores, v[some])
+            weights, sums = _weights(q[some, row : row + size], k[some], length - row, length, scale)
+            mixed = torch.bmm(weights, v[some])
             kernels.divide(bits(mixed), sums, out, start + row, start + length, heads.start + first)
+
+
+def _weights(q: Tensor, k: Tensor, queries: int, keys: int, scale: np.float32) -> tuple[Tensor, NDArray[np.float32]]:
+    """Powers of the scores of so many queries and keys, (H, Q, K), and their sums, (H, Q)."""
+    scores = torch.bmm(q, k)
+    sums = np.empty(scores.shape[:2], np.float32)
+    visible = min(queries, scores.shape[1]), keys
+    if not kernels.exponentiate(bits(scores), *visible, scale, sums):
+        scores = torch.bmm(q, k)
+        kernels.subtract_maxima(bits(scores), *visible, sums)
+        kernels.exponentiate(bits(scores), *visible, scale, sums)
+    return scores, sums
 
 
 def bits(x: Tensor) -> NDArray[np.uint16]:

@@ -27,7 +27,6 @@ Tokens = NDArray[np.int64]
 Numbers = NDArray[np.float32] | NDArray[np.uint16]  # the second are bfloat16's bits
 
 END = 4.5  # from here on GELU is x or 0 within 2e-5
-ROWS = 32  # of scores that are looked at for their maxima before any is exponentiated; they stay in the cache
 DEGREE = 8  # of the polynomial below, with which GELU is within 5e-5, and 3e-6 of x beyond 20
 OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
 
@@ -47,7 +46,8 @@ def _single(series: Chebyshev) -> tuple[np.float32, ...]:
 COEFFICIENTS = _half_erf(DEGREE)
 _END, _PER_SQUARE = np.float32(END), np.float32(2 / END**2)
 POWERS = _single(Chebyshev.interpolate(lambda t: 2**t, 3, [-0.5, 0.5]))  # 2**t within 1e-4 of itself
-_LOWEST = np.float32(-126)
+_FARTHEST = np.float32(126)
+_LEAST_SUM, _MOST_SUM = np.float32(2**-100), np.float32(2**100)
 _WHOLE = np.float32(1.5 * 2**23)  # a sum with it has no bits for fractions
 _MASKED = np.uint16(0xFF7F)  # the lowest of bfloat16's numbers
 _ONE, _HALF = np.float32(1), np.float32(0.5)
@@ -99,12 +99,6 @@ def _store_in(row, out):  # type: ignore[no-untyped-def]
     return in_bfloat16 if out.dtype == types.uint16 else as_they_are
 
 
-@_inlined
-def _ordered(bits):  # type: ignore[no-untyped-def]
-    """bfloat16's bits as integers of the same order, and back."""
-    return np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF)))
-
-
 @njit(fastmath={"reassoc", "contract"})
 def _plus(total, summand):  # type: ignore[no-untyped-def]
     """A sum in the order that the vector units want; elsewhere the compiler would make divisions of products."""
@@ -128,7 +122,7 @@ def _gelu(x):  # type: ignore[no-untyped-def]
 
 @_inlined
 def _power(x, scale, per_scale, coefficients):  # type: ignore[no-untyped-def]
-    """2**(scale x), of which scale x is from -126 to 0, as bits."""
+    """2**(scale x), of which scale x is from -126 to 126, as bits."""
     whole = x * scale + _WHOLE
     rest = x - (whole - _WHOLE) * per_scale
     value = np.float32(_polynomial(coefficients, rest))
@@ -284,48 +278,68 @@ def look_up_rows(table: Floats, tokens: Tokens, rotations: Floats, qkv: Numbers)
 
 
 @_inlined
-def _largest(row):  # type: ignore[no-untyped-def]
-    """Of bfloat16's bits."""
-    largest = np.int16(-32768)
-    signed = row.view(np.int16)
-    for j in range(signed.size):
-        largest = max(largest, _ordered(signed[j]))
-    return _float(np.uint16(_ordered(largest)))
-
-
-@_inlined
-def _exponentiate(row, top, scale):  # type: ignore[no-untyped-def]
-    """2**(scale (s − top)) in place of a row; returns the sum."""
+def _exponentiate(row, scale):  # type: ignore[no-untyped-def]
+    """2**(scale s) in place of a row, with exponents beyond ± `_FARTHEST` cut off; returns the sum."""
     per_scale = _ONE / scale
-    lowest = _LOWEST * per_scale
+    farthest = _FARTHEST * per_scale
     a, b, c, d = POWERS
     coefficients = (a * scale * scale * scale, b * scale * scale, c * scale, d)
     total = np.float32(0)
     for j in range(row.size):
-        below = _float(row[j]) - top
-        power = _power(below if below > lowest else lowest, scale, per_scale, coefficients)
+        x = _float(row[j])
+        x = x if x < farthest else farthest
+        power = _power(x if x > -farthest else -farthest, scale, per_scale, coefficients)
         total = _plus(total, np.int32(power).view(np.float32))
         row[j] = np.uint16((np.uint32(power) + np.uint32(0x8000)) >> np.uint32(16))
     return total
 
 
+@_inlined
+def _in_range(total):  # type: ignore[no-untyped-def]
+    """Whether a sum of powers says that none was cut off that matters, and none overflows when multiplied."""
+    return total > _LEAST_SUM and total < _MOST_SUM
+
+
 @_compiled
-def exponentiate(scores: Numbers, visible: int, scale: np.float32, sums: Floats) -> None:
-    """2**(scale (s − the largest s of its row)) in place of scores (H, Q, K), in bfloat16's bits; their sums, (H, Q).
+def exponentiate(scores: Numbers, queries: int, keys: int, scale: np.float32, sums: Floats) -> bool:
+    """2**(scale s) in place of scores (H, Q, K), in bfloat16's bits; their sums into (H, Q).
+
+    No maximum is subtracted: bfloat16 has float32's exponents, so that powers far from 1 are as precise.
 
     Args:
-        visible: Keys; what is behind them becomes 0.
+        queries: What is behind them is left as it is.
+        keys: What is behind them becomes 0.
+
+    Returns:
+        Whether every row is in range; where not, `subtract_maxima` from the scores as they were.
     """
-    tops = np.empty(ROWS, np.float32)
+    good = True
     for head in range(scores.shape[0]):
-        scores[head, :, visible:] = _MASKED  # before any is read: a wide load waits for narrow stores
-        for first in range(0, scores.shape[1], ROWS):
-            rows = scores[head, first : first + ROWS]
-            for i in range(len(rows)):  # by themselves, so that one row's sum or maximum does not hold up the next one
-                tops[i] = _largest(rows[i])
-            for i in range(len(rows)):
-                sums[head, first + i] = _exponentiate(rows[i], tops[i], scale)
-        scores[head, :, visible:] = 0
+        scores[head, :, keys:] = _MASKED  # before any is read: a wide load waits for narrow stores
+        for i in range(queries):
+            total = _exponentiate(scores[head, i], scale)
+            sums[head, i] = total
+            good &= _in_range(total)
+        scores[head, :, keys:] = 0
+    return good
+
+
+@_compiled
+def subtract_maxima(scores: Numbers, queries: int, keys: int, sums: Floats) -> None:
+    """Subtracts from scores (H, Q, K) the largest of their row, where sums (H, Q) by `exponentiate` are out of range.
+
+    Only there, so that a row's bytes do not depend on the rows beside it.
+    """
+    row = np.empty(keys, np.float32)
+    for head in range(scores.shape[0]):
+        for i in range(queries):
+            if not _in_range(sums[head, i]):
+                for j in range(keys):
+                    row[j] = _float(scores[head, i, j])
+                top = row.max()
+                for j in range(keys):
+                    row[j] -= top
+                _store(row, scores[head, i])
 
 
 @_compiled

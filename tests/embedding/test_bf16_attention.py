@@ -47,6 +47,17 @@ def test_scores_far_apart_leave_one_key():
     torch.testing.assert_close(attended(qkv, 0, 40), qkv[7, 2 * HEADS :].expand(40, -1, -1))
 
 
+@pytest.mark.parametrize("offset", [-28.0, 28.0])
+def test_a_part_of_all_scores_has_no_effect(offset):
+    """Softmax does not change with it, and the powers of scores alone would be 0 or infinite."""
+    qkv = packed(60, size=0.5)
+    qkv[:, :HEADS, 0], qkv[:, HEADS : 2 * HEADS, 0] = 16, 0
+    expected = attended(qkv, 0, 60)
+    qkv[:, HEADS : 2 * HEADS, 0] = offset
+    found = attended(qkv, 0, 60)
+    assert (found - expected).norm() < 0.2 * expected.norm()  # scores of 448 are rounded to even numbers
+
+
 def test_rows_behind_a_sequence_have_no_effect():
     qkv = packed(100)
     expected = attended(qkv, 10, 50)

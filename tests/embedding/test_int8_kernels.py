@@ -128,16 +128,34 @@ def test_the_first_layer_s_are_looked_up_and_rotated():
 
 
 @pytest.mark.parametrize(("keys", "visible"), [(16, 1), (16, 16), (208, 195), (1008, 1003)])
-def test_scores_become_powers_of_two_of_their_distance_to_the_largest(keys, visible):
-    scores = 30 * floats(2, 5, keys) - 100
-    given, sums = bits(scores), torch.empty(2, 5)
-    run(kernels.exponentiate, given, visible, np.float32(0.3), sums)
-    seen = scores.bfloat16().double()[..., :visible]
-    exact = torch.exp2(0.3 * (seen - seen.amax(-1, keepdim=True)))
+@pytest.mark.parametrize("shift", [-200, 0, 200])
+def test_scores_become_powers_of_two(keys, visible, shift):
+    scores = 30 * floats(2, 5, keys) + shift
+    given, sums = bits(scores), torch.zeros(2, 5)
+    assert kernels.exponentiate(given.numpy(), 4, visible, np.float32(0.3), sums.numpy())
+    exact = torch.exp2(0.3 * scores.bfloat16().double()[:, :4, :visible])
     found = given.view(torch.bfloat16).double()
-    torch.testing.assert_close(found[..., :visible], exact, rtol=2**-8, atol=1e-30)
+    torch.testing.assert_close(found[:, :4, :visible], exact, rtol=2**-8, atol=1e-30)
     assert not found[..., visible:].any()
-    torch.testing.assert_close(sums.double(), exact.sum(-1), rtol=1e-4, atol=0)
+    assert torch.equal(found[:, 4, :visible], scores.bfloat16().double()[:, 4, :visible]), "another sequence's query"
+    torch.testing.assert_close(sums[:, :4].double(), exact.sum(-1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [-1000, 1000])
+def test_scores_out_of_range_have_their_rows_largest_subtracted(size):
+    scores, sums, scale = 30 * floats(2, 5, 32), torch.empty(2, 5), np.float32(0.3)
+    in_range = scores.clone()
+    scores[1, 2] += size
+    given = bits(scores)
+    assert not kernels.exponentiate(given.clone().numpy(), 5, 20, scale, sums.numpy())
+    kernels.subtract_maxima(given.numpy(), 5, 20, sums.numpy())
+    assert kernels.exponentiate(given.numpy(), 5, 20, scale, sums.numpy())
+    seen = scores[1, 2, :20].bfloat16().double()
+    found, exact = given.view(torch.bfloat16).double(), torch.exp2(0.3 * (seen - seen.max()))
+    torch.testing.assert_close(found[1, 2, :20], exact, rtol=2**-7, atol=1e-6)
+    expected, others = bits(in_range), torch.arange(10).view(2, 5) != 7
+    kernels.exponentiate(expected.numpy(), 5, 20, scale, sums.numpy())
+    assert torch.equal(given[others], expected[others]), "the other rows as without it"
 
 
 def test_mixed_values_are_divided_into_their_rows():
