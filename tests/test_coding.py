@@ -165,6 +165,8 @@ def test_all_against_all_and_stored_queries(stored):
     assert all(query == target for query, target, *_ in lines) and len(lines) == 160
     assert main(["search", "--queries", "store", "--decoys", "20", "--evalue", "1e-300"]) == 0
     assert len(Path("results/search/hits.tsv").read_text().splitlines()) == 1
+    for wrong in (["--evalue", "-1"], ["--evalue", "0.01", "--decoys", "0"]):  # none could be found
+        assert main(["search", "--self", *wrong]) == 2
 
 
 def test_labels_decide_noise_and_task(stored):

@@ -91,6 +91,10 @@ def search_codes(
         )
     if hits < 1 or decoys < 0:
         raise InputError(f"Expected hits of at least 1 and decoys of at least 0 but got {hits} and {decoys}.")
+    if evalue is not None and not (evalue > 0 and decoys):
+        raise InputError(
+            f"Expected an E-value above 0, and decoys to estimate it with, but got {evalue} and {decoys} decoys."
+        )
     check_writable(Path(output))
     import_faiss()
     store = CodeStore.open(codes)

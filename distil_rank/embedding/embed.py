@@ -27,6 +27,7 @@ from distil_rank.lowrank.code_map import CodeMap
 logger = logging.getLogger(__name__)
 
 Engine = Literal["lightning", "ray"]
+STRATEGY = "ddp"
 STORES = Path("embeddings")  # where stores are created by default
 OPTIONS = ("pooling", "layer", "precision", "long", "max_length")  # that vectors depend on
 MAX_NAMED = 20  # skipped proteins in the warning; the summary lists all
@@ -101,7 +102,7 @@ def embed(
     accelerator: Literal["auto", "cpu", "cuda"] = "auto",
     devices: int = 1,
     num_nodes: int = 1,
-    strategy: str = "ddp",
+    strategy: str = STRATEGY,
     engine: Engine = "lightning",
     ray_address: str | None = None,
     ray_cores: int | None = None,
@@ -157,6 +158,10 @@ def embed(
     if not use_cuda and devices > cores:
         raise InputError(f"Expected at most {cores} devices, the cores of this machine, but got {devices}.")
     several = devices > 1 or num_nodes > 1
+    if strategy != STRATEGY and not several:
+        raise InputError(
+            f"Expected --strategy with several devices or nodes but got {strategy!r} with one; leave it out."
+        )
     if engine == "ray":
         if several:
             raise InputError("Expected no --devices or --num_nodes with --engine ray, which takes all that is free.")

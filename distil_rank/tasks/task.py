@@ -65,6 +65,10 @@ def make_target(labels: Sequence[str], source: LabelSource, kind: Kind | Literal
     """
     if kind == "auto":
         kind = _kind_of(labels, source)
+    if source.level and kind != "retrieval":
+        raise InputError(
+            f"Expected --labels.level for labels of several levels but got {source.level!r} for a {kind}; omit it."
+        )
     if kind == "regression":
         return Target(kind, y=_numbers(labels))
     if len(set(labels)) < 2:

@@ -187,6 +187,7 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
         ({"devices": 0}, "Expected devices of at least 1 but got 0"),
         ({"devices": -1}, "devices of at least 1 but got -1"),
         ({"num_nodes": 0}, "num_nodes of at least 1 but got 0"),
+        ({"strategy": "telepathy"}, "--strategy with several devices or nodes but got 'telepathy' with one"),
         ({"devices": 2, "strategy": "telepathy"}, "Expected devices and a strategy .*'telepathy'"),
     ],
 )

@@ -60,6 +60,14 @@ def test_the_last_batches_are_smaller_where_each_core_computes_its_own(tiny_esm2
     assert sizes() == [20] * 10
 
 
+def test_a_batch_goes_through_the_model_in_one_pass(tiny_esm2, monkeypatch):
+    one = Embedder(load_backbone_once(tiny_esm2), max_tokens=2000)
+    passes, states = [], one.encoder.states
+    monkeypatch.setattr(one.encoder, "states", lambda *given: (passes.append(given), states(*given))[1])
+    one.embed(["A" * 98] * 20)
+    assert len(passes) == 1
+
+
 _loaded = {}
 
 

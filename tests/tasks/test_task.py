@@ -61,6 +61,7 @@ def test_several_labels_a_protein():
         (["a.1", "a"], "auto", LabelSource(separator="."), "labels of 2 levels"),
         (["a.1", "a.2"], "auto", LabelSource(separator=".", names="x,y,z"), "up to 2 different names"),
         (["a.1.1.1", "a.1.1.1", "b.1.1.1"], "auto", LabelSource(level="kingdom"), "family, superfamily, fold"),
+        (["1.5", "2.5", "3"], "auto", LabelSource(level="class"), "several levels but got .class. for a regression"),
     ],
 )
 def test_what_is_refused(labels, kind, source, message):
