@@ -27,7 +27,7 @@ from distil_rank.lowrank.code_map import CodeMap
 logger = logging.getLogger(__name__)
 
 Engine = Literal["lightning", "ray"]
-STRATEGY = "ddp"
+STRATEGY = "ddp"  # by default
 STORES = Path("embeddings")  # where stores are created by default
 OPTIONS = ("pooling", "layer", "precision", "long", "max_length")  # that vectors depend on
 MAX_NAMED = 20  # skipped proteins in the warning; the summary lists all
@@ -146,25 +146,13 @@ def embed(
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise InputError("Expected a CUDA device but torch reports none; use --accelerator cpu.")
-    for name, number in (("devices", devices), ("num_nodes", num_nodes)):
-        if number < 1:
-            raise InputError(f"Expected {name} of at least 1 but got {number}.")
     store = default_store(fasta) if store is None else store
     given = (fasta, store, backbone, pooling, layer, precision, long, max_length, max_tokens)
     request = Request(*given, retry_skipped, calibration, code_map, like)
     use_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
-    cores = os.cpu_count() or 1
-    if not use_cuda and devices > cores:
-        raise InputError(f"Expected at most {cores} devices, the cores of this machine, but got {devices}.")
-    several = devices > 1 or num_nodes > 1
-    if strategy != STRATEGY and not several:
-        raise InputError(
-            f"Expected --strategy with several devices or nodes but got {strategy!r} with one; leave it out."
-        )
+    several = _several(devices, num_nodes, None if use_cuda else os.cpu_count(), strategy, engine)
     if engine == "ray":
-        if several:
-            raise InputError("Expected no --devices or --num_nodes with --engine ray, which takes all that is free.")
         done = extract_on_cluster(request, device, workers_on(ray_address, ray_cores, int(use_cuda)))
     elif several:
         from distil_rank.embedding.multi_device import extract_on_devices  # noqa: PLC0415  (one device needs no Lightning)
@@ -173,6 +161,23 @@ def embed(
     else:
         done = _extract_here(request, device)
     return _summary(done)
+
+
+def _several(devices: int, num_nodes: int, most: int | None, strategy: str, engine: Engine) -> bool:
+    """Whether Lightning is to use several devices, of which a node has `most`, where that is known."""
+    for name, number in (("devices", devices), ("num_nodes", num_nodes)):
+        if number < 1:
+            raise InputError(f"Expected {name} of at least 1 but got {number}.")
+    if most is not None and devices > most:
+        raise InputError(f"Expected at most {most} devices, the cores of this machine, but got {devices}.")
+    several = devices > 1 or num_nodes > 1
+    if several and engine == "ray":
+        raise InputError("Expected no --devices or --num_nodes with --engine ray, which takes all that is free.")
+    if strategy != STRATEGY and not several:
+        raise InputError(
+            f"Expected --strategy with several devices or nodes but got {strategy!r} with one; leave it out."
+        )
+    return several
 
 
 def _extract_here(request: Request, device: torch.device) -> Filled:

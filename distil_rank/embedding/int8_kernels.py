@@ -46,8 +46,11 @@ def _single(series: Chebyshev) -> tuple[np.float32, ...]:
 COEFFICIENTS = _half_erf(DEGREE)
 _END, _PER_SQUARE = np.float32(END), np.float32(2 / END**2)
 POWERS = _single(Chebyshev.interpolate(lambda t: 2**t, 3, [-0.5, 0.5]))  # 2**t within 1e-4 of itself
-_FARTHEST = np.float32(126)
-_LEAST_SUM, _MOST_SUM = np.float32(2**-100), np.float32(2**100)
+_FARTHEST = np.float32(126)  # exponent of a power on both sides of 0; float32 has no more
+_LEAST_SUM, _MOST_SUM = (
+    np.float32(2**-100),
+    np.float32(2**100),
+)  # of a row's powers, with room for products and cut ones
 _WHOLE = np.float32(1.5 * 2**23)  # a sum with it has no bits for fractions
 _MASKED = np.uint16(0xFF7F)  # the lowest of bfloat16's numbers
 _ONE, _HALF = np.float32(1), np.float32(0.5)
