@@ -73,13 +73,13 @@ compress: .venv/installed ## A layer of your own model, to a folder that deploys
 	@$(RUN) compress --model "$(MODEL)" $(if $(LAYER),--layer "$(LAYER)") \
 	  $(if $(filter file,$(origin RANK)),,--rank "$(RANK)") --output "$(OUT)" $(DATA_ARGS) $(ARGS)
 
-judge: .venv/installed ## Representations on a labelled task (DATA= LABELS= GROUPS= TASK=; alone: on the labelled sample)
-	@$(RUN) judge --data "$(DATA)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
+evaluate: .venv/installed ## Representations on a labelled task (DATA= LABELS= GROUPS= TASK=; alone: on the labelled sample)
+	@$(RUN) evaluate --data "$(DATA)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
 	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") \
 	  --precision "$(PRECISION)" $(ARGS)
 
 code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whitened|invariant RANK= DTYPE=float32|int8|bit|pq BYTES= CODES= LABELS=; MAP=FOLDER of a code map that is there)
-	@$(RUN) code --data "$(DATA)" $(if $(MAP),--code_map "$(MAP)") --metric "$(METRIC)" --rank "$(RANK)" --dtype "$(DTYPE)" $(if $(BYTES),--bytes "$(BYTES)") \
+	@$(RUN) code --data "$(DATA)" $(if $(MAP),--encoder "$(MAP)") --metric "$(METRIC)" --rank "$(RANK)" --dtype "$(DTYPE)" $(if $(BYTES),--bytes "$(BYTES)") \
 	  --codes "$(CODES)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") $(if $(GROUPS),--groups "$(GROUPS)") $(ARGS)
 
 search: .venv/installed ## Proteins against codes, with E-values (CODES= FASTA=; ARGS=--self for all against all)
@@ -89,19 +89,6 @@ recommend: .venv/installed ## The cheapest pipeline that keeps your function (FA
 	@$(RUN) recommend --data "$(DATA)" --keep "$(KEEP)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
 	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") \
 	  --precision "$(PRECISION)" $(ARGS)
-
-shorten: .venv/installed ## A backbone that stops behind LAYER, with a map to its end (LAYER= BACKBONE= DATA= or FASTA= LABELS= OUT=)
-	@test -n "$(LAYER)" || { echo "Expected LAYER=NUMBER, the last layer to run, but got none." >&2; exit 2; }
-	@$(RUN) shorten --layer "$(LAYER)" --backbone "$(BACKBONE)" --data "$(DATA)" \
-	  $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)") $(if $(LABELS),--labels.source "$(LABELS)") \
-	  --output "$(if $(filter file,$(origin OUT)),shortened,$(OUT))" $(ARGS)
-
-quantise: .venv/installed ## A backbone in int8, a quarter of its size, calibrated on your proteins (BACKBONE= FASTA= OUT=int8)
-	@$(RUN) quantise --backbone "$(BACKBONE)" --fasta "$(FASTA)" --output "$(if $(filter file,$(origin OUT)),int8,$(OUT))" $(ARGS)
-
-serve: .venv/installed ## A student, codes or a shortened backbone behind an address, by MLflow (MODEL=FOLDER)
-	@test -n "$(MODEL)" || { echo "Expected MODEL=FOLDER, a student, codes or a shortened backbone, but got none." >&2; exit 2; }
-	@$(RUN) serve --model "$(MODEL)" $(if $(filter command environment,$(origin BACKBONE)),--backbone "$(BACKBONE)") $(ARGS)
 
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from distil_rank import compress
 from distil_rank.compression.report import Report
-from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.measure import bootstrap
 
@@ -178,12 +178,12 @@ def compressed(model: Any, calibration: list[Any], cut: list[Any], budget: float
 
 def table_line(row: dict[str, Any]) -> str:
     """One line of the table."""
-    ranks, r2, kept = row["ranks"], row["r2"], row["kept"]
+    ranks, r2, retained = row["ranks"], row["r2"], row["retained"]
     low = [rank for rank in ranks if rank]
     span = f"{min(low)} to {max(low)}" + (f", {ranks.count(None)} dense" if None in ranks else "")
     return (
         f"| {row['budget']:g} | {row['method']} | {span} | {r2['value']:.4f} ({r2['low']:.4f} to {r2['high']:.4f}) "
-        f"| {kept['value']:.1%} ({kept['low']:.1%} to {kept['high']:.1%}) "
+        f"| {retained['value']:.1%} ({retained['low']:.1%} to {retained['high']:.1%}) "
         f"| {row['error']['value']:.4f} | {row['seconds']:.0f} |"
     )
 

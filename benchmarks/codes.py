@@ -30,71 +30,71 @@ COPIES = RESULTS / "copies"
 def labelled(data: str, fasta: str, folds: str):
     """Vectors with SCOPe's labels, the listed folds on the fit side."""
     from distil_rank.codes.sources import open_proteins
-    from distil_rank.tasks.labels import LabelSource
+    from distil_rank.data.labels import LabelSource
 
     return open_proteins(data, LabelSource(source=fasta, field=2), "retrieval", folds, 0.5, 0)
 
 
 def fitted(proteins, metric: str, noise: str = "copies"):
     """Directions of one metric on the fit side."""
-    from distil_rank.codes.fitting import fit_metric
-    from distil_rank.codes.perturbation import Perturbations
+    from distil_rank.codes.augment import Augmentation
+    from distil_rank.codes.fit import fit_metric
     from distil_rank.codes.sources import noise_of
 
     covariance = None
     if metric == "invariant":
-        covariance, _ = noise_of(proteins, noise, Perturbations(), COPIES)
+        covariance, _ = noise_of(proteins, noise, Augmentation(), COPIES)
     return fit_metric(proteins.embeddings.x, proteins.groups.fit, metric, covariance)
 
 
 def opq_of_full_vector(x: np.ndarray, fit: np.ndarray, books: int):
-    """The rival that everyone has: faiss's OPQ of the centred vector itself, float queries."""
+    """The baseline that everyone has: faiss's OPQ of the centred vector itself, float queries."""
     from distil_rank.codes.quantisers import train_product_quantiser
-    from distil_rank.lowrank.code_map import CodeMap
+    from distil_rank.lowrank.encoder import CodeEncoder
 
     rows = torch.from_numpy(x[fit])
     mean = rows.mean(0)
     rotation, centroids = train_product_quantiser(F.normalize(rows - mean, dim=1), books)
-    return CodeMap.of(mean, rotation, "pq", codebooks=centroids)
+    return CodeEncoder.of(mean, rotation, "pq", codebooks=centroids)
 
 
-def code_maps(proteins, name: str) -> Iterator[tuple[str, object]]:
+def encoders(proteins, name: str) -> Iterator[tuple[str, object]]:
     """Code maps of one layer, by name."""
     invariant = fitted(proteins, "invariant")
     for books in (4, 8, 16):
-        yield f"{name}, invariant, pq, rank 128", invariant.code_map(128, "pq", books)
+        yield f"{name}, invariant, pq, rank 128", invariant.encoder(128, "pq", books)
     for rank in (32, 64, 128):
-        yield f"{name}, invariant, bit, rank {rank}", invariant.code_map(rank, "bit")
+        yield f"{name}, invariant, bit, rank {rank}", invariant.encoder(rank, "bit")
         yield f"{name}, invariant, trained, bit, rank {rank}", trained(proteins, invariant, rank, "bit")
-    yield f"{name}, invariant, int8, rank 64", invariant.code_map(64, "int8")
+    yield f"{name}, invariant, int8, rank 64", invariant.encoder(64, "int8")
     yield f"{name}, invariant, trained, int8, rank 64", trained(proteins, invariant, 64, "int8")
     whitened = fitted(proteins, "whitened")
-    yield f"{name}, whitened, bit, rank 64", whitened.code_map(64, "bit")
-    yield f"{name}, whitened, int8, rank 64", whitened.code_map(64, "int8")
+    yield f"{name}, whitened, bit, rank 64", whitened.encoder(64, "bit")
+    yield f"{name}, whitened, int8, rank 64", whitened.encoder(64, "int8")
     variance = fitted(proteins, "variance")
-    yield f"{name}, variance, bit, rank 64", variance.code_map(64, "bit")
-    yield f"{name}, variance, int8, rank 64", variance.code_map(64, "int8")
-    yield f"{name}, labels, int8, rank 64", fitted(proteins, "invariant", "labels").code_map(64, "int8")
+    yield f"{name}, variance, bit, rank 64", variance.encoder(64, "bit")
+    yield f"{name}, variance, int8, rank 64", variance.encoder(64, "int8")
+    yield f"{name}, labels, int8, rank 64", fitted(proteins, "invariant", "labels").encoder(64, "int8")
 
 
 def trained(proteins, fit, rank: int, dtype: str):
     """The code map after training towards the neighbours of the full-rank code, where that clearly helps."""
-    from distil_rank.training.code_training import STEPS, train_code_map
+    from distil_rank.codes.train import STEPS, train_encoder
 
-    teacher, side = fit.code_map(len(fit.mean)), proteins.groups.fit
+    teacher, side = fit.encoder(len(fit.mean)), proteins.groups.fit
     x, groups = proteins.embeddings.x[side], proteins.groups.number[side]
-    done = train_code_map(fit.code_map(rank, dtype), teacher, x, groups, STEPS)
+    done = train_encoder(fit.encoder(rank, dtype), teacher, x, groups, STEPS)
     print(f"{dtype}, rank {rank}: {done}", flush=True)
-    return done.code_map
+    return done.encoder
 
 
 def scope(options: argparse.Namespace) -> None:
     """The table and the picture of function against bytes on SCOPe."""
-    from distil_rank.codes.judging import code_candidate
-    from distil_rank.reporting import judgement as report
-    from distil_rank.tasks.alignment import alignment_scores, has_mmseqs
-    from distil_rank.tasks.judge import judge
-    from distil_rank.tasks.representations import full_vector, variance_student
+    from distil_rank.codes.evaluate import code_candidate
+    from distil_rank.evaluation.alignment import alignment_scores, has_mmseqs
+    from distil_rank.evaluation.evaluate import evaluate
+    from distil_rank.evaluation.representations import full_vector, variance_student
+    from distil_rank.report import evaluation as report
 
     last = labelled(options.data, options.fasta, options.folds)
     early = labelled(options.early, options.fasta, options.folds)
@@ -103,17 +103,17 @@ def scope(options: argparse.Namespace) -> None:
     candidates = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
     candidates.append(variance_student(x, 64))
     for books in (4, 8, 16, 32):
-        rival = opq_of_full_vector(x, last.groups.fit, books)
-        candidates.append(code_candidate(f"faiss OPQ of the full vector, {books} bytes", rival, x))
+        baseline = opq_of_full_vector(x, last.groups.fit, books)
+        candidates.append(code_candidate(f"faiss OPQ of the full vector, {books} bytes", baseline, x))
     for proteins, name in ((last, "last layer"), (early, "early layer")):
-        for title, code_map in code_maps(proteins, name):
-            full_title = f"{title}, {code_map.bytes_per_protein} bytes"
-            candidates.append(code_candidate(full_title, code_map, proteins.embeddings.x))
+        for title, encoder in encoders(proteins, name):
+            full_title = f"{title}, {encoder.bytes_per_protein} bytes"
+            candidates.append(code_candidate(full_title, encoder, proteins.embeddings.x))
     scores = None
     if has_mmseqs() and last.embeddings.sequences is not None:
         sequences = last.embeddings.sequences
         scores = lambda: alignment_scores([sequences[row] for row in last.groups.judged])  # noqa: E731
-    done = judge(last.target, last.groups, candidates, last.labels, scores, last.notes)
+    done = evaluate(last.target, last.groups, candidates, last.labels, scores, last.notes)
     folder = RESULTS / "codes" / "scope"
     report.save(done, folder)
     report.show(done)
@@ -121,14 +121,14 @@ def scope(options: argparse.Namespace) -> None:
 
 def kinases(options: argparse.Namespace) -> None:
     """Whitened codes of real ESM-2 650M vectors: half of the families fitted on, five times."""
-    from distil_rank.codes.fitting import fit_metric
-    from distil_rank.codes.judging import code_candidate
+    from distil_rank.codes.evaluate import code_candidate
+    from distil_rank.codes.fit import fit_metric
     from distil_rank.codes.sources import open_proteins
-    from distil_rank.tasks.judge import judge
-    from distil_rank.tasks.labels import LabelSource
-    from distil_rank.tasks.representations import full_vector, variance_student
+    from distil_rank.data.labels import LabelSource
+    from distil_rank.evaluation.evaluate import evaluate
+    from distil_rank.evaluation.representations import full_vector, variance_student
 
-    kept: dict[str, list[tuple[float, float, float]]] = {}
+    retained: dict[str, list[tuple[float, float, float]]] = {}
     sizes: dict[str, float] = {}
     for seed in range(5):
         labels = LabelSource(column=options.labels, separator="_", names="group,family", level="family")
@@ -137,14 +137,14 @@ def kinases(options: argparse.Namespace) -> None:
         whitened, variance = fit_metric(x, fit, "whitened"), fit_metric(x, fit, "variance")
         candidates = [full_vector(x), variance_student(x, 64)]
         for rank in (64, 128):
-            candidates.append(code_candidate(f"whitened, bit, rank {rank}", whitened.code_map(rank, "bit"), x))
-        candidates.append(code_candidate("whitened, int8, rank 64", whitened.code_map(64, "int8"), x))
-        candidates.append(code_candidate("variance, int8, rank 64", variance.code_map(64, "int8"), x))
-        for entry in judge(proteins.target, proteins.groups, candidates, seed=seed).entries:
+            candidates.append(code_candidate(f"whitened, bit, rank {rank}", whitened.encoder(rank, "bit"), x))
+        candidates.append(code_candidate("whitened, int8, rank 64", whitened.encoder(64, "int8"), x))
+        candidates.append(code_candidate("variance, int8, rank 64", variance.encoder(64, "int8"), x))
+        for entry in evaluate(proteins.target, proteins.groups, candidates, seed=seed).entries:
             if entry.bytes is not None:
                 score = entry.scores["mAP"].value
-                ratio = entry.kept["mAP"] if entry.kept else None
-                kept.setdefault(entry.name, []).append(
+                ratio = entry.retained["mAP"] if entry.retained else None
+                retained.setdefault(entry.name, []).append(
                     (score, 1.0, 1.0) if ratio is None else (score, ratio.value, ratio.low)
                 )
                 sizes[entry.name] = entry.bytes
@@ -152,7 +152,7 @@ def kinases(options: argparse.Namespace) -> None:
         "| representation | bytes | mAP | kept (mean of 5 splits) | lowest end of an interval |",
         "|---|---|---|---|---|",
     ]
-    for name, values in kept.items():
+    for name, values in retained.items():
         score, ratio, low = np.array(values).T
         lines.append(f"| {name} | {sizes[name]:,.0f} | {score.mean():.3f} | {ratio.mean():.3f} | {low.min():.3f} |")
     write("codes/kinases.md", lines)
@@ -177,14 +177,14 @@ def evalues(options: argparse.Namespace) -> None:
     lines = ["| code | bytes | stated | observed |", "|---|---|---|---|"]
     figure, ax = plt.subplots(figsize=(5, 4.5))
     for rank, dtype, books in ((64, "bit", None), (128, "bit", None), (64, "int8", None), (160, "pq", 8)):
-        code_map = fit.code_map(rank, dtype, books)
-        targets = F.normalize(code_map.decode(code_map.encode(x)), dim=1)
-        tail = Tail.of(decoy_scores(code_map(vectors), targets, chosen[:, None] == np.arange(len(judged))))
-        observed = false_hits(code_map(x), targets, fold, tail, stated)
+        encoder = fit.encoder(rank, dtype, books)
+        targets = F.normalize(encoder.decode(encoder.encode(x)), dim=1)
+        tail = Tail.of(decoy_scores(encoder(vectors), targets, chosen[:, None] == np.arange(len(judged))))
+        observed = false_hits(encoder(x), targets, fold, tail, stated)
         name = f"{dtype}, rank {rank}"
-        ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {code_map.bytes_per_protein} bytes")
+        ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {encoder.bytes_per_protein} bytes")
         for place in (0, 4, 8, 12):
-            lines.append(f"| {name} | {code_map.bytes_per_protein} | {stated[place]:.3g} | {observed[place]:.3g} |")
+            lines.append(f"| {name} | {encoder.bytes_per_protein} | {stated[place]:.3g} | {observed[place]:.3g} |")
     ax.plot(stated, stated, "k--", lw=1, label="as stated")
     ax.set(xscale="log", yscale="log", xlabel="stated false hits for each query", ylabel="observed (another fold)")
     ax.legend(fontsize=8)
@@ -207,8 +207,8 @@ def false_hits(queries: Tensor, targets: Tensor, fold: np.ndarray, tail, stated:
 
 def million(options: argparse.Namespace) -> None:
     """A million codes of 16 bytes beside faiss's flat float32 index of the full vectors, in one process by turns."""
-    from distil_rank.codes.fitting import fit_metric
-    from distil_rank.data.formats import load_matrix
+    from distil_rank.codes.fit import fit_metric
+    from distil_rank.data.files import load_matrix
 
     source = load_matrix(options.data).x
     dice = np.random.default_rng(0)
@@ -216,7 +216,7 @@ def million(options: argparse.Namespace) -> None:
     x = resampled(source, options.rows, dice)
     queries = source[dice.integers(len(source), size=options.queries)]
     flat, wanted = flat_index(x, source.mean(0)), unit(queries - source.mean(0))
-    coded = {dtype: Coded(fit.code_map(128, dtype, books), x) for dtype, books in (("bit", None), ("pq", 16))}
+    coded = {dtype: Coded(fit.encoder(128, dtype, books), x) for dtype, books in (("bit", None), ("pq", 16))}
     del x
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(options.rounds):
@@ -235,7 +235,7 @@ def million(options: argparse.Namespace) -> None:
     ]
     for dtype, one in coded.items():
         for kind in one.indexes:
-            taken, size = float(np.median(seconds[dtype, kind])), one.code_map.bytes_per_protein
+            taken, size = float(np.median(seconds[dtype, kind])), one.encoder.bytes_per_protein
             lines.append(
                 f"| {dtype}, {one.described(kind)} | {size} | {full / size:.0f} | {taken:.3f} | {base / taken:.1f} | "
                 f"{one.recall(kind):.3f} |"
@@ -246,22 +246,22 @@ def million(options: argparse.Namespace) -> None:
 class Coded:
     """The codes of one type, searched through one by one and by lists."""
 
-    def __init__(self, code_map, x: np.ndarray) -> None:
+    def __init__(self, encoder, x: np.ndarray) -> None:
         from distil_rank.codes.index import CodeIndex
 
-        self.code_map = code_map
+        self.encoder = encoder
         parts = np.array_split(x, 64)
-        codes = np.concatenate([code_map.encode(torch.from_numpy(part)).numpy() for part in parts])
-        exact = CodeIndex.build(codes, code_map, exact=True)
+        codes = np.concatenate([encoder.encode(torch.from_numpy(part)).numpy() for part in parts])
+        exact = CodeIndex.build(codes, encoder, exact=True)
         started = time.perf_counter()
-        lists = CodeIndex.build(codes, code_map, exact=False)
+        lists = CodeIndex.build(codes, encoder, exact=False)
         self.build_seconds = time.perf_counter() - started
         self.indexes = {"exact": exact, "lists": lists}
         self.scores: dict[str, np.ndarray] = {}
 
     def queries(self, x: np.ndarray) -> Tensor:
         """Float queries."""
-        return self.code_map(torch.from_numpy(x))
+        return self.encoder(torch.from_numpy(x))
 
     def described(self, kind: str) -> str:
         """How an index searches."""

@@ -14,21 +14,21 @@ import matplotlib.pyplot as plt
 from script import run
 
 from distil_rank.errors import InputError
-from distil_rank.reporting.figures import STYLE
+from distil_rank.report.figures import STYLE
 
 WAY = re.compile(r"(?:, rank \d+)?(?:, [\d,]+ bytes)$")  # what is left of a name without it is the way of coding
 
 
-def main(judgement: str = "results/codes/scope/judgement.json", picture: str = "docs/codes_scope.png") -> None:
+def main(evaluation: str = "results/codes/scope/evaluation.json", picture: str = "docs/codes_scope.png") -> None:
     """Draw it.
 
     Args:
-        judgement: figures of `codes.py scope`.
+        evaluation: figures of `codes.py scope`.
         picture: the file to write.
     """
-    if not Path(judgement).is_file():
-        raise InputError(f"Expected the figures of `codes.py scope` in {judgement} but there are none; run it first.")
-    content = json.loads(Path(judgement).read_text())
+    if not Path(evaluation).is_file():
+        raise InputError(f"Expected the figures of `codes.py scope` in {evaluation} but there are none; run it first.")
+    content = json.loads(Path(evaluation).read_text())
     headline = "mAP"
     ways: dict[str, list[tuple[int, float]]] = defaultdict(list)
     lines: dict[str, float] = {}
@@ -43,8 +43,8 @@ def main(judgement: str = "results/codes/scope/judgement.json", picture: str = "
         for ax, layer in zip(axes, ("last layer", "early layer"), strict=True):
             mine = {way: sorted(points) for way, points in ways.items() if layer in way or "OPQ of the full" in way}
             for way, points in mine.items():
-                rival = "faiss" in way
-                ax.plot(*zip(*points, strict=True), "s:" if rival else "o-", label=way.removeprefix(f"{layer}, "))
+                baseline = "faiss" in way
+                ax.plot(*zip(*points, strict=True), "s:" if baseline else "o-", label=way.removeprefix(f"{layer}, "))
             for name, score in lines.items():
                 if name != "early layer, full vector" or layer == "early layer":
                     ax.axhline(score, color="gray", lw=1, ls="--")

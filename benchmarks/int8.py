@@ -27,14 +27,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from baselines import read_fasta
+from distil_rank.exits.candidates import in_metric
 from esm.model.esm2 import ESM2
-from rivals import read_fasta
 from script import interleaved, machine_line, run
 from torch import Tensor
 
-from distil_rank.data.formats import load_matrix
+from distil_rank.data.files import load_matrix
+from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.agreement import agreement
-from distil_rank.embedding.backbones import Backbone, load_backbone
+from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.bf16_attention import MULTIPLE, attend
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
@@ -49,11 +51,9 @@ from distil_rank.embedding.precision import calibrate
 from distil_rank.embedding.quantise import quantise
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
-from distil_rank.exits.candidates import in_metric
-from distil_rank.tasks.judge import judge
-from distil_rank.tasks.labelled import matching_rows, open_labelled
-from distil_rank.tasks.labels import LabelSource
-from distil_rank.tasks.representations import full_vector
+from distil_rank.evaluation.evaluate import evaluate
+from distil_rank.evaluation.labelled import matching_rows, open_labelled
+from distil_rank.evaluation.representations import full_vector
 
 SHAPES = ((1280, 5120), (5120, 1280), (1280, 1280), (320, 1280))
 ROWS = (64, 256)
@@ -251,7 +251,7 @@ def agree() -> None:
         average = F.cosine_similarity(expected["mean"], mean).mean().item()
         same = (labels == expected["labels"]).float().mean().item()
         print(
-            f"| {name} | {figures.worst_cosine:.5f} | {average:.5f} | {figures.neighbours_kept:.3f} | {same:.2%} |",
+            f"| {name} | {figures.worst_cosine:.5f} | {average:.5f} | {figures.neighbours_retained:.3f} | {same:.2%} |",
             flush=True,
         )
     print()
@@ -266,7 +266,7 @@ def outlier_table(sequences: list[str]) -> None:
     _, _, plain = calibrate(outliers, sequences[:64], 6, Calibration(calibration.layers, 0.0))
     print("| random 8M, three channels at 50 times the rest | worst cosine | neighbours kept |\n|---|---|---|")
     for name, figures in (("without migration", plain), ("with migration", migrated)):
-        print(f"| {name} | {figures.worst_cosine:.5f} | {figures.neighbours_kept:.3f} |")
+        print(f"| {name} | {figures.worst_cosine:.5f} | {figures.neighbours_retained:.3f} |")
 
 
 def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
@@ -288,9 +288,9 @@ def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
         )
         cells = []
         for pair in pairs:
-            judged = judge(opened.target, opened.groups, pair, labels.name)
-            kept = judged.entry("int8").kept[judged.headline]
-            cells.append(f"{kept.value:.4f} ({kept.low:.4f} to {kept.high:.4f})")
+            judged = evaluate(opened.target, opened.groups, pair, labels.name)
+            retained = judged.entry("int8").retained[judged.headline]
+            cells.append(f"{retained.value:.4f} ({retained.low:.4f} to {retained.high:.4f})")
         print(f"| {layer} | {' | '.join(cells)} |", flush=True)
 
 
@@ -300,7 +300,7 @@ from pathlib import Path
 import torch
 from distil_rank.embedding.int8_encoder import Int8Encoder
 from distil_rank.embedding.saved_int8 import open_int8
-from rivals import memory
+from baselines import memory
 before, start = memory()[0], time.perf_counter()
 encoder = Int8Encoder(open_int8(Path(sys.argv[1])).weights(33))
 seconds = time.perf_counter() - start

@@ -17,9 +17,9 @@ from script import run, save_markdown
 from torch import nn
 
 from distil_rank import LowRankLinear, Moments, save
+from distil_rank.compression.artefact import WEIGHTS
+from distil_rank.compression.int8 import Int8LowRankLinear
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.deployment.artefact import WEIGHTS
-from distil_rank.deployment.int8 import Int8LowRankLinear
 
 
 def main(

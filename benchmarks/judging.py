@@ -4,7 +4,7 @@
     python benchmarks/judging.py --rows 14000 --dim 320
 
 Rows are Gaussian around the centres of nested classes (four proteins a family, four families a superfamily, five
-superfamilies a fold): time and memory depend on sizes only. The judge sees the full vector, students of four ranks and
+superfamilies a fold): time and memory depend on sizes only. The evaluate sees the full vector, students of four ranks and
 chance, half of the rows fitted on.
 """
 
@@ -24,12 +24,12 @@ SIZES = ((14_000, 320), (100_000, 1280))
 
 
 def measure(rows: int, dim: int) -> str:
-    """One line of the table: judge `rows` vectors of width `dim` in this process."""
-    from distil_rank.tasks.groups import make_groups
-    from distil_rank.tasks.judge import judge
-    from distil_rank.tasks.labels import LabelSource
-    from distil_rank.tasks.representations import full_vector, variance_student
-    from distil_rank.tasks.task import make_target
+    """One line of the table: evaluate `rows` vectors of width `dim` in this process."""
+    from distil_rank.data.labels import LabelSource
+    from distil_rank.evaluation.evaluate import evaluate
+    from distil_rank.evaluation.groups import make_groups
+    from distil_rank.evaluation.representations import full_vector, variance_student
+    from distil_rank.evaluation.task import make_target
 
     rng = np.random.default_rng(0)
     family = np.arange(rows) // 4
@@ -41,7 +41,7 @@ def measure(rows: int, dim: int) -> str:
     groups = make_groups(None, target, labels)
     candidates = [full_vector(x), *(variance_student(x, rank) for rank in (16, 32, 64, 128))]
     started = time.perf_counter()
-    done = judge(target, groups, candidates)
+    done = evaluate(target, groups, candidates)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     notes = "; ".join(note for note in done.notes if note.startswith("FEWER")) or "all judged rows are queries"

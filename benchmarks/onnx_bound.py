@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from distil_rank.compression.integer_onnx import to_integer_onnx
 from embedding import matrix_rate
 from layer_latency import bound
 from onnx import helper, numpy_helper
@@ -24,7 +25,6 @@ from script import run, save_markdown
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.deployment.integer_onnx import to_integer_onnx
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.measure.latency import paired_ratio, time_interleaved, torch_threads

@@ -4,7 +4,7 @@
     python benchmarks/planning.py --proteins '[65000000]' --dictionaries 0
 
 Proteins are synthetic: 30 to 129 residues of a random sequence, and its number in 7 more; one in twenty repeats the
-sequence of an earlier one. Each measurement is a process of its own, and the engines take turns. The rival keeps names
+sequence of an earlier one. Each measurement is a process of its own, and the engines take turns. The baseline keeps names
 and digests in Python dictionaries and writes the same table.
 """
 

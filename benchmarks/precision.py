@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from baselines import read_fasta
 from embedding import matrix_rate
-from rivals import read_fasta
 from script import interleaved, machine_line, run
 from torch import Tensor
 
-from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 
 ROUNDS = 5

@@ -22,12 +22,12 @@ from lightning import seed_everything
 from script import machine_line, run
 from torch import Tensor, nn
 
-from distil_rank.commands.teachers import train_teacher
+from distil_rank.commands.train_teacher import train_teacher
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.solvers import closed_form_from_rows, solve
 from distil_rank.measure import metrics
-from distil_rank.reporting.report import markdown_table
+from distil_rank.report.report import markdown_table
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
 from distil_rank.recommendation.pipelines import Fitted
 from distil_rank.recommendation.search import Evaluator, cheapest, search_pipelines
-from distil_rank.tasks.labels import LabelSource
 
 PARTS = (0.25, 0.25, 0.25, 0.25)
 UNSEEN = 3
@@ -59,7 +59,7 @@ def main() -> int:
         holds = unseen.worst >= claim.at_least
         held += holds
         confirmed += claim.at_least >= options.keep
-        interval = claim.kept[0]
+        interval = claim.retained[0]
         lines.append(
             f"| {seed} | {chosen} | {interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f}) | "
             f"{unseen.worst:.3f} | {'yes' if holds else 'no'} |"

@@ -18,10 +18,10 @@ from pathlib import Path
 import yaml
 from script import run, save_markdown
 
-from distil_rank.codes.code_store import CodeStore, load_code_map
-from distil_rank.commands.searching import search_codes
-from distil_rank.embedding.backbones import load_backbone
-from distil_rank.embedding.embed import embed
+from distil_rank.codes.store import CodeStore, load_encoder
+from distil_rank.commands.search import search_codes
+from distil_rank.embedding.backbone import load_backbone
+from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import read_proteins
 
 TOLERANCE = 0.15
@@ -43,14 +43,14 @@ def main(
     """
     place = Path(folder)
     options = yaml.safe_load((place / "recommended.yaml").read_text())
-    code_map = load_code_map(options.pop("code"))
+    encoder = load_encoder(options.pop("code"))
     promised = json.loads((place / "recommendation.json").read_text())["confirmed"]
     seconds: dict[str, list[float]] = {"recommended": [], "full": []}
     with tempfile.TemporaryDirectory() as scratch:
         new = Path(scratch) / "new.fasta"
         records = read_proteins(Path(fasta))[0][: proteins or None]
         new.write_text("".join(f">{one.id}\n{one.sequence}\n" for one in records))
-        runs = {"recommended": {**options, "code_map": code_map}, "full": {**options, "layer": None}}
+        runs = {"recommended": {**options, "encoder": encoder}, "full": {**options, "layer": None}}
         for number in range(rounds + 1):  # the first round warms up
             for name, settings in runs.items():
                 store = Path(scratch) / f"{name} {number}"
@@ -62,7 +62,7 @@ def main(
         codes = CodeStore.open(Path(scratch) / f"recommended {rounds}")
         found = search_codes(str(place / "codes"), str(new), out=f"{scratch}/hits.tsv", output=scratch)
         stored = sum(file.stat().st_size for file in codes.path.glob("vectors-*")) / len(codes)
-    report(promised, seconds, code_map.bytes_per_protein, stored, f"{found.queries:,} queries, {found.hits:,} hits")
+    report(promised, seconds, encoder.bytes_per_protein, stored, f"{found.queries:,} queries, {found.hits:,} hits")
 
 
 def loading_seconds(backbone: str) -> float:

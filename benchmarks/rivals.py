@@ -1,8 +1,8 @@
-"""What the rivals of `embedding.py` compute: each embeds proteins in a process of its own, whenever a line comes in.
+"""What the baselines of `embedding.py` compute: each embeds proteins in a process of its own, whenever a line comes in.
 
-It imports nothing of this project before it knows its rival, whose environment may have no more than the rival needs:
+It imports nothing of this project before it knows its baseline, whose environment may have no more than the baseline needs:
 
-    python benchmarks/rivals.py "fair-esm fp32" WEIGHTS FASTA PROTEINS LENGTHS
+    python benchmarks/baselines.py "fair-esm fp32" WEIGHTS FASTA PROTEINS LENGTHS
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-TOKENS = 4096  # in a rival's batch; ours takes its own default
+TOKENS = 4096  # in a baseline's batch; ours takes its own default
 ENGINES = ("torchao", "openvino", "onnxruntime")  # of `engines.py`; int8 alone
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -52,14 +52,14 @@ def padded_batches(sequences: list[str]) -> list[list[int]]:
 
 
 def mean_of_residues(hidden: torch.Tensor, batch: list[int], sequences: list[str], means: list[Any]) -> None:
-    """Pools one padded batch (B, T, dim) as all rivals do."""
+    """Pools one padded batch (B, T, dim) as all baselines do."""
     for row, i in enumerate(batch):
         means[i] = hidden[row, 1 : len(sequences[i]) + 1].float().mean(0)
 
 
 def fair_esm(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
     """fair-esm's own forward, alphabet and batches."""
-    from distil_rank.embedding.backbones import load_backbone
+    from distil_rank.embedding.backbone import load_backbone
 
     backbone = load_backbone(str(weights))
     convert = backbone.alphabet.get_batch_converter()
@@ -150,7 +150,7 @@ def esm_cpp(weights: Path, sequences: list[str]) -> Callable[[], None]:
 
 def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
     """Ours, as `embed` calls it; `PRECISION@LAYER` stops after that layer."""
-    from distil_rank.embedding.backbones import load_backbone
+    from distil_rank.embedding.backbone import load_backbone
     from distil_rank.embedding.embedder import Embedder
     from distil_rank.embedding.layer_spec import State
 
@@ -182,11 +182,11 @@ def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable
     return run
 
 
-def serve(rival: str, weights: Path, sequences: list[str]) -> None:
-    """A rival's process: computes whenever a line comes in, and answers with seconds; keeps its last vectors."""
-    name, precision = rival.split()
+def serve(baseline: str, weights: Path, sequences: list[str]) -> None:
+    """A baseline's process: computes whenever a line comes in, and answers with seconds; keeps its last vectors."""
+    name, precision = baseline.split()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a rival's chatter is no answer
+    os.dup2(2, 1)  # a baseline's chatter is no answer
     if name == "distil-rank":
         run = distil_rank(weights, sequences, precision)
     elif name == "esm-cpp":
@@ -217,5 +217,5 @@ def memory() -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    rival, weights, fasta, proteins, lengths = sys.argv[1:]
-    serve(rival, Path(weights), read_fasta(Path(fasta), int(proteins), lengths))
+    baseline, weights, fasta, proteins, lengths = sys.argv[1:]
+    serve(baseline, Path(weights), read_fasta(Path(fasta), int(proteins), lengths))

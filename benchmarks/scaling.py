@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
+from baselines import read_fasta
 from embedding import random_model
-from rivals import read_fasta
 from script import run, save_markdown
 
-from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.extraction import MAX_TOKENS, Extraction, Request
 from distil_rank.embedding.precision import native_precision

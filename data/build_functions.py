@@ -20,8 +20,8 @@ from pathlib import Path
 
 from build_sample import HERE, Record, mmseqs, read_records, write_fasta
 
-from distil_rank.data.splits import mmseqs_clusters
-from distil_rank.embedding.embed import embed
+from distil_rank.data.split import mmseqs_clusters
+from distil_rank.embedding.run import embed
 
 STORE = HERE / "functions"
 SIZE = 1000

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from distil_rank.embedding.embed import embed
+from distil_rank.embedding.run import embed
 
 SOURCE = Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz")
 HERE = Path(__file__).parent

@@ -44,7 +44,7 @@ def _training_parser(name: str, command: Callable[..., Any], student: bool = Tru
     """Sections `data`, `teacher`, `distil` and `trainer`, and the command's own options beside them."""
     from lightning import Trainer
 
-    from distil_rank.commands.teachers import train_teacher
+    from distil_rank.commands.train_teacher import train_teacher
     from distil_rank.data.datamodule import EmbeddingDataModule
     from distil_rank.training.distil import DistilModule
     from distil_rank.training.seeds import TRAINER_DEFAULTS
@@ -76,7 +76,7 @@ def _options_with_data(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
 
 def _train_teacher(argv: Sequence[str]) -> int:
     """train or generate the dense layer to be distilled"""
-    from distil_rank.commands.teachers import train_teacher
+    from distil_rank.commands.train_teacher import train_teacher
 
     options = _options_with_data(_training_parser("train-teacher", train_teacher, student=False), argv)
     print(f"Teacher: {train_teacher(**options.pop('teacher'), **options).path}")
@@ -84,7 +84,7 @@ def _train_teacher(argv: Sequence[str]) -> int:
 
 
 def _report(name: str, command: Callable[..., Any], argv: Sequence[str]) -> int:
-    from distil_rank.reporting import report
+    from distil_rank.report import report
 
     report.show(command(**_options_with_data(_training_parser(name, command), argv)))
     return 0
@@ -92,7 +92,7 @@ def _report(name: str, command: Callable[..., Any], argv: Sequence[str]) -> int:
 
 def _distil(argv: Sequence[str]) -> int:
     """distil one teacher and report what survived"""
-    from distil_rank.commands.students import distil
+    from distil_rank.commands.distil import distil
 
     return _report("distil", distil, argv)
 
@@ -113,10 +113,10 @@ def _sweep(argv: Sequence[str]) -> int:
 
 def _compress(argv: Sequence[str]) -> int:
     """one layer of your own model, from its file to a folder that deploys"""
-    from distil_rank.commands.layers import compress
+    from distil_rank.commands.compress import compress
+    from distil_rank.compression.deploy import compress_file
     from distil_rank.data.datamodule import EmbeddingDataModule
-    from distil_rank.deployment.deploy import compress_file
-    from distil_rank.reporting import report
+    from distil_rank.report import report
 
     parser = _parser("compress", compress_file.__doc__)
     parser.add_class_arguments(EmbeddingDataModule, "data", instantiate=False)
@@ -128,7 +128,7 @@ def _compress(argv: Sequence[str]) -> int:
 
 def _export(argv: Sequence[str]) -> int:
     """a saved layer to ONNX, torch.export, one dense layer, or int8"""
-    from distil_rank.deployment.deploy import export_artefact
+    from distil_rank.compression.deploy import export_artefact
 
     parser = _parser("export", export_artefact.__doc__)
     parser.add_function_arguments(export_artefact, None, as_group=False)
@@ -138,13 +138,13 @@ def _export(argv: Sequence[str]) -> int:
 
 def _embed(argv: Sequence[str]) -> int:
     """protein sequences through ESM-2 into a store"""
-    from distil_rank.commands.embeddings import extract
-    from distil_rank.embedding.embed import embed
-    from distil_rank.reporting import report
-    from distil_rank.runs.tracking import process_rank
+    from distil_rank.commands.embed import extract
+    from distil_rank.embedding.run import embed
+    from distil_rank.report import report
+    from distil_rank.tracking.run import process_rank
 
     parser = _parser("embed", embed.__doc__)
-    parser.add_function_arguments(embed, None, as_group=False, skip={"retry_skipped", "code_map", "like"})
+    parser.add_function_arguments(embed, None, as_group=False, skip={"retry_skipped", "encoder", "like"})
     parser.add_argument("--code", default=None, help="Folder of a code map: writes codes in place of the vectors.")
     retry = "Compute proteins again that were skipped for lack of memory."
     parser.add_argument("--retry-skipped", action="store_true", help=retry)
@@ -157,43 +157,43 @@ def _embed(argv: Sequence[str]) -> int:
 
 def _judge(argv: Sequence[str]) -> int:
     """representations of the same proteins on a labelled task"""
-    from distil_rank.commands.judging import judge
-    from distil_rank.reporting import judgement
-    from distil_rank.tasks.labels import LabelSource
+    from distil_rank.commands.evaluate import evaluate
+    from distil_rank.data.labels import LabelSource
+    from distil_rank.report import evaluation
 
-    parser = _parser("judge", judge.__doc__)
-    parser.add_function_arguments(judge, None, as_group=False, skip={"config"})
+    parser = _parser("evaluate", evaluate.__doc__)
+    parser.add_function_arguments(evaluate, None, as_group=False, skip={"config"})
     parsed = _parse(parser, argv)
     options = {**parsed.as_dict(), "config": parser.dump(parsed)}
-    judgement.show(judge(**{**options, "labels": LabelSource(**options["labels"])}))
+    evaluation.show(evaluate(**{**options, "labels": LabelSource(**options["labels"])}))
     return 0
 
 
 def _code(argv: Sequence[str]) -> int:
     """a few bytes for each protein of a store, fitted and judged"""
-    from distil_rank.codes.perturbation import Perturbations
-    from distil_rank.commands.codes import code
-    from distil_rank.reporting import judgement, report
-    from distil_rank.tasks.labels import LabelSource
+    from distil_rank.codes.augment import Augmentation
+    from distil_rank.commands.code import code
+    from distil_rank.data.labels import LabelSource
+    from distil_rank.report import evaluation, report
 
     parser = _parser("code", code.__doc__)
     parser.add_function_arguments(code, None, as_group=False, skip={"config"})
     parsed = _parse(parser, argv)
     options = {**parsed.as_dict(), "config": parser.dump(parsed)}
     options["labels"] = LabelSource(**options["labels"])
-    options["perturbations"] = Perturbations(**options["perturbations"])
+    options["augmentation"] = Augmentation(**options["augmentation"])
     done = code(**options)
-    if done.judgement is not None:
-        judgement.show(done.judgement)
-    report.show_facts("Codes", {"code map": done.code_map, "store": done.store})
+    if done.evaluation is not None:
+        evaluation.show(done.evaluation)
+    report.show_facts("Codes", {"code map": done.encoder, "store": done.store})
     return 0
 
 
 def _search(argv: Sequence[str]) -> int:
     """proteins against a store of codes: hits with E-values"""
     from distil_rank.codes.search import COLUMNS
-    from distil_rank.commands.searching import search_codes
-    from distil_rank.reporting import report
+    from distil_rank.commands.search import search_codes
+    from distil_rank.report import report
 
     parser = _parser("search", search_codes.__doc__)
     parser.add_function_arguments(search_codes, None, as_group=False, skip={"all_against_all"})
@@ -213,62 +213,24 @@ def _search(argv: Sequence[str]) -> int:
 
 def _recommend(argv: Sequence[str]) -> int:
     """the cheapest pipeline that keeps your function"""
-    from distil_rank.codes.perturbation import Perturbations
-    from distil_rank.commands.recommending import recommend
-    from distil_rank.reporting import recommendation
-    from distil_rank.tasks.labels import LabelSource
+    from distil_rank.codes.augment import Augmentation
+    from distil_rank.commands.recommend import recommend
+    from distil_rank.data.labels import LabelSource
+    from distil_rank.report import recommendation
 
     parser = _parser("recommend", recommend.__doc__)
     parser.add_function_arguments(recommend, None, as_group=False, skip={"config"})
     parsed = _parse(parser, argv)
     options = {**parsed.as_dict(), "config": parser.dump(parsed)}
     options["labels"] = LabelSource(**options["labels"])
-    options["perturbations"] = Perturbations(**options["perturbations"])
+    options["augmentation"] = Augmentation(**options["augmentation"])
     recommendation.show(recommend(**options))
-    return 0
-
-
-def _shorten(argv: Sequence[str]) -> int:
-    """a backbone that stops behind an early layer, with a map to its end"""
-    from distil_rank.commands.exits import shorten
-    from distil_rank.reporting import report
-    from distil_rank.tasks.labels import LabelSource
-
-    parser = _parser("shorten", shorten.__doc__)
-    parser.add_function_arguments(shorten, None, as_group=False, skip={"config"})
-    parsed = _parse(parser, argv)
-    options = {key: value for key, value in parsed.as_dict().items() if key != "config"}
-    options["labels"] = LabelSource(**options["labels"])
-    report.show_facts("Shortened backbone", shorten(**options, config=parser.dump(parsed)).facts)
-    return 0
-
-
-def _quantise(argv: Sequence[str]) -> int:
-    """a backbone in int8, a quarter of its size"""
-    from distil_rank.commands.quantising import quantise_backbone
-    from distil_rank.embedding.quantise import quantise
-    from distil_rank.reporting import report
-
-    parser = _parser("quantise", quantise.__doc__)
-    parser.add_function_arguments(quantise, None, as_group=False)
-    options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}
-    report.show_facts("Backbone in int8", quantise_backbone(options).facts())
-    return 0
-
-
-def _serve(argv: Sequence[str]) -> int:
-    """a student, codes, or a backbone that was shortened or quantised, behind an address"""
-    from distil_rank.commands.serving import serve
-
-    parser = _parser("serve", serve.__doc__)
-    parser.add_function_arguments(serve, None, as_group=False)
-    serve(**{key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"})
     return 0
 
 
 def _ui(argv: Sequence[str]) -> int:
     """browse the runs in MLflow's own pages"""
-    from distil_rank.runs.ui import serve_ui
+    from distil_rank.tracking.ui import serve_ui
 
     parser = _parser("ui", serve_ui.__doc__)
     parser.add_function_arguments(serve_ui, None, as_group=False)
@@ -284,13 +246,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sweep": _sweep,
     "compress": _compress,
     "export": _export,
-    "judge": _judge,
+    "evaluate": _judge,
     "code": _code,
     "search": _search,
     "recommend": _recommend,
-    "shorten": _shorten,
-    "quantise": _quantise,
-    "serve": _serve,
     "ui": _ui,
 }
 

@@ -14,7 +14,7 @@ from esm.model.esm2 import ESM2
 from hypothesis import settings
 from servers import s3_process
 
-from distil_rank.data.formats import load_matrix
+from distil_rank.data.files import load_matrix
 from distil_rank.embedding import precision
 from distil_rank.embedding.int8_linear import Int8Linear
 from distil_rank.embedding.processor import has_int8_units

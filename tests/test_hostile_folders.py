@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from distil_rank.cli import main
-from distil_rank.embedding.embed import embed
+from distil_rank.embedding.run import embed
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -58,7 +58,7 @@ def test_a_layer_that_does_not_fit_the_vectors(store, capsys, command, layer, to
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        (["judge", "--max_queries", "0"], "at least 1 but got 0"),
+        (["evaluate", "--max_queries", "0"], "at least 1 but got 0"),
         (["sweep", "--ranks", "[]"], "--ranks has none"),
         (["serve", "--model", "plain", "--port", "99999"], "ports go from 0 to 65535"),
         (["code", "--rank", "0"], "--rank of at least 1"),

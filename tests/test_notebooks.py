@@ -25,7 +25,7 @@ assert abs(found["closed_form"] - 0.90) < 0.01 and abs(after / before - 0.4) < 0
 """,
     "02_your_own_layer": """
 closed, tuned = (results[method][0] for method in ("closed_form", "tuned"))
-assert tuned.outputs.predictions_kept > closed.outputs.predictions_kept
+assert tuned.outputs.predictions_retained > closed.outputs.predictions_retained
 assert tuned.layers[0].held_out_r2 < closed.layers[0].held_out_r2
 assert len(table) == 3 and sizes["int8"] < sizes["layer"] / 3
 flagged = [layer.guard.flags(rows).float().mean() for rows in inputs.values()]
@@ -37,7 +37,7 @@ known = {row.method: {key: value.value for key, value in row.metrics.items()} fo
 assert known["constant"]["cosine"] > known["svd"]["cosine"] and known["constant"]["centred_cosine"] < 0.01
 assert known["svd"]["knn_overlap"] > 0.7 > 0.1 > known["constant"]["knn_overlap"]
 assert all(abs(each.predicted_r2 - each.r2) < 0.03 for each in points)
-kept = (places <= 10).double().mean(0)
+retained = (places <= 10).double().mean(0)
 assert abs(kept.mean() - point.knn_overlap) < 0.001 and kept[0] > 0.99 > kept[9]
 assert (places[query] <= 10).sum() == 9
 """,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from distil_rank.codes.perturbation import Perturbations
-from distil_rank.embedding.embed import OPTIONS, embed, options_like
+from distil_rank.codes.augment import Augmentation
 from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.run import OPTIONS, embed, options_like
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
@@ -37,7 +37,7 @@ class Copies:
 
 
 def embed_copies(
-    sequences: Sequence[str], chosen: np.ndarray, how: Perturbations, about: Mapping[str, Any], folder: str | Path
+    sequences: Sequence[str], chosen: np.ndarray, how: Augmentation, about: Mapping[str, Any], folder: str | Path
 ) -> Copies:
     """Perturb some proteins and embed the copies, unless that was done before.
 
@@ -58,7 +58,7 @@ def embed_copies(
 def embed_copies_by_layer(
     sequences: Sequence[str],
     chosen: np.ndarray,
-    how: Perturbations,
+    how: Augmentation,
     layers: Sequence[Mapping[str, Any]],
     folder: str | Path,
 ) -> list[Copies]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_rank.codes.code_store import CodeStore
 from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.quantisers import import_faiss
-from distil_rank.data.formats import Embeddings, save_matrix
+from distil_rank.codes.store import CodeStore
+from distil_rank.data.files import Embeddings, save_matrix
 from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 
@@ -34,7 +34,7 @@ def export_codes(store: CodeStore, path: str | Path) -> Path:
         save_matrix(Embeddings(store.ids, codes), path)
         return path
     faiss = import_faiss()
-    index = CodeIndex.build(codes, store.code_map, exact=True)
+    index = CodeIndex.build(codes, store.encoder, exact=True)
     with atomic_file(path) as file:
         file.write(faiss.serialize_index(index.index).tobytes())
     return path

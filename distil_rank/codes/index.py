@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distil_rank.codes.quantisers import BITS, import_faiss
-from distil_rank.lowrank.code_map import CENTROIDS, CodeMap
+from distil_rank.lowrank.encoder import CENTROIDS, CodeEncoder
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class CodeIndex:
     """Codes, ready to be searched. Made by `build`.
 
     Attributes:
-        code_map: what made the codes.
+        encoder: what made the codes.
         codes: `(N, width)`.
         index: faiss's.
         lists: number of inverted lists; 0 where every code is looked at.
@@ -52,14 +52,14 @@ class CodeIndex:
         recall: measured share of the exact neighbours that are then found; 1 where every code is looked at.
     """
 
-    def __init__(self, code_map: CodeMap, codes: np.ndarray, index: Any, centres: Any = None) -> None:
-        self.code_map, self.codes, self.index = code_map, codes, index
+    def __init__(self, encoder: CodeEncoder, codes: np.ndarray, index: Any, centres: Any = None) -> None:
+        self.encoder, self.codes, self.index = encoder, codes, index
         self._centres = centres
         self.lists = 0 if centres is None else centres.ntotal
         self.visited, self.recall = 0, 1.0
 
     @classmethod
-    def build(cls, codes: np.ndarray, code_map: CodeMap, exact: bool | None = None, seed: int = 0) -> Self:
+    def build(cls, codes: np.ndarray, encoder: CodeEncoder, exact: bool | None = None, seed: int = 0) -> Self:
         """An index over codes.
 
         Args:
@@ -74,19 +74,19 @@ class CodeIndex:
         faiss = import_faiss()
         codes = np.ascontiguousarray(codes)
         if exact or (exact is None and len(codes) <= EXACT_BELOW):
-            flat = _flat_index(faiss, code_map)
-            _fill(faiss, flat, _stored(codes, code_map))
-            return cls(code_map, codes, flat)
-        centres, assigned = _centres(faiss, codes, code_map, seed)
-        inverted = _inverted_index(faiss, code_map, centres)
-        stored, order = _stored(codes, code_map), np.argsort(assigned, kind="stable")
+            flat = _flat_index(faiss, encoder)
+            _fill(faiss, flat, _stored(codes, encoder))
+            return cls(encoder, codes, flat)
+        centres, assigned = _centres(faiss, codes, encoder, seed)
+        inverted = _inverted_index(faiss, encoder, centres)
+        stored, order = _stored(codes, encoder), np.argsort(assigned, kind="stable")
         ends = np.searchsorted(assigned[order], np.arange(centres.ntotal + 1))
         for number in np.flatnonzero(np.diff(ends)):
             rows = order[ends[number] : ends[number + 1]]
             block = np.ascontiguousarray(stored[rows])
             inverted.invlists.add_entries(int(number), len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(block))
         inverted.ntotal = len(codes)
-        found = cls(code_map, codes, inverted, centres)
+        found = cls(encoder, codes, inverted, centres)
         found._choose_visited(seed)
         return found
 
@@ -98,21 +98,21 @@ class CodeIndex:
             k: at most so many; fewer where there are fewer codes.
         """
         k = min(k, len(self.codes))
-        wanted = min(CANDIDATES * k, len(self.codes)) if self.code_map.dtype in ("int8", "pq") else k
+        wanted = min(CANDIDATES * k, len(self.codes)) if self.encoder.dtype in ("int8", "pq") else k
         parts = [self._search(part, k, wanted) for part in queries.split(QUERIES_AT_ONCE)]
         return Hits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _search(self, queries: Tensor, k: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
         rows = self._candidates(queries, wanted)
         targets = torch.from_numpy(self.codes[rows.clip(0)])  # (Q, wanted, width)
-        decoded = F.normalize(self.code_map.decode(targets.flatten(0, 1)), dim=1).unflatten(0, rows.shape)
+        decoded = F.normalize(self.encoder.decode(targets.flatten(0, 1)), dim=1).unflatten(0, rows.shape)
         scores = torch.einsum("qr,qkr->qk", queries, decoded).numpy()
         scores[rows < 0] = -np.inf
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
     def _candidates(self, queries: Tensor, wanted: int) -> np.ndarray:
-        ready = _filled(queries, self.code_map)
+        ready = _filled(queries, self.encoder)
         if self._centres is None:
             return self.index.search(ready, wanted)[1]
         near, lists = self._centres.search(ready, self.index.nprobe)
@@ -121,7 +121,7 @@ class CodeIndex:
     def _choose_visited(self, seed: int) -> None:
         """Visit as few lists as find `RECALL` of the exact neighbours of some of the codes."""
         chosen = np.random.default_rng(seed).permutation(len(self.codes))[:TRIALS]
-        queries = F.normalize(self.code_map.decode(torch.from_numpy(self.codes[chosen])), dim=1)
+        queries = F.normalize(self.encoder.decode(torch.from_numpy(self.codes[chosen])), dim=1)
         self.index.nprobe = self.lists
         exact = self.search(queries, DEPTH).scores
         self.index.nprobe = 1
@@ -136,73 +136,73 @@ class CodeIndex:
         log.info("Inverted lists: %s, of which %s are visited: recall %.3f", self.lists, self.visited, self.recall)
 
 
-def _filled(rows: Tensor, code_map: CodeMap) -> np.ndarray:
+def _filled(rows: Tensor, encoder: CodeEncoder) -> np.ndarray:
     """Rows `(N, r)` with zeros behind them where signs are stored, up to whole bytes."""
-    return F.pad(rows, (0, -code_map.rank % BITS if code_map.dtype == "bit" else 0)).contiguous().numpy()
+    return F.pad(rows, (0, -encoder.rank % BITS if encoder.dtype == "bit" else 0)).contiguous().numpy()
 
 
-def _stored(codes: np.ndarray, code_map: CodeMap) -> np.ndarray:
+def _stored(codes: np.ndarray, encoder: CodeEncoder) -> np.ndarray:
     """Codes as the bytes that faiss keeps of them, `(N, bytes)` uint8."""
-    if code_map.dtype == "int8":
+    if encoder.dtype == "int8":
         return (codes.astype(np.int16) + 128).astype(np.uint8)
-    return codes.view(np.uint8) if code_map.dtype == "float32" else codes
+    return codes.view(np.uint8) if encoder.dtype == "float32" else codes
 
 
-def _byte_codebooks(code_map: CodeMap) -> Tensor:
+def _byte_codebooks(encoder: CodeEncoder) -> Tensor:
     """What each value of each byte stands for, `(M, 256, block)`: eight signs are a centroid like any other."""
-    if code_map.codebooks is not None:
-        return code_map.codebooks
-    assert code_map.scale is not None
+    if encoder.codebooks is not None:
+        return encoder.codebooks
+    assert encoder.scale is not None
     bits = torch.arange(CENTROIDS)[:, None].bitwise_right_shift(torch.arange(BITS)) & 1  # (256, 8)
-    scale = F.pad(code_map.scale, (0, -code_map.rank % BITS)).unflatten(0, (-1, BITS))  # (M, 8)
+    scale = F.pad(encoder.scale, (0, -encoder.rank % BITS)).unflatten(0, (-1, BITS))  # (M, 8)
     return (bits.float() * 2 - 1) * scale[:, None]
 
 
-def _quantiser(index: Any, faiss: Any, code_map: CodeMap) -> None:
-    faiss.copy_array_to_vector(_byte_codebooks(code_map).numpy().ravel(), index.pq.centroids)
+def _quantiser(index: Any, faiss: Any, encoder: CodeEncoder) -> None:
+    faiss.copy_array_to_vector(_byte_codebooks(encoder).numpy().ravel(), index.pq.centroids)
     index.is_trained = True
 
 
-def _int8_scales(index: Any, faiss: Any, code_map: CodeMap) -> None:
+def _int8_scales(index: Any, faiss: Any, encoder: CodeEncoder) -> None:
     """Give faiss the scales, as the ranges from which it decodes a byte `c`: `low + range · (c + 0.5) / 255`.
 
     Its type for plain signed bytes would store none, but rounds queries to integers where the processor has AVX2 and
     no AVX-512 and the rank is a multiple of 16 (seen in faiss 1.15.1).
     """
-    assert code_map.scale is not None
-    ranges = torch.cat([-128.5 * code_map.scale, 255 * code_map.scale])
+    assert encoder.scale is not None
+    ranges = torch.cat([-128.5 * encoder.scale, 255 * encoder.scale])
     faiss.copy_array_to_vector(ranges.float().numpy(), index.sq.trained)
     index.is_trained = True
 
 
-def _flat_index(faiss: Any, code_map: CodeMap) -> Any:
-    rank = code_map.rank
-    if code_map.dtype == "float32":
+def _flat_index(faiss: Any, encoder: CodeEncoder) -> Any:
+    rank = encoder.rank
+    if encoder.dtype == "float32":
         return faiss.IndexFlatIP(rank)
-    if code_map.dtype == "int8":
+    if encoder.dtype == "int8":
         index = faiss.IndexScalarQuantizer(rank, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-        _int8_scales(index, faiss, code_map)
+        _int8_scales(index, faiss, encoder)
         return index
-    books, _, block = _byte_codebooks(code_map).shape
+    books, _, block = _byte_codebooks(encoder).shape
     # by distance: of centroids that fall short of the unit sphere it is nearer to the cosine than the inner product
     index = faiss.IndexPQ(books * block, books, BITS, faiss.METRIC_L2)
-    _quantiser(index, faiss, code_map)
+    _quantiser(index, faiss, encoder)
     return index
 
 
-def _inverted_index(faiss: Any, code_map: CodeMap, centres: Any) -> Any:
-    rank, lists = code_map.rank, centres.ntotal
-    if code_map.dtype == "float32":
+def _inverted_index(faiss: Any, encoder: CodeEncoder, centres: Any) -> Any:
+    rank, lists = encoder.rank, centres.ntotal
+    if encoder.dtype == "float32":
         index = faiss.IndexIVFFlat(centres, rank, lists, faiss.METRIC_INNER_PRODUCT)
-    elif code_map.dtype == "int8":
+    elif encoder.dtype == "int8":
         kind = faiss.ScalarQuantizer.QT_8bit
         index = faiss.IndexIVFScalarQuantizer(centres, rank, lists, kind, faiss.METRIC_INNER_PRODUCT, False)
-        _int8_scales(index, faiss, code_map)
+        _int8_scales(index, faiss, encoder)
     else:
-        books, _, block = _byte_codebooks(code_map).shape
+        books, _, block = _byte_codebooks(encoder).shape
         index = faiss.IndexIVFPQ(centres, books * block, lists, books, BITS, faiss.METRIC_L2)
         index.by_residual = False
-        _quantiser(index, faiss, code_map)
+        _quantiser(index, faiss, encoder)
     index.is_trained = True
     return index
 
@@ -212,11 +212,11 @@ def _fill(faiss: Any, index: Any, stored: np.ndarray) -> None:
     index.ntotal = len(stored)
 
 
-def _centres(faiss: Any, codes: np.ndarray, code_map: CodeMap, seed: int) -> tuple[Any, np.ndarray]:
+def _centres(faiss: Any, codes: np.ndarray, encoder: CodeEncoder, seed: int) -> tuple[Any, np.ndarray]:
     """Centres of inverted lists by spherical k-means on decoded codes, and the list of each code, `(N,)`."""
 
     def decoded(rows: np.ndarray | slice) -> np.ndarray:
-        return _filled(F.normalize(code_map.decode(torch.from_numpy(codes[rows])), dim=1), code_map)
+        return _filled(F.normalize(encoder.decode(torch.from_numpy(codes[rows])), dim=1), encoder)
 
     lists = max(1, round(LISTS_PER_ROOT * len(codes) ** 0.5))
     chosen = np.random.default_rng(seed).permutation(len(codes))[: SAMPLE_PER_LIST * lists]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distil_rank.errors import InputError
-from distil_rank.lowrank.code_map import CENTROIDS
+from distil_rank.lowrank.encoder import CENTROIDS
 
 BITS = 8  # a byte for each book
 OPQ_ROUNDS = 25

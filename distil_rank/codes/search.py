@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distil_rank.codes.code_store import CodeStore, manifest_of
 from distil_rank.codes.evalues import Tail, reversed_decoy
 from distil_rank.codes.index import CodeIndex
-from distil_rank.embedding.embed import OPTIONS, embed, options_like
+from distil_rank.codes.store import CodeStore, manifest_of
+from distil_rank.embedding.run import OPTIONS, embed, options_like
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -59,7 +59,7 @@ def embedded_queries(fasta: str | Path, store: CodeStore) -> Queries:
         )
     with TemporaryDirectory(prefix="distil-rank-") as folder:
         vectors = embed_like([protein.sequence for protein in proteins], store, Path(folder))
-    return Queries([protein.id for protein in proteins], store.code_map(vectors), np.full(len(proteins), -1))
+    return Queries([protein.id for protein in proteins], store.encoder(vectors), np.full(len(proteins), -1))
 
 
 def stored_queries(path: str | Path, store: CodeStore) -> Queries:
@@ -69,14 +69,14 @@ def stored_queries(path: str | Path, store: CodeStore) -> Queries:
         InputError: map and store do not belong together.
     """
     source = Store.open(path)
-    store.code_map.check_origin(manifest_of(source), str(path))
-    rows = store.code_map(torch.from_numpy(np.array(source.embeddings())))
+    store.encoder.check_origin(manifest_of(source), str(path))
+    rows = store.encoder(torch.from_numpy(np.array(source.embeddings())))
     return Queries(source.ids, rows, np.full(len(source), -1))
 
 
 def own_queries(store: CodeStore) -> Queries:
     """The codes themselves, each against all others."""
-    decoded = store.code_map.decode(torch.from_numpy(np.array(store.embeddings())))
+    decoded = store.encoder.decode(torch.from_numpy(np.array(store.embeddings())))
     return Queries(store.ids, F.normalize(decoded, dim=1), np.arange(len(store)))
 
 
@@ -131,8 +131,8 @@ def decoy_tail(store: CodeStore, decoys: int, folder: str | Path, seed: int = 0)
     vectors = embed_like(sequences, store, Path(folder) / f"decoys-{name}")
     sampled = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
     codes = torch.from_numpy(store.embeddings()[sampled])
-    targets = F.normalize(store.code_map.decode(codes), dim=1)
-    return Tail.of(decoy_scores(store.code_map(vectors), targets, chosen[:, None] == sampled))
+    targets = F.normalize(store.encoder.decode(codes), dim=1)
+    return Tail.of(decoy_scores(store.encoder(vectors), targets, chosen[:, None] == sampled))
 
 
 def decoy_scores(decoys: Tensor, targets: Tensor, own: np.ndarray) -> np.ndarray:
@@ -175,10 +175,10 @@ def search(
         lines = []
         columns = zip(queries.ids[block], queries.skip[block], found.rows, found.scores, evalues, strict=True)
         for query, skip, rows, scores, expected in columns:
-            kept = (rows >= 0) & (rows != skip)
+            retained = (rows >= 0) & (rows != skip)
             if max_evalue is not None:
-                kept &= expected <= max_evalue
-            for rank, place in enumerate(np.flatnonzero(kept)[:k], 1):
+                retained &= expected <= max_evalue
+            for rank, place in enumerate(np.flatnonzero(retained)[:k], 1):
                 lines.append((query, ids[rows[place]], float(scores[place]), rank, float(expected[place])))
         yield lines
 

@@ -11,17 +11,17 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from distil_rank.codes.augment import Augmentation
 from distil_rank.codes.copies import Copies, embed_copies
-from distil_rank.codes.fitting import copy_noise, group_noise
-from distil_rank.codes.perturbation import Perturbations
-from distil_rank.data.formats import Embeddings, load_matrix
+from distil_rank.codes.fit import copy_noise, group_noise
+from distil_rank.data.files import Embeddings, load_matrix
+from distil_rank.data.labels import LabelSource
 from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
-from distil_rank.tasks.groups import Groups, make_groups
-from distil_rank.tasks.labelled import OWN_LABELS, labelled_source, open_labelled
-from distil_rank.tasks.labels import LabelSource
-from distil_rank.tasks.retrieval import Relevance
-from distil_rank.tasks.task import Kind, Target
+from distil_rank.evaluation.groups import Groups, make_groups
+from distil_rank.evaluation.labelled import OWN_LABELS, labelled_source, open_labelled
+from distil_rank.evaluation.retrieval import Relevance
+from distil_rank.evaluation.task import Kind, Target
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def open_proteins(
     return Proteins(source, found, sides, None, "perturbed copies", notes)
 
 
-def copies_of(proteins: Proteins, judged: bool, how: Perturbations, folder: Path) -> Copies:
+def copies_of(proteins: Proteins, judged: bool, how: Augmentation, folder: Path) -> Copies:
     """Perturbed copies of proteins on one side.
 
     Args:
@@ -116,7 +116,7 @@ def copies_of(proteins: Proteins, judged: bool, how: Perturbations, folder: Path
     return embed_copies(found.sequences, chosen, how, found.provenance, folder)
 
 
-def noise_of(proteins: Proteins, source: NoiseSource, how: Perturbations, folder: Path) -> tuple[Tensor, str]:
+def noise_of(proteins: Proteins, source: NoiseSource, how: Augmentation, folder: Path) -> tuple[Tensor, str]:
     """The noise covariance of the fit side, and in words what it was taken from.
 
     Raises:

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distil_rank.commands.distil import distil, final_metrics, save_report
 from distil_rank.commands.lineage import lineage
-from distil_rank.commands.students import distil, final_metrics, save_report
-from distil_rank.commands.teachers import check_rank_request, kind_of, largest_rank
+from distil_rank.commands.train_teacher import check_rank_request, kind_of, largest_rank
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
-from distil_rank.reporting import figures
-from distil_rank.reporting.results import OURS, Result, TeacherResult
-from distil_rank.reporting.run_folder import publish, run_folder
-from distil_rank.runs.tracking import Run, points, start_run
+from distil_rank.evaluation.results import OURS, Result, TeacherResult
+from distil_rank.report import figures
+from distil_rank.report.run_folder import publish, run_folder
+from distil_rank.tracking.run import Run, points, start_run
 
 log = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ class Agreement:
     Attributes:
         rows: compared.
         r2: share of the outputs' variance kept.
-        predictions_kept: share of rows whose most probable class stayed; None for regression.
+        predictions_retained: share of rows whose most probable class stayed; None for regression.
         probability_error: mean total variation distance of the class probabilities; for two classes, the mean absolute
             error of the probability. None for regression.
     """
 
     rows: int
     r2: float
-    predictions_kept: float | None = None
+    predictions_retained: float | None = None
     probability_error: float | None = None
 
 
@@ -47,7 +47,7 @@ def agreement(
 ) -> Agreement | None:
     """Compare the model's outputs with and without its students on the held-out batches."""
     rows, residual, energy, total = 0, 0.0, 0.0, torch.zeros(())
-    kept, error = 0.0, 0.0
+    retained, error = 0.0, 0.0
     with evaluating(model):
         for batch in (batch for batch, held_out in batches if held_out):
             with installed(model, originals):
@@ -62,14 +62,14 @@ def agreement(
             energy += float(target.square().sum())
             total = total.to(target) + target.sum(0)
             ours, theirs = class_logits(output), class_logits(target)
-            kept += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            retained += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
             error += float((ours.softmax(-1) - theirs.softmax(-1)).abs().sum()) / 2
     if rows == 0:
         log.warning("Nothing was held out (fewer than 5 batches), so held-out fidelity is not known; give `held_out`.")
         return None
     variance = energy - float(total.square().sum()) / rows
     r2 = 1 - residual / variance if variance > 0 else float(residual == 0)
-    return Agreement(rows, r2, kept / rows, error / rows) if outputs == "classification" else Agreement(rows, r2)
+    return Agreement(rows, r2, retained / rows, error / rows) if outputs == "classification" else Agreement(rows, r2)
 
 
 def output_rows(output: Any, mask: Tensor | None) -> Tensor:

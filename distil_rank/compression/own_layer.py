@@ -1,4 +1,4 @@
-"""Layers from files of other projects: one projection, or the short tail behind it, from a saved state dict.
+"""Layers from files of other projects: one projection, or the short head behind it, from a saved state dict.
 
 Nothing here unpickles: PyTorch files load with `weights_only=True`, safetensors holds plain tensors.
 """
@@ -163,7 +163,7 @@ def load_linear(spec: str) -> nn.Linear:
     return linear_from_state(read_state_dict(path or spec), key if path and key else None, path or spec)
 
 
-def load_tail(spec: str) -> nn.Sequential:
+def load_head(spec: str) -> nn.Sequential:
     """Reads the modules behind a layer, so that a student can be trained on the model's output.
 
     Args:
@@ -176,7 +176,7 @@ def load_tail(spec: str) -> nn.Sequential:
     Raises:
         InputError: a step is neither, or its layer cannot be read.
 
-    >>> load_tail("tanh,relu")
+    >>> load_head("tanh,relu")
     Sequential(
       (0): Tanh()
       (1): ReLU()
@@ -186,7 +186,7 @@ def load_tail(spec: str) -> nn.Sequential:
     for step in steps:
         if step not in ACTIVATIONS and ":" not in step and not Path(step).exists():
             raise InputError(
-                f"Expected {', '.join(ACTIVATIONS)} or <file>:<key> as a step of the tail but got {step!r}."
+                f"Expected {', '.join(ACTIVATIONS)} or <file>:<key> as a step of the head but got {step!r}."
             )
     layers = [ACTIVATIONS[step]() if step in ACTIVATIONS else load_linear(step) for step in steps]
     return nn.Sequential(*layers).eval().requires_grad_(False)

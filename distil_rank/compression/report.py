@@ -92,10 +92,10 @@ class Report:
             lines.append("Fine-tuned for the whole model's output, which the layers' own R² may have paid for.")
         for when, agreed in (("", self.outputs), (" before fine-tuning", self.untuned)):
             if agreed is not None:
-                kept = agreed.predictions_kept
-                kept_text = "" if kept is None else f", predictions kept {kept:.2%}"
+                retained = agreed.predictions_retained
+                retained_text = "" if retained is None else f", predictions kept {retained:.2%}"
                 lines.append(
-                    f"The whole model's output{when} on {agreed.rows:,} held-out rows: R² {agreed.r2:.4f}{kept_text}."
+                    f"The whole model's output{when} on {agreed.rows:,} held-out rows: R² {agreed.r2:.4f}{retained_text}."
                 )
         return "\n".join(lines)
 

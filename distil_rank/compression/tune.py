@@ -20,7 +20,7 @@ from distil_rank.compression.modules import evaluating, installed
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
-from distil_rank.training.losses import Outputs, tail_loss
+from distil_rank.training.losses import Outputs, head_loss
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def match_outputs(
         moments: of the inputs of each.
         batches: the data.
         steps: of Adam, the rate decaying to zero over a cosine.
-        outputs: `classification` compares probabilities and logits, `regression` values (`tail_loss`).
+        outputs: `classification` compares probabilities and logits, `regression` values (`head_loss`).
         forward: runs the model on a batch.
         mask: true for what is not padding.
         lr: the first step of a parameter, as a share of its size.
@@ -148,7 +148,7 @@ class _OutputMatch:
         """Of one batch, a scalar."""
         with torch.no_grad(), installed(self.model, self.originals):
             target = output_rows(self.forward(self.model, batch), self.mask(batch))
-        return tail_loss(output_rows(self.forward(self.model, batch), self.mask(batch)), target, self.outputs).mean()
+        return head_loss(output_rows(self.forward(self.model, batch), self.mask(batch)), target, self.outputs).mean()
 
     @torch.no_grad()
     def check(self) -> float:

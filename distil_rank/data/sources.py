@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from distil_rank.embedding.embed import STORES
+from distil_rank.embedding.run import STORES
 from distil_rank.embedding.store import stores_in
 from distil_rank.errors import InputError
 from distil_rank.samples import LABELLED, UNLABELLED, sample

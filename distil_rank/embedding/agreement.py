@@ -22,20 +22,20 @@ class Agreement:
 
     Attributes:
         worst_cosine: Of the mean-pooled vectors, before and after.
-        neighbours_kept: Share of each protein's nearest neighbours in fp32 that it has in int8, by centred cosine; None
+        neighbours_retained: Share of each protein's nearest neighbours in fp32 that it has in int8, by centred cosine; None
             where there are too few proteins.
         proteins: Their number.
     """
 
     worst_cosine: float
-    neighbours_kept: float | None
+    neighbours_retained: float | None
     proteins: int
 
     @property
     def suffices(self) -> bool:
         """Whether int8 may be used; not where a figure is NaN."""
-        kept = 1.0 if self.neighbours_kept is None else self.neighbours_kept
-        return self.worst_cosine >= MIN_INT8_COSINE and kept >= MIN_INT8_NEIGHBOURS
+        retained = 1.0 if self.neighbours_retained is None else self.neighbours_retained
+        return self.worst_cosine >= MIN_INT8_COSINE and retained >= MIN_INT8_NEIGHBOURS
 
     def check(self) -> None:
         """Raises `InputError` where int8 may not be used."""
@@ -46,15 +46,17 @@ class Agreement:
             )
 
     def __str__(self) -> str:
-        kept = "" if self.neighbours_kept is None else f", {self.neighbours_kept:.1%} of the neighbours kept"
-        return f"worst cosine {self.worst_cosine:.5f} to fp32{kept} ({self.proteins} proteins)"
+        retained = (
+            "" if self.neighbours_retained is None else f", {self.neighbours_retained:.1%} of the neighbours kept"
+        )
+        return f"worst cosine {self.worst_cosine:.5f} to fp32{retained} ({self.proteins} proteins)"
 
 
 def agreement(expected: Tensor, found: Tensor) -> Agreement:
     """Compares pooled vectors, (N, dim) each, row by row and by their neighbours.
 
     >>> agreement(torch.eye(2), torch.eye(2))
-    Agreement(worst_cosine=1.0, neighbours_kept=None, proteins=2)
+    Agreement(worst_cosine=1.0, neighbours_retained=None, proteins=2)
     """
     worst = float(np.min(F.cosine_similarity(expected, found).numpy(), initial=1.0))  # NaN where any of them is
     number = min(MAX_NEIGHBOURS, len(expected) // 4)

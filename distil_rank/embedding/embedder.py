@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distil_rank.embedding.backbones import Backbone
+from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
 from distil_rank.embedding.freed_memory import keep_freed_memory
 from distil_rank.embedding.layer_spec import State
@@ -289,8 +289,8 @@ class _Sums:
             return Embedded(self.vectors, self.counts)
         counts = [0 if owner in self.skipped else count for owner, count in enumerate(self.counts)]
         parts = self.vectors.split(self.counts, dim=1)
-        kept = [part for owner, part in enumerate(parts) if owner not in self.skipped]
-        return Embedded(torch.cat(kept, dim=1) if kept else self.vectors[:, :0], counts)
+        retained = [part for owner, part in enumerate(parts) if owner not in self.skipped]
+        return Embedded(torch.cat(retained, dim=1) if retained else self.vectors[:, :0], counts)
 
 
 def windows(length: int, window: int | None) -> list[tuple[int, int]]:

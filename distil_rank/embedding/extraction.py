@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from distil_rank.embedding.backbones import Backbone, load_backbone
+from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
 from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.layer_costs import LayerCost, layer_costs
@@ -37,7 +37,7 @@ from distil_rank.embedding.shortened import POOLED_ALIKE
 from distil_rank.embedding.store import CODES, EMBEDDINGS, Store, layers_of
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
-from distil_rank.lowrank.code_map import CodeMap
+from distil_rank.lowrank.encoder import CodeEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Request:
     max_tokens: int | None = None
     retry_skipped: bool = False
     calibration: str | Path | None = None
-    code_map: CodeMap | None = None
+    encoder: CodeEncoder | None = None
     like: str | Path | None = None
 
 
@@ -102,7 +102,7 @@ class Extraction:
                 raise InputError(f"Expected {name} of at least 1 but got {value}.")
         self.request = request
         self.device = device
-        self.writer = StoreWriter(request.store, EMBEDDINGS if request.code_map is None else CODES)
+        self.writer = StoreWriter(request.store, EMBEDDINGS if request.encoder is None else CODES)
         self._int8: FusedEncoder | None = None
 
     @cached_property
@@ -175,7 +175,7 @@ class Extraction:
             "long": request.long,
             "max_length": request.max_length,
         }
-        return settings if request.code_map is None else settings | self._code_settings(request.code_map, settings)
+        return settings if request.encoder is None else settings | self._code_settings(request.encoder, settings)
 
     def _layers(self) -> list[State]:
         """What is asked for; a shortened backbone has one output, for the pooling that it was made for."""
@@ -200,14 +200,14 @@ class Extraction:
             )
         return [State(backbone.num_layers)]
 
-    def _code_settings(self, code_map: CodeMap, settings: dict[str, Any]) -> dict[str, Any]:
+    def _code_settings(self, encoder: CodeEncoder, settings: dict[str, Any]) -> dict[str, Any]:
         """What the manifest tells of the codes.
 
         Raises:
             InputError: the map is for vectors of another backbone, layer or pooling.
         """
-        code_map.check_origin(settings, f"this request to embed with {self.backbone.name}")
-        return {"dim": code_map.code_width, "code": code_map.entry}
+        encoder.check_origin(settings, f"this request to embed with {self.backbone.name}")
+        return {"dim": encoder.code_width, "code": encoder.entry}
 
     def _check_layers(self, manifest: dict[str, Any], layers: list[State]) -> None:
         """Raises `InputError` where the store exists and holds other layers."""
@@ -359,8 +359,8 @@ class Extraction:
                     f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
                     f"check the weights {self.backbone.name}, or use another store with --precision fp32."
                 )
-            if self.request.code_map is not None:
-                vectors = self.request.code_map.encode(torch.from_numpy(vectors[0])).numpy()
+            if self.request.encoder is not None:
+                vectors = self.request.encoder.encode(torch.from_numpy(vectors[0])).numpy()
             self.writer.write_part(batch.shard, batch.rows, result.counts, vectors, memory_of(self.device))
         if batch.last:
             self.writer.seal(batch.shard)

@@ -137,14 +137,14 @@ def _with_rows(staged: Path, rows: Iterator[pa.RecordBatch]) -> Iterator[pa.Reco
     """Joins the temporary table with number, name and row of the proteins to keep; both are in order."""
     blocks = read_batches(staged)
     block, first = next(blocks, None), 0
-    for kept in rows:
-        numbers = kept["number"].to_numpy()
+    for retained in rows:
+        numbers = retained["number"].to_numpy()
         start = 0
         while block is not None and start < len(numbers):
             stop = int(np.searchsorted(numbers, first + len(block)))
             if start < stop:
                 columns = block.take(pa.array(numbers[start:stop] - first))
-                ids, row = kept["id"].slice(start, stop - start), kept["row"].slice(start, stop - start)
+                ids, row = retained["id"].slice(start, stop - start), retained["row"].slice(start, stop - start)
                 values = [ids.cast(pa.string()), columns["sequence"], columns["sha256"], columns["length"], row]
                 yield pa.record_batch([*values, columns["notes"]], schema=PROTEINS)
             start = stop

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distil_rank.embedding.agreement import Agreement, agreement
-from distil_rank.embedding.backbones import Backbone
+from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.freed_memory import return_freed_memory

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distil_rank.embedding.agreement import Agreement
-from distil_rank.embedding.backbones import Backbone, load_backbone
+from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.calibration import CalibrationEncoder
 from distil_rank.embedding.int8_weights import round_weights
 from distil_rank.embedding.precision import HEAD, calibrate, int8_missing, read_calibration

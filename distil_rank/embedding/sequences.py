@@ -78,17 +78,17 @@ class CleaningReport:
     counts: Counter[str] = field(default_factory=Counter)
 
     def count_names(self, repeated: int, renamed: int) -> None:
-        """Counts records that `iter_records` kept: those that repeat another, and those whose name had to change."""
+        """Counts records that `iter_records` retained: those that repeat another, and those whose name had to change."""
         for kind, number in (("repeated", repeated), ("renamed", renamed)):
             if number:
                 self.counts[kind] += int(number)
-        self.counts["kept"] -= int(repeated)
+        self.counts["retained"] -= int(repeated)
 
     def __str__(self) -> str:
         changes = [
             f"{self.counts[key]:,} {description}" for key, description in _DESCRIPTIONS.items() if self.counts[key]
         ]
-        return ", ".join([f"{self.counts['kept']:,} of {self.counts['records']:,} records kept", *changes])
+        return ", ".join([f"{self.counts['retained']:,} of {self.counts['records']:,} records kept", *changes])
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ def iter_records(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
             if not sequence:
                 report.counts["empty"] += 1
                 continue
-            report.counts["kept"] += 1
+            report.counts["retained"] += 1
             yield Protein(name, sequence)
-    if not report.counts["kept"]:
+    if not report.counts["retained"]:
         raise InputError(
             f"Expected protein sequences in {report.source} but none is left of {report.counts['records']} records; "
             "give a FASTA file, or a table with a sequence column."

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 MORE_MEMORY = 1.05  # times the memory of the device that skipped a sequence: retry; a machine's own varies a little
 # what a store holds beside its .arrow files and the manifest
-OWN_NAMES = (PARTS, "provenance.json", "code_map", "calibration.safetensors")
+OWN_NAMES = (PARTS, "provenance.json", "encoder", "calibration.safetensors")
 
 
 class StoreWriter:

@@ -117,12 +117,12 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
     k = min(k, rows - 1)
     # Without the large mean that all rows share, float32 has digits enough, at half the time
     student, teacher = _centred(student).float(), _centred(teacher).float()
-    kept = []
+    retained = []
     for start in range(0, rows, chunk):
         near_student, near_teacher = (_neighbours(outputs, start, start + chunk, k) for outputs in (student, teacher))
         of_teacher = torch.zeros(len(near_teacher), rows, dtype=torch.bool, device=teacher.device)
-        kept.append(of_teacher.scatter_(1, near_teacher, True).gather(1, near_student).double().mean(1))
-    return torch.cat(kept)
+        retained.append(of_teacher.scatter_(1, near_teacher, True).gather(1, near_student).double().mean(1))
+    return torch.cat(retained)
 
 
 def linear_cka(student: Tensor, teacher: Tensor) -> float:

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from distil_rank.codes.augment import Augmentation
 from distil_rank.codes.copies import Copies, embed_copies_by_layer
-from distil_rank.codes.fitting import copy_noise
-from distil_rank.codes.perturbation import Perturbations
+from distil_rank.codes.fit import copy_noise
 from distil_rank.codes.sources import JUDGED_COPIES, MOST_CLUSTERED
 from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
+from distil_rank.evaluation.groups import make_groups
+from distil_rank.evaluation.retrieval import Relevance
+from distil_rank.evaluation.task import Target
 from distil_rank.recommendation.parts import CONFIRM, FIT, VALIDATE, split_parts
 from distil_rank.recommendation.problem import Problem, Task, Vectors
-from distil_rank.tasks.groups import make_groups
-from distil_rank.tasks.retrieval import Relevance
-from distil_rank.tasks.task import Target
 
 COPY_TASK = "perturbed copies"
 NOTE = (
@@ -28,9 +28,7 @@ NOTE = (
 )
 
 
-def copy_problem(
-    vectors: Vectors, groups: str | None, seed: int, folder: Path, perturbations: Perturbations
-) -> Problem:
+def copy_problem(vectors: Vectors, groups: str | None, seed: int, folder: Path, augmentation: Augmentation) -> Problem:
     """Set groups apart, embed copies of the fit side for the noise and of the judged sides for the task.
 
     Args:
@@ -38,7 +36,7 @@ def copy_problem(
         groups: see `make_groups`; MMseqs2 clusters, or those given with the data, by default.
         seed: of all draws.
         folder: for embedded copies.
-        perturbations: how copies for the noise are perturbed.
+        augmentation: how copies for the noise are perturbed.
 
     Raises:
         InputError: no sequences, or too few groups.
@@ -57,8 +55,8 @@ def copy_problem(
         about={name: vectors.about[name] for name in deep},
     )
     copying = _Copying(vectors, part, seed, folder / "copies")
-    fit_copies = copying.embed([FIT], perturbations)
-    once = replace(perturbations, proteins=JUDGED_COPIES, copies=1, seed=perturbations.seed + 1)
+    fit_copies = copying.embed([FIT], augmentation)
+    once = replace(augmentation, proteins=JUDGED_COPIES, copies=1, seed=augmentation.seed + 1)
     judged = copying.embed([VALIDATE, CONFIRM], once)
     owner = next(iter(judged.values())).owner
     everybody = np.concatenate([np.arange(len(group)), owner])
@@ -112,7 +110,7 @@ class _Copying:
     seed: int
     folder: Path
 
-    def embed(self, parts: Sequence[int], how: Perturbations) -> dict[str | None, Copies]:
+    def embed(self, parts: Sequence[int], how: Augmentation) -> dict[str | None, Copies]:
         """Copies of proteins drawn from each part, by layer."""
         draws = [
             np.random.default_rng([self.seed, part]).permutation(np.flatnonzero(self.part == part)) for part in parts

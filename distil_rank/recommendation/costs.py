@@ -15,12 +15,12 @@ import torch
 
 from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.quantisers import has_faiss
-from distil_rank.embedding.embed import embed, options_like
 from distil_rank.embedding.layer_spec import State
 from distil_rank.embedding.provenance import read_provenance
+from distil_rank.embedding.run import embed, options_like
 from distil_rank.errors import InputError
-from distil_rank.lowrank.code_map import CodeMap
-from distil_rank.reporting.choices import Cost
+from distil_rank.lowrank.encoder import CodeEncoder
+from distil_rank.report.choices import Cost
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def measure_costs(
     return costs, f"Time was measured on {len(chosen):,} of the proteins, of all lengths alike, {about['precision']}."
 
 
-def query_seconds(maps: Sequence[CodeMap], x: Sequence[np.ndarray]) -> tuple[float, float] | None:
+def query_seconds(maps: Sequence[CodeEncoder], x: Sequence[np.ndarray]) -> tuple[float, float] | None:
     """Median time of one query among all proteins, of two code maps in turn; None without faiss.
 
     Args:
@@ -76,15 +76,15 @@ def query_seconds(maps: Sequence[CodeMap], x: Sequence[np.ndarray]) -> tuple[flo
         return None
     rows = np.random.default_rng(0).permutation(len(x[0]))[:QUERIES]
     indices, queries = [], []
-    for code_map, vectors in zip(maps, x, strict=True):
+    for encoder, vectors in zip(maps, x, strict=True):
         codes = torch.cat(
             [
-                code_map.encode(torch.from_numpy(np.array(part)))
+                encoder.encode(torch.from_numpy(np.array(part)))
                 for part in np.array_split(vectors, max(1, len(vectors) // 8192))
             ]
         )
-        indices.append(CodeIndex.build(codes.numpy(), code_map))
-        queries.append(code_map(torch.from_numpy(vectors[rows])))
+        indices.append(CodeIndex.build(codes.numpy(), encoder))
+        queries.append(encoder(torch.from_numpy(vectors[rows])))
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(len(rows)):
         for side, (index, some) in enumerate(zip(indices, queries, strict=True)):

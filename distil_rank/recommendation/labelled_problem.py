@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_rank.codes.fitting import group_noise
+from distil_rank.codes.fit import group_noise
+from distil_rank.data.labels import LabelSource, LabelTable
+from distil_rank.evaluation.groups import make_groups
+from distil_rank.evaluation.task import Kind, make_target
 from distil_rank.recommendation.parts import FIT, joined, split_parts
 from distil_rank.recommendation.problem import Noise, Problem, Task, Vectors
-from distil_rank.tasks.groups import make_groups
-from distil_rank.tasks.labels import LabelSource, LabelTable
-from distil_rank.tasks.task import Kind, make_target
 
 
 def labelled_problem(

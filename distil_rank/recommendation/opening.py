@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from distil_rank.codes.perturbation import Perturbations
-from distil_rank.data.formats import load_matrix
+from distil_rank.codes.augment import Augmentation
+from distil_rank.data.files import load_matrix
+from distil_rank.data.labels import LabelSource, LabelTable, read_labels
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.location import is_remote
 from distil_rank.embedding.store import layers_of, read_manifest
+from distil_rank.evaluation.labelled import check_ids, labelled_source, own_labels, with_clusters
+from distil_rank.evaluation.task import Kind
 from distil_rank.recommendation.copy_problem import copy_problem
 from distil_rank.recommendation.labelled_problem import labelled_problem
 from distil_rank.recommendation.problem import Problem, Vectors
-from distil_rank.tasks.labelled import check_ids, labelled_source, own_labels, with_clusters
-from distil_rank.tasks.labels import LabelSource, LabelTable, read_labels
-from distil_rank.tasks.task import Kind
 
 
 def open_problem(
@@ -26,7 +26,7 @@ def open_problem(
     metric: str | None = None,
     seed: int = 0,
     folder: Path = Path("results"),
-    perturbations: Perturbations = Perturbations(),  # noqa: B008 - frozen
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 - frozen
 ) -> Problem:
     """Read vectors of all layers and labels, and set groups apart.
 
@@ -39,7 +39,7 @@ def open_problem(
         metric: the score that is to be kept.
         seed: of the draw of groups.
         folder: for embedded copies.
-        perturbations: how copies are perturbed.
+        augmentation: how copies are perturbed.
 
     Raises:
         InputError: nothing to read, no task, or too few groups.
@@ -53,7 +53,7 @@ def open_problem(
     if tables:
         problem = labelled_problem(vectors, tables, kind, groups, metric, seed)
     else:
-        problem = copy_problem(vectors, groups, seed, folder, perturbations)
+        problem = copy_problem(vectors, groups, seed, folder, augmentation)
     fallback = vectors.proteins.provenance.get("fallback")
     return replace(problem, notes=(*problem.notes, f"NOTE: {fallback}")) if fallback else problem
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil_rank.codes.fitting import Fit, Metric, fit_metric
-from distil_rank.lowrank.code_map import CodeMap, CodeType
-from distil_rank.reporting.choices import Pipeline
-from distil_rank.tasks.representations import Representation
+from distil_rank.codes.fit import Fit, Metric, fit_metric
+from distil_rank.evaluation.representations import Representation
+from distil_rank.lowrank.encoder import CodeEncoder, CodeType
+from distil_rank.report.choices import Pipeline
 
 KEPT = 4  # fits in memory: all metrics of a layer, and one more
 RANKS = (16, 32, 64, 128, 256)
@@ -41,7 +41,7 @@ def grid(layers: Sequence[str | None], widths: Sequence[int], metrics: Sequence[
 class Fitted:
     """Closed forms of every layer and metric, each fitted when it is wanted; all ranks and types follow from one.
 
-    The last few are kept: pipelines come layer by layer, and a fit has its rows and matrices of the vectors' width.
+    The last few are retained: pipelines come layer by layer, and a fit has its rows and matrices of the vectors' width.
 
     Args:
         layers: vectors by layer, `(N, d)` each.
@@ -61,7 +61,7 @@ class Fitted:
         self._noise, self._provenance = noise, provenance or {}
         self._fits: dict[tuple[str | None, Metric], Fit] = {}
 
-    def code_map(self, pipeline: Pipeline, guarded: bool = True) -> CodeMap:
+    def encoder(self, pipeline: Pipeline, guarded: bool = True) -> CodeEncoder:
         """The code map of one pipeline, with a guard or, in a moment, without."""
         key = (pipeline.layer, pipeline.metric)
         if key not in self._fits:
@@ -72,12 +72,12 @@ class Fitted:
             self._fits[key] = fit_metric(
                 self.layers[pipeline.layer], self.fit, pipeline.metric, noise, provenance=about
             )
-        return self._fits[key].code_map(pipeline.rank, pipeline.dtype, guarded=guarded)
+        return self._fits[key].encoder(pipeline.rank, pipeline.dtype, guarded=guarded)
 
     @torch.no_grad()
     def represent(self, pipeline: Pipeline, rows: np.ndarray) -> Representation:
         """Some rows as the pipeline stores and searches them."""
-        code_map = self.code_map(pipeline, guarded=False)
+        encoder = self.encoder(pipeline, guarded=False)
         x = torch.from_numpy(np.ascontiguousarray(self.layers[pipeline.layer][rows]))
-        queries, targets = code_map(x), code_map.decode(code_map.encode(x))
+        queries, targets = encoder(x), encoder.decode(encoder.encode(x))
         return Representation(str(pipeline), queries, torch.nn.functional.normalize(targets, dim=1), pipeline.bytes)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from distil_rank.codes.fitting import Metric
-from distil_rank.data.formats import Embeddings
+from distil_rank.codes.fit import Metric
+from distil_rank.data.files import Embeddings
+from distil_rank.evaluation.task import Target
 from distil_rank.recommendation.parts import split_parts
-from distil_rank.tasks.task import Target
 
 Noise = Callable[[str | None, np.ndarray], Tensor]  # layer, rows to fit on (N,) bool -> (d, d)
 

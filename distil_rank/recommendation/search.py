@@ -11,13 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from distil_rank.errors import InputError
+from distil_rank.evaluation.groups import Groups
+from distil_rank.evaluation.statistics import Interval, Statistic, retained_with_confidence
+from distil_rank.evaluation.trials import Trial, make_trial
 from distil_rank.recommendation.parts import FIT, VALIDATE
 from distil_rank.recommendation.pipelines import Fitted, grid
 from distil_rank.recommendation.problem import Problem, Task
-from distil_rank.reporting.choices import Cost, Outcome, Pipeline
-from distil_rank.tasks.groups import Groups
-from distil_rank.tasks.statistics import Interval, Statistic, kept_with_confidence
-from distil_rank.tasks.trials import Trial, make_trial
+from distil_rank.report.choices import Cost, Outcome, Pipeline
 
 Weigh = Literal["time", "bytes", "both"]
 QUERIES = 2000  # validation proteins that each pipeline is searched with at most
@@ -53,12 +53,12 @@ class Evaluator:
     Args:
         problem: vectors and tasks.
         fitted: closed forms of the fit part.
-        part: to judge on.
+        part: to evaluate on.
         max_queries: judged proteins that are searched with at most.
         seed: of draws.
 
     Raises:
-        InputError: a task without anything to judge on that part, or a full vector that scores nothing.
+        InputError: a task without anything to evaluate on that part, or a full vector that scores nothing.
     """
 
     def __init__(self, problem: Problem, fitted: Fitted, part: int, max_queries: int = 10_000, seed: int = 0) -> None:
@@ -90,15 +90,15 @@ class Evaluator:
 
     def outcome(self, pipeline: Pipeline, costs: Mapping[str | None, Cost], level: float = 0.95) -> Outcome:
         """Scores of one pipeline and what it keeps."""
-        scores, kept = [], []
+        scores, retained = [], []
         for side in self.sides:
             statistic = side.trial.measure(self.fitted.represent(pipeline, side.rows))[side.metric]
             ratio = statistic.value / side.reference.value
-            interval = kept_with_confidence(statistic, side.reference, level)
+            interval = retained_with_confidence(statistic, side.reference, level)
             scores.append(statistic.value)
-            kept.append(interval or Interval(ratio, -math.inf, math.inf))
+            retained.append(interval or Interval(ratio, -math.inf, math.inf))
         cost = costs.get(pipeline.layer)
-        return Outcome(pipeline, pipeline.bytes, None if cost is None else cost.share, tuple(scores), tuple(kept))
+        return Outcome(pipeline, pipeline.bytes, None if cost is None else cost.share, tuple(scores), tuple(retained))
 
 
 def full_pipeline(problem: Problem) -> Pipeline:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from distil_rank.data.labels import LabelSource, read_labels
 from distil_rank.embedding.sequences import Protein, read_proteins
 from distil_rank.errors import InputError
-from distil_rank.tasks.labels import LabelSource, read_labels
 
 LARGE = 10  # a class gets at most this share of the proteins, or, where there are fewer classes, as much as others
 
@@ -61,8 +61,8 @@ def _chosen(everything: Sequence[Protein], labels: LabelSource, proteins: int, s
     for row in dice.permutation(len(rows)):
         if len(part := members.setdefault(classes[row], [])) < most:
             part.append(rows[row])
-    kept: list[int] = []
+    retained: list[int] = []
     for number in dice.permutation(list(members)):
-        if len(kept) + len(members[number]) <= proteins:
-            kept += members[number]
-    return sorted(kept)
+        if len(retained) + len(members[number]) <= proteins:
+            retained += members[number]
+    return sorted(retained)

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from distil_rank.evaluation.results import Curve
 from distil_rank.measure.latency import LayerLatency, compare_layers
 from distil_rank.measure.metrics import Fidelity
-from distil_rank.reporting.results import Curve
 from distil_rank.training.distil import DistilModule
 
 SAVE_PERIOD = 10.0  # seconds of training that a killed run may lose

@@ -18,7 +18,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.bootstrap import group_sums
-from distil_rank.training.losses import Outputs, layer_loss, tail_loss
+from distil_rank.training.losses import Outputs, head_loss, layer_loss
 from distil_rank.training.stacked import Batch, RowsWithTargets, StackedStudents
 
 # The recipe of the original project, to the letter: options of `DistilModule`, and how long it trains.
@@ -36,18 +36,18 @@ ORIGINAL_STEPS, ORIGINAL_BATCH = 1000, 64
 class DistilModule(LightningModule):
     """Train students, one per seed, to match a frozen teacher.
 
-    Without a tail the loss compares the layer's outputs,
+    Without a head the loss compares the layer's outputs,
 
         L = mse(y_s, y_t) / v + alpha · mean(1 − cos(y_s, y_t)),
 
     with `v = 1` (the original) or `v` the variance of the teacher's output (`normalise`), which makes the first
-    term 1 − R² and gives alpha the same weight for every teacher. With a tail, the frozen rest of the model, it
-    compares what comes out at the very end (`tail_loss`).
+    term 1 − R² and gives alpha the same weight for every teacher. With a head, the frozen rest of the model, it
+    compares what comes out at the very end (`head_loss`).
 
     Args:
         teacher: the dense layer; its parameters are frozen.
         students: where training starts from: one student, or one per seed, which are trained as one batched model.
-        tail: the rest of the model behind the layer, frozen; its outputs are logits `(N, classes)`, or with
+        head: the rest of the model behind the layer, frozen; its outputs are logits `(N, classes)`, or with
             `outputs="regression"` values `(N, k)`.
         output_variance: mean squared deviation of an element of the teacher's output from its training mean; needed
             by `normalise`.
@@ -58,14 +58,14 @@ class DistilModule(LightningModule):
         weight_decay: Of AdamW.
         schedule: `cosine` decays the rate to zero over the run, `constant` keeps it.
         nested_ranks: Train these ranks at once, each a slice of the same factors, besides the full one.
-        outputs: Whether the tail puts out logits of classes (one column: of yes against no) or values.
+        outputs: Whether the head puts out logits of classes (one column: of yes against no) or values.
     """
 
     def __init__(
         self,
         teacher: nn.Linear,
         students: LowRankLinear | Sequence[LowRankLinear],
-        tail: nn.Module | None = None,
+        head: nn.Module | None = None,
         output_variance: float = 1.0,
         alpha: float = 0.1,
         normalise: bool = True,
@@ -77,10 +77,10 @@ class DistilModule(LightningModule):
         outputs: Outputs = "classification",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["teacher", "students", "tail"], logger=False)
+        self.save_hyperparameters(ignore=["teacher", "students", "head"], logger=False)
         self.teacher = teacher.requires_grad_(False)
         self.students = StackedStudents([students] if isinstance(students, LowRankLinear) else students)
-        self.tail = None if tail is None else tail.requires_grad_(False).eval()
+        self.head = None if head is None else head.requires_grad_(False).eval()
         for rank in nested_ranks:
             if not 1 <= rank <= self.students.rank:
                 raise InputError(f"Expected nested ranks in [1, {self.students.rank}] but got {rank}.")
@@ -109,10 +109,10 @@ class DistilModule(LightningModule):
         return {name: torch.stack([parts[name] for parts in per_rank]).mean(0) for name in per_rank[0]}
 
     def _losses(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        if self.tail is not None:
+        if self.head is not None:
             target = target.expand_as(output)
-            logits, wanted = (self.tail(y.flatten(0, 1)).unflatten(0, output.shape[:2]) for y in (output, target))
-            return {"loss": tail_loss(logits, wanted, self.hparams["outputs"])}
+            logits, wanted = (self.head(y.flatten(0, 1)).unflatten(0, output.shape[:2]) for y in (output, target))
+            return {"loss": head_loss(logits, wanted, self.hparams["outputs"])}
         variance = self.hparams["output_variance"] if self.hparams["normalise"] else 1.0
         return layer_loss(output, target, self.hparams["alpha"], variance)
 
@@ -131,7 +131,7 @@ class DistilModule(LightningModule):
         return losses["loss"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what does not change: the teacher and the tail."""
+        """Leave out what does not change: the teacher and the head."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name.startswith("students.")}
 
@@ -284,9 +284,9 @@ def fit(
     for seed, student in enumerate(start):
         gain = torch.from_numpy(group_sums((before - after)[seed].numpy(), data.proteins("val")))
         helped = len(gain) > 1 and bool(gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5)
-        kept = module.students[seed] if helped else student
+        retained = module.students[seed] if helped else student
         losses = float(before[seed].mean()), float(after[seed].mean())
-        fits.append(Fit(kept, *losses, trainer.global_step, helped))
+        fits.append(Fit(retained, *losses, trainer.global_step, helped))
     return fits
 
 

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
-from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, parameter_count
-from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import choose_rank, output_spectrum, r2_curve, solve
-from distil_rank.measure.latency import compare_layers
-from distil_rank.measure.metrics import r2
-from distil_rank.reporting.evaluate import ConstantOutput, HeldOut, ladder, solved_students
-from distil_rank.reporting.function import function_kept
-from distil_rank.reporting.results import (
+from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, comparison, solved_students
+from distil_rank.evaluation.function import function_retained
+from distil_rank.evaluation.results import (
     OURS,
     RECIPE,
-    LadderRow,
+    ComparisonRow,
     ParameterCounts,
     ParetoPoint,
     Spectrum,
     TeacherCheck,
     TeacherResult,
 )
+from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, parameter_count
+from distil_rank.lowrank.moments import Moments
+from distil_rank.lowrank.solvers import choose_rank, output_spectrum, r2_curve, solve
+from distil_rank.measure.latency import compare_layers
+from distil_rank.measure.metrics import r2
 from distil_rank.training.distil import Fit
 from distil_rank.training.seeds import Solved, Trained, TrainingOptions, train_recipes, train_students
 
@@ -63,7 +63,7 @@ def run_experiment(
     shrinkage: float | Literal["auto"] = 0.0,
     training: TrainingOptions = TrainingOptions(),  # noqa: B008 - frozen
 ) -> Experiment:
-    """Compress one dense layer at one rank and measure every method of the ladder.
+    """Compress one dense layer at one rank and measure every method of the comparison.
 
     Args:
         name: of the teacher, for the report.
@@ -82,7 +82,7 @@ def run_experiment(
     trained = train_students(solved, data, replace(training, optimal=optimal))
     recipe = train_recipes(solved, data, training.seeds)
     held_out = HeldOut.of(data)
-    rows = measure_ladder(solved, trained, recipe, held_out, data)
+    rows = measure_comparison(solved, trained, recipe, held_out, data)
     result = assemble_result(name, check, rank, solved, trained, recipe, rows, data, held_out)
     assert trained.fit is not None
     return Experiment(result, trained.students[0], trained.fit)
@@ -113,19 +113,19 @@ def solve_students(
 
 def is_squared_error(distil: dict[str, Any]) -> bool:
     """Whether these options of `DistilModule` make the loss the layer's squared error alone."""
-    return distil.get("tail") is None and distil.get("alpha") == 0
+    return distil.get("head") is None and distil.get("alpha") == 0
 
 
-def measure_ladder(
+def measure_comparison(
     solved: Solved, trained: Trained, recipe: Trained, held_out: HeldOut, data: EmbeddingDataModule
-) -> list[LadderRow]:
+) -> list[ComparisonRow]:
     """Every method on the held-out rows, from the constant to ours."""
     candidates: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(solved.mean)]}
     candidates |= {method: [layer] for method, layer in solved.students.items()}
     candidates |= {RECIPE: recipe.students, OURS: trained.students}
     seconds = {"closed_form": solved.seconds, RECIPE: recipe.seconds, OURS: trained.seconds}
-    function = function_kept(solved.teacher, candidates, solved.mean, data)
-    return ladder(solved.teacher, candidates, solved.mean, held_out, seconds=seconds, function_kept=function)
+    function = function_retained(solved.teacher, candidates, solved.mean, data)
+    return comparison(solved.teacher, candidates, solved.mean, held_out, seconds=seconds, function_retained=function)
 
 
 def assemble_result(
@@ -135,7 +135,7 @@ def assemble_result(
     solved: Solved,
     trained: Trained,
     recipe: Trained,
-    rows: list[LadderRow],
+    rows: list[ComparisonRow],
     data: EmbeddingDataModule,
     held_out: HeldOut,
 ) -> TeacherResult:
@@ -155,7 +155,7 @@ def assemble_result(
         predicted_r2=predicted,
         held_out_r2=measured,
         held_out_note=held_out.note,
-        ladder=rows,
+        comparison=rows,
         latency=list(trained.latency or compare_layers(teacher, trained.students[0])),
         spectrum=Spectrum(_relative(torch.linalg.svdvals(teacher.weight)), _relative(solved.spectrum[0].sqrt())),
         curves={OURS: trained.curve, RECIPE: recipe.curve},
@@ -180,7 +180,9 @@ def pareto(
     factors = solve(teacher.weight, teacher.bias, full, "closed_form", moments, spectrum)
     nested = LowRankLinear.from_factors(factors, moments.mean)
     ranks = [rank for rank in PARETO_RANKS if rank < full] + [full]
-    rows = ladder(teacher, {str(rank): [nested.truncate(rank)] for rank in ranks}, mean, held_out, optimum=str(full))
+    rows = comparison(
+        teacher, {str(rank): [nested.truncate(rank)] for rank in ranks}, mean, held_out, optimum=str(full)
+    )
     points = []
     for rank, row in zip(ranks, rows, strict=True):
         r2, knn = row.metrics["r2"], row.metrics["knn_overlap"]

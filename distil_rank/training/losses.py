@@ -63,7 +63,7 @@ class _RowErrors(torch.autograd.Function):
         return gradient, None
 
 
-def tail_loss(logits: Tensor, target: Tensor, outputs: Outputs) -> Tensor:
+def head_loss(logits: Tensor, target: Tensor, outputs: Outputs) -> Tensor:
     """The distance of each row at the end of the model from the teacher's, `(N,)`.
 
     Classification: the Kullback-Leibler divergence KL(teacher ‖ student) of the class probabilities (Hinton, Vinyals
@@ -77,7 +77,7 @@ def tail_loss(logits: Tensor, target: Tensor, outputs: Outputs) -> Tensor:
 
     >>> import torch
     >>> logits = torch.tensor([[2.0, -1.0]])
-    >>> tail_loss(logits, logits, "classification").tolist()
+    >>> head_loss(logits, logits, "classification").tolist()
     [0.0]
     """
     squared = (logits - target).square().mean(-1)

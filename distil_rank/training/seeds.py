@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.evaluation.results import Curve
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import Factors
 from distil_rank.measure.latency import LayerLatency
-from distil_rank.reporting.results import Curve
 from distil_rank.training.callbacks import CurveRecorder, LogFidelity, LogLatency, LogLosses, Progress, SaveLast
 from distil_rank.training.distil import (
     ORIGINAL,

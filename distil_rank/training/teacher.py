@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from distil_rank.evaluation.results import TeacherCheck
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import output_spectrum
 from distil_rank.measure.metrics import effective_rank
-from distil_rank.reporting.results import TeacherCheck
 
 log = logging.getLogger(__name__)
 

@@ -124,13 +124,13 @@ def test_a_weight_that_is_computed_is_still_one():
 def test_masks_as_attention_has_them():
     layer, x = nn.Linear(3, 3), torch.randn(2, 5, 3)
     model = nn.Sequential(layer)
-    kept = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    retained = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
 
     def rows_with(mask):
         return capture(model, {"0": layer}, [(x, False)], mask=lambda batch: mask)["0"].fit.rows
 
-    assert rows_with(kept) == rows_with(kept[:, None, None]) == rows_with(kept.tolist()) == 6
-    for wrong in ((1 - kept) * -1e9, torch.ones(3), torch.ones(2, 5, 5)):
+    assert rows_with(retained) == rows_with(retained[:, None, None]) == rows_with(retained.tolist()) == 6
+    for wrong in ((1 - retained) * -1e9, torch.ones(3), torch.ones(2, 5, 5)):
         with pytest.raises(InputError, match="mask \\(batch, time\\) of 1 for tokens"):
             rows_with(wrong)
 
@@ -142,7 +142,7 @@ def test_inputs_that_a_mask_does_not_fit_are_said(caplog):
     assert caplog.text.count("padding is counted") == 1
 
 
-def test_no_hook_stays_even_after_an_error_and_modes_are_kept():
+def test_no_hook_stays_even_after_an_error_and_modes_are_retained():
     model = nn.Sequential(nn.Dropout(), nn.Linear(3, 3), nn.Linear(3, 3))
     model[2].eval()
     with pytest.raises(RuntimeError):

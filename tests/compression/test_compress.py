@@ -81,7 +81,7 @@ def test_what_the_report_says_is_what_the_rows_show():
     whole = nn.Sequential(dense, *model[1:])
     agree = (whole(held_out).argmax(1) == model(held_out).argmax(1)).float().mean()
     assert report.outputs.rows == len(held_out) == 180
-    assert report.outputs.predictions_kept == pytest.approx(float(agree))
+    assert report.outputs.predictions_retained == pytest.approx(float(agree))
     error = (whole(held_out).softmax(1) - model(held_out).softmax(1)).abs().sum(1).mean() / 2
     assert report.outputs.probability_error == pytest.approx(float(error), rel=1e-4)
     assert row.dense_us > 0 and row.student_us > 0
@@ -134,7 +134,7 @@ def test_sequentially_each_layer_sees_what_the_replaced_ones_give():
 
 
 @pytest.mark.parametrize("sequential", [True, False])
-def test_a_budget_is_shared_and_kept(sequential):
+def test_a_budget_is_shared_and_retained(sequential):
     report = compress(mlp(), ["0", "2"], rows(), parameters=0.5, sequential=sequential)
     assert sum(row.parameters - row.out_features for row in report.layers) <= 0.5 * 2 * 24 * 24
     assert all(row.rank for row in report.layers)
@@ -145,7 +145,7 @@ def test_what_would_not_shrink_stays_dense_and_says_why(net, tokens):
     notes = {row.name: (row.rank, row.note) for row in report.layers}
     assert notes["up"] == notes["down"] == (None, "no weights saved from rank 9 on")
     assert notes["head"] == (None, "its weight is also embed.weight")
-    assert isinstance(net.up, nn.Linear) and report.outputs.predictions_kept == 1.0
+    assert isinstance(net.up, nn.Linear) and report.outputs.predictions_retained == 1.0
     assert "dense: no weights saved" in str(report)
 
 
@@ -183,7 +183,7 @@ def test_fine_tuning_serves_the_far_end_and_touches_nothing_else():
     assert model.training and model[0].provenance["tuned_steps"] == 600
 
 
-def test_fine_tuning_that_does_not_help_is_not_kept():
+def test_fine_tuning_that_does_not_help_is_not_retained():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(400, 6)
     closed = compress(model, {"0": 2}, x, inplace=False)
@@ -198,8 +198,8 @@ def test_tied_layers_are_both_left_and_counted_once_in_a_budget():
     model[2].weight = model[0].weight
     report = compress(model, ["*"], torch.randn(400, 16), parameters=0.75)
     assert [row.rank is None for row in report.layers] == [True, True, False]
-    kept = model[0].weight.numel() + model[4].A.numel() + model[4].B.numel()
-    assert kept <= 0.75 * 2 * 256
+    retained = model[0].weight.numel() + model[4].A.numel() + model[4].B.numel()
+    assert retained <= 0.75 * 2 * 256
     with pytest.raises(InputError, match="room for rank 1"):
         compress(model, ["0", "2"], torch.randn(400, 16), parameters=0.5)
 

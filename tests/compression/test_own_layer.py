@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from distil_rank.compression.own_layer import load_linear, load_tail, read_state_dict
+from distil_rank.compression.own_layer import load_head, load_linear, read_state_dict
 from distil_rank.errors import InputError
 
 
@@ -70,7 +70,7 @@ def test_every_kind_of_file_gives_the_same_layer(tmp_path, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
-def test_dtype_and_missing_bias_are_kept(tmp_path, dtype, bias):
+def test_dtype_and_missing_bias_are_retained(tmp_path, dtype, bias):
     path = write("safetensors", tmp_path, state(dtype, bias))
     layer = load_linear(f"{path}:head.0")
     assert layer.weight.dtype == dtype
@@ -153,10 +153,10 @@ def test_wrong_specs_say_what_would_be_right(tmp_path, spec, message):
 def test_a_tail_is_the_function_behind_the_layer(tmp_path):
     tensors = state()
     path = write("safetensors", tmp_path, tensors)
-    tail = load_tail(f"tanh, {path}:head.2")
+    head = load_head(f"tanh, {path}:head.2")
     x = torch.randn(4, 7)
     expected = torch.tanh(x) @ tensors["head.2.weight"].T + tensors["head.2.bias"]
-    torch.testing.assert_close(tail(x), expected)
-    assert not any(p.requires_grad for p in tail.parameters())
-    with pytest.raises(InputError, match="as a step of the tail but got 'swish'"):
-        load_tail("swish")
+    torch.testing.assert_close(head(x), expected)
+    assert not any(p.requires_grad for p in head.parameters())
+    with pytest.raises(InputError, match="as a step of the head but got 'swish'"):
+        load_head("swish")

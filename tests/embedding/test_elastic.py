@@ -17,14 +17,14 @@ import pytest
 from test_resume import content
 
 from distil_rank.cli import main
-from distil_rank.codes.code_store import CodeStore, write_code_map, write_codes
-from distil_rank.codes.fitting import fit_metric
-from distil_rank.commands.codes import code
-from distil_rank.deployment.artefact import save
+from distil_rank.codes.fit import fit_metric
+from distil_rank.codes.store import CodeStore, write_codes, write_encoder
+from distil_rank.commands.code import code
+from distil_rank.compression.artefact import save
 from distil_rank.embedding import elastic
 from distil_rank.embedding.elastic import compute_elastically
-from distil_rank.embedding.embed import embed
 from distil_rank.embedding.ray_cluster import Cluster
+from distil_rank.embedding.run import embed
 from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -106,11 +106,11 @@ def test_one_worker_killed_and_one_that_joins_late(tiny_esm2, tmp_path, cluster,
     store = Store.open(two)
     about = {key: store.manifest[key] for key in ("weights_sha256", "layer", "pooling")}
     x = store.embeddings()
-    code_map = fit_metric(x, np.ones(len(x), bool), "whitened", provenance=about).code_map(8, "bit")
-    write_code_map(code_map, tmp_path / "codes", data=about)
-    write_codes(store, tmp_path / "codes", code_map)
+    encoder = fit_metric(x, np.ones(len(x), bool), "whitened", provenance=about).encoder(8, "bit")
+    write_encoder(encoder, tmp_path / "codes", data=about)
+    write_codes(store, tmp_path / "codes", encoder)
     options = {"engine": "ray", "ray_address": cluster.address, "ray_cores": 1, "codes": str(tmp_path / "workers")}
-    code(str(two), code_map=str(save(code_map, tmp_path / "map", data=about)), **options)
+    code(str(two), encoder=str(save(encoder, tmp_path / "map", data=about)), **options)
     assert content(tmp_path / "workers") == content(tmp_path / "codes")
     CodeStore.open(tmp_path / "workers").verify()
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distil_rank.embedding import embedder
-from distil_rank.embedding.backbones import load_backbone
+from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder, windows
 from distil_rank.embedding.layer_spec import State
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from esm.model.esm2 import ESM2
 
 from distil_rank.embedding import embedder, int8_encoder
-from distil_rank.embedding.backbones import Backbone, load_backbone
+from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
@@ -180,4 +180,4 @@ def test_the_tiny_model_s_files_calibrate(tiny_esm2):
     calibration, encoder, figures = calibrate(backbone, proteins(30), 2)
     assert (len(calibration.layers), encoder.layer) == (2, 2)
     assert figures.worst_cosine > 0.98
-    assert figures.neighbours_kept is not None
+    assert figures.neighbours_retained is not None

@@ -178,7 +178,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
         assert torch.equal(some_steps, steps[start:stop])
 
 
-def test_kernels_compile_where_nothing_can_be_kept(monkeypatch):
+def test_kernels_compile_where_nothing_can_be_retained(monkeypatch):
     def njit(cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")

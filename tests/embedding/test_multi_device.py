@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_resume import content, write_fasta
 
 from distil_rank.embedding import agreement
-from distil_rank.embedding.embed import embed
 from distil_rank.embedding.multi_device import balanced
 from distil_rank.embedding.processor import has_int8_units
+from distil_rank.embedding.run import embed
 from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
@@ -25,7 +25,7 @@ import os
 import sys
 import torch
 from distil_rank.embedding import agreement, planning
-from distil_rank.embedding.embed import embed
+from distil_rank.embedding.run import embed
 from distil_rank.errors import InputError
 
 torch.set_num_threads(1)

@@ -25,7 +25,7 @@ records = st.lists(st.tuples(names, st.text("AC", min_size=1, max_size=4)), min_
 
 def plan(store, proteins, manifest=MANIFEST):
     report = CleaningReport("in.fasta")
-    report.counts["kept"] = len(proteins)
+    report.counts["retained"] = len(proteins)
     name = f"proteins-{len(manifest['proteins']):05d}.arrow"
     storage = LocalStorage(store)
     added = write_new_proteins(storage, name, proteins, manifest, report)
@@ -73,7 +73,7 @@ def test_names_and_rows_are_those_of_dictionaries(tmp_path_factory, first, secon
                 return
             report, manifest = plan(store, proteins, manifest)
             assert stored(store, manifest) == before + lines
-            assert report.counts["kept"] + report.counts["repeated"] == len(proteins)
+            assert report.counts["retained"] + report.counts["repeated"] == len(proteins)
             sizes = {
                 len(part)
                 for file in manifest["proteins"]

@@ -12,9 +12,9 @@ import torch
 from distil_rank.embedding import agreement as agreement_module
 from distil_rank.embedding import extraction, precision
 from distil_rank.embedding.agreement import agreement
-from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.provenance import read_provenance
+from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -124,7 +124,7 @@ def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta,
 
 @needs_units
 def test_int8_without_numba_takes_the_next_precision_and_a_store_in_int8_names_it(run, fasta, monkeypatch, caplog):
-    run(fasta, "kept", precision="int8", max_tokens=400)
+    run(fasta, "retained", precision="int8", max_tokens=400)
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
     for name in ("numba", "distil_rank.embedding.int8_encoder"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -134,7 +134,7 @@ def test_int8_without_numba_takes_the_next_precision_and_a_store_in_int8_names_i
     more = fasta.with_name("more.fasta")
     more.write_text(fasta.read_text() + ">other\nMKVLA\n")
     with pytest.raises(InputError, match=r"kept are, but int8 needs numba \(pip install"):
-        run(more, "kept")
+        run(more, "retained")
 
 
 @needs_units
@@ -182,10 +182,10 @@ def test_agreement_counts_neighbours_by_brute_force():
         unit = x / np.linalg.norm(x, axis=1, keepdims=True)
         scores = unit @ unit.T - 9 * np.eye(20)
         nearest.append([set(np.argsort(-row)[:5]) for row in scores])
-    kept = np.mean([len(p & q) / 5 for p, q in zip(*nearest, strict=True)])
+    retained = np.mean([len(p & q) / 5 for p, q in zip(*nearest, strict=True)])
     figures = agreement(torch.tensor(a), torch.tensor(b))
-    assert figures.neighbours_kept == pytest.approx(kept)
-    assert 0 < kept < 1
+    assert figures.neighbours_retained == pytest.approx(retained)
+    assert 0 < retained < 1
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert figures.worst_cosine == pytest.approx(cosine.min())
 

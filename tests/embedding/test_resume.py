@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distil_rank.embedding.embed import embed
 from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
@@ -47,7 +47,7 @@ def attempt(fasta, store, backbone, log, layer=None):
 @pytest.fixture(scope="module")
 def forks():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distil_rank.embedding.embed"])
+    context.set_forkserver_preload(["distil_rank.embedding.run"])
     return context
 
 

@@ -102,7 +102,7 @@ def test_manifest_of_something_else(tmp_path, content):
 def test_a_manifest_without_or_with_another_kind_of_value(tmp_path, key, value):
     make(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest = {name: kept for name, kept in manifest.items() if name != key} | ({key: value} if value else {})
+    manifest = {name: retained for name, retained in manifest.items() if name != key} | ({key: value} if value else {})
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=f"but {key} is missing or wrong; restore it"):
         Store.open(tmp_path)

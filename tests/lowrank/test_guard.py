@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distil_rank.deployment.int8 import Int8LowRankLinear
+from distil_rank.compression.int8 import Int8LowRankLinear
 from distil_rank.errors import InputError
 from distil_rank.lowrank.guard import QUANTILE, Guard
 from distil_rank.lowrank.low_rank import LowRankLinear

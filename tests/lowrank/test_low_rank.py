@@ -47,10 +47,10 @@ def test_a_truncated_student_is_the_optimum_of_its_rank(dense, rows):
 def test_a_share_of_variance_chooses_the_rank(dense, rows):
     student = LowRankLinear.from_linear(dense, 0.9, Moments.of(rows))
     target = dense(rows)
-    kept = 1 - (student(rows) - target).square().sum() / (target - target.mean(0)).square().sum()
+    retained = 1 - (student(rows) - target).square().sum() / (target - target.mean(0)).square().sum()
     fewer = student.truncate(student.rank - 1)
     lost = 1 - (fewer(rows) - target).square().sum() / (target - target.mean(0)).square().sum()
-    assert lost < 0.9 <= kept
+    assert lost < 0.9 <= retained
 
 
 def test_as_one_dense_layer(dense, rows):

@@ -101,7 +101,7 @@ def test_the_ladder_climbs():
         assert error(moved, layer, x) > errors["closed_form"]
 
 
-def test_whitened_minimises_the_uncentred_error_with_the_bias_kept():
+def test_whitened_minimises_the_uncentred_error_with_the_bias_retained():
     layer, x = dense_layer(15, 15), correlated_rows(300, 15)
     factors = solve(layer.weight, layer.bias, 3, "whitened", Moments.of(x))
     Y = (x @ layer.weight.T).detach()

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from distil_rank.codes.copies import Copies
-from distil_rank.data.formats import load_matrix
+from distil_rank.data.files import load_matrix
+from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.recommendation import copy_problem, opening
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT, VALIDATE
 from distil_rank.recommendation.pipelines import Fitted
 from distil_rank.recommendation.search import Evaluator
-from distil_rank.reporting.choices import Pipeline
-from distil_rank.tasks.labels import LabelSource
+from distil_rank.report.choices import Pipeline
 
 SAMPLE = Path(__file__).parents[2] / "data" / "functions"
 

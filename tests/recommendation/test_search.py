@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
+from distil_rank.evaluation.evaluate import evaluate
+from distil_rank.evaluation.groups import Groups
+from distil_rank.evaluation.representations import full_vector
+from distil_rank.evaluation.statistics import Interval
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
 from distil_rank.recommendation.pipelines import Fitted, grid
 from distil_rank.recommendation.search import Evaluator, Limits, cheapest, pareto_front, search_pipelines
-from distil_rank.reporting.choices import Cost, Outcome, Pipeline
-from distil_rank.tasks.groups import Groups
-from distil_rank.tasks.judge import judge
-from distil_rank.tasks.labels import LabelSource
-from distil_rank.tasks.representations import full_vector
-from distil_rank.tasks.statistics import Interval
+from distil_rank.report.choices import Cost, Outcome, Pipeline
 
 LIMITS = Limits(bytes=16)
 
@@ -43,11 +43,11 @@ def test_the_full_pipeline_is_what_judge_calls_the_full_vector(problem, fitted):
     rows = np.concatenate([np.flatnonzero(problem.part == FIT), inside])
     groups = Groups(problem.group[rows], problem.part[rows] == FIT, "")
     x = problem.layers[problem.last][rows]
-    done = judge(task.target.subset(rows), groups, [full_vector(x)])
+    done = evaluate(task.target.subset(rows), groups, [full_vector(x)])
     assert evaluator.outcome(evaluator.full, {}).scores[0] == pytest.approx(
         done.entries[0].scores["mAP"].value, abs=1e-6
     )
-    assert evaluator.outcome(evaluator.full, {}).kept[0] == Interval(1, 1, 1)
+    assert evaluator.outcome(evaluator.full, {}).retained[0] == Interval(1, 1, 1)
 
 
 def test_every_pipeline_within_the_limits_is_compared(problem, fitted):
@@ -94,9 +94,9 @@ def test_an_uncertain_pipeline_comes_after_a_certain_one():
     assert cheapest([uncertain], 0.99, "bytes") == (uncertain, True)
 
 
-def test_each_of_several_tasks_has_to_be_kept():
-    kept, lost = Interval(1.1, 1.08, 1.2), Interval(-0.2, -math.inf, math.inf)
-    for tasks in ((kept, lost), (lost, kept), (kept, Interval(0.0, -math.inf, math.inf))):
+def test_each_of_several_tasks_has_to_be_retained():
+    retained, lost = Interval(1.1, 1.08, 1.2), Interval(-0.2, -math.inf, math.inf)
+    for tasks in ((retained, lost), (lost, retained), (retained, Interval(0.0, -math.inf, math.inf))):
         cheap = Outcome(Pipeline("1", "variance", 4, "int8"), 4, 1.0, (1.0, 1.0), tasks)
         assert cheap.after_margin == -math.inf
         assert cheapest([cheap, certain := outcome(8, 1.0, 1.1)], 0.99, "bytes") == (certain, True)
@@ -122,4 +122,4 @@ def test_bytes_are_those_of_the_code_map(problem, fitted):
         Pipeline("6", metric, 30, dtype)
         for metric, dtype in (("variance", "float32"), ("whitened", "int8"), ("invariant", "bit"))
     ):
-        assert fitted.code_map(pipeline, guarded=False).bytes_per_protein == pipeline.bytes
+        assert fitted.encoder(pipeline, guarded=False).bytes_per_protein == pipeline.bytes

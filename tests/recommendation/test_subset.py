@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from distil_rank.data.labels import LabelSource
 from distil_rank.recommendation.subset import subset_of
-from distil_rank.tasks.labels import LabelSource
 
 
 def test_whole_classes_and_a_note(tmp_path):
@@ -18,10 +18,11 @@ def test_whole_classes_and_a_note(tmp_path):
     fasta, labels = str(tmp_path / "a.fasta"), LabelSource(str(tmp_path / "a.csv"))
     assert subset_of(fasta, labels, 90, 0, tmp_path) == (fasta, None)
     smaller, note = subset_of(fasta, labels, 30, 0, tmp_path)
-    kept = [line[1:] for line in Path(smaller).read_text().splitlines() if line.startswith(">")]
-    assert len(kept) == 30 and note.startswith("FEWER PROTEINS: 30 of 90, classes at random")
+    retained = [line[1:] for line in Path(smaller).read_text().splitlines() if line.startswith(">")]
+    assert len(retained) == 30 and note.startswith("FEWER PROTEINS: 30 of 90, classes at random")
     assert all(
-        {f"p{3 * k}", f"p{3 * k + 1}", f"p{3 * k + 2}"} <= set(kept) for k in {int(one[1:]) // 3 for one in kept}
+        {f"p{3 * k}", f"p{3 * k + 1}", f"p{3 * k + 2}"} <= set(retained)
+        for k in {int(one[1:]) // 3 for one in retained}
     )
     unlabelled, note = subset_of(fasta, LabelSource(), 10, 0, tmp_path)
     assert Path(unlabelled).read_text().count(">") == 10 and "10 of 90, at random" in note
@@ -35,6 +36,6 @@ def test_few_large_classes_are_drawn_in_part(tmp_path, classes, limit, expected)
     (tmp_path / "a.fasta").write_text("".join(f">{name}\nMKVLA\n" for name in names))
     (tmp_path / "a.csv").write_text("id,label\n" + "".join(f"{name},c{i % classes}\n" for i, name in enumerate(names)))
     smaller, _ = subset_of(str(tmp_path / "a.fasta"), LabelSource(str(tmp_path / "a.csv")), limit, 0, tmp_path)
-    kept = [int(line[2:]) % classes for line in Path(smaller).read_text().splitlines() if line.startswith(">")]
-    sizes = sorted(Counter(kept).values())
+    retained = [int(line[2:]) % classes for line in Path(smaller).read_text().splitlines() if line.startswith(">")]
+    sizes = sorted(Counter(retained).values())
     assert sizes == (expected or [2] * 15), "the same of each, or whole classes"

@@ -15,7 +15,7 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.training.callbacks import SaveLast
 from distil_rank.training.distil import DistilModule, fit
-from distil_rank.training.losses import tail_loss
+from distil_rank.training.losses import head_loss
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def test_a_tail_decides_what_matters(teacher, data, tmp_path):
     with torch.no_grad():
         head.weight.zero_()
         head.weight[0, 5] = 3.0
-    tail = nn.Sequential(nn.Tanh(), head)
+    head = nn.Sequential(nn.Tanh(), head)
     start = closed_form(teacher, data, rank=1)
-    module = DistilModule(teacher, copy.deepcopy(start), tail=tail, lr=2e-2)
+    module = DistilModule(teacher, copy.deepcopy(start), head=head, lr=2e-2)
     student = fit(module, data, trainer(tmp_path, steps=300))[0].student
     x = data.rows("test")
 
     def off(layer):
-        return (tail(layer(x)).softmax(-1) - tail(teacher(x)).softmax(-1)).abs().mean()
+        return (head(layer(x)).softmax(-1) - head(teacher(x)).softmax(-1)).abs().mean()
 
     assert off(student) < 0.2 * off(start)
 
@@ -163,7 +163,7 @@ def test_hyper_parameters_are_saved(teacher, data, tmp_path):
 
 def test_tail_loss_of_regressions_is_the_squared_error():
     a, b = torch.randn(5, 3), torch.randn(5, 3)
-    torch.testing.assert_close(tail_loss(a, b, "regression").mean(), F.mse_loss(a, b))
+    torch.testing.assert_close(head_loss(a, b, "regression").mean(), F.mse_loss(a, b))
 
 
 def test_one_column_of_classification_is_a_yes_or_no():
@@ -171,4 +171,4 @@ def test_one_column_of_classification_is_a_yes_or_no():
     p, q = b.sigmoid(), a.sigmoid()
     divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     expected = divergence.squeeze(1) + 0.1 * (a - b).square().squeeze(1)
-    torch.testing.assert_close(tail_loss(a, b, "classification"), expected)
+    torch.testing.assert_close(head_loss(a, b, "classification"), expected)

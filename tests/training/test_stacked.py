@@ -83,10 +83,10 @@ def test_our_students_are_those_of_seeds_trained_alone(solved, data, distil):
 
 def test_a_tail_is_matched_by_every_seed(solved, data):
     torch.manual_seed(1)
-    tail = nn.Sequential(nn.Tanh(), nn.Linear(16, 3))
-    together = train_students(solved, data, options(tail=tail))
+    head = nn.Sequential(nn.Tanh(), nn.Linear(16, 3))
+    together = train_students(solved, data, options(head=head))
     for seed, student in zip(SEEDS, together.students, strict=True):
-        same(student, train_students(solved, data, options([seed], tail=tail)).students[0])
+        same(student, train_students(solved, data, options([seed], head=head)).students[0])
 
 
 def test_what_couples_the_seeds_trains_them_one_by_one(solved, data):

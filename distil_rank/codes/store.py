@@ -1,0 +1,176 @@
+"""Codes on disk: a store like that of the embeddings, with the code map beside the shards.
+
+codes/
+  manifest.json, proteins-00000.arrow, vectors-00000.arrow   as in a store of embeddings; `code` names the map
+  encoder/                                                  the artefact that made the codes
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distil_rank.compression.artefact import MANIFEST, load, save
+from distil_rank.embedding.elastic import compute_elastically
+from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.location import absolute, open_storage
+from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
+from distil_rank.embedding.ray_cluster import Cluster
+from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.shards import Shard
+from distil_rank.embedding.storage import Location
+from distil_rank.embedding.store import CODES, SETTINGS, Store
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.errors import InputError
+from distil_rank.lowrank.encoder import CodeEncoder
+
+MAP = "encoder"
+ROWS_AT_ONCE = 16_384  # of encoding
+
+
+class CodeStore(Store):
+    """A finished store of codes, opened for reading; `embeddings` and `shards` give codes."""
+
+    content: ClassVar[str] = CODES
+
+    @cached_property
+    def encoder(self) -> CodeEncoder:
+        """The map that made the codes.
+
+        Raises:
+            InputError: it is missing, damaged or another one.
+        """
+        found = own_encoder(self.path)
+        if found is None or found.digest != self.manifest["code"]["sha256"]:
+            raise InputError(
+                f"Expected in {self.storage.where(MAP)} the code map that made the codes beside it but it is missing "
+                "or another; restore it, or make the codes again."
+            )
+        return found
+
+
+def load_encoder(path: str | Path) -> CodeEncoder:
+    """A code map from its folder.
+
+    Raises:
+        InputError: it is missing, damaged or an artefact of something else.
+    """
+    found = load(path)
+    if not isinstance(found, CodeEncoder):
+        raise InputError(f"Expected a code map in {path} but it holds a student layer; make one with `code`.")
+    return found
+
+
+def own_encoder(store: Location) -> CodeEncoder | None:
+    """The code map in a store of codes, finished or not; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    with open_storage(store).local_copy(MAP) as folder:
+        return load_encoder(folder) if (folder / MANIFEST).exists() else None
+
+
+def write_encoder(encoder: CodeEncoder, store: Location, **about: Any) -> None:
+    """Puts a code map into a store of codes; `about` is what `save` takes of its origin and its metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        open_storage(store).write_folder(MAP, save(encoder, folder, **about), MANIFEST)
+
+
+def manifest_of(source: Store) -> dict[str, Any]:
+    """The manifest of a store of embeddings, with the one layer that is read of several."""
+    manifest = {key: value for key, value in source.manifest.items() if key != "layers"}
+    return manifest if source.layer is None else {**manifest, "layer": source.layer.entry}
+
+
+def write_codes(source: Store, path: Location, encoder: CodeEncoder, cluster: Cluster | None = None) -> CodeStore:
+    """Encode a store of embeddings, shard after shard; what is there already stays.
+
+    Args:
+        source: pooled embeddings.
+        path: folder or address of the codes, which holds the map.
+        encoder: fitted to vectors of the same backbone, layer and pooling.
+        cluster: whose workers encode; by default this process does.
+
+    Raises:
+        InputError: map and store do not belong together, the store is per residue, or the folder holds other codes.
+    """
+    manifest = manifest_of(source)
+    encoder.check_origin(manifest, str(source.path))
+    if manifest["pooling"] == "residue":
+        raise InputError(f"Expected one vector for each protein in {source.path} but it has one for each residue.")
+    writer = StoreWriter(path, CODES)
+    settings = {key: manifest[key] for key in SETTINGS}
+    settings |= {"dim": encoder.code_width, "code": encoder.entry}
+    description = {key: manifest[key] for key in ("backbone", "fallback", *NOTES) if key in manifest}
+    calibration = None
+    if "calibration_sha256" in manifest:  # queries are to be computed with it too
+        settings["calibration_sha256"], calibration = manifest["calibration_sha256"], read_calibration(source.path)
+    with writer.lock():
+        if calibration is not None and not writer.manifest:
+            writer.storage.write(CALIBRATION, calibration.content())
+        writer.plan(_proteins(source), settings, description, CleaningReport(str(source.path)))
+        pending = writer.pending()
+        if cluster is None:
+            for shard in tqdm(pending, desc="encode", unit="shard", disable=None):
+                _encode_shard(writer, shard, source, encoder)
+        else:
+            work = _Encoding(absolute(source.path), source.layer, absolute(path), encoder)
+            compute_elastically(pending, work, cluster, "encode")
+        writer.finish()
+        return CodeStore.open(path)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Makes, in a worker, what encodes a shard."""
+
+    source: Location
+    layer: State | None
+    path: Location
+    encoder: CodeEncoder
+
+    def __call__(self) -> Callable[[Shard], None]:
+        source = Store.open(self.source if self.layer is None else f"{self.source}:{self.layer}")
+        writer = StoreWriter(self.path, CODES)
+        return lambda shard: _encode_shard(writer, shard, source, self.encoder)
+
+
+def _proteins(source: Store) -> Iterator[Protein]:
+    """Every protein of a store, those without a vector included: rows then have the same numbers in both stores."""
+    for file in source.manifest["proteins"]:
+        for batch in source.storage.batches(file["file"], ["id", "sequence"]):
+            for name, sequence in zip(batch["id"].to_pylist(), batch["sequence"].to_pylist(), strict=True):
+                yield Protein(name, sequence)
+
+
+def _encode_shard(writer: StoreWriter, shard: Shard, source: Store, encoder: CodeEncoder) -> None:
+    if writer.is_sealed(shard):
+        return
+    low, high = shard.rows
+    counts = np.zeros(high - low, int)
+    parts = [np.empty((0, encoder.code_width), torch.empty(0, dtype=encoder.code_dtype).numpy().dtype)]
+    for rows, vectors in _vectors(source, low, high):
+        counts[rows - low] += 1
+        for start in range(0, len(vectors), ROWS_AT_ONCE):
+            block = torch.from_numpy(vectors[start : start + ROWS_AT_ONCE].copy())
+            parts.append(encoder.encode(block).numpy())
+    writer.write_part(shard, list(range(low, high)), counts.tolist(), np.concatenate(parts))
+    writer.seal(shard)
+
+
+def _vectors(source: Store, low: int, high: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers and vectors of rows from `low` to below `high`."""
+    for shard in source.manifest["shards"]:
+        if shard["rows"][0] < high and low < shard["rows"][1]:
+            rows, vectors = source.vectors(shard)
+            first, last = np.searchsorted(rows, [low, high])
+            yield rows[first:last], vectors[first:last]

@@ -1,1 +1,0 @@
-"""The folder to take home, and its way into other runtimes."""

@@ -1,0 +1,107 @@
+"""Probes: a linear model on top of a representation, fitted and regularised on the fit groups only.
+
+scikit-learn's models do the fitting. The strength of the regularisation is chosen by cross-validation over whole groups
+of the fit side.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from distil_rank.errors import InputError
+from distil_rank.evaluation.statistics import Statistic, macro_f1, matthews, mean, r2, spearman
+from distil_rank.evaluation.task import Target
+
+FOLDS = 3
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of logistic regression
+PENALTIES = (1e0, 1e1, 1e2, 1e3, 1e4)  # of ridge regression
+NEIGHBOUR_BLOCK = 4096
+
+
+def probe_metrics(target: Target) -> tuple[str, ...]:
+    """Names of the figures that `probe` gives, the first being the headline."""
+    return {
+        "classification": ("accuracy", "mcc", "macro_f1", "accuracy 1nn"),
+        "multilabel": ("macro_f1", "macro_f1 1nn"),
+        "regression": ("spearman", "r2"),
+    }[target.kind]
+
+
+def probe(
+    features: np.ndarray, target: Target, fit: np.ndarray, number: np.ndarray, y_fit: np.ndarray | None = None
+) -> dict[str, Statistic]:
+    """Fit a linear probe on the fit groups and evaluate its predictions on the others.
+
+    Args:
+        features: `(N, d)`.
+        target: labels of all rows.
+        fit: rows to fit on, `(N,)` bool.
+        number: group of each row, `(N,)`.
+        y_fit: labels to fit on in place of the true ones, for the chance level.
+
+    Returns:
+        By metric, sums over the judged groups.
+
+    Raises:
+        InputError: fewer than two groups to fit on, or one class among them.
+    """
+    assert target.y is not None
+    x_fit, x = features[fit], features[~fit]
+    y_fit, y = target.y[fit] if y_fit is None else y_fit, target.y[~fit]
+    group = np.unique(number[~fit], return_inverse=True)[1]
+    model = _model(target, y_fit, number[fit])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
+        warnings.simplefilter("ignore", FitFailedWarning)  # a fold without a second class scores 0 at every strength
+        warnings.filterwarnings("ignore", "The number of unique classes")  # what is meant decides --task
+        model.fit(x_fit, y_fit, groups=number[fit])
+    predicted = model.predict(x)
+    if target.kind == "regression":
+        return {"spearman": spearman(predicted, y, group), "r2": r2(predicted, y, group)}
+    nearest = y_fit[nearest_neighbours(x, x_fit)]
+    if target.kind == "multilabel":
+        return {"macro_f1": macro_f1(predicted, y, group), "macro_f1 1nn": macro_f1(nearest, y, group)}
+    classes = len(target.classes)
+    return {
+        "accuracy": mean((predicted == y).astype(float), group),
+        "mcc": matthews(predicted, y, group, classes),
+        "macro_f1": macro_f1(_one_hot(predicted, classes), _one_hot(y, classes), group),
+        "accuracy 1nn": mean((nearest == y).astype(float), group),
+    }
+
+
+def _model(target: Target, y: np.ndarray, number: np.ndarray) -> GridSearchCV:
+    groups = len(np.unique(number))
+    if groups < 2:
+        raise InputError(f"Expected at least two groups to fit a probe on but got {groups}; choose other --groups.")
+    if target.kind != "regression" and len(np.unique(y, axis=0)) < 2:
+        raise InputError("Expected at least two classes to fit a probe on but got one; choose other --groups.")
+    options: dict[str, Any] = {"cv": GroupKFold(min(FOLDS, groups)), "error_score": 0.0}
+    if target.kind == "regression":
+        return GridSearchCV(make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": PENALTIES}, **options)
+    logistic = LogisticRegression(max_iter=200, tol=1e-3)
+    if target.kind == "multilabel":
+        pipeline = make_pipeline(StandardScaler(), OneVsRestClassifier(logistic))
+        return GridSearchCV(pipeline, {"onevsrestclassifier__estimator__C": STRENGTHS}, scoring="f1_macro", **options)
+    return GridSearchCV(make_pipeline(StandardScaler(), logistic), {"logisticregression__C": STRENGTHS}, **options)
+
+
+def nearest_neighbours(x: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Index of the row of `among (M, d)` with the highest cosine to each row of `x (N, d)`; `(N,)`."""
+    rows, others = (torch.nn.functional.normalize(torch.from_numpy(np.asarray(part)).float()) for part in (x, among))
+    blocks = [(block @ others.T).argmax(1) for block in rows.split(NEIGHBOUR_BLOCK)]
+    return torch.cat(blocks).numpy()
+
+
+def _one_hot(y: np.ndarray, classes: int) -> np.ndarray:
+    return np.eye(classes)[y]

@@ -1,0 +1,174 @@
+"""A labelled task: what is to be predicted or found, for which proteins, and which of them may be fitted on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from distil_rank.data.labels import LabelSource
+from distil_rank.errors import InputError
+from distil_rank.evaluation.retrieval import Relevance
+
+Kind = Literal["retrieval", "classification", "multilabel", "regression"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MANY = 20  # median class size below which a flat label reads as a retrieval task, if there is a choice
+SEVERAL = "|"  # between the labels of one protein
+DOTTED = re.compile(r"[^.\s]+(\.[^.\s]+)+")
+SCOPE_LEVELS = ("class", "fold", "superfamily", "family")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Labels as numbers.
+
+    Attributes:
+        kind: of the task.
+        relevance: what counts as found (retrieval).
+        y: class numbers `(N,)` (classification), 0/1 `(N, L)` (multilabel) or values `(N,)` (regression).
+        classes: names of the classes or labels.
+        levels: names of each level's classes, finest first, `(N,)` each (retrieval); what groups may be made of.
+    """
+
+    kind: Kind
+    relevance: Relevance | None = None
+    y: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+    levels: tuple[tuple[str, ...], ...] = ()
+
+    def subset(self, rows: np.ndarray) -> Target:
+        """The same for some of the proteins."""
+        relevance = None if self.relevance is None else self.relevance.subset(rows)
+        levels = tuple(tuple(level[row] for row in rows) for level in self.levels)
+        return Target(self.kind, relevance, None if self.y is None else self.y[rows], self.classes, levels)
+
+
+def make_target(labels: Sequence[str], source: LabelSource, kind: Kind | Literal["auto"] = "auto") -> Target:
+    """Turn the text of labels into numbers.
+
+    Args:
+        labels: of each protein, `(N,)`.
+        source: how they are to be read.
+        kind: of the task; `auto` takes numbers for regression, several labels a protein for multilabel, a hierarchy or
+            many small classes for retrieval, and few large classes for classification.
+
+    Raises:
+        InputError: labels that do not suit the task.
+
+    >>> make_target(["a.1.1.1", "a.1.1.2", "a.1.2.1"], LabelSource()).relevance.levels.tolist()
+    [[0, 1, 2], [0, 0, 1], [0, 0, 0]]
+    >>> make_target(["1.5", "2", "-3e2"], LabelSource()).kind
+    'regression'
+    """
+    if kind == "auto":
+        kind = _kind_of(labels, source)
+    if source.level and kind != "retrieval":
+        raise InputError(
+            f"Expected --labels.level for labels of several levels but got {source.level!r} for a {kind}; omit it."
+        )
+    if kind == "regression":
+        return Target(kind, y=_numbers(labels))
+    if len(set(labels)) < 2:
+        raise InputError(f"Expected at least two classes but every label is {labels[0]!r}; choose another column.")
+    if kind == "retrieval":
+        return _retrieval(labels, source)
+    sets = [set(label.split(SEVERAL)) for label in labels]
+    classes = tuple(sorted(set().union(*sets)))
+    number = {name: index for index, name in enumerate(classes)}
+    if kind == "classification":
+        if several := next((label for label, one in zip(labels, sets, strict=True) if len(one) > 1), None):
+            raise InputError(
+                f"Expected one class for each protein but got {several!r}; use --task multilabel for several."
+            )
+        return Target(kind, y=np.array([number[label] for label in labels]), classes=classes)
+    y = np.zeros((len(labels), len(classes)), dtype=np.int64)
+    for row, names in enumerate(sets):
+        y[row, [number[name] for name in names]] = 1
+    return Target(kind, y=y, classes=classes)
+
+
+def _kind_of(labels: Sequence[str], source: LabelSource) -> Kind:
+    if any(SEVERAL in label for label in labels):
+        return "multilabel"
+    if source.separator or source.names or _is_scope_like(labels):
+        return "retrieval"
+    if all(_is_number(label) for label in labels) and len(set(labels)) > 2:
+        return "regression"
+    sizes = np.unique(np.asarray(labels), return_counts=True)[1]
+    return "retrieval" if np.median(sizes) < MANY else "classification"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_scope_like(labels: Sequence[str]) -> bool:
+    """Labels such as a.1.1.1: all of the same number of parts, and that number above two, so that 1.5 is a number."""
+    depth = labels[0].count(".")
+    return depth > 1 and all(label.count(".") == depth and DOTTED.fullmatch(label) for label in labels)
+
+
+def _numbers(labels: Sequence[str]) -> np.ndarray:
+    wrong = next((label for label in labels if not _is_number(label)), None)
+    if wrong is not None:
+        raise InputError(f"Expected a number for each protein for a regression but got {wrong!r}; correct it.")
+    y = np.array([float(label) for label in labels])
+    if not np.isfinite(y).all():
+        raise InputError(
+            f"Expected finite targets but got {np.count_nonzero(~np.isfinite(y)):,} that are NaN or infinite; remove "
+            "those lines."
+        )
+    if y.min() == y.max():
+        raise InputError(f"Expected targets that differ but every one is {y[0]:g}; choose another column.")
+    return y
+
+
+def _retrieval(labels: Sequence[str], source: LabelSource) -> Target:
+    separator = source.separator or ("." if _is_scope_like(labels) else None)
+    parts = [label.split(separator) if separator else [label] for label in labels]
+    depth = len(parts[0])
+    if wrong := next((label for label, one in zip(labels, parts, strict=True) if len(one) != depth), None):
+        raise InputError(
+            f"Expected labels of {depth} levels, as {labels[0]!r} has, but got {wrong!r}; choose another "
+            "--labels.separator."
+        )
+    names = _level_names(source.names, depth)  # finest first
+    levels = [tuple((separator or "").join(one[: depth - i]) for one in parts) for i in range(len(names))]
+    wanted = source.level or names[1 if len(names) > 2 else 0]
+    if wanted not in names:
+        raise InputError(f"Expected --labels.level out of {', '.join(names)} but got {wanted!r}.")
+    numbers = np.stack([np.unique(level, return_inverse=True)[1] for level in levels])
+    level = names.index(wanted)
+    if np.unique(numbers[level], return_counts=True)[1].max() < 2:
+        raise InputError(
+            f"Expected a {wanted} with at least two proteins but each has one; choose another --labels.level or column."
+        )
+    return Target("retrieval", Relevance(numbers, names, level), levels=tuple(levels))
+
+
+def _level_names(given: str | None, depth: int) -> tuple[str, ...]:
+    """Names of the levels that are judged, finest first.
+
+    A name for each of the finest levels may be given; coarser ones are then not judged. By default the coarsest of
+    four or more is not: SCOPe's class says nothing of descent.
+
+    >>> _level_names(None, 4), _level_names("group,family", 3), _level_names(None, 1)
+    (('family', 'superfamily', 'fold'), ('family', 'group'), ('class',))
+    """
+    if given:
+        names = tuple(name.strip() for name in given.split(","))[::-1]
+        if not all(names) or len(names) > depth or len(set(names)) != len(names):
+            raise InputError(f"Expected up to {depth} different names of levels, coarse to fine, but got {given!r}.")
+        return names
+    if depth == 1:
+        return ("class",)
+    if depth == len(SCOPE_LEVELS):
+        return SCOPE_LEVELS[:0:-1]
+    return tuple(f"level {depth - i}" for i in range(depth - (depth > len(SCOPE_LEVELS))))

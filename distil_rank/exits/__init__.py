@@ -1,1 +1,0 @@
-"""Early exits: the backbone stopped at an earlier layer, with an affine map to what later layers give."""

@@ -1,1 +1,0 @@
-"""The ladder on held-out rows, and how it is shown: JSON, Markdown, terminal, pictures."""

@@ -1,1 +1,0 @@
-"""Sequences in, codes or vectors out: as an MLflow model that a server answers from."""

@@ -1,0 +1,377 @@
+"""Runs in MLflow. Only this module and `registry` know MLflow.
+
+Runs go to a sqlite database under `mlruns/`, their artifacts beside it, or wherever `MLFLOW_TRACKING_URI` points.
+All calls go through our own client: MLflow's current run, tracking address and environment stay untouched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow
+import requests
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.telemetry import set_telemetry_client
+from sqlalchemy.exc import SQLAlchemyError
+
+from distil_rank.errors import InputError
+from distil_rank.tracking import provenance
+from distil_rank.tracking.interrupts import exit_on_signals, was_interrupted
+from distil_rank.tracking.run_store import RUN_LISTS, VIEW, artifact_location, default_tracking_uri, without_credentials
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+set_telemetry_client()  # it read the environment when MLflow was imported
+
+for _logger in ("alembic", "mlflow"):  # such as "Creating initial MLflow database tables..."
+    logging.getLogger(_logger).setLevel(logging.WARNING)
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 5.0  # seconds in which a remote server has to answer
+PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's own limits, as those below
+PARAM_LENGTH, NOTE_LENGTH, DIGEST_LENGTH = 6000, 8000, 36
+
+
+class Point(NamedTuple):
+    """A metric's value at a step.
+
+    Attributes:
+        name: of the metric.
+        value: of the metric.
+        step: 0 where there are no steps.
+        time: milliseconds since 1970.
+    """
+
+    name: str
+    value: float
+    step: int
+    time: int
+
+
+def points(metrics: Mapping[str, float], step: int | None = None) -> list[Point]:
+    """Values of metrics at one step, measured now."""
+    now = int(time.time() * 1000)
+    return [Point(name, value, step or 0, now) for name, value in metrics.items()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One open MLflow run. Made by `start_run`.
+
+    Attributes:
+        id: MLflow's.
+        experiment: its experiment's name.
+        experiment_id: its experiment's id.
+        tracking_uri: where it is kept.
+        folder: local folder for files of training (checkpoints), under `mlruns/`.
+        client: an `MlflowClient` for whatever is not offered here.
+    """
+
+    id: str
+    experiment: str
+    experiment_id: str
+    tracking_uri: str
+    folder: Path
+    client: mlflow.MlflowClient = field(repr=False)
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Record parameters; nested mappings become dotted names. A name keeps its first value, with a warning."""
+        recorded = self.client.get_run(self.id).data.params
+        values = {name: str(value)[:PARAM_LENGTH] for name, value in _flatten(params).items()}
+        for name in values.keys() & recorded.keys():
+            if values[name] != recorded[name]:
+                log.warning("Parameter %s stays %s in MLflow; %s came later.", name, recorded[name], values[name])
+        new = [Param(name, value) for name, value in values.items() if name not in recorded]
+        for start in range(0, len(new), PARAMS_PER_CALL):
+            self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_CALL])
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Record one value of each metric, to five significant digits."""
+        self.log_points(points(metrics))
+
+    def log_points(self, measured: Sequence[Point]) -> None:
+        """Record values of metrics at many steps, to five significant digits, in as few calls as MLflow allows."""
+        values = [Metric(one.name, rounded(one.value), one.time, one.step) for one in measured]
+        for start in range(0, len(values), METRICS_PER_CALL):
+            self.client.log_batch(self.id, metrics=values[start : start + METRICS_PER_CALL])
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        """Set tags; a tag that is there is replaced."""
+        self.client.log_batch(self.id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+
+    def note(self, markdown: str) -> None:
+        """Describe the run, in Markdown, on its page, after links to the runs that this one builds on.
+
+        Those are the runs that its tags `<what>_run` name. What exceeds MLflow's limit goes to the artifact `note.md`.
+        """
+        links = []
+        for tag, other in self.client.get_run(self.id).data.tags.items():
+            if tag.endswith("_run"):
+                with suppress(MlflowException):  # another server's run, or one deleted for good
+                    info = self.client.get_run(other).info
+                    page = f"#/experiments/{info.experiment_id}/runs/{other}"
+                    links.append(f"{tag.removesuffix('_run')} [{info.run_name}]({page})")
+        if links:
+            markdown = f"Builds on {', '.join(links)}.\n\n{markdown}"
+        if len(markdown) > NOTE_LENGTH:
+            self.log_text(markdown, "note.md")
+            start = markdown[: NOTE_LENGTH - 100].rpartition("\n")[0]
+            markdown = f"{start}\n\n… The rest is in the artifact `note.md`."
+        self.set_tags({"mlflow.note.content": markdown})
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep a file, or a folder with what is in it, with the run."""
+        if path.is_dir():
+            self.client.log_artifacts(self.id, str(path), folder)
+        else:
+            self.client.log_artifact(self.id, str(path), folder)
+
+    def log_text(self, text: str, file: str) -> None:
+        """Keep a text as an artifact of this name."""
+        self.client.log_text(self.id, text, file)
+
+    def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
+        """Record the rows that went in by name, digest and location; not the rows themselves.
+
+        Args:
+            shape: of the rows, `(N, n)`.
+            name: of the data set.
+            digest: hash of its content; MLflow keeps 36 characters.
+            context: what the rows were for, such as `training` or `test`.
+            source: file that holds them, or what made them.
+        """
+        layout = [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, *shape[1:]]}}]
+        dataset = Dataset(
+            name,
+            digest[:DIGEST_LENGTH],
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            schema=json.dumps({"mlflow_tensorspec": {"features": json.dumps(layout), "targets": None}}),
+            profile=json.dumps({"features_shape": list(shape)}),
+        )
+        self.client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+def rounded(value: float) -> float:
+    """To five significant digits, which MLflow's lists have room for; whole numbers stay as they are.
+
+    >>> rounded(0.90435127), rounded(41.66666), rounded(1234567)
+    (0.90435, 41.667, 1234567.0)
+    """
+    return float(value) if float(value).is_integer() else float(f"{value:.5g}")
+
+
+@contextmanager
+def start_run(
+    experiment: str,
+    name: str,
+    *,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+    parent: Run | None = None,
+    system_metrics: bool = False,
+    root: Path = Path(),
+) -> Iterator[Run]:
+    """Open a run; it ends FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED, then with the reason in the tag `error`.
+
+    Of the processes of a distributed command the first one's run is kept; the others' are deleted when they end.
+
+    Args:
+        experiment: one of `run_store.RUN_LISTS`, or a new name.
+        name: tells the run from its neighbours.
+        params: parameters to record.
+        tags: tags to record, such as the runs that this one builds on.
+        parent: the run that this one is nested in.
+        system_metrics: sample processor, memory and GPU use every ten seconds; needs `psutil`.
+        root: the project; runs are kept under its `mlruns/` unless `MLFLOW_TRACKING_URI` says otherwise.
+
+    Raises:
+        InputError: if the tracking server does not answer, or MLflow refuses the place.
+    """
+    inherited = {"mlflow.parentRunId": parent.id} if parent else {}
+    with ExitStack() as stack:
+        tracking_uri = default_tracking_uri(root)
+        if process_rank() > 0:
+            tracking_uri = f"sqlite:///{stack.enter_context(tempfile.TemporaryDirectory())}/mlflow.db"
+        try:
+            with _exclusive_lock(tracking_uri):
+                client = connect(tracking_uri)
+                experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
+            created = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
+        except (MlflowException, SQLAlchemyError) as error:
+            raise InputError(
+                f"Expected MLflow to keep runs at {without_credentials(tracking_uri)} but got: {_first_line(error)}"
+            ) from error
+        folder = root.resolve() / "mlruns" / "lightning"
+        run = Run(created.info.run_id, experiment, experiment_id, tracking_uri, folder, client)
+        with _final_status(run), exit_on_signals(signal.SIGTERM), _system_metrics(run, system_metrics):
+            run.log_params(params)
+            yield run
+
+
+@contextmanager
+def _exclusive_lock(tracking_uri: str) -> Iterator[None]:
+    """Hold a lock, so that no two processes create the same local database or experiment at once.
+
+    Raises:
+        InputError: if the database's folder cannot be written.
+    """
+    if not tracking_uri.startswith("sqlite:///"):
+        yield
+        return
+    folder = Path(tracking_uri.removeprefix("sqlite:///")).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"Expected a folder that can be written for runs at {folder} but got: {error.strerror}; work in another "
+            "folder, or set MLFLOW_TRACKING_URI."
+        ) from error
+    with lock:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        yield
+
+
+def connect(tracking_uri: str) -> mlflow.MlflowClient:
+    """A client for the runs at an address.
+
+    Raises:
+        InputError: if a remote server does not answer within five seconds (MLflow itself would try for minutes).
+    """
+    if tracking_uri.startswith("http"):
+        try:
+            answer = requests.get(f"{tracking_uri.rstrip('/')}/health", timeout=CONNECT_TIMEOUT)
+            reason = f"HTTP {answer.status_code}" if answer.status_code >= 500 else None
+        except requests.exceptions.SSLError:
+            reason = None  # it answers; MLflow's settings decide about its certificate
+        except requests.RequestException as error:
+            reason = "no answer in time" if isinstance(error, requests.Timeout) else "no connection"
+        if reason:
+            raise InputError(
+                f"Expected an MLflow server at {without_credentials(tracking_uri)} but there is {reason}: start it, "
+                "or unset MLFLOW_TRACKING_URI to keep runs under mlruns/."
+            )
+    elif not Path(tracking_uri.removeprefix("sqlite:///")).exists():
+        log.info("Making the run database %s, once.", tracking_uri)
+    return mlflow.MlflowClient(tracking_uri)
+
+
+@contextmanager
+def _final_status(run: Run) -> Iterator[None]:
+    """Set the run's status when the block ends: FINISHED, KILLED or FAILED."""
+    status = "FINISHED"
+    try:
+        yield
+    except BaseException as error:
+        exited = isinstance(error, SystemExit) and not error.code
+        status = "KILLED" if was_interrupted(error) else "FINISHED" if exited else "FAILED"
+        if status == "FAILED":
+            _warn_if_refused(run.set_tags, {"error": _first_line(error)})
+        raise
+    finally:
+        _warn_if_refused(run.client.set_terminated, run.id, status)
+
+
+def _warn_if_refused(call: Callable[..., object], *arguments: object) -> None:
+    """Call MLflow at a run's end; its failure must not hide what ended the run."""
+    try:
+        call(*arguments)
+    except MlflowException as error:
+        log.warning("MLflow did not record the run's end: %s", _first_line(error))
+
+
+@contextmanager
+def _system_metrics(run: Run, wanted: bool) -> Iterator[None]:
+    """Sample the machine's load while a run lasts."""
+    if not wanted:
+        yield
+        return
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: PLC0415 - needs psutil
+
+        monitor = SystemMetricsMonitor(run.id, tracking_uri=run.tracking_uri)
+    except (ImportError, MlflowException) as error:
+        log.warning("No system metrics in MLflow: %s", _first_line(error))
+        yield
+        return
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _experiment_id(client: mlflow.MlflowClient, name: str, location: str | None) -> str:
+    """The experiment's id; created, tags and given its columns if need be."""
+    entry = client.get_experiment_by_name(name)
+    if entry is None:
+        entry = client.get_experiment(client.create_experiment(name, artifact_location=location))
+    elif entry.lifecycle_stage == "deleted":
+        log.warning("Experiment %s was deleted in MLflow; it is restored for the new run.", name)
+        client.restore_experiment(entry.experiment_id)
+    if location is not None and entry.artifact_location != location:
+        log.warning(
+            "Artifacts of experiment %s go to %s, where its database was made, not to %s.",
+            *(name, entry.artifact_location, location),
+        )
+    tags = {"mlflow.experimentKind": "custom_model_development"}  # the user interface then shows runs, not traces
+    if name in RUN_LISTS:
+        tags["mlflow.note.content"] = RUN_LISTS[name].note
+        tags[f"mlflow.sharedViewState.{VIEW}"] = RUN_LISTS[name].view()
+    for key, value in tags.items():
+        if entry.tags.get(key) != value:
+            client.set_experiment_tag(entry.experiment_id, key, value)
+    return entry.experiment_id
+
+
+def process_rank() -> int:
+    """The rank of this process in a distributed command, as its launcher (Lightning, torchrun, SLURM) sets it."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next((rank for rank in ranks if rank), 0))
+
+
+def _origin() -> dict[str, str]:
+    """Tags for the user, command, commit and versions behind the run, under MLflow's own names where it has them."""
+    tags = {
+        "mlflow.user": provenance.user(),
+        "mlflow.source.name": provenance.command(),
+        "mlflow.source.type": "LOCAL",
+        **{f"version.{name}": version for name, version in provenance.versions().items()},
+    }
+    if commit := provenance.commit():
+        tags["mlflow.source.git.commit"] = commit[0]
+        tags["mlflow.source.git.dirty"] = str(commit[1]).lower()
+    return tags
+
+
+def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted names.
+
+    >>> _flatten({"optimiser": {"lr": 0.1}, "rank": 64})
+    {'optimiser.lr': 0.1, 'rank': 64}
+    """
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, after its type unless the message stands alone."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, (InputError, MlflowException)) else f"{type(error).__name__}: {line}"

@@ -1,0 +1,90 @@
+"""Where runs are kept, and what the list of each experiment's runs shows. Nothing here loads MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+VIEW = "distil-rank"  # the key of the view that a run list opens with
+
+
+@dataclass(frozen=True)
+class RunList:
+    """What one experiment holds, and which columns its run list opens with."""
+
+    note: str
+    params: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+
+    def view(self) -> str:
+        """The columns, in the form that MLflow's user interface keeps a view in."""
+        named = {f"params.`{name}`": name for name in self.params}
+        named |= {f"metrics.`{name}`": name for name in self.metrics}
+        widths = {column: max(80, 30 + 7 * len(name)) for column, name in named.items()}  # in pixels
+        return json.dumps({"selectedColumns": list(named), "columnOrder": list(named), "columnWidths": widths})
+
+
+_FIDELITY = ("test/r2", "test/centred_cosine", "test/knn_overlap", "share_of_optimum", "test/cosine")
+RUN_LISTS = {
+    "embed": RunList(
+        "Protein sequences through ESM-2: what was read, with which weights, and how fast.",
+        params=("backbone", "pooling", "precision"),
+        metrics=("proteins", "computed", "residues_per_second", "seconds"),
+    ),
+    "teacher": RunList(
+        "The dense layers to be compressed: trained denoisers, random and spectral-decay layers, layers of your own.",
+        params=("teacher", "backbone"),
+        metrics=("effective_rank", "denoising_r2", "noise_to_std"),
+    ),
+    "distil": RunList(
+        "Low-rank students beside the teachers they replace, on held-out proteins. A benchmark shows its best.",
+        params=("teacher", "rank", "backbone"),
+        metrics=("children", *_FIDELITY, "speed_up", "parameter_ratio"),
+    ),
+    "sweep": RunList(
+        "One teacher at many ranks: a sweep shows the best of its runs; open it to compare them.",
+        params=("teacher", "rank", "backbone"),
+        metrics=("children", *_FIDELITY, "speed_up", "parameter_ratio"),
+    ),
+    "evaluate": RunList(
+        "Representations of the same proteins on labelled tasks: what each keeps of the full vector's function.",
+        params=("source", "task", "labels", "metric", "best"),
+        metrics=("full", "best", "retained", "retained_low", "best_bytes"),
+    ),
+}
+
+
+def default_tracking_uri(root: Path = Path()) -> str:
+    """Where runs are retained: `MLFLOW_TRACKING_URI` if it is set, otherwise a sqlite database under `root/mlruns`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlruns' / 'mlflow.db'}"
+
+
+def artifact_location(tracking_uri: str, root: Path, experiment: str) -> str | None:
+    """Where an experiment's artifacts go: beside a local database; None leaves it to a remote server.
+
+    >>> artifact_location("sqlite:////project/mlruns/mlflow.db", Path("/project"), "distil")
+    '/project/mlruns/artifacts/distil'
+    >>> artifact_location("http://tracking.example", Path("/project"), "distil")
+    """
+    if is_remote(tracking_uri):
+        return None
+    file = tracking_uri.removeprefix("sqlite:///")
+    folder = Path(file).resolve().parent if file != tracking_uri else root.resolve() / "mlruns"
+    return str(folder / "artifacts" / experiment)
+
+
+def is_remote(tracking_uri: str) -> bool:
+    """Whether a server keeps the runs, rather than a database that we open ourselves."""
+    return tracking_uri.startswith(("http://", "https://", "databricks"))
+
+
+def without_credentials(tracking_uri: str) -> str:
+    """An address without the user name and password that it may hold.
+
+    >>> without_credentials("https://me:secret@tracking.example")
+    'https://tracking.example'
+    """
+    return re.sub(r"//[^/@]*@", "//", tracking_uri)

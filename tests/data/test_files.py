@@ -1,0 +1,312 @@
+"""Embeddings in and out of each format; nothing is unpickled, damaged files are refused."""
+
+import argparse
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from distil_rank.data import files as formats
+from distil_rank.data.files import Embeddings, load_matrix, save_matrix
+from distil_rank.embedding.sequences import CleaningReport, Protein
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.errors import InputError
+
+h5py = pytest.importorskip("h5py", reason="HDF5 is an extra")
+
+X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+FULL = Embeddings(
+    ids=list("abcdef"),
+    x=X,
+    sequences=["MK", "MV", "MK", "MA", "MG", "ML"],
+    labels=["x", "y", "x", "y", "x", "y"],
+    clusters=["1", "2", "1", "3", "4", "5"],
+)
+
+
+@pytest.mark.parametrize("name", ["e.npz", "e.safetensors"])
+def test_round_trip_of_everything(tmp_path, name):
+    save_matrix(FULL, tmp_path / name)
+    loaded = load_matrix(tmp_path / name)
+    assert np.array_equal(loaded.x, X)
+    for column in ("ids", "sequences", "labels", "clusters"):
+        assert getattr(loaded, column) == getattr(FULL, column)
+    assert loaded.provenance["source"] == str(tmp_path / name)
+
+
+def test_npy_is_mapped_not_read(tmp_path):
+    save_matrix(FULL, tmp_path / "e.npy")
+    loaded = load_matrix(tmp_path / "e.npy")
+    assert np.array_equal(loaded.x, X)
+    assert loaded.ids == list("012345")
+    assert isinstance(loaded.x.base, np.memmap)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_floats_become_float32(tmp_path, dtype):
+    np.save(tmp_path / "e.npy", X.astype(dtype))
+    assert load_matrix(tmp_path / "e.npy").x.dtype == np.float32
+
+
+def test_the_only_matrix_needs_no_name(tmp_path):
+    np.savez(tmp_path / "e.npz", something=X, other=np.arange(3))
+    assert np.array_equal(load_matrix(tmp_path / "e.npz").x, X)
+
+
+@pytest.mark.parametrize("content", [torch.from_numpy(X), {"embeddings": torch.from_numpy(X).bfloat16()}])
+def test_pt(tmp_path, content):
+    torch.save(content, tmp_path / "e.pt")
+    np.testing.assert_allclose(load_matrix(tmp_path / "e.pt").x, X, atol=0.02)
+
+
+def test_pt_with_ids(tmp_path):
+    torch.save({"embeddings": torch.from_numpy(X), "ids": FULL.ids}, tmp_path / "e.pt")
+    assert load_matrix(tmp_path / "e.pt").ids == FULL.ids
+
+
+def test_the_originals_pair(tmp_path):
+    save_matrix(FULL, tmp_path / "pair", val_fraction=0.5)
+    train, val = (
+        torch.load(tmp_path / "pair" / f"embeddings_{part}.pt", weights_only=True) for part in ("train", "val")
+    )
+    assert len(train) + len(val) == 6
+    sides = [any(np.array_equal(row, other.numpy()) for other in val) for row in X]
+    assert sides[0] == sides[2], "one sequence is on one side"
+    loaded = load_matrix(tmp_path / "pair")
+    assert loaded.provenance["rows_train"] == len(train)
+    assert loaded.ids[0] == "train:0"
+    assert loaded.ids[-1] == f"val:{len(val) - 1}"
+    assert np.array_equal(loaded.x, torch.cat([train, val]).numpy())
+
+
+def test_hdf5_of_pooled_vectors(tmp_path):
+    save_matrix(FULL, tmp_path / "e.h5")
+    with h5py.File(tmp_path / "e.h5") as file:
+        assert sorted(file) == FULL.ids
+        assert file["b"].shape == (4,)
+    loaded = load_matrix(tmp_path / "e.h5")
+    assert loaded.ids == FULL.ids
+    assert np.array_equal(loaded.x, X)
+
+
+def test_hdf5_per_residue_and_odd_names(tmp_path):
+    ids = ["a/b", "a/b", "..", "P1", "P1", "P1"]
+    save_matrix(Embeddings(ids, X, provenance={"pooling": "residue"}), tmp_path / "e.hdf5")
+    with h5py.File(tmp_path / "e.hdf5") as file:
+        assert file["P1"].shape == (3, 4)
+        assert not any(isinstance(node, h5py.Group) for node in file.values())
+    loaded = load_matrix(tmp_path / "e.hdf5")
+    assert sorted(loaded.ids) == sorted(ids)
+    for name in set(ids):
+        mine = [row for row, owner in zip(loaded.x, loaded.ids, strict=True) if owner == name]
+        assert np.array_equal(mine, X[[i for i, owner in enumerate(ids) if owner == name]])
+
+
+def test_hdf5_as_uniprot_and_bio_embeddings_write_it(tmp_path):
+    with h5py.File(tmp_path / "uniprot.h5", "w") as file:
+        file.create_dataset("P69905", data=X[0].astype(np.float16))
+        file.create_dataset("3", data=X[1]).attrs["original_id"] = "Q9XYZ1"
+    assert sorted(load_matrix(tmp_path / "uniprot.h5").ids) == ["P69905", "Q9XYZ1"]
+
+
+def test_hdf5_names_that_look_like_ours(tmp_path):
+    ids = ["protein_1", "b/c", "protein_1_"]
+    save_matrix(Embeddings(ids, X[:3]), tmp_path / "e.h5")
+    loaded = load_matrix(tmp_path / "e.h5")
+    assert {name: row.tolist() for name, row in zip(loaded.ids, loaded.x, strict=True)} == dict(
+        zip(ids, X[:3].tolist(), strict=True)
+    )
+
+
+def test_hdf5_refuses_a_name_twice(tmp_path):
+    with pytest.raises(InputError, match="each protein once"):
+        save_matrix(Embeddings(["a", "b", "a"], X[:3]), tmp_path / "e.h5")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".safetensors", ".h5"])
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"e{suffix}"
+    save_matrix(FULL, path)
+    before, write = path.read_bytes(), formats.WRITERS[suffix]
+
+    def fails(loaded, path):
+        write(loaded, path)
+        raise OSError("disk full")
+
+    monkeypatch.setitem(formats.WRITERS, suffix, fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_matrix(Embeddings(["z"], X[:1]), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_long_sequence_does_not_blow_up_an_npz(tmp_path):
+    long = Embeddings(list("abc"), X[:3], ["M" * 1_000_000, "", "MK"])
+    save_matrix(long, tmp_path / "e.npz")
+    assert (tmp_path / "e.npz").stat().st_size < 1_100_000
+    assert load_matrix(tmp_path / "e.npz").sequences == long.sequences
+
+
+def test_sequences_as_an_array_of_texts(tmp_path):
+    np.savez(tmp_path / "e.npz", embeddings=X, sequences=np.array(FULL.sequences))
+    assert load_matrix(tmp_path / "e.npz").sequences == FULL.sequences
+
+
+@pytest.mark.parametrize("kind", ["mean_representations", "bos_representations", "representations"])
+def test_fair_esms_folder(tmp_path, kind):
+    for i, name in enumerate(["P1", "P2"]):
+        vectors = torch.from_numpy(X[2 * i : 2 * i + 2] if kind == "representations" else X[i])
+        torch.save({"label": name, kind: {32: vectors + 1, 33: vectors}}, tmp_path / f"{name}.pt")
+    loaded = load_matrix(tmp_path)
+    assert loaded.provenance["layer"] == 33
+    if kind == "representations":
+        assert (loaded.ids, loaded.x.tolist()) == (["P1", "P1", "P2", "P2"], X[:4].tolist())
+    else:
+        assert (loaded.ids, loaded.x.tolist()) == (["P1", "P2"], X[:2].tolist())
+    assert len(load_matrix(tmp_path / "P1.pt").x) == (2 if kind == "representations" else 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "got"),
+    [
+        ({"mean_representations": {6: torch.zeros(4)}}, "mean of layer 6"),
+        ({"bos_representations": {33: torch.zeros(4)}}, "bos of layer 33"),
+    ],
+)
+def test_fair_esms_folder_with_two_kinds_is_refused(tmp_path, other, got):
+    torch.save({"label": "P1", "mean_representations": {33: torch.zeros(4)}}, tmp_path / "P1.pt")
+    torch.save({"label": "P2", **other}, tmp_path / "P2.pt")
+    with pytest.raises(InputError, match=rf"but got mean of layer 33 in P1\.pt and {got} in P2\.pt; separate them"):
+        load_matrix(tmp_path)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "residue"])
+def test_our_store(tmp_path, pooling):
+    writer = StoreWriter(tmp_path / "s")
+    settings = {"dim": 4, "pooling": pooling, "long": "window", "max_length": 9}
+    with writer.lock():
+        writer.plan(
+            [Protein("a", "MK"), Protein("b", "MKV")], settings, {"backbone": "x", "fallback": None}, CleaningReport("")
+        )
+        for shard in writer.pending():
+            counts = [2, 3] if pooling == "residue" else [1, 1]
+            writer.write_part(shard, [0, 1], counts, X[: sum(counts)])
+            writer.seal(shard)
+        writer.finish()
+    loaded = load_matrix(tmp_path / "s")
+    assert loaded.ids == (["a"] * 2 + ["b"] * 3 if pooling == "residue" else ["a", "b"])
+    assert loaded.sequences == (["MK"] * 2 + ["MKV"] * 3 if pooling == "residue" else ["MK", "MKV"])
+    assert np.array_equal(loaded.x, X[: len(loaded.ids)])
+    assert loaded.provenance["format"] == "store"
+    assert len(loaded.provenance["digest"]) == 64
+
+
+def test_one_layer_of_our_store(tmp_path):
+    writer = StoreWriter(tmp_path / "s")
+    settings = {"dim": 4, "pooling": "mean", "long": "window", "max_length": 9, "layers": [1, 2]}
+    with writer.lock():
+        writer.plan([Protein("a", "MK")], settings, {"backbone": "x", "fallback": None}, CleaningReport(""))
+        (shard,) = writer.pending()
+        writer.write_part(shard, [0], [1], np.stack([X[:1], 2 * X[:1]]))
+        writer.seal(shard)
+        writer.finish()
+    for layer, factor in ((1, 1), (2, 2)):
+        found = load_matrix(f"{tmp_path}/s:{layer}")
+        assert np.array_equal(found.x, factor * X[:1]) and found.provenance["layer"] == layer
+    with pytest.raises(InputError, match="layer out of 1, 2"):
+        load_matrix(f"{tmp_path}/s:3")
+    with pytest.raises(InputError, match="does not exist"):
+        load_matrix(f"{tmp_path}/none:1")
+    np.save(tmp_path / "x.npy", X)
+    with pytest.raises(InputError, match=r"store of embeddings before :1"):
+        load_matrix(f"{tmp_path}/x.npy:1")
+
+
+class Exploit:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_pickles_are_refused_and_not_run(tmp_path):
+    bad = Exploit(str(tmp_path / "never"))
+    (tmp_path / "e.pt").write_bytes(pickle.dumps(bad, protocol=2))
+    torch.save({"embeddings": torch.from_numpy(X), "more": bad}, tmp_path / "f.pt")
+    np.save(tmp_path / "g.npy", np.array([[bad]]), allow_pickle=True)
+    np.savez(tmp_path / "h.npz", embeddings=np.array([[bad]]))
+    for name in ("e.pt", "f.pt", "g.npy", "h.npz"):
+        with pytest.raises(InputError, match="cannot be read"):
+            load_matrix(tmp_path / name)
+    assert not (tmp_path / "never").exists()
+
+
+def test_namespaces_are_allowed_as_fair_esm_writes_them(tmp_path):
+    torch.save({"embeddings": torch.from_numpy(X), "args": argparse.Namespace(layer=3)}, tmp_path / "e.pt")
+    assert np.array_equal(load_matrix(tmp_path / "e.pt").x, X)
+
+
+@pytest.mark.parametrize("name", ["e.npz", "e.safetensors", "e.npy", "e.h5", "e.pt"])
+@pytest.mark.parametrize("keep", [0, 10, 100])
+def test_truncated_files_get_one_line(tmp_path, name, keep):
+    path = tmp_path / name
+    if name == "e.pt":
+        torch.save(torch.from_numpy(X), path)
+    else:
+        save_matrix(FULL, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        load_matrix(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"embeddings": X[0]}, r"float matrix \(N, d\)"),
+        ({"embeddings": X[:0]}, r"float matrix \(N, d\)"),
+        ({"embeddings": np.arange(6).reshape(2, 3)}, r"float matrix \(N, d\)"),
+        (
+            {"embeddings": np.where(np.arange(24).reshape(6, 4) == 14, np.nan, X), "ids": np.array(FULL.ids)},
+            r"row 3 \(d\) holds NaN",
+        ),
+        ({"embeddings": np.where(np.arange(24).reshape(6, 4) == 20, np.inf, X)}, r"row 5 \(5\) holds NaN or inf"),
+        ({"embeddings": X, "ids": np.array(["a"])}, "Expected 6 ids .* but got 1"),
+        ({"embeddings": X, "labels": np.array(["a"])}, "Expected 6 labels .* but got 1"),
+        ({"a": X, "b": X}, "but got a, b; name one of them"),
+        ({}, "but got nothing"),
+    ],
+)
+def test_other_content_is_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "e.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        load_matrix(tmp_path / "e.npz")
+
+
+def test_paths(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_matrix(tmp_path / "none.npz")
+    (tmp_path / "x.csv").touch()
+    with pytest.raises(InputError, match=r"\.npz.* but got x\.csv"):
+        load_matrix(tmp_path / "x.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="but got empty"):
+        load_matrix(tmp_path / "empty")
+    with pytest.raises(InputError, match=r"ends in .* but got x\.csv"):
+        save_matrix(FULL, tmp_path / "x.csv")
+
+
+def test_vectors_of_several_widths_are_refused(tmp_path):
+    for i, width in enumerate((3, 4)):
+        torch.save({"label": f"P{i}", "mean_representations": {6: torch.zeros(width)}}, tmp_path / f"{i}.pt")
+    with pytest.raises(InputError, match=r"one width .* \[3, 4\]"):
+        load_matrix(tmp_path)
+    with h5py.File(tmp_path / "e.h5", "w") as file:
+        file.create_dataset("a", data=X[0])
+        file.create_dataset("b", data=X[0, :2])
+    with pytest.raises(InputError, match="one width"):
+        load_matrix(tmp_path / "e.h5")

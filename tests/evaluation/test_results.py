@@ -1,0 +1,109 @@
+"""Results: what is written can be read back, and the documentation names every key."""
+
+import dataclasses
+import json
+import math
+import typing
+from pathlib import Path
+
+import pytest
+
+from distil_rank.data.description import DataDescription, SplitSizes
+from distil_rank.errors import InputError
+from distil_rank.evaluation import results
+from distil_rank.evaluation.results import (
+    OURS,
+    RECIPE,
+    ComparisonRow,
+    Curve,
+    Estimate,
+    FunctionRetained,
+    ParameterCounts,
+    ParetoPoint,
+    Result,
+    Spectrum,
+    TeacherCheck,
+    TeacherResult,
+    load_json,
+    save_json,
+)
+from distil_rank.measure.latency import LayerLatency
+from distil_rank.report import report
+
+METRICS = ("r2", "centred_cosine", "knn_overlap", "cosine_p5", "cosine", "relative_mse")
+
+
+def ladder_row(method, r2=0.9, **options):
+    metrics = {name: Estimate(r2, r2 - 0.1, r2 + 0.1) for name in METRICS}
+    return ComparisonRow(method, 10, metrics, 1.0, False, **options)
+
+
+def a_result(*comparison):
+    teacher = TeacherResult(
+        teacher="random",
+        check=TeacherCheck(3.0),
+        rank=8,
+        rank_requested="auto",
+        rank_note="",
+        shape=(32, 32),
+        parameters=ParameterCounts(1056, 544, 1056 / 544, 16.0),
+        predicted_r2=0.9,
+        held_out_r2=0.8,
+        held_out_note=None,
+        comparison=list(comparison) or [ladder_row(method) for method in ("svd", "closed_form", RECIPE, OURS)],
+        latency=[LayerLatency(32, 1, "cpu", 5, 2.0, 2.5, 1.0, 1.5, 2.0, 2.0)],
+        spectrum=Spectrum([1.0, 0.5], [1.0, 0.1]),
+        curves={OURS: Curve([0, 1], [0.2, 0.1], [0.3, 0.2])},
+        training_note="",
+        validation_optimum=0.1,
+        pareto=[ParetoPoint(1, 0.5, 0.4, 0.3, 0.5, 0.6, 20)],
+    )
+    data = DataDescription("x.npz", "abc", 32, SplitSizes(10, 5, 5), "exact duplicates")
+    return Result(data=data, teachers=[teacher], seconds=1.5)
+
+
+def test_a_result_is_read_back_as_it_was_written(tmp_path):
+    retained = FunctionRetained("retrieval by superfamily", "mAP", Estimate(0.98, 0.95, 1.01))
+    result = a_result(ladder_row("svd"), ladder_row(OURS, function_retained=retained))
+    assert load_json(save_json(result, tmp_path / "deep" / "summary.json")) == result
+
+
+def test_what_is_not_a_number_becomes_null_and_reads_as_nan(tmp_path):
+    result = a_result(ladder_row("svd", r2=math.nan), ladder_row(OURS))
+    path = save_json(result, tmp_path / "summary.json")
+    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert content["schema"] == 1 and content["teachers"][0]["comparison"][0]["metrics"]["r2"]["value"] is None
+    assert math.isnan(load_json(path).teachers[0].comparison[0].metrics["r2"].value)
+
+
+def test_files_that_are_no_result_are_refused(tmp_path):
+    path = save_json(a_result(), tmp_path / "summary.json")
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99', 1))
+    with pytest.raises(InputError, match="got 99"):
+        load_json(path)
+    for content in ("", "[]", '{"schema": 1}'):
+        path.write_text(content)
+        with pytest.raises(InputError, match="Expected a result"):
+            load_json(path)
+    with pytest.raises(InputError, match="No such file"):
+        load_json(tmp_path / "absent.json")
+
+
+def test_the_function_kept_on_a_labelled_task_is_a_column_and_a_note():
+    assert "function" not in report.markdown(a_result())
+    retained = FunctionRetained("retrieval by superfamily", "mAP", Estimate(0.98, 0.95, 1.01))
+    text = report.markdown(a_result(ladder_row("svd"), ladder_row(OURS, function_retained=retained)))
+    assert "| function |" in text and "| 0.980 |" in text and "mAP, retrieval by superfamily" in text
+
+
+def test_the_documentation_names_every_key():
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    pending, keys = [Result], set()
+    while pending:
+        hints = typing.get_type_hints(pending.pop())
+        keys |= hints.keys()
+        for hint in hints.values():
+            pending += [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
+    assert len(keys) > 60
+    assert not [key for key in keys if f"`{key}`" not in page], "docs/report.md documents each key of the JSON"
+    assert f"`schema` is {results.SCHEMA}" in page

@@ -1,0 +1,124 @@
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from mlflow import MlflowClient
+from torch import nn
+from torch.utils.data import DataLoader
+
+from distil_rank.tracking import logger as run_logger
+from distil_rank.tracking.logger import RunLogger
+from distil_rank.tracking.run import Run, start_run
+from distil_rank.tracking.run_store import default_tracking_uri
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
+
+
+class Toy(LightningModule):
+    """One linear layer, trained towards zero."""
+
+    def __init__(self, width: int = 4, lr: float = 0.01) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = nn.Linear(width, width)
+
+    def training_step(self, batch):
+        loss = self.layer(batch).square().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch):
+        self.log("val/loss", self.layer(batch).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.hparams.lr)
+
+
+def fit(run: Run, *callbacks: Callback, **options) -> None:
+    rows = DataLoader(torch.randn(12, 4), batch_size=4)
+    Trainer(**QUIET, **{"max_epochs": 2, **options}, logger=RunLogger(run), callbacks=list(callbacks)).fit(
+        Toy(), rows, rows
+    )
+
+
+def test_a_trainer_logs_into_the_open_run_and_leaves_it_open(project):
+    client = MlflowClient(default_tracking_uri(project))
+    with start_run("distil", "toy", params={"width": "wide"}, tags={}, root=project) as run:
+        fit(run)
+        assert client.get_run(run.id).info.status == "RUNNING"
+        run.log_metrics({"test/r2": 1.0})
+    retained = client.get_run(run.id)
+    assert retained.info.status == "FINISHED"
+    assert retained.data.params == {"width": "wide", "lr": "0.01"}
+    assert [value.step for value in client.get_metric_history(run.id, "train/loss")] == list(range(6))
+    assert [value.step for value in client.get_metric_history(run.id, "val/loss")] == [2, 5]
+    assert len(client.search_runs([run.experiment_id])) == 1
+
+
+@pytest.mark.parametrize(("period", "most"), [(60.0, 1), (0.0, 8)])
+def test_metrics_are_sent_once_a_period_and_at_the_end(project, monkeypatch, period, most):
+    monkeypatch.setattr(run_logger, "PERIOD", period)
+    calls = []
+    with start_run("distil", "toy", params={}, tags={}, root=project) as run:
+        send = run.log_points
+        monkeypatch.setattr(Run, "log_points", lambda self, measured: (calls.append(len(measured)), send(measured)))
+        fit(run)
+    assert sum(map(bool, calls)) == most
+    history = MlflowClient(default_tracking_uri(project)).get_metric_history(run.id, "train/loss")
+    assert [value.step for value in history] == list(range(6))
+
+
+def test_checkpoints_lie_under_mlruns(project):
+    with start_run("distil", "toy", params={}, tags={}, root=project) as run:
+        fit(run)
+    (checkpoint,) = project.rglob("*.ckpt")
+    assert checkpoint.parent == project / "mlruns" / "lightning" / "distil" / run.id / "checkpoints"
+    assert {path.name for path in (project / "mlruns").iterdir()} <= {"mlflow.db", ".lock", "artifacts", "lightning"}
+
+
+class Signal(Callback):
+    """Send this process a signal in the middle of an epoch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_a_training_that_is_stopped_leaves_its_run_killed(project, number, code):
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with (
+            pytest.raises(SystemExit) as left,
+            start_run("distil", "stopped", params={}, tags={}, root=project) as run,
+        ):
+            fit(run, Signal(number))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left.value.code == code
+    client = MlflowClient(default_tracking_uri(project))
+    retained = client.get_run(run.id)
+    assert retained.info.status == "KILLED"
+    assert "error" not in retained.data.tags
+    assert [value.step for value in client.get_metric_history(run.id, "train/loss")] == [0]
+
+
+class Crash(Callback):
+    def on_train_batch_end(self, *_) -> None:
+        raise RuntimeError("no memory left")
+
+
+def test_a_training_that_crashes_leaves_its_run_failed(project):
+    with (
+        pytest.raises(RuntimeError),
+        start_run("distil", "crashes", params={}, tags={}, root=project) as run,
+    ):
+        fit(run, Crash())
+    retained = MlflowClient(default_tracking_uri(project)).get_run(run.id)
+    assert (retained.info.status, retained.data.tags["error"]) == ("FAILED", "RuntimeError: no memory left")
