@@ -18,7 +18,7 @@ from distil_rank.errors import InputError
 from distil_rank.measure.latency import LayerLatency
 from distil_rank.measure.machine import machine
 
-SCHEMA = 1
+SCHEMA = 2
 RECIPE = "original recipe"
 OURS = "Distil-Rank"
 METHOD_NOTE = (
