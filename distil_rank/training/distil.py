@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
-from distil_rank.measure.bootstrap import group_sums
+from distil_rank.measure.statistics import group_sums
 from distil_rank.training.losses import Outputs, head_loss, layer_loss
 from distil_rank.training.stacked import Batch, RowsWithTargets, StackedStudents
 
