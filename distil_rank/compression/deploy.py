@@ -24,8 +24,8 @@ from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
-from distil_rank.measure import bootstrap
 from distil_rank.measure.metrics import residual
+from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from distil_rank.training.losses import Outputs
 
 BATCH = 256  # rows at once
@@ -97,11 +97,10 @@ def _held_out_r2(
 ) -> dict[str, float]:
     """R² with its 95 % bootstrap interval over proteins."""
     target, mean = dense(x), dense(fit.double().mean(0).to(fit))
-    error = bootstrap.group_sums(residual(student(x), target).numpy(), proteins)
-    spread = bootstrap.group_sums(residual(mean.expand_as(target), target).numpy(), proteins)
-    counts = bootstrap.resample_counts(len(spread))
-    lost = bootstrap.ratio_interval(error, spread, counts)
-    return {"value": 1 - float(error.sum() / spread.sum()), "low": 1 - lost.high, "high": 1 - lost.low}
+    error = group_sums(residual(student(x), target).numpy(), proteins)
+    spread = group_sums(residual(mean.expand_as(target), target).numpy(), proteins)
+    lost = estimate(ratio(error, spread), resample_counts(len(spread)))
+    return {"value": 1 - lost.value, "low": 1 - lost.high, "high": 1 - lost.low}
 
 
 def export_artefact(
