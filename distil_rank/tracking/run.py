@@ -130,7 +130,7 @@ class Run:
         """
         origin = get_dataset_source_from_json(json.dumps({"uri": source}), "local")
         schema = Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))])
-        dataset = MetaDataset(origin, name=name, digest=digest[:DIGEST_LENGTH], schema=schema)
+        dataset = MetaDataset(origin, name=name, digest=digest[:DIGEST_LENGTH], schema=schema)  # type: ignore[abstract]
         context_tag = [InputTag("mlflow.data.context", context)]
         self.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), context_tag)])
 
