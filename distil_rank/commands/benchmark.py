@@ -14,7 +14,8 @@ from distil_rank.commands.train_teacher import check_rank_fits, open_data
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result
 from distil_rank.options.training import BenchmarkOptions, DistilOptions
-from distil_rank.report import figures, report
+from distil_rank.report import figures
+from distil_rank.report.comparison import comparison_report
 from distil_rank.report.run_folder import publish, run_folder
 from distil_rank.tracking.run import start_run
 
@@ -29,7 +30,7 @@ def benchmark(options: BenchmarkOptions) -> Result:
         for kind in ("random", "denoising", "spectral")
     ]
     result = distil_several("benchmark", children, open_data(o.data), Path(o.output))
-    report.show(result)
+    comparison_report(result).show()
     return result
 
 
@@ -61,7 +62,7 @@ def distil_several(name: str, children: Sequence[DistilOptions], data: Embedding
         parent.log_metrics({"children": len(results), **final_metrics(best)})
         folder = run_folder(output / name, parent.id)
         stem = "distil_rank" if name == "benchmark" else f"distil_rank_{name}"
-        save_report(result, folder / f"{stem}_summary.json", folder / f"{stem}_final_report.png", parent)
+        save_report(result, folder / f"{stem}_summary", f"{stem}_final_report.png", parent)
         if name == "sweep":
             parent.log_artifact(figures.sweep(result, folder / "distil_rank_sweep.png"))
             for one in results:

@@ -14,10 +14,10 @@ from distil_rank.commands.train_teacher import check_rank_fits, make_teacher, op
 from distil_rank.compression.artefact import save
 from distil_rank.compression.own_layer import load_head
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.evaluation.results import OURS, Result, TeacherResult, save_json
+from distil_rank.evaluation.results import OURS, Result, TeacherResult
 from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.options.training import DistilOptions
-from distil_rank.report import figures, report
+from distil_rank.report.comparison import comparison_report
 from distil_rank.report.run_folder import run_folder, set_latest
 from distil_rank.tracking.logger import RunLogger
 from distil_rank.tracking.registry import log_student, promote_champion
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def distil(options: DistilOptions) -> Result:
     """Distil one teacher and report what is retained."""
     result = distil_teacher(open_data(options.data), options)
-    report.show(result)
+    comparison_report(result).show()
     return result
 
 
@@ -83,7 +83,7 @@ def distil_teacher(
         outcome, student = replace(done.result, run_id=run.id), done.student
         result = Result(data=about, teachers=[outcome], seconds=time.perf_counter() - started)
         folder = run_folder(Path(options.output) / "distil" / f"{teacher.name}-r{outcome.rank}", run.id)
-        save_report(result, folder / "summary.json", folder / "report.png", run)
+        save_report(result, folder / "summary", "report.png", run)
 
         digest = tensor_digest(teacher.layer.weight, teacher.layer.bias)
         origin = {"warm_start": options.distil.warm_start, "trained_steps": done.trained_steps}
@@ -103,17 +103,13 @@ def distil_teacher(
     return result
 
 
-def save_report(result: Result, json_path: Path, png_path: Path, run: Run) -> None:
-    """Write JSON, Markdown and figure, and keep all three with the run."""
-    save_json(result, json_path)
-    text = report.markdown(result)
-    markdown_path = json_path.with_suffix(".md")
-    markdown_path.write_text(text)
-    figures.final_report(result, png_path)
-    for path in (json_path, markdown_path, png_path):
+def save_report(result: Result, stem: Path, picture: str, run: Run) -> None:
+    """Write JSON, Markdown and picture, and keep all three with the run."""
+    report = comparison_report(result)
+    for path in report.save(stem, picture):
         run.log_artifact(path)
-    run.note(text)
-    log.info("Report: %s and %s", json_path, png_path)
+    run.note(report.markdown())
+    log.info("Report: %s.md, and %s beside it", stem, picture)
 
 
 def final_metrics(result: TeacherResult) -> dict[str, float]:

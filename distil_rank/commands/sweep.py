@@ -8,7 +8,7 @@ from distil_rank.commands.benchmark import distil_several
 from distil_rank.commands.train_teacher import largest_rank, open_data
 from distil_rank.evaluation.results import Result
 from distil_rank.options.training import DistilOptions, SweepOptions
-from distil_rank.report import report
+from distil_rank.report.comparison import comparison_report
 
 RANKS = (8, 16, 32, 64, 128)
 
@@ -19,5 +19,5 @@ def sweep(options: SweepOptions) -> Result:
     ranks = o.ranks or [rank for rank in RANKS if rank <= largest_rank(data, o.teacher)]
     children = [DistilOptions(o.data, o.teacher, o.trainer, o.output, o.distil, rank, o.seeds) for rank in ranks]
     result = distil_several("sweep", children, data, Path(o.output))
-    report.show(result)
+    comparison_report(result).show()
     return result

@@ -219,15 +219,8 @@ class Result:
 _JSON = TypeAdapter(Result)
 
 
-def save_json(result: Result, path: Path) -> Path:
-    """Write a result; a number that JSON has no word for (NaN, infinity) becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_JSON.dump_json(result, indent=1) + b"\n")
-    return path
-
-
 def load_json(path: Path) -> Result:
-    """Read a result that `save_json` wrote.
+    """Read a result that a report wrote.
 
     Raises:
         InputError: no such file, not such a result, or one of another schema.

@@ -152,7 +152,7 @@ class KeepIfBetter(Callback):
         groups = np.arange(len(self.start_rows)) if data is None else data.proteins("val")
         self.gain = clearly_better(self.start_rows.numpy(), self.best_rows.numpy(), groups)
         self.better = self.gain.low > 0
-        pl_module.layer.load_state_dict(self.best if self.better else self.start)  # type: ignore[operator, union-attr]
+        pl_module.layer.load_state_dict(self.best if self.better else self.start)  # type: ignore[union-attr]
         if trainer.logger is not None:
             figures = {"start": self.start_loss, "best": self.best_loss, "retained": float(self.better)}
             metrics = {f"training/{name}": value for name, value in figures.items()}
@@ -191,7 +191,7 @@ def _validation_losses(trainer: Trainer, module: LightningModule) -> Tensor:
     if loaders is None:
         loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):  # a loader draws a number, which must not change the training batches
-        losses = [module.losses(x.to(module.device))["loss"].double().cpu() for x in loaders]
+        losses = [module.losses(x.to(module.device))["loss"].double().cpu() for x in loaders]  # type: ignore[operator]
     return torch.cat(losses)
 
 
