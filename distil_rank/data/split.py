@@ -1,39 +1,155 @@
-"""Splits of a data set into train, validation and test rows that share no protein, no sequence and no cluster.
+"""Whole groups of related proteins on one side each: the one splitter of this package.
 
 Related proteins on both sides of a split inflate every score. Rows are therefore joined into groups first (the same
-protein, sequence or cluster), and each group is assigned to one side as a whole.
+protein, sequence or cluster), and each group goes to one split as a whole: here for training, validation and test, and
+by the same draw for what is fitted, chosen and confirmed in `evaluation` and `recommendation`.
+
+scikit-learn's `GroupShuffleSplit` draws groups by their position and counts groups: its splits change with the order of
+the rows, and a large cluster can make a test set of half the data. Here the order is that of a hash of the seed and the
+content, and what does not fit is trained on.
 """
+
+from __future__ import annotations
 
 import hashlib
 import itertools
 import logging
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from distil_rank.data import mmseqs
-from distil_rank.data.mmseqs import MIN_CLUSTERED_LENGTH, MMSEQS_INSTALLATION, mmseqs_clusters
+from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, mmseqs_clusters
 from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
 
-SIDES = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 NO_GROUP = (None, "")
 
 SplitMethod = Literal["auto", "mmseqs", "clusters", "exact", "given"]
 
 
+def join_groups(columns: Sequence[Sequence[Hashable]]) -> np.ndarray:
+    """The finest grouping that none of several groupings cuts: rows that agree in any column, connected.
+
+    Args:
+        columns: each the group of every row, `(N,)`; None or an empty text where it says nothing of a row.
+
+    Returns:
+        Number of the group of each row, `(N,)` integers from 0.
+
+    >>> join_groups([["a", "a", "b", ""], ["x", "y", "y", ""]]).tolist()
+    [0, 0, 0, 1]
+    """
+    count = len(columns[0])
+    node_of: dict[tuple[int, Hashable], int] = {}
+    edges = [
+        (row, node_of.setdefault((number, key), count + len(node_of)))
+        for number, column in enumerate(columns)
+        for row, key in enumerate(column)
+        if key not in NO_GROUP
+    ]
+    rows, nodes = np.array(edges, dtype=int).reshape(-1, 2).T
+    size = count + len(node_of)
+    graph = coo_array((np.ones(len(rows)), (rows, nodes)), shape=(size, size))
+    labels = connected_components(graph, directed=False)[1][:count] if count else np.zeros(0, dtype=int)
+    return np.unique(labels, return_inverse=True)[1]
+
+
+def split_groups(
+    groups: Sequence[Hashable] | np.ndarray,
+    fractions: Sequence[float],
+    seed: int,
+    keys: Sequence[str] | None = None,
+    least: int = 1,
+) -> np.ndarray:
+    """Draw a split for each group: whole groups only, in fractions of the rows.
+
+    Groups are taken in the order of a hash of the seed and their content, so the draw depends neither on the order of
+    the rows nor on the machine. From the last split to the second, each takes the groups that fit until it is full (if
+    these fill less than half of it, it may exceed its size by half); the first split takes the others, which include
+    the largest.
+
+    Args:
+        groups: of each row, `(N,)`.
+        fractions: of the rows for each split; they sum to 1.
+        seed: another one gives another draw.
+        keys: content of each row, `(N,)`, whose least hash decides the order; by default the groups' names.
+        least: groups in every split; the smallest of the split that has most are moved where it has fewer.
+
+    Returns:
+        Number of the split of each row, `(N,)`.
+
+    Raises:
+        InputError: fractions that leave nothing for the first split, or too few groups.
+
+    >>> np.bincount(split_groups(np.repeat(np.arange(40), 3), (0.5, 0.25, 0.25), seed=0)).tolist()
+    [60, 30, 30]
+    """
+    if min(fractions) < 0 or not fractions[0] > 0:
+        shown = ", ".join(f"{fraction:g}" for fraction in fractions)
+        raise InputError(f"Expected fractions of at least 0 that leave something to fit on but got {shown}; mend them.")
+    number = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sizes = np.bincount(number)
+    if len(sizes) < least * len(fractions):
+        raise InputError(
+            f"Expected at least {least * len(fractions)} groups of proteins, {least} for each of {len(fractions)} "
+            f"splits, but got {len(sizes)}; give more proteins, or finer groups."
+        )
+    hashes: dict[int, bytes] = {}
+    for group, key in zip(number.tolist(), groups if keys is None else keys, strict=True):
+        digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
+        hashes[group] = min(digest, hashes.get(group, digest))
+    order = np.array(sorted(hashes, key=hashes.__getitem__), dtype=int)
+    split = np.zeros(len(sizes), dtype=int)
+    for one in range(len(fractions) - 1, 0, -1):
+        target = max(1, round(fractions[one] * len(number))) if fractions[one] else 0
+        split[_fill(order[split[order] == 0], sizes, target)] = one
+    for poor in range(len(fractions)):
+        while (split == poor).sum() < least:
+            rich = order[split[order] == np.bincount(split).argmax()]
+            split[rich[sizes[rich].argmin()]] = poor
+    return split[number]
+
+
+def _fill(order: np.ndarray, sizes: np.ndarray, target: int) -> list[int]:
+    """The first groups that fit; if these fill less than half, the target may be exceeded by half.
+
+    >>> _fill(np.arange(3), np.array([30, 4, 5]), target=10), _fill(np.arange(3), np.array([30, 14, 14]), target=10)
+    ([1, 2], [1])
+    """
+    chosen: list[int] = []
+    for limit in (target, 1.5 * target):
+        chosen, filled = [], 0
+        for group, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+            if filled < target and filled + size <= limit:
+                chosen.append(group)
+                filled += size
+        if 2 * filled >= target:
+            break
+    return chosen
+
+
 @dataclass(frozen=True)
 class Split:
-    """Row indices of the three sides, each sorted, and a description of the method for the report."""
+    """Row indices for training, validation and test, each sorted, and a description of the method for the report."""
 
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
     method: str
+
+    @classmethod
+    def of(cls, number: np.ndarray, method: str) -> Split:
+        """From the number of the split of each row, in the order of `SPLITS`."""
+        train, val, test = (np.flatnonzero(number == one) for one in range(3))
+        return cls(train, val, test, method)
 
 
 def make_split(
@@ -44,43 +160,32 @@ def make_split(
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     seed: int = 42,
-    identity: float = 0.3,
-    coverage: float = 0.8,
     *,
-    proteins: np.ndarray | None = None,
     groups: Sequence[Hashable] | None = None,
     sides: Sequence[str] | None = None,
     cache: Path | None = None,
 ) -> Split:
-    """Split rows into train, validation and test so that no group of related rows lies on two sides.
+    """Split rows into train, validation and test so that no group of related rows lies in two of them.
 
-    Groups are assigned in the order of a hash of the seed and their content, so the split depends neither on the order
-    of the rows nor on the machine. A side takes the groups that fit until it is full; the others are for training,
-    which includes the largest clusters.
-
-    ``auto`` takes the first available of: given sides, given clusters, MMseqs2 clusters of the sequences, exact
+    ``auto`` takes the first available of: a given split, given clusters, MMseqs2 clusters of the sequences, exact
     duplicates; a warning names what was not available. Where clusters are so few and so large that they cannot fill
-    half of a side, ``auto`` takes the next method; with a method chosen by name that is an error.
+    half of a split, ``auto`` takes the next method; with a method chosen by name that is an error.
 
     Args:
-        ids: A name for each protein. Entries of the same name stay together.
-        sequences: The sequence of each protein. The same sequence, in any case, stays together.
-        clusters: A given cluster of each protein; an empty one is a cluster of its own.
-        method: How related proteins are determined.
-        val_fraction: Share of the rows for validation.
-        test_fraction: Share of the rows for the test.
-        seed: Determines the order of the groups.
-        identity: Least sequence identity within an MMseqs2 cluster.
-        coverage: Least share of both sequences that an MMseqs2 alignment covers.
-        proteins: For per-residue rows, shape (rows,): the index into `ids` of the protein of each row. Otherwise every
-            protein is one row.
-        groups: One more key for each protein that has to stay together, for example a digest of its vector.
-        sides: A given split, ``train``, ``val`` or ``test`` for each protein; checked, otherwise used unchanged.
-        cache: Folder of the cache of MMseqs2 clusters; without one they are computed every time.
+        ids: the protein of each row; rows of one protein (its residues, its fragments) stay together.
+        sequences: of each row's protein. The same sequence, in any case, stays together.
+        clusters: a given cluster of each row; an empty one is a cluster of its own.
+        method: how related proteins are determined.
+        val_fraction: share of the rows for validation.
+        test_fraction: share of the rows for the test.
+        seed: determines the order of the groups.
+        groups: one more key for each row that has to stay together, for example a digest of its vector.
+        sides: a given split, ``train``, ``val`` or ``test`` for each row; checked, otherwise used unchanged.
+        cache: folder of the cache of MMseqs2 clusters; without one they are computed every time.
 
     Raises:
-        InputError: If the columns differ in length, the fractions leave nothing to train on, the method lacks what it
-            needs, there are too few groups for three sides, or given sides share a sequence or a cluster.
+        InputError: columns differ in length, the fractions leave nothing to train on, the method lacks what it
+            needs, there are too few groups for three splits, or a given split shares a sequence or a cluster.
 
     >>> split = make_split(["a", "b", "c", "d", "e"], ["MK", "ML", "mk", "MV", "MT"], method="exact", test_fraction=0.4)
     >>> (0 in split.test) == (2 in split.test)  # both hold MK
@@ -88,103 +193,57 @@ def make_split(
     >>> split.method
     'exact duplicates only, 4 groups'
     """
-    _check_columns(len(ids), sequences=sequences, clusters=clusters, groups=groups, sides=sides)
-    _check_fractions(val_fraction, test_fraction)
-    row_protein = _row_proteins(len(ids), proteins)
-    if method == "given" or (method == "auto" and sides is not None):
-        split = _given_split(sides, row_protein)
-        check_split(split, sequences, clusters, row_protein)
+    columns = {"sequences": sequences, "clusters": clusters, "groups": groups, "sides": sides}
+    for name, column in columns.items():
+        if column is not None and len(column) != len(ids):
+            raise InputError(f"Expected {len(ids)} {name}, one for each id, but got {len(column)}: give one for each.")
+    needed = {"given": ("sides", sides), "clusters": ("clusters", clusters), "mmseqs": ("sequences", sequences)}
+    if method in needed and needed[method][1] is None:
+        raise InputError(f"Expected {needed[method][0]} for the split method `{method}` but got none: give them.")
+    if sides is not None and method in ("auto", "given"):
+        split = _given_split(sides)
+        check_split(split, sequences, clusters)
         return split
     candidates, caveats = _candidates(method, sequences, clusters)
-    digests = _digests(ids, sequences, seed)
+    upper = None if sequences is None else [sequence.upper() for sequence in sequences]
+    keys = ids if upper is None else [sequence or name for sequence, name in zip(upper, ids, strict=True)]
+    fractions = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
     for candidate in candidates:
-        related, description = _relation(candidate, ids, sequences, clusters, identity, coverage, cache)
-        keys = [ids, _upper(sequences), groups, related]
-        group_of = _join(len(ids), [key for key in keys if key is not None])
-        sides_rows = _assign(group_of, digests, row_protein, val_fraction, test_fraction)
-        description += f", {len(set(group_of.tolist())):,} {'groups' if related is None else 'clusters'}"
-        if sides_rows is not None:
+        related: Sequence[Hashable] | None = None
+        description = "exact duplicates only"
+        if candidate == "clusters":
+            related, description = clusters, "given clusters"
+        elif candidate == "mmseqs" and sequences is not None:
+            related, description = mmseqs_clusters(sequences, ids, cache), mmseqs.description(sequences)
+        group = join_groups([column for column in (ids, upper, groups, related) if column is not None])
+        number = split_groups(group, fractions, seed, keys, least=0)
+        rows = np.bincount(number, minlength=3)
+        description += f", {len(set(group.tolist())):,} {'groups' if related is None else 'clusters'}"
+        wanted = [max(1, round(fraction * len(ids))) if fraction else 0 for fraction in fractions[1:]]
+        if rows[0] and all(2 * rows[1:] >= wanted):
             if caveats:
                 log.warning("Related proteins may lie on both sides of the split: %s.", "; ".join(caveats))
-            return Split(*sides_rows, method="; ".join([description, *caveats]))
-        largest = np.bincount(group_of[row_protein]).max(initial=0)
+            return Split.of(number, "; ".join([description, *caveats]))
+        largest = np.bincount(group).max(initial=0)
         caveats.append(f"{description}, the largest of {largest:,} rows, cannot fill the sides")
     raise InputError(
-        f"Expected groups that fill {val_fraction:.0%} validation and {test_fraction:.0%} test rows of "
-        f"{len(row_protein):,} but {caveats[-1]}: give more proteins, other fractions, or another split method."
+        f"Expected groups that fill {val_fraction:.0%} validation and {test_fraction:.0%} test rows of {len(ids):,} "
+        f"but {caveats[-1]}: give more proteins, other fractions, or another split method."
     )
 
 
-def _check_fractions(val: float, test: float) -> None:
-    if min(val, test) < 0 or val + test >= 1:
-        raise InputError(
-            f"Expected fractions of at least 0 that leave something to train on but got val_fraction {val} and "
-            f"test_fraction {test}: lower them."
-        )
-
-
-def _row_proteins(count: int, proteins: np.ndarray | None) -> np.ndarray:
-    """The protein of each row, `(rows,)`; each protein one row by default."""
-    row_protein = np.arange(count) if proteins is None else np.asarray(proteins)
-    if len(row_protein) and not 0 <= row_protein.min() <= row_protein.max() < count:
-        raise InputError(
-            f"Expected the protein of each row in [0, {count}) but got indices from {row_protein.min()} to "
-            f"{row_protein.max()}: give one id for each protein."
-        )
-    return row_protein
-
-
-def check_split(
-    split: Split,
-    sequences: Sequence[str] | None = None,
-    clusters: Sequence[str | None] | None = None,
-    proteins: np.ndarray | None = None,
-) -> None:
-    """Check that the sides of a split share no row, protein, sequence or cluster.
-
-    Sequences are compared in full and without regard to case. With `proteins`, sequences and clusters belong to
-    proteins, as in `make_split`.
-
-    Raises:
-        InputError: They do; the message names an example.
-    """
-    rows = {side: np.asarray(getattr(split, side), dtype=int) for side in SIDES}
-    proteins_of = {
-        side: np.unique(index if proteins is None else proteins[index]).tolist() for side, index in rows.items()
-    }
-    _check_disjoint("protein", {side: {protein: protein for protein in proteins_of[side]} for side in SIDES})
-    for what, column in (("sequence", _upper(sequences)), ("cluster", clusters)):
-        if column is not None:
-            where = {side: {column[i]: i for i in proteins_of[side] if column[i] not in NO_GROUP} for side in SIDES}
-            _check_disjoint(what, where)
-
-
-def _check_columns(length: int, **columns: Sequence[Hashable] | None) -> None:
-    for name, column in columns.items():
-        if column is not None and len(column) != length:
-            raise InputError(f"Expected {length} {name}, one for each id, but got {len(column)}: give one for each.")
-
-
-def _given_split(sides: Sequence[str] | None, row_protein: np.ndarray) -> Split:
-    if sides is None:
-        raise InputError("Expected the side of each protein for the split method `given` but got none: give sides.")
-    if unknown := set(sides) - set(SIDES):
+def _given_split(sides: Sequence[str]) -> Split:
+    if unknown := set(sides) - set(SPLITS):
         raise InputError(f"Expected each side to be train, val or test but got {min(unknown)!r}: correct it.")
-    row_side = np.asarray(sides)[row_protein]
-    train, val, test = (np.flatnonzero(row_side == side) for side in SIDES)
-    if not len(train):
+    if "train" not in sides:
         raise InputError("Expected a given split to have rows to train on but got none: name some of them train.")
-    return Split(train, val, test, method="given with the data")
+    return Split.of(np.array([SPLITS.index(side) for side in sides]), "given with the data")
 
 
 def _candidates(
     method: SplitMethod, sequences: Sequence[str] | None, clusters: Sequence[str | None] | None
 ) -> tuple[list[SplitMethod], list[str]]:
     """The methods to try, strictest first, and why no stricter one is among them."""
-    if method == "clusters" and clusters is None:
-        raise InputError("Expected a cluster of each protein for the split method `clusters` but got none: give them.")
-    if method == "mmseqs" and sequences is None:
-        raise InputError("Expected sequences for the split method `mmseqs` but got none: give them, or use `exact`.")
     if method != "auto":
         return [method], []
     if clusters is not None and any(clusters):
@@ -196,114 +255,28 @@ def _candidates(
     return ["mmseqs", "exact"], []
 
 
-def _relation(
-    method: SplitMethod,
-    ids: Sequence[str],
-    sequences: Sequence[str] | None,
-    clusters: Sequence[str | None] | None,
-    identity: float,
-    coverage: float,
-    cache: Path | None,
-) -> tuple[Sequence[Hashable] | None, str]:
-    """Keys of the groups of related proteins beyond equal ones, and a description of the method."""
-    if method == "clusters":
-        return clusters, "given clusters"
-    if method == "exact" or sequences is None:
-        return None, "exact duplicates only"
-    description = f"MMseqs2 clusters ({100 * identity:g} % identity, {100 * coverage:g} % coverage)"
-    if short := sum(len(sequence) < MIN_CLUSTERED_LENGTH for sequence in sequences):
-        exception = (
-            f"{short:,} of {len(sequences):,} sequences under {MIN_CLUSTERED_LENGTH} residues by exact match only"
-        )
-        log.warning("MMseqs2 leaves out sequences under %d residues: %s.", MIN_CLUSTERED_LENGTH, exception)
-        description += f", {exception}"
-    return mmseqs_clusters(sequences, ids, identity, coverage, cache), description
+def check_split(
+    split: Split, sequences: Sequence[str] | None = None, clusters: Sequence[str | None] | None = None
+) -> None:
+    """Check that train, validation and test share no row, sequence (in full, in any case) or cluster.
 
-
-def _upper(sequences: Sequence[str] | None) -> list[str] | None:
-    return None if sequences is None else [sequence.upper() for sequence in sequences]
-
-
-def _digests(ids: Sequence[str], sequences: Sequence[str] | None, seed: int) -> list[bytes]:
-    """Keys for a reproducible random order of the proteins that depends on their content, not on their position."""
-    content = (
-        ids if sequences is None else [sequence.upper() or name for sequence, name in zip(sequences, ids, strict=True)]
-    )
-    return [hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest() for text in content]
-
-
-def _join(length: int, columns: Sequence[Sequence[Hashable]]) -> np.ndarray:
-    """Number the connected groups of proteins that agree in any column, shape (length,); empty keys join no group.
-
-    >>> _join(4, [["a", "b", "a", ""], ["x", "y", "z", ""]]).tolist()
-    [0, 1, 0, 2]
+    Raises:
+        InputError: they do; the message names an example.
     """
-    parent = list(range(length))
-
-    def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for column in columns:
-        first: dict[Hashable, int] = {}
-        for node, key in enumerate(column):
-            if key not in NO_GROUP:
-                parent[root(node)] = root(first.setdefault(key, node))
-    _, number = np.unique(np.array([root(node) for node in range(length)], dtype=int), return_inverse=True)
-    return number
-
-
-def _assign(
-    group_of: np.ndarray, digests: Sequence[bytes], row_protein: np.ndarray, val_fraction: float, test_fraction: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Rows of the three sides, each of whole groups; None where a side would have less than half its target size."""
-    row_group = group_of[row_protein]
-    sizes = np.bincount(row_group)
-    digest_of: dict[int, bytes] = {}
-    for group, digest in zip(group_of.tolist(), digests, strict=True):
-        digest_of[group] = min(digest, digest_of.get(group, digest))
-    order = sorted(set(row_group.tolist()), key=digest_of.__getitem__)
-
-    side_of = np.zeros(len(sizes), dtype=int)  # 0 trains
-    for side, fraction in ((2, test_fraction), (1, val_fraction)):
-        target = max(1, round(fraction * len(row_group))) if fraction else 0
-        chosen = _fill([group for group in order if not side_of[group]], sizes, target)
-        if 2 * sizes[chosen].sum() < target:
-            return None
-        side_of[chosen] = side
-    train, val, test = (np.flatnonzero(side_of[row_group] == side) for side in range(3))
-    return (train, val, test) if len(train) else None
-
-
-def _fill(order: Iterable[int], sizes: np.ndarray, target: int) -> list[int]:
-    """The first groups that fit a side; if these fill less than half of it, it may exceed its size by half.
-
-    >>> _fill([0, 1, 2], np.array([30, 4, 5]), target=10)
-    [1, 2]
-    >>> _fill([0, 1, 2], np.array([30, 14, 14]), target=10)
-    [1]
-    """
-    chosen: list[int] = []
-    for limit in (target, 1.5 * target):
-        chosen, filled = [], 0
-        for group in order:
-            if filled < target and filled + sizes[group] <= limit:
-                chosen.append(group)
-                filled += int(sizes[group])
-        if 2 * filled >= target:
-            break
-    return chosen
-
-
-def _check_disjoint(what: str, where: Mapping[str, Mapping[Hashable, int]]) -> None:
-    """Raise if two sides, each a mapping from keys to a protein with that key, have a key in common."""
-    for side, other in itertools.combinations(SIDES, 2):
-        if shared := where[side].keys() & where[other].keys():
-            key = min(shared, key=where[side].__getitem__)
-            example = str(key) if len(str(key)) <= 24 else f"{str(key)[:24]}…"
-            raise InputError(
-                f"Expected the sides of the split to share no {what} but {side} and {other} share {example} (proteins "
-                f"{where[side][key]} and {where[other][key]}): assign related proteins to one side, or split by `auto`."
-            )
+    rows = {name: np.asarray(getattr(split, name), dtype=int).tolist() for name in SPLITS}
+    upper = None if sequences is None else [sequence.upper() for sequence in sequences]
+    everything = range(max(max(index, default=-1) for index in rows.values()) + 1)
+    for what, column in (("row", everything), ("sequence", upper), ("cluster", clusters)):
+        if column is None:
+            continue
+        where = {
+            name: {column[row]: row for row in index if column[row] not in NO_GROUP} for name, index in rows.items()
+        }
+        for one, other in itertools.combinations(SPLITS, 2):
+            if shared := where[one].keys() & where[other].keys():
+                key = min(shared, key=where[one].__getitem__)
+                example = str(key) if len(str(key)) <= 24 else f"{str(key)[:24]}…"
+                raise InputError(
+                    f"Expected splits that share no {what} but {one} and {other} share {example} (rows "
+                    f"{where[one][key]} and {where[other][key]}): put related proteins into one, or split by `auto`."
+                )

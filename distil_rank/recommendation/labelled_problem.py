@@ -9,9 +9,10 @@ import numpy as np
 
 from distil_rank.codes.fit import group_noise
 from distil_rank.data.labels import LabelSource, LabelTable
+from distil_rank.data.split import join_groups
 from distil_rank.evaluation.groups import make_groups
 from distil_rank.evaluation.task import Kind, make_target
-from distil_rank.recommendation.parts import FIT, joined, split_parts
+from distil_rank.recommendation.parts import FIT, split_parts
 from distil_rank.recommendation.problem import Noise, Problem, Task, Vectors
 
 
@@ -43,7 +44,7 @@ def labelled_problem(
         groupings.append(grouping)
         described.append(words)
         notes += told
-    group = joined(groupings)
+    group = join_groups([np.where(one < 0, None, one).tolist() for one in groupings])  # type: ignore[call-overload]
     labelled = np.any([grouping >= 0 for grouping in groupings], axis=0)
     part = np.where(labelled, 0, -1)
     part[labelled] = split_parts(np.unique(group[labelled], return_inverse=True)[1], seed=seed)

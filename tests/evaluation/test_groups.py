@@ -63,8 +63,8 @@ def test_classification_keeps_clusters_together():
     ("choice", "options", "message"),
     [
         ("kingdom", {}, "--groups out of family, superfamily, fold, none"),
-        ("one", {"columns": {"one": ["x"] * len(IDS)}}, "at least two groups of one"),
-        (None, {"fit_fraction": 1.5}, "between 0 and 1"),
+        ("one", {"columns": {"one": ["x"] * len(IDS)}}, "at least 2 groups"),
+        (None, {"fit_fraction": 1.5}, "leave something to fit on"),
     ],
 )
 def test_what_is_refused(choice, options, message):

