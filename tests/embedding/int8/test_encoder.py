@@ -8,11 +8,11 @@ from esm.model.esm2 import ESM2
 
 from distil_rank.embedding import embedder, int8_encoder
 from distil_rank.embedding.backbone import Backbone, load_backbone
-from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.int8_encoder import Int8Encoder
-from distil_rank.embedding.int8_weights import round_weights
+from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
+from distil_rank.embedding.int8.encoder import Int8Encoder
+from distil_rank.embedding.int8.weights import round_weights
 from distil_rank.embedding.precision import calibrate
 from distil_rank.errors import InputError
 
