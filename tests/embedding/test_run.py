@@ -178,7 +178,7 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
     ("options", "message"),
     [
         ({"layer": 3}, "layers from 1 to 2"),
-        ({"layer": 0}, "layers from 1 to 2"),
+        ({"layer": 0}, "layers from 1 on"),
         ({"layer": "1,1"}, "1 comes twice"),
         ({"layer": "1,5"}, "layers from 1 to 2"),
         ({"max_length": 0}, "max_length of at least 1 but got 0"),
