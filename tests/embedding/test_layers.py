@@ -54,7 +54,6 @@ def test_a_path_with_a_colon_is_a_path(tmp_path):
     assert State.parse("4n").entry == "4n" and State.parse("4").entry == 4
 
 
-
 def test_laps_add_up_over_threads(monkeypatch):
     clock = LayerClock(2, CPU)
     monkeypatch.setattr(clock, "now", lambda: 3.0)
