@@ -14,7 +14,7 @@ import torch
 from esm.model.esm2 import ESM2
 
 from distil_rank.cli import main
-from distil_rank.embedding.processor import has_int8_units
+from distil_rank.embedding.hardware import has_int8_units
 from tests.documented import IN_TEXT, PAGES, SHELL, Checkout, code_of, commands_of, parses, run_script
 from tests.esm2_files import hugging_face_folder
 from tests.reader_files import BROUGHT, shortest_proteins, write_head, write_samples, write_sequences, write_vectors

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from distil_rank.codes.augment import Augmentation
-from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.layers import State
 from distil_rank.embedding.run import OPTIONS, embed, options_like
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError

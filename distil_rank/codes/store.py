@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from distil_rank.compression.artefact import MANIFEST, load, save
 from distil_rank.embedding.elastic import compute_elastically
-from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.layers import State
 from distil_rank.embedding.location import absolute, open_storage
 from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
 from distil_rank.embedding.ray_cluster import Cluster

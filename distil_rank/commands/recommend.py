@@ -20,8 +20,7 @@ from distil_rank.commands.evaluate import metric_name
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.artefact import save
 from distil_rank.data.labels import LabelSource
-from distil_rank.embedding.layer_spec import split_source
-from distil_rank.embedding.precision import Precision
+from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -30,6 +29,7 @@ from distil_rank.evaluation.labelled import OWN_LABELS
 from distil_rank.evaluation.representations import Representation, composition
 from distil_rank.evaluation.task import Kind
 from distil_rank.evaluation.trials import RetrievalTrial
+from distil_rank.options.embed import Precision
 from distil_rank.recommendation.costs import measure_costs, query_seconds
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT

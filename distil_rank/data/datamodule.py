@@ -22,7 +22,7 @@ from distil_rank.data.files import Embeddings, load_matrix
 from distil_rank.data.mmseqs import CLUSTER_CACHE
 from distil_rank.data.sources import SYNTHETIC, find_source, read_clusters
 from distil_rank.data.split import Split, check_split, make_split
-from distil_rank.embedding.layer_spec import split_source
+from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store, embed
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 
-from distil_rank.embedding.layer_spec import STATE, State, split_source
+from distil_rank.embedding.layers import STATE, State, split_source
 from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.storage import Location, Storage
 from distil_rank.errors import InputError

@@ -1,12 +1,14 @@
-"""Weights in files, loaded safely: fair-esm's checkpoints and Hugging Face's folders, with their names."""
+"""Weights in files, loaded safely and hashed once: fair-esm's checkpoints and Hugging Face's folders."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import re
 import zipfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from distil_rank.embedding.storage import sha256_of, write_atomically
 from distil_rank.errors import InputError
 
+REMEMBERED_BYTES = 2**24  # of a file from which on its hash is kept; a smaller one is hashed in no time
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 _RENAMED = (  # in this order: the attention's norm before the layer's own
@@ -77,3 +81,30 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise InputError(f"Expected named weights in {path} but got {type(content).__name__}.")
     return content
+
+
+def cache_folder() -> Path:
+    """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
+    return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
+
+
+def cached_sha256(path: Path) -> str:
+    """SHA-256 of a file, computed once for its path, size and time, and kept in the cache folder where that can be."""
+    before = path.stat()
+    if before.st_size < REMEMBERED_BYTES:
+        return sha256_of(path)
+    memory, entry = cache_folder() / "sha256.json", [before.st_size, before.st_mtime_ns]
+    known: dict[str, list[int | str]] = {}
+    with suppress(OSError, ValueError):
+        content = json.loads(memory.read_text())
+        known = content if isinstance(content, dict) else known
+    match known.get(str(path.resolve())):
+        case [size, time, str(digest)] if [size, time] == entry:
+            return digest
+    digest = sha256_of(path)
+    after = path.stat()
+    if [after.st_size, after.st_mtime_ns] == entry:
+        with suppress(OSError, InputError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(memory, json.dumps(known | {str(path.resolve()): [*entry, digest]}, indent=1).encode())
+    return digest

@@ -15,7 +15,7 @@ import torch
 
 from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.quantisers import has_faiss
-from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.layers import State
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed, options_like
 from distil_rank.errors import InputError

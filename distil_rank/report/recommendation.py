@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from distil_rank.embedding.layer_spec import split_source
+from distil_rank.embedding.layers import split_source
 from distil_rank.report.choices import SCHEMA, Outcome, Recommendation
 from distil_rank.report.figures import STYLE, label_line
 from distil_rank.report.writer import Report, Table

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distil_rank.embedding import int8_kernels as kernels
-from distil_rank.embedding.int8_linear import LEVELS, UNSIGNED_LEVELS, ZERO_POINT
+from distil_rank.embedding.int8 import kernels
+from distil_rank.embedding.int8.linear import LEVELS, UNSIGNED_LEVELS, ZERO_POINT
 
 
 def floats(*shape: int) -> torch.Tensor:

@@ -1,7 +1,4 @@
-"""What becomes of freed memory: glibc keeps some of it, and by default neither enough nor little enough for us.
-
-Without glibc nothing happens.
-"""
+"""What this machine multiplies natively, and what becomes of the memory that a process frees."""
 
 from __future__ import annotations
 
@@ -10,15 +7,33 @@ import sys
 from functools import cache
 from typing import Any
 
+import torch
+
 # glibc's M_MMAP_THRESHOLD (at most 32), M_TRIM_THRESHOLD and M_TOP_PAD, in MiB
 MALLOC_OPTIONS = {-3: 32, -1: 1024, -2: 64}
+
+
+def has_int8_units() -> bool:
+    """Whether this processor has units for int8 (VNNI or AMX); without them oneDNN's sums can saturate."""
+    return _has("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def has_bf16_units() -> bool:
+    """Whether this processor has units for bfloat16 (AVX512-BF16 or AMX)."""
+    return _has("avx512_bf16", "amx_bf16")
+
+
+def _has(*names: str) -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in names)
 
 
 @cache
 def keep_freed_memory() -> None:
     """Tells glibc to keep the memory of freed tensors for the next ones, for the whole process.
 
-    By default it returns most of it to the kernel after every batch and requests it again for the next.
+    By default it returns most of it to the kernel after every batch and requests it again for the next. Without glibc
+    nothing happens.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:

@@ -11,7 +11,7 @@ The largest values come from one pass in float32, in which no more than one laye
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from esm.model.esm2 import ESM2
 from safetensors import SafetensorError
 from torch import Tensor
 
+from distil_rank.embedding.backbone import Lazy, StreamedModel
 from distil_rank.embedding.esm2 import FusedEncoder, folded
-from distil_rank.embedding.streamed_model import StreamedModel
 from distil_rank.errors import InputError
 
 ALPHA = 0.5  # how much of the difference moves: the paper's choice, and as good as any here
@@ -111,13 +111,13 @@ class CalibrationEncoder(FusedEncoder):
         self.maxima: list[Maxima] = []
 
     def _convert(self, modules: Sequence[Any]) -> Sequence[Any]:
-        return _OnDemand(self, modules)
+        def exact(number: int) -> Any:
+            """One layer in float32, both norms folded."""
+            layer = self._layer(modules[number], torch.float32, torch.float32)
+            norm2, (fc1,) = folded(layer.norm2, layer.fc1)
+            return layer._replace(norm2=norm2, fc1=fc1)
 
-    def exact_layer(self, module: Any) -> Any:
-        """One layer in float32, both norms folded."""
-        layer = self._layer(module, torch.float32, torch.float32)
-        norm2, (fc1,) = folded(layer.norm2, layer.fc1)
-        return layer._replace(norm2=norm2, fc1=fc1)
+        return Lazy(exact, range(len(modules)))
 
     def calibration(self) -> Calibration:
         """From the passes so far."""
@@ -133,19 +133,3 @@ class CalibrationEncoder(FusedEncoder):
         x += F.linear(hidden, *layer.fc2)
         inner = (inputs, attended, normed, hidden + GELU_MINIMUM)
         self.maxima.append(Maxima(*(tensor[: self.noted].abs().amax(0) for tensor in inner)))
-
-
-class _OnDemand(Sequence[Any]):
-    """Layers that exist while they are used."""
-
-    def __init__(self, encoder: CalibrationEncoder, modules: Sequence[Any]):
-        self.encoder, self.modules = encoder, modules
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self.encoder.exact_layer(self.modules[number])
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.encoder.exact_layer, self.modules)

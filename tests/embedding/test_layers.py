@@ -1,13 +1,57 @@
-"""Costs of layers from times that are known."""
+"""How users name layers; their costs from times that are known."""
 
 import threading
 
 import pytest
 import torch
 
-from distil_rank.embedding.layer_costs import LayerClock, layer_costs
+from distil_rank.embedding.layers import LayerClock, State, layer_costs, parse_layers, split_source
+from distil_rank.errors import InputError
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, ["6"]),
+        (4, ["4"]),
+        ("4", ["4"]),
+        ("3,4,5,6", ["3", "4", "5", "6"]),
+        ("6, 4n,4", ["4", "4n", "6"]),
+        ("all", ["1", "2", "3", "4", "5", "6"]),
+    ],
+)
+def test_layers_come_in_ascending_order(layers, expected):
+    assert [str(state) for state in parse_layers(layers, 6)] == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("0", "from 1 on"),
+        (0, "from 1 on"),
+        ("3,7", "from 1 to 6"),
+        ("4,4", "4 comes twice"),
+        ("4n,4,4n", "4n comes twice"),
+        ("6n", "always normed"),
+        ("last", "from 1 on"),
+        ("3,,4", "from 1 on"),
+        ("-1", "from 1 on"),
+    ],
+)
+def test_what_is_refused(layers, message):
+    with pytest.raises(InputError, match=message):
+        parse_layers(layers, 6)
+
+
+def test_a_path_with_a_colon_is_a_path(tmp_path):
+    (tmp_path / "a:4").mkdir()
+    (tmp_path / "b").mkdir()
+    assert split_source(tmp_path / "a:4") == (tmp_path / "a:4", None)
+    assert split_source(f"{tmp_path}/b:4n") == (tmp_path / "b", "4n")
+    assert split_source(f"{tmp_path}/b:four") == (tmp_path / "b:four", None)
+    assert State.parse("4n").entry == "4n" and State.parse("4").entry == 4
 
 
 def test_laps_add_up_over_threads(monkeypatch):
@@ -16,7 +60,7 @@ def test_laps_add_up_over_threads(monkeypatch):
 
     def batches():
         for _ in range(200):
-            assert clock.lap(1, 1.0) == 3.0
+            clock.lap(1, 1.0)
 
     threads = [threading.Thread(target=batches) for _ in range(4)]
     for thread in threads:
@@ -47,7 +91,9 @@ def test_a_gpu_is_timed_for_the_first_batches_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     clock = LayerClock(2, torch.device("cuda"))
     starts = [clock.start() for _ in range(25)]
-    assert sum(start is not None for start in starts) == 20 and clock.lap(1, starts[-1]) is None
+    assert sum(start is not None for start in starts) == 20
+    clock.lap(1, starts[-1])
+    assert not clock.seconds.any(), "the last was not timed"
     clock.seconds[:] = 0, 1.0, 3.0  # a sample: shares of the whole
     assert [cost.share for cost in layer_costs(clock, 2, 100.0, 10, 10)] == [0.25, 1.0]
 

@@ -1,18 +1,18 @@
-"""ESM-2's encoder with its matrix products in int8; what is between two of them is in `int8_kernels`.
+"""ESM-2's encoder with its matrix products in int8; what is between two of them is in `kernels`.
 
 In float32 remain the norms, rotations, GELU and the residual stream. Attention, and the queries and keys that
-`int8_weights` leaves exact, are in bfloat16 where the processor multiplies it, otherwise in float32 too. Each thread's
+`weights` leaves exact, are in bfloat16 where the processor multiplies it, otherwise in float32 too. Each thread's
 rows go through the products in large blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,74 +20,54 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.embedding import int8_kernels as kernels
-from distil_rank.embedding.bf16_attention import MULTIPLE, bits, padding
-from distil_rank.embedding.bf16_attention import attend as attend_in_bf16
-from distil_rank.embedding.esm2 import WIDE, Affine, FusedEncoder, attend_sequentially
-from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear
-from distil_rank.embedding.int8_weights import Int8Weights
-from distil_rank.embedding.processor import has_bf16_units
+from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially
+from distil_rank.embedding.hardware import has_bf16_units, return_freed_memory
+from distil_rank.embedding.int8 import kernels
+from distil_rank.embedding.int8.attention import MULTIPLE, bits, padding
+from distil_rank.embedding.int8.attention import attend as attend_in_bf16
+from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
+from distil_rank.embedding.int8.weights import Int8Layer
+from distil_rank.embedding.layers import LayerClock
+from distil_rank.errors import InputError
 
 HEADS = 5  # of a long sequence, at once in one thread
 BLOCK, NUMBERS = 256, 512 * 320  # rows of a product at most, or as many as have so many numbers
 PAIRS = 64  # of rotations in a row at least: they fill vector units, with little left over
-LOADED = 4  # layers from files at once, in memory twice each
-
-
-class _Int8Layer(NamedTuple):
-    """The parameters of one layer; each norm's scale is what migrates its outputs."""
-
-    norm1: Tensor
-    qk: Tensor | None  # weight of queries and keys, where it is not in int8
-    qkv: Int8Linear | None  # of values alone, where they are; None in the first layer, which is a table
-    qk_bias: Tensor
-    out: Int8Linear
-    out_bias: Tensor
-    norm2: Tensor
-    fc1: Int8Linear
-    fc1_bias: Tensor
-    raised: Affine  # migrates GELU's outputs: scale and shift
-    fc2: Int8Linear
-    fc2_bias: Tensor
-
-    @classmethod
-    def of(cls, weights: Mapping[str, Tensor], low: torch.dtype) -> _Int8Layer:
-        """Brings a layer of `Int8Weights` into the kernels' order; products that are rounded next are in `low`."""
-
-        def product(name: str, zero_point: int = ZERO_POINT, dtype: torch.dtype = torch.float32) -> Int8Linear:
-            return Int8Linear(weights[f"{name}.weight"], weights[f"{name}.scales"], zero_point, dtype)
-
-        return cls(
-            norm1=weights["norm1"],
-            qk=weights["qk.weight"].to(low) if "qk.weight" in weights else None,
-            qkv=product("qkv", dtype=low) if "qkv.weight" in weights else None,
-            qk_bias=weights["qk.bias"],
-            out=product("out"),
-            out_bias=weights["out.bias"],
-            norm2=weights["norm2"],
-            fc1=product("fc1", dtype=low),
-            fc1_bias=weights["fc1.bias"],
-            raised=(weights["raised.scale"], weights["raised.shift"]),
-            fc2=product("fc2", zero_point=0),
-            fc2_bias=weights["fc2.bias"],
-        )
 
 
 class Int8Encoder(FusedEncoder):
     """The encoder of a fair-esm ESM-2 model up to one layer, for inference on a CPU with int8 units.
 
     Args:
-        weights: Of its layers, none of which is kept as it comes.
+        exact: The exact encoder, up to the layer that int8 is to go to; its layers are rounded one by one.
+        calibration: The activations' ranges, of at least these layers.
+
+    Raises:
+        InputError: the calibration is that of another model.
     """
 
-    def __init__(self, weights: Int8Weights):
-        self.layer, self.dtype, self.device = len(weights.layers), torch.int8, torch.device("cpu")
+    @torch.no_grad()
+    def __init__(self, exact: CalibrationEncoder, calibration: Calibration):
+        self.layer, self.dtype, self.device = exact.layer, torch.int8, torch.device("cpu")
+        self.heads, self.depth, self.eps = exact.heads, exact.depth, exact.eps
+        self.frequencies, self.embedding, self.norm_after = exact.frequencies, exact.embedding, exact.norm_after
+        width, widths = self.embedding.shape[1], [len(maxima.qkv) for maxima in calibration.layers[: self.layer]]
+        if widths != [width] * self.layer:
+            raise InputError(
+                f"Expected a calibration of {self.layer} layers of width {width} but got {len(calibration.layers)} of "
+                f"width {widths[0] if widths else 0}; leave --calibration out, or name one of this backbone."
+            )
         self._low = torch.bfloat16 if has_bf16_units() else torch.float32  # of attention and its inputs
-        self.bos_only_after = None
         self._pool: ThreadPoolExecutor | None = None
         self._threads = 1  # of the pool, or the caller's own
-        self._assemble(weights.parts, _packed(weights, self._low))
-        self._table = torch.cat(self.first, dim=1)  # of the first layer's queries, keys and values
+        self._table = torch.cat(exact.first, dim=1)  # of the first layer's queries, keys and values
+        if self.layer:
+            migration = calibration.migration(calibration.layers[0].out, exact.layers[0].out[0])
+            self._table[:, 2 * width :] /= migration
+        layers = enumerate(exact.layers)
+        self.layers = [Int8Layer.rounded(number, layer, calibration, self._low) for number, layer in layers]
+        self.clock = LayerClock(self.layer, self.device)
+        return_freed_memory()
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
@@ -143,7 +123,7 @@ class Int8Encoder(FusedEncoder):
         attended = self._attend_to(qkv, lengths)
         self._each(lambda rows: self._finish(x[rows], layer, attended[rows]), self._blocks(len(x)))
 
-    def _project_rows(self, x: Tensor, layer: _Int8Layer, rotations: Tensor, qkv: Tensor) -> None:
+    def _project_rows(self, x: Tensor, layer: Int8Layer, rotations: Tensor, qkv: Tensor) -> None:
         """Rotated queries and keys, and values, of some rows."""
         values, steps = _rounded_like(x)
         _run(kernels.norm_rows, x, layer.norm1, self.eps, values, steps)
@@ -177,7 +157,7 @@ class Int8Encoder(FusedEncoder):
             parts += [(start, length, slice(head, head + size)) for head in range(0, self.heads, size)]
         return parts
 
-    def _finish(self, x: Tensor, layer: _Int8Layer, attended: Tensor) -> None:
+    def _finish(self, x: Tensor, layer: Int8Layer, attended: Tensor) -> None:
         """Adds to some rows what follows from their attention."""
         values, steps = _rounded_like(x)
         _run(kernels.round_rows, attended, values, steps)
@@ -203,26 +183,9 @@ def together(heads: int, pairs: int) -> int:
 
 
 def _attend_in_fp32(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:
-    """As `bf16_attention.attend`, in float32."""
+    """As `attention.attend`, in float32."""
     q, k, v = qkv[:, heads, start : start + length + padding(length)].transpose(1, 2)
     attended[start : start + length, heads] = attend_sequentially(q, k, v, [length])[:length]
-
-
-def _packed(weights: Int8Weights, low: torch.dtype) -> list[_Int8Layer]:
-    """All layers in the kernels' order; oneDNN's reordering, like the check of a file, is slow and on one core."""
-
-    def pack(number: int) -> _Int8Layer:
-        return _Int8Layer.of(weights.layers[number], low)
-
-    threads, numbers = torch.get_num_threads(), range(len(weights.layers))
-    if not weights.apart:
-        return list(map(pack, numbers))
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(min(threads, LOADED)) as pool:
-            return list(pool.map(pack, numbers))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _rounded_like(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distil_rank.embedding.processor import has_bf16_units, has_int8_units
+from distil_rank.embedding.hardware import has_bf16_units, has_int8_units
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distil_rank.embedding import bf16_attention
-from distil_rank.embedding.bf16_attention import MULTIPLE, attend
+from distil_rank.embedding.int8 import attention as bf16_attention
+from distil_rank.embedding.int8.attention import MULTIPLE, attend
 
 HEADS, WIDTH = 3, 16
 

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from esm.model.esm2 import ESM2
 
-from distil_rank.embedding import embedder, int8_encoder
+from distil_rank.embedding import embedder
 from distil_rank.embedding.backbone import Backbone, load_backbone
-from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.int8_encoder import Int8Encoder
-from distil_rank.embedding.int8_weights import round_weights
+from distil_rank.embedding.int8 import encoder as int8_encoder
+from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
+from distil_rank.embedding.int8.encoder import Int8Encoder
 from distil_rank.embedding.precision import calibrate
 from distil_rank.errors import InputError
 
@@ -47,7 +47,7 @@ def calibration_of(model: ESM2) -> Calibration:
 
 
 def encoder_of(model: ESM2, layer: int | None = None) -> Int8Encoder:
-    return Int8Encoder(round_weights(CalibrationEncoder(model, layer), calibration_of(model)))
+    return Int8Encoder(CalibrationEncoder(model, layer), calibration_of(model))
 
 
 def test_the_calibrating_pass_is_exact(model):

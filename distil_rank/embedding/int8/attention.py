@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.embedding import int8_kernels as kernels
+from distil_rank.embedding.int8 import kernels
 
 MULTIPLE = 16  # of queries and keys: oneDNN compiles a product for each shape
 SCORES = 5 * 2**19  # at once; two bytes each

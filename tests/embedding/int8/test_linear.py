@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from distil_rank.embedding.int8_linear import ZERO_POINT, Int8Linear, round_weight
-from distil_rank.embedding.processor import has_int8_units
+from distil_rank.embedding.hardware import has_int8_units
+from distil_rank.embedding.int8.linear import ZERO_POINT, Int8Linear, round_weight
 
 
 @pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")
