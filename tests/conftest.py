@@ -113,6 +113,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A server that speaks S3, with a bucket `proteins`; yields the environment variables that lead to it."""
     boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("obstore")
     pytest.importorskip("moto.server")
     with s3_process(tmp_path_factory.mktemp("s3")) as address:
         env = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
@@ -125,15 +126,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 
 @pytest.fixture
-def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """An empty place in S3, `s3://proteins/...`, that this process can reach."""
-    from distil_rank.embedding import s3_storage
-
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
-    s3_storage._client.cache_clear()
-    yield f"s3://proteins/{request.node.name}"
-    s3_storage._client.cache_clear()
+    return f"s3://proteins/{request.node.name}"
 
 
 @pytest.fixture

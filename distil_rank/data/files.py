@@ -23,9 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from distil_rank.embedding.layer_spec import split_source
-from distil_rank.embedding.location import is_remote
 from distil_rank.embedding.provenance import embedding_run
-from distil_rank.embedding.storage import Location
+from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
@@ -272,7 +271,7 @@ def _h5py() -> Any:
 
 def _read_store(path: Location) -> Embeddings:
     store = Store.open(path)
-    run = embedding_run(store.path, store.manifest)
+    run = embedding_run(store.storage)
     owner = store.protein_of_row()
     ids, sequences = store.ids, store.sequences
     description = {key: value for key, value in store.manifest.items() if key not in ("proteins", "shards")}

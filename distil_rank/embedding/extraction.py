@@ -21,6 +21,7 @@ from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
 from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.layer_costs import LayerCost, layer_costs
 from distil_rank.embedding.layer_spec import Layers, State, parse_layers
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.precision import (
     CALIBRATION,
     HEAD,
@@ -32,7 +33,6 @@ from distil_rank.embedding.precision import (
 )
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_records
-from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.shortened import POOLED_ALIKE
 from distil_rank.embedding.store import CODES, EMBEDDINGS, Store, layers_of
 from distil_rank.embedding.store_writer import StoreWriter
@@ -140,7 +140,7 @@ class Extraction:
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
         untouched = len(self.writer.pending()) == len(self.writer.manifest["shards"]) > 0
-        compared = "bf16_cosine" in read_provenance(self.writer.path)
+        compared = "bf16_cosine" in read_provenance(self.writer.storage)
         if self.request.precision != "bf16" and choice.precision == "bf16" and untouched and not compared:
             self._compare_bf16()
         retried = self.writer.retry_skipped(memory_of(self.device), self.request.retry_skipped)

@@ -13,12 +13,11 @@ from typing import Any, Literal
 import pyarrow.compute as pc
 import torch
 
-from distil_rank.embedding.cluster_extraction import extract_on_cluster
+from distil_rank.embedding.cluster import extract_on_cluster, workers_on
 from distil_rank.embedding.embedder import Pooling
 from distil_rank.embedding.extraction import Extraction, Filled, Long, Request
 from distil_rank.embedding.layer_spec import split_source
 from distil_rank.embedding.precision import Precision
-from distil_rank.embedding.ray_cluster import workers_on
 from distil_rank.embedding.sequences import uncompressed_name
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError

@@ -24,26 +24,82 @@ import logging
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from distil_rank.embedding.layer_spec import STATE, State, split_source
-from distil_rank.embedding.location import open_storage
-from distil_rank.embedding.storage import Location, Storage
+from distil_rank.embedding.storage import Location, Storage, open_storage
 from distil_rank.errors import InputError
+from distil_rank.origin import VectorOrigin
 
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # a manifest's `format`: what the shards hold
 VERSION = 1
-# what the vectors depend on
+# the fields of `VectorOrigin` that stored rows depend on, in the order in which digests take them
 SETTINGS = ("weights_sha256", "dim", "layer", "pooling", "precision", "long", "max_length")
-_MANIFEST = {"dim": int, "backbone": str, "fallback": str | None, "proteins": list, "shards": list}
-_CODE = {"sha256": str, "rank": int, "dtype": str, "bytes": int}
-_FILE = {"file": str, "bytes": int, "sha256": str}
-_SHARD = {"file": str, "rows": list, "proteins": list, "residues": int}
+
+
+_Layer = Annotated[str, BeforeValidator(str), Field(pattern=f"^{STATE.pattern}$")]
+
+
+class _Table(BaseModel, strict=True):
+    """A table of proteins in a manifest."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class _Shard(BaseModel, strict=True):
+    """A shard in a manifest; size and hash are there when it is finished."""
+
+    file: str
+    rows: tuple[int, int]
+    proteins: tuple[str, int, int]
+    residues: int
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+class _Code(BaseModel, strict=True):
+    """What a manifest tells of codes."""
+
+    sha256: str
+    rank: int
+    dtype: str
+    bytes: int
+
+
+class _Manifest(BaseModel, strict=True):
+    """What a manifest must hold, whatever else it does."""
+
+    format: str
+    dim: int
+    backbone: str
+    fallback: str | None
+    proteins: list[_Table]
+    shards: list[_Shard]
+    layers: list[_Layer] = Field(["1", "2"], min_length=2)
+    code: _Code | None = None
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        tables, row = {table.file for table in self.proteins}, 0
+        for shard in self.shards:
+            if not row == shard.rows[0] < shard.rows[1]:
+                raise ValueError(f"shards: the one that begins with row {row}")
+            if shard.proteins[0] not in tables:
+                raise ValueError(f"shards: where the proteins of {shard.file} are")
+            if shard.sha256 is not None and shard.bytes is None:
+                raise ValueError(f"shards: the size of {shard.file}")
+            row = shard.rows[1]
+        if (self.format == CODES) != (self.code is not None):
+            raise ValueError("code")
+        return self
 
 
 def vectors_of(table: pa.Table, name: str = "embedding") -> np.ndarray:
@@ -98,8 +154,14 @@ class Store:
             InputError: the folder is not a store, is unfinished, lacks the layer, or a file is missing or has another
                 size.
         """
-        path, wanted = split_source(path)
-        manifest = read_manifest(path, (content or cls.content))
+        path, layer = split_source(path)
+        return cls.read(open_storage(path), content, layer)
+
+    @classmethod
+    def read(cls, storage: Storage, content: str | None = None, layer: str | None = None) -> Self:
+        """Opens a finished store whose files are at hand; see `open`."""
+        path = storage.location
+        manifest = read_manifest(storage, content or cls.content)
         if manifest is None:
             noun = (content or cls.content).removeprefix("distil-rank ")
             raise InputError(f"Expected a store of {noun} at {path} but it has no manifest.json; make it with embed.")
@@ -109,7 +171,6 @@ class Store:
                 f"Expected a finished store at {path} but {len(pending)} of {len(manifest['shards'])} shards are "
                 f"missing; run the same embed command again."
             )
-        storage = open_storage(path)
         sizes = storage.entries()
         for file in manifest["proteins"] + manifest["shards"]:
             size = sizes.get(file["file"])
@@ -121,7 +182,12 @@ class Store:
                     f"Expected {file['bytes']} bytes in {storage.where(file['file'])} but got "
                     f"{size if size is not None else 'no file'}; the store is damaged: {remedy}."
                 )
-        return cls(storage, manifest, _layer_of(path, manifest, wanted))
+        return cls(storage, manifest, _layer_of(path, manifest, layer))
+
+    @property
+    def origin(self) -> VectorOrigin:
+        """What its vectors depend on, with the layer that is read of several."""
+        return VectorOrigin.of(self.manifest if self.layer is None else {**self.manifest, "layer": self.layer.entry})
 
     def at(self, layer: State) -> Self:
         """The same store at another of its layers.
@@ -267,64 +333,39 @@ def settings_of(manifest: dict[str, Any]) -> list[Any]:
     return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
 
 
-def read_manifest(path: Location, content: str = EMBEDDINGS) -> dict[str, Any] | None:
+def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any] | None:
     """The manifest of a store, finished or not; None where there is none.
 
     Args:
-        path: The store's folder or address.
+        storage: The store's files.
         content: What the store must hold, `EMBEDDINGS` or `CODES`.
 
     Raises:
         InputError: it cannot be read, is not a store's, or belongs to a store of something else.
     """
     noun = content.removeprefix("distil-rank ")
-    storage = open_storage(path)
     file = storage.where("manifest.json")
     try:
-        manifest = json.loads(storage.read_bytes("manifest.json"))
+        text = storage.read_bytes("manifest.json")
+        manifest: dict[str, Any] = json.loads(text)
         matches = manifest["format"] == content and manifest["version"] == VERSION
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"Expected the manifest of a store of {noun} in {file} but it cannot be read.") from error
     if not matches and {manifest["format"], content} == {EMBEDDINGS, CODES}:
-        raise InputError(f"Expected a store of {noun} at {path} but it holds {manifest['format'].split()[-1]}.")
+        holds = manifest["format"].split()[-1]
+        raise InputError(f"Expected a store of {noun} at {storage.location} but it holds {holds}.")
     if not matches:
         raise InputError(f"Expected {content} version {VERSION} in {file} but got another; make the store again.")
-    invalid = next(_invalid_entries(manifest), None)
-    if invalid is not None:
+    try:
+        _Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = [part for part in first["loc"] if isinstance(part, str)]
+        invalid = ": ".join(names) or str(first["ctx"]["error"])
         raise InputError(
             f"Expected the manifest of a store of {noun} in {file} but {invalid} is missing or wrong; restore it, or "
             "choose another store."
-        )
+        ) from error
     return manifest
-
-
-def _invalid_entries(manifest: dict[str, Any]) -> Iterator[str]:
-    """Names of invalid entries; each check relies on the ones before it having passed."""
-    yield from _mistyped("", manifest, _MANIFEST)
-    layers = manifest.get("layers", [1, 2])
-    if not isinstance(layers, list) or len(layers) < 2 or not all(STATE.fullmatch(str(layer)) for layer in layers):
-        yield "layers"
-    if manifest["format"] == CODES:
-        yield from _mistyped("code: ", manifest.get("code"), _CODE)
-    for table in manifest["proteins"]:
-        yield from _mistyped("proteins: ", table, _FILE)
-    tables = {table["file"] for table in manifest["proteins"]}
-    row = 0
-    for shard in manifest["shards"]:
-        yield from _mistyped("shards: ", shard, _SHARD)
-        if "sha256" in shard:
-            yield from _mistyped("shards: ", shard, _FILE)
-        rows, lines = shard["rows"], shard["proteins"]
-        if [type(number) for number in rows] != [int, int] or not row == rows[0] < rows[1]:
-            yield f"shards: the one that begins with row {row}"
-        if [type(part) for part in lines] != [str, int, int] or lines[0] not in tables:
-            yield f"shards: where the proteins of {shard['file']} are"
-        row = rows[1]
-
-
-def _mistyped(where: str, entry: Any, kinds: dict[str, Any]) -> Iterator[str]:
-    if not isinstance(entry, dict):
-        yield f"{where}an entry"
-    yield from (where + key for key, kind in kinds.items() if not isinstance(entry.get(key, ...), kind))

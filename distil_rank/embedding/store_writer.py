@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distil_rank.embedding.location import open_storage
-from distil_rank.embedding.planning import new_shards, write_new_proteins
-from distil_rank.embedding.provenance import FORMERLY_IN_MANIFEST, read_provenance, write_provenance
+from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
+from distil_rank.embedding.provenance import read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.shards import PARTS, Shard, key_of, reopen, shard_of, vector_table
-from distil_rank.embedding.storage import Location, Storage
+from distil_rank.embedding.storage import Location, Storage, open_storage
 from distil_rank.embedding.store import (
     EMBEDDINGS,
     VERSION,
@@ -65,7 +63,7 @@ class StoreWriter:
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest on disk; empty before `plan`."""
-        return read_manifest(self.path, self.content) or {}
+        return read_manifest(self.storage, self.content) or {}
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         if manifest != self.manifest:
@@ -102,7 +100,6 @@ class StoreWriter:
             InputError: the settings differ from the store's, or the store has a name with another sequence.
         """
         manifest = self._begin(settings, description)
-        self._move_provenance(manifest)
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
         added = write_new_proteins(self.storage, name, proteins, manifest, report)
@@ -140,39 +137,27 @@ class StoreWriter:
                 )
         return manifest
 
-    def _move_provenance(self, manifest: dict[str, Any]) -> None:
-        """Moves what manifests held up to version 0.1 into the file for provenance."""
-        former = {key: manifest.pop(key) for key in FORMERLY_IN_MANIFEST if key in manifest}
-        if former:
-            provenance = read_provenance(self.path)
-            first = {"versions": former.get("versions"), "run": former.get("embedding_run")}
-            first = {key: value for key, value in first.items() if value}
-            if first not in provenance["extractions"]:  # as after a kill before the manifest is written
-                provenance["extractions"].insert(0, first)
-            provenance |= {key: value for key, value in former.items() if key == "bf16_cosine"}
-            write_provenance(self.path, provenance)
-
     def update(self, **entries: Any) -> None:
         """Sets entries of the manifest."""
         self._write_manifest({**self.manifest, **entries})
 
     def record(self, **entries: Any) -> None:
         """Sets entries of the provenance."""
-        write_provenance(self.path, {**read_provenance(self.path), **entries})
+        write_provenance(self.storage, {**read_provenance(self.storage), **entries})
 
     def record_extraction(self, **entries: Any) -> None:
         """Appends an extraction to the provenance."""
-        self.record(extractions=[*read_provenance(self.path)["extractions"], entries])
+        self.record(extractions=[*read_provenance(self.storage)["extractions"], entries])
 
     def record_run(self, run: str) -> None:
         """Names the MLflow run of the last extraction in the provenance."""
-        *before, last = read_provenance(self.path)["extractions"] or [{}]
+        *before, last = read_provenance(self.storage)["extractions"] or [{}]
         self.record(extractions=[*before, {**last, "run": run}])
 
     def pending(self) -> list[Shard]:
         """The shards that the manifest does not list as finished, in order."""
         manifest = self.manifest
-        return [shard_of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
+        return [Shard.of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
 
     def retry_skipped(self, memory: int, every: bool = False) -> int:
         """Makes skipped sequences pending again where the device has more memory than the one that skipped them.
@@ -196,9 +181,9 @@ class StoreWriter:
             rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
             if len(rows):
                 vectors = np.stack([vectors_of(table, name) for name in self._columns()])
-                self.write_part(shard_of(entry, manifest), rows.tolist(), counts.tolist(), vectors)
+                self.write_part(Shard.of(entry, manifest), rows.tolist(), counts.tolist(), vectors)
             retried += entry["skipped"]
-            reopen(entry)
+            _reopen(entry)
             reopened.append(file)
         self._write_manifest(manifest)
         for file in reopened:
@@ -260,7 +245,7 @@ class StoreWriter:
         if memory is not None and 0 in counts:
             metadata["memory"] = str(memory)
         columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
-        table = vector_table(np.repeat(rows, counts), columns, metadata)
+        table = _table(np.repeat(rows, counts), columns, metadata)
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
@@ -287,7 +272,7 @@ class StoreWriter:
         if memories:
             metadata["memory"] = str(min(memories))
         columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
-        self.storage.write(shard.file, vector_table(rows[order], columns, metadata))
+        self.storage.write(shard.file, _table(rows[order], columns, metadata))
         self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
@@ -298,16 +283,16 @@ class StoreWriter:
             if "sha256" in shard and sizes.get(file) != shard["bytes"]:
                 logger.warning("%s is missing or damaged: it is computed again", self.storage.where(file))
                 self.storage.delete(file)
-                reopen(shard)
+                _reopen(shard)
             table = None
             if "sha256" not in shard and file in sizes:
-                table = self._computed(file, key_of(shard, manifest), ["row"])
+                table = self._computed(file, Shard.of(shard, manifest).key, ["row"])
             if table is not None:
                 rows = table["row"].to_numpy()
                 shard["vectors"] = len(rows)
                 shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
                 shard.update(_fingerprint(self.storage, file))
-                self.storage.delete_folder(shard_of(shard, manifest).parts)
+                self.storage.delete_folder(Shard.of(shard, manifest).parts)
         self.storage.delete_unfinished()
 
     def _computed(self, name: str, key: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -345,6 +330,21 @@ def _retries(table: pa.Table, memory: int, every: bool) -> bool:
     """Whether to retry the sequences that a shard or part lacks; without a recorded memory only on request."""
     recorded = table.schema.metadata.get(b"memory")
     return every or (recorded is not None and memory > MORE_MEMORY * int(recorded))
+
+
+def _reopen(entry: dict[str, Any]) -> None:
+    """Makes a shard's entry in the manifest one that is pending."""
+    for key in ("vectors", "skipped", "bytes", "sha256"):
+        entry.pop(key, None)
+
+
+def _table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[str, str]) -> pa.Table:
+    """The table of a shard or part: row numbers, `(vectors,)`, and columns of vectors or codes, `(vectors, width)`."""
+    arrays = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).ravel()), vectors.shape[1])
+        for name, vectors in columns.items()
+    }
+    return pa.table({"row": pa.array(rows, pa.int64()), **arrays}, metadata=metadata)
 
 
 def _fingerprint(storage: Storage, name: str) -> dict[str, Any]:

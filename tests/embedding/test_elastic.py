@@ -22,10 +22,9 @@ from distil_rank.codes.store import CodeStore, write_codes, write_encoder
 from distil_rank.commands.code import code
 from distil_rank.compression.artefact import save
 from distil_rank.embedding import elastic
-from distil_rank.embedding.elastic import compute_elastically
-from distil_rank.embedding.ray_cluster import Cluster
+from distil_rank.embedding.cluster import Cluster, compute_elastically
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.run import embed
-from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 

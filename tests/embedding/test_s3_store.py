@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_resume import attempt, content, forks, lines, write_fasta  # noqa: F401 - a fixture
 
-from distil_rank.embedding import lease
-from distil_rank.embedding.location import open_storage
+from distil_rank.embedding import s3 as lease
 from distil_rank.embedding.run import embed
+from distil_rank.embedding.storage import open_storage
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
