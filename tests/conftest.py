@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -131,6 +132,14 @@ def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pyte
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     return f"s3://proteins/{request.node.name}"
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Starts processes as forks of one that has loaded torch, within milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distil_rank.embedding.run"])
+    return context
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import content, write_fasta
 
 from distil_rank.embedding import agreement
 from distil_rank.embedding.multi_device import balanced
@@ -19,6 +18,7 @@ from distil_rank.embedding.processor import has_int8_units
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
+from tests.stores import content, write_fasta
 
 SCRIPT = """
 import os
