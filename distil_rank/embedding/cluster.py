@@ -167,17 +167,8 @@ def compute_elastically(
             except ray.exceptions.RayTaskError as error:  # raised in the worker
                 raise InputError(str(error.cause)) if isinstance(error.cause, InputError) else error from error
             except ray.exceptions.RayError as error:  # the worker is no more
-                name = "" if shard is None else shard.file
-                deaths[name] += 1
-                if deaths[name] >= DEATHS:
-                    doing, reason = f"computing {name}" if name else "starting", " ".join(str(error).split())[:300]
-                    raise InputError(
-                        f"Expected workers to live but {DEATHS} died {doing}, for lack of memory perhaps: {reason}; "
-                        "lower --max_tokens, or give each more memory, and run the same command again."
-                    ) from error
-                if shard is not None:
-                    logger.warning("a worker died: %s goes to another", name)
-                    waiting.appendleft(shard)
+                _count_death(deaths, shard, error)
+                waiting.extendleft([] if shard is None else [shard])
                 continue
             if shard is None:
                 logger.info("a worker joined on %s", result)
@@ -190,6 +181,20 @@ def compute_elastically(
             else:
                 ray.kill(worker)
     return results
+
+
+def _count_death(deaths: Counter[str], shard: Shard | None, error: Exception) -> None:
+    """Raises `InputError` where a shard, or the start of a worker, has cost several workers."""
+    doing = "starting" if shard is None else f"computing {shard.file}"
+    deaths[doing] += 1
+    if deaths[doing] >= DEATHS:
+        raise InputError(
+            f"Expected workers to live but {DEATHS} died {doing}, for lack of memory perhaps: "
+            f"{' '.join(str(error).split())[:300]}; lower --max_tokens, or give each more memory, and run the same "
+            "command again."
+        ) from error
+    if shard is not None:
+        logger.warning("a worker died: %s goes to another", shard.file)
 
 
 def extract_on_cluster(request: Request, device: torch.device, cluster: Cluster) -> Filled:

@@ -1,9 +1,7 @@
 """Planning a store: which proteins are new, which sequences are distinct, and how they are cut into shards.
 
 Out of core: proteins go into DuckDB, an embedded database, while they are read. It groups and joins names and digests;
-what exceeds its memory limit goes to temporary files, so that memory does not grow with the number of proteins.
-Sequences are compared by 128 bits of their SHA-256: that two of 65 million agree by chance has probability 1e-23.
-"""
+what exceeds its memory limit goes to temporary files, so that memory does not grow with the number of proteins."""
 
 from __future__ import annotations
 
@@ -32,15 +30,9 @@ MEMORY_LIMIT = "192MB"  # of DuckDB
 
 PARTS = "parts"  # the folder of finished batches
 
+_TEXT = pa.string()
 PROTEINS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("sequence", pa.string()),
-        ("sha256", pa.binary(32)),
-        ("length", pa.int32()),
-        ("row", pa.int64()),
-        ("notes", pa.string()),
-    ]
+    {"id": _TEXT, "sequence": _TEXT, "sha256": pa.binary(32), "length": pa.int32(), "row": pa.int64(), "notes": _TEXT}
 )
 
 
@@ -102,7 +94,7 @@ def write_new_proteins(
             report.count_names(*_resolve_names(database))
             conflict = database.execute(
                 """select id from named join stored using (id)
-                where (named.high, named.low) <> (stored.high, stored.low) order by number limit 1"""
+                where named.sha256 <> stored.sha256 order by number limit 1"""
             ).fetchall()
             if conflict:
                 raise InputError(
@@ -122,52 +114,42 @@ def _number(database: duckdb.DuckDBPyConnection, query: str) -> int:
     return int(database.execute(query).fetchall()[0][0])
 
 
-def _insert(database: duckdb.DuckDBPyConnection, table: str, **columns: Any) -> None:
-    database.register("block", pa.table(columns))
+def _insert(database: duckdb.DuckDBPyConnection, table: str, rows: pa.Table | pa.RecordBatch | dict[str, Any]) -> None:
+    database.register("block", pa.table(rows))
     database.execute(f"insert into {table} by name from block")
     database.unregister("block")
-
-
-def _halves(sha256: pa.Array) -> dict[str, np.ndarray]:
-    """The first 128 bits of digests as two numbers, (proteins,) each."""
-    words = np.frombuffer(sha256.buffers()[1], np.uint64).reshape(-1, 4)[sha256.offset : sha256.offset + len(sha256)]
-    return {"high": words[:, 0].copy(), "low": words[:, 1].copy()}
 
 
 def _read(
     database: duckdb.DuckDBPyConnection, store: Storage, proteins: Iterable[Protein], manifest: dict[str, Any]
 ) -> None:
     """Fills the tables `stored` and `new`, whose `number` counts from 0."""
-    database.execute("create table stored (id varchar, high ubigint, low ubigint, row bigint)")
+    database.execute("create table stored (id varchar, sha256 blob, row bigint)")
     for file in manifest["proteins"]:
         for batch in store.batches(file["file"], ["id", "sha256", "row"]):
-            _insert(database, "stored", id=batch["id"], **_halves(batch["sha256"]), row=batch["row"])
-    sequences = _number(database, "select count(*) from (select distinct high, low from stored)")
+            _insert(database, "stored", batch)
+    sequences = _number(database, "select count(*) from (select distinct sha256 from stored)")
     if sequences != _next_row(manifest):
         raise InputError(
             f"Expected shards for {sequences} sequences in {store.where('manifest.json')} but got shards for "
             f"{_next_row(manifest)}; it was changed by hand: restore it, or choose another store."
         )
     database.execute(
-        """create table new (number bigint, id varchar, sequence varchar, sha256 blob, length int, notes varchar,
-        high ubigint, low ubigint)"""
+        "create table new (number bigint, id varchar, sequence varchar, sha256 blob, length int, notes varchar)"
     )
     count = 0
     rest = iter(tqdm(proteins, desc="plan", unit="protein", unit_scale=True, disable=None))
     while block := list(islice(rest, BATCH_ROWS)):
         texts = [protein.sequence for protein in block]
-        digests = pa.array([hashlib.sha256(text.encode()).digest() for text in texts], pa.binary(32))
-        _insert(
-            database,
-            "new",
-            number=np.arange(count, count + len(block)),
-            id=[protein.id for protein in block],
-            sequence=texts,
-            sha256=digests.cast(pa.binary()),
-            length=[len(text) for text in texts],
-            notes=[manifest["long"] if len(text) > manifest["max_length"] else "" for text in texts],
-            **_halves(digests),
-        )
+        rows = {
+            "number": np.arange(count, count + len(block)),
+            "id": [protein.id for protein in block],
+            "sequence": texts,
+            "sha256": [hashlib.sha256(text.encode()).digest() for text in texts],
+            "length": [len(text) for text in texts],
+            "notes": [manifest["long"] if len(text) > manifest["max_length"] else "" for text in texts],
+        }
+        _insert(database, "new", rows)
         count += len(block)
 
 
@@ -179,7 +161,7 @@ def _resolve_names(database: duckdb.DuckDBPyConnection) -> tuple[int, int]:
     """
     database.execute(
         """create table repeated as
-        select id, min(number) as first, min(high) <> max(high) or min(low) <> max(low) as ambiguous
+        select id, min(number) as first, min(sha256) <> max(sha256) as ambiguous
         from new group by id having count(*) > 1"""
     )
     database.execute("create table ambiguous as select id from repeated where ambiguous")
@@ -193,15 +175,14 @@ def _resolve_names(database: duckdb.DuckDBPyConnection) -> tuple[int, int]:
     )
     names = UniqueNames()
     changes: dict[int, str | None] = {}
-    namesakes = database.execute("select number, id, high, low from new where id in (from ambiguous) order by number")
-    for number, name, *digest in namesakes.fetchall():  # in Python: they are few
-        if (unique := names.resolve(name, tuple(digest))) != name:
+    namesakes = database.execute("select number, id, sha256 from new where id in (from ambiguous) order by number")
+    for number, name, digest in namesakes.fetchall():  # in Python: they are few
+        if (unique := names.resolve(name, digest)) != name:
             changes[number] = unique
-    _insert(
-        database, "changes", number=pa.array(changes.keys(), pa.int64()), id=pa.array(changes.values(), pa.string())
-    )
+    numbers, ids = pa.array(changes.keys(), pa.int64()), pa.array(changes.values(), pa.string())
+    _insert(database, "changes", {"number": numbers, "id": ids})
     database.execute(
-        """create view named as select number, coalesce(changes.id, new.id) as id, high, low
+        """create view named as select number, coalesce(changes.id, new.id) as id, sha256
         from new left join changes using (number) where changes.number is null or changes.id is not null"""
     )
     renamed = _number(database, "select count(id) from changes")
@@ -215,12 +196,12 @@ def _number_rows(database: duckdb.DuckDBPyConnection) -> int:
     """
     database.execute("create table unstored as from named anti join stored using (id)")
     database.execute(
-        """create table row_of as select high, low, min(row) as row from stored group by high, low;
+        """create table row_of as select sha256, min(row) as row from stored group by sha256;
         insert into row_of
-        select high, low, (select count(*) from row_of) - 1 + row_number() over (order by first) from
-        (select high, low, min(number) as first from unstored anti join row_of using (high, low) group by high, low);
+        select sha256, (select count(*) from row_of) - 1 + row_number() over (order by first) from
+        (select sha256, min(number) as first from unstored anti join row_of using (sha256) group by sha256);
         create table added as
-        select number, id, row from unstored join row_of using (high, low) order by number"""
+        select number, id, row from unstored join row_of using (sha256) order by number"""
     )
     return _number(database, "select count(*) from added")
 

@@ -14,8 +14,6 @@ parts and shards depend on nothing else, and the manifest is written only right 
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import os
 import socket
@@ -27,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +35,7 @@ from distil_rank.embedding.storage import LOCK, S3, Storage, sha256_of
 from distil_rank.errors import InputError
 
 try:
+    from obstore import open_reader
     from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
     from obstore.store import S3Store
 except ImportError as missing:
@@ -57,9 +57,7 @@ os.register_at_fork(after_in_child=_forked.set)  # the child has none of the thr
 def _requests(where: str) -> Iterator[None]:
     """Requests to the server, whose errors become ours."""
     if _forked.is_set():
-        raise InputError(
-            f"Expected to reach {where} but this process was forked; start it by spawn."
-        )
+        raise InputError(f"Expected to reach {where} but this process was forked; start it by spawn.")
     try:
         yield
     except (FileNotFoundError, BaseError) as error:
@@ -123,8 +121,9 @@ class S3Storage(Storage):
             raise FileNotFoundError(self.where(name))
         if size <= BLOCK:
             return pa.BufferReader(self.read_bytes(name))
-        ranges = _Ranges(self, name, size)
-        return pa.PythonFile(io.BufferedReader(ranges, BLOCK) if stream else ranges, mode="r")
+        with _requests(self.where(name)):
+            file = open_reader(self._files, name, buffer_size=BLOCK if stream else 2**20, size=size)
+        return pa.PythonFile(_File(file), mode="r")
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:  # noqa: D102
@@ -172,33 +171,16 @@ class S3Storage(Storage):
             yield Path(folder) / name
 
 
-class _Ranges(io.RawIOBase):
-    """An object as a file that can be read from anywhere, one request for each read."""
+class _File:
+    """An object that can be read from anywhere, with the attribute that pyarrow misses in obstore's."""
 
-    def __init__(self, storage: S3Storage, name: str, size: int):
-        super().__init__()
-        self.storage, self.name, self.length = storage, name, size
-        self.position = 0
+    closed = False
 
-    def readable(self) -> bool:
-        return True
+    def __init__(self, file: Any):
+        self._file = file
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self.position + len(buffer), self.length)
-        if self.position >= stop:
-            return 0
-        with _requests(self.storage.where(self.name)):
-            content = self.storage._files.get_range(self.name, start=self.position, end=stop)
-        buffer[: len(content)] = memoryview(content)
-        self.position += len(content)
-        return len(content)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class Lease:
@@ -211,8 +193,8 @@ class Lease:
 
     def __init__(self, files: S3Store, where: str):
         self.files, self.where = files, where
-        self._holder = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
-        self._renewals = 0
+        holder = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4().hex}"
+        self._contents = (f"{holder} {number}" for number in count())
         self._version: str | None = None
         self._lost = False
         self._mutex = threading.Lock()
@@ -263,14 +245,10 @@ class Lease:
                 raise self._refused(last[0])
         self._version = None if last is None else last[1]
         if not self._put():
-            raise self._refused(b"{}")
+            raise self._refused(b"another process")
 
     def _refused(self, content: bytes) -> InputError:
-        try:
-            holder = json.loads(content)
-            who = f"process {holder['process']} on {holder['host']}"
-        except (ValueError, KeyError, TypeError):
-            who = "another process"
+        who = content.decode(errors="replace").partition("\n")[0]
         return InputError(
             f"Expected exclusive access to {self.where} but {who} is filling it; wait for it, or choose another store."
         )
@@ -309,8 +287,7 @@ class Lease:
 
     def _put(self) -> bool:
         """Writes the object in place of the version that this lease knows; whether it is this lease's then."""
-        self._renewals += 1
-        content = json.dumps({**self._holder, "renewals": self._renewals}).encode()
+        content = next(self._contents).encode()
         version = self._upload(content)
         if version is None:  # unless the answer to an accepted upload was lost, and it was sent again
             last = self._read()

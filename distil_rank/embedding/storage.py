@@ -94,8 +94,9 @@ class Storage:
                     reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
                 yield reader
         except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:100]
             raise InputError(
-                f"Expected an Arrow file at {self.where(name)} but it is missing or damaged; embed again."
+                f"Expected an Arrow file at {self.where(name)} but it is missing or damaged ({reason}); embed again."
             ) from error
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
