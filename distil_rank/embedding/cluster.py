@@ -61,22 +61,18 @@ def workers_on(address: str | None, cores: int | None = None, gpus: int = 0) -> 
     """What to ask a cluster for, after a check that there is one; by default one core beside a GPU, otherwise all.
 
     Raises:
-        InputError: no core, Ray is missing, or nothing answers at the address.
+        InputError: Ray is missing, or nothing answers at the address.
     """
-    if cores is not None and cores < 1:
-        raise InputError(f"Expected ray_cores of at least 1 but got {cores}.")
     if find_spec("ray") is None:
         raise InputError("Expected Ray for --engine ray but it is missing; pip install 'distil-rank[ray]'.")
     if address is not None:
         host, _, port = address.rpartition(":")
-        if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise InputError(f"Expected --ray_address HOST:PORT, such as 10.0.0.1:6379, but got {address}.")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
-        except OSError as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise InputError(
-                f"Expected a Ray cluster at {address} but nothing answers ({error.strerror or error}); start one with "
-                f"ray start --head --port {port}."
+                f"Expected a Ray cluster at {address} but nothing answers ({getattr(error, 'strerror', 0) or error}); "
+                "start one with ray start --head, and name it as HOST:PORT."
             ) from error
     return Cluster(address, cores or (1 if gpus else os.cpu_count() or 1), gpus)
 

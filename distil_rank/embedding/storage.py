@@ -81,11 +81,7 @@ class Storage:
 
     @contextmanager
     def _reader(self, name: str, columns: Sequence[str] | None, stream: bool = False) -> Iterator[pa.RecordBatchReader]:
-        """Reads an Arrow file, of which other columns stay unread.
-
-        Raises:
-            InputError: it is missing or damaged.
-        """
+        """Reads an Arrow file, of which other columns stay unread; raises `InputError` where it is damaged."""
         try:
             with self._source(name, stream) as source:
                 reader = pa.ipc.open_file(source)
@@ -100,21 +96,13 @@ class Storage:
             ) from error
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """An Arrow file, or some of its columns; memory-mapped where it is on a disk.
-
-        Raises:
-            InputError: the file is missing or damaged.
-        """
+        """An Arrow file, or some of its columns; memory-mapped where it is on a disk."""
         with self._reader(name, columns) as reader:
             table = reader.read_all()
         return table if columns is None else table.select(columns)
 
     def lines(self, name: str, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        """Lines from `start` to below `stop` of a table of proteins; no others are read.
-
-        Raises:
-            InputError: the file is missing or damaged.
-        """
+        """Lines from `start` to below `stop` of a table of proteins; no others are read."""
         first = start // BATCH_ROWS
         with self._reader(name, columns) as reader:
             batches = [reader.get_batch(number) for number in range(first, 1 + (stop - 1) // BATCH_ROWS)]
@@ -124,27 +112,23 @@ class Storage:
         return lines
 
     def batches(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The record batches of an Arrow file, one in memory at a time.
-
-        Raises:
-            InputError: the file is missing or damaged.
-        """
+        """The record batches of an Arrow file, one in memory at a time."""
         with self._reader(name, columns, stream=True) as reader:
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number).select(columns)
 
     def writing(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """A file to write; it appears when the context ends without an exception.
-
-        Raises:
-            InputError: it cannot be written; the previous file stays.
-        """
+        """A file to write; it appears when the context ends without an exception; see `atomic_file`."""
         return atomic_file(self._path(name))
 
     def write(self, name: str, content: bytes | pa.Table) -> None:
-        """Writes bytes, or a table as an Arrow file; raises as `writing` does."""
+        """Writes bytes, or a table as an Arrow file."""
         with self.writing(name) as file:
-            write_content(file, content)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                with pa.ipc.new_file(file, content.schema) as writer:
+                    writer.write_table(content)
 
     def write_folder(self, name: str, files: Path, last: str) -> None:
         """Writes all files of a folder on a disk, the one that makes them complete last."""
@@ -270,19 +254,10 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: bytes | pa.Table) -> None:
-    """Writes bytes, or a table as an Arrow file, through an `atomic_file`."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes bytes through an `atomic_file`."""
     with atomic_file(path) as file:
-        write_content(file, content)
-
-
-def write_content(file: IO[bytes], content: bytes | pa.Table) -> None:
-    """Writes bytes, or a table as an Arrow file."""
-    if isinstance(content, bytes):
         file.write(content)
-    else:
-        with pa.ipc.new_file(file, content.schema) as writer:
-            writer.write_table(content)
 
 
 def sha256_of(path: Path) -> str:

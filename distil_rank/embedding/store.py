@@ -126,15 +126,31 @@ class Store:
 
     content: ClassVar[str] = EMBEDDINGS
 
-    def __init__(self, storage: Storage, manifest: dict[str, Any], layer: State | None = None):
+    def __init__(self, storage: Storage, manifest: dict[str, Any], layer: str | None = None):
         self.storage = storage
         self.manifest = manifest
         self.dim: int = manifest["dim"]
         self.layers = layers_of(manifest)
-        self.layer = layer or (self.layers[-1] if self.layers else None)
+        self.layer = self._pick(layer)
         files = [file["sha256"] for file in manifest["proteins"] + manifest["shards"]]
         content = [settings_of(manifest), files, *([str(self.layer)] if self.layers else [])]
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _pick(self, layer: str | None) -> State | None:
+        """The layer to read of a store that holds several; None for a store of one."""
+        names = ", ".join(map(str, self.layers))
+        if not self.layers:
+            if layer not in (None, str(self.manifest.get("layer"))):
+                only = self.manifest.get("layer")
+                raise InputError(f"Expected layer {layer} in the store {self.path} but it holds layer {only} only.")
+            return None
+        if layer is None:
+            last = self.layers[-1]
+            logger.info("%s holds the layers %s: taking %s, the last (…:LAYER takes another)", self.path, names, last)
+            return last
+        if State.parse(layer) not in self.layers:
+            raise InputError(f"Expected a layer out of {names}, which the store {self.path} holds, but got {layer}.")
+        return State.parse(layer)
 
     @property
     def path(self) -> Location:
@@ -160,10 +176,10 @@ class Store:
     @classmethod
     def read(cls, storage: Storage, content: str | None = None, layer: str | None = None) -> Self:
         """Opens a finished store whose files are at hand; see `open`."""
-        path = storage.location
-        manifest = read_manifest(storage, content or cls.content)
+        path, content = storage.location, content or cls.content
+        manifest = read_manifest(storage, content)
         if manifest is None:
-            noun = (content or cls.content).removeprefix("distil-rank ")
+            noun = content.removeprefix("distil-rank ")
             raise InputError(f"Expected a store of {noun} at {path} but it has no manifest.json; make it with embed.")
         pending = [shard for shard in manifest["shards"] if "sha256" not in shard]
         if pending:
@@ -173,16 +189,14 @@ class Store:
             )
         sizes = storage.entries()
         for file in manifest["proteins"] + manifest["shards"]:
-            size = sizes.get(file["file"])
+            size = sizes.get(file["file"], "no file")
             if size != file["bytes"]:
-                remedy = (
-                    "run the same embed command again" if file in manifest["shards"] else "delete it and embed again"
-                )
+                remedy = "run the same embed command" if file in manifest["shards"] else "delete it and embed"
                 raise InputError(
-                    f"Expected {file['bytes']} bytes in {storage.where(file['file'])} but got "
-                    f"{size if size is not None else 'no file'}; the store is damaged: {remedy}."
+                    f"Expected {file['bytes']} bytes in {storage.where(file['file'])} but got {size}; the store is "
+                    f"damaged: {remedy} again."
                 )
-        return cls(storage, manifest, _layer_of(path, manifest, layer))
+        return cls(storage, manifest, layer)
 
     @property
     def origin(self) -> VectorOrigin:
@@ -190,19 +204,11 @@ class Store:
         return VectorOrigin.of(self.manifest if self.layer is None else {**self.manifest, "layer": self.layer.entry})
 
     def at(self, layer: State) -> Self:
-        """The same store at another of its layers.
-
-        Raises:
-            InputError: it lacks the layer.
-        """
-        return type(self)(self.storage, self.manifest, _layer_of(self.path, self.manifest, str(layer)))
+        """The same store at another of its layers; raises `InputError` where it lacks it."""
+        return type(self)(self.storage, self.manifest, str(layer))
 
     def verify(self) -> None:
-        """Reads every file and compares its SHA-256.
-
-        Raises:
-            InputError: a file was changed.
-        """
+        """Reads every file and compares its SHA-256; raises `InputError` where one was changed."""
         for file in self.manifest["proteins"] + self.manifest["shards"]:
             if self.storage.sha256_of_content(file["file"]) != file["sha256"]:
                 where = self.storage.where(file["file"])
@@ -298,24 +304,6 @@ def layers_of(manifest: dict[str, Any]) -> list[State]:
 def column_of(layer: State | None) -> str:
     """Name of the column with a layer's vectors; None is for a store of one layer."""
     return "embedding" if layer is None else f"embedding_{layer}"
-
-
-def _layer_of(path: Location, manifest: dict[str, Any], wanted: str | None) -> State | None:
-    """The layer to read of a store that holds several."""
-    layers, has = layers_of(manifest), manifest.get("layer")
-    if not layers:
-        if wanted not in (None, str(has)):
-            raise InputError(f"Expected layer {wanted} in the store {path} but it holds layer {has} only.")
-        return None
-    names = ", ".join(map(str, layers))
-    if wanted is None:
-        logger.info(
-            "%s holds the layers %s: taking %s, the last (%s:LAYER takes another)", path, names, layers[-1], path
-        )
-        return layers[-1]
-    if State.parse(wanted) not in layers:
-        raise InputError(f"Expected a layer out of {names}, which the store {path} holds, but got {wanted}.")
-    return State.parse(wanted)
 
 
 def stores_in(folder: str | Path) -> list[Path]:

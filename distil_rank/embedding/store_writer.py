@@ -70,11 +70,7 @@ class StoreWriter:
             self.storage.write("manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
 
     def lock(self) -> AbstractContextManager[None]:
-        """Takes the store's exclusive lock.
-
-        Raises:
-            InputError: another process holds it, or the folder cannot be made.
-        """
+        """Takes the store's exclusive lock; see `Storage.lock`."""
         return self.storage.lock()
 
     def plan(
@@ -99,7 +95,15 @@ class StoreWriter:
         Raises:
             InputError: the settings differ from the store's, or the store has a name with another sequence.
         """
-        manifest = self._begin(settings, description)
+        self.check_folder()
+        header = {"format": self.content, "version": VERSION}
+        manifest = self.manifest or {**header, **settings, **description, "proteins": [], "shards": []}
+        for key, value in settings.items():
+            if manifest.get(key) != value:
+                raise InputError(
+                    f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
+                    f"{value!r}; choose another store."
+                )
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
         added = write_new_proteins(self.storage, name, proteins, manifest, report)
@@ -112,30 +116,13 @@ class StoreWriter:
 
     def check_folder(self) -> None:
         """Raises `InputError` where there is something else than a store, or what is left of one's first files."""
-        if not self.manifest:
-            entries = self.storage.entries()
-            unexpected = [name for name, size in entries.items() if not self._belongs_to_store(name, size)]
-            if unexpected:
-                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {unexpected[0]}.")
-
-    def _begin(self, settings: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-        """The manifest of a store with these settings; a new one where there is none.
-
-        Raises:
-            InputError: a folder of something else, or a store of other settings.
-        """
-        manifest = self.manifest
-        if not manifest:
-            self.check_folder()
-            header = {"format": self.content, "version": VERSION}
-            manifest = {**header, **settings, **description, "proteins": [], "shards": []}
-        for key, value in settings.items():
-            if manifest.get(key) != value:
-                raise InputError(
-                    f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
-                    f"{value!r}; choose another store."
-                )
-        return manifest
+        if self.manifest:
+            return
+        for name, size in self.storage.entries().items():
+            own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
+            another = size is None and self.storage.size(f"{name}/manifest.json") is not None  # a store below this one
+            if not own and not another:
+                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {name}.")
 
     def update(self, **entries: Any) -> None:
         """Sets entries of the manifest."""
@@ -191,7 +178,7 @@ class StoreWriter:
         shards = (f"{PARTS}/{name}" for name, size in self.storage.entries(PARTS).items() if size is None)
         for part in (part for shard in shards for part in self._parts(shard)):  # of shards in progress
             table = self.storage.table(part)
-            missing = len(json.loads(table.schema.metadata[b"rows"])) - len(np.unique(table["row"].to_numpy()))
+            missing = len(_rows_of(table)) - len(np.unique(table["row"].to_numpy()))
             if missing and _retries(table, memory, every):
                 retried += missing
                 self.storage.delete(part)
@@ -226,7 +213,7 @@ class StoreWriter:
         for part in self._parts(shard.parts):
             table = self._computed(part, shard.key)
             if table is not None:
-                rows.update(json.loads(table.schema.metadata[b"rows"]))
+                rows.update(_rows_of(table))
         return rows
 
     def write_part(
@@ -258,8 +245,7 @@ class StoreWriter:
             InputError: a part is missing: another process is at work on the shard.
         """
         parts = [self.storage.table(part) for part in self._parts(shard.parts)]
-        done = {row for part in parts for row in json.loads(part.schema.metadata[b"rows"])}
-        if not done.issuperset(range(*shard.rows)):
+        if not {row for part in parts for row in _rows_of(part)}.issuperset(range(*shard.rows)):
             if self.is_sealed(shard):  # by the process that took the shard over from this one
                 return
             raise InputError(
@@ -308,11 +294,6 @@ class StoreWriter:
         self.storage.delete(name)
         return None
 
-    def _belongs_to_store(self, name: str, size: int | None) -> bool:
-        """Whether an entry may be there before the manifest; another store in a sub-folder may, too."""
-        own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
-        return own or (size is None and self.storage.size(f"{name}/manifest.json") is not None)
-
     def finish(self) -> None:
         """Records complete shards in the manifest; deletes the folder of parts when no shard is pending.
 
@@ -330,6 +311,12 @@ def _retries(table: pa.Table, memory: int, every: bool) -> bool:
     """Whether to retry the sequences that a shard or part lacks; without a recorded memory only on request."""
     recorded = table.schema.metadata.get(b"memory")
     return every or (recorded is not None and memory > MORE_MEMORY * int(recorded))
+
+
+def _rows_of(part: pa.Table) -> list[int]:
+    """The rows of a finished batch, including skipped sequences."""
+    rows: list[int] = json.loads(part.schema.metadata[b"rows"])
+    return rows
 
 
 def _reopen(entry: dict[str, Any]) -> None:

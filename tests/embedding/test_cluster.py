@@ -167,11 +167,9 @@ def test_what_is_refused(workplace, monkeypatch, capsys):
         return line
 
     assert "no --devices or --num_nodes with --engine ray" in said("--devices", 2)
-    assert "ray_cores of at least 1 but got 0" in said("--ray_cores", 0)
     for address in ("here", "ray://127.0.0.1:10001", "127.0.0.1:", ":6379", "127.0.0.1:99999"):
-        assert f"Expected --ray_address HOST:PORT, such as 10.0.0.1:6379, but got {address}." in said(
-            "--ray_address", address
-        )
+        line = said("--ray_address", address)
+        assert address in line and "HOST:PORT" in line
     assert f"Expected a Ray cluster at {closed} but nothing answers (Connection refused)" in said(
         "--ray_address", closed
     )
