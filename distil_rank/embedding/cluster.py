@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from distil_rank.embedding.extraction import Extraction, Filled, Request
+from distil_rank.embedding.location import absolute
 from distil_rank.embedding.planning import Shard
-from distil_rank.embedding.storage import absolute
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 

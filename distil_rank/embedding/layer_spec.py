@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from distil_rank.embedding.storage import Location, is_remote
+from distil_rank.embedding.location import is_remote
+from distil_rank.embedding.storage import Location
 from distil_rank.errors import InputError
 
 STATE = re.compile(r"(\d+)(n?)")  # a layer as it is written

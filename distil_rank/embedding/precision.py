@@ -24,9 +24,10 @@ from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.freed_memory import return_freed_memory
 from distil_rank.embedding.int8_weights import Int8Weights, round_weights
+from distil_rank.embedding.location import is_remote, open_storage
 from distil_rank.embedding.processor import has_bf16_units, has_int8_units
 from distil_rank.embedding.saved_int8 import SavedInt8
-from distil_rank.embedding.storage import Location, is_remote, open_storage
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 

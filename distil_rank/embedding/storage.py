@@ -1,4 +1,4 @@
-"""Where the files of a store are: a folder here, or objects in S3 below a prefix (`s3.py`).
+"""Where the files of a store are: a folder here, or objects in S3 below a prefix (`s3.py`); `location.py` opens either.
 
 Both promise what a store relies on:
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,6 @@ S3 = "s3://"
 LOCK = ".lock"
 BATCH_ROWS = 4096  # lines in each record batch of a table of proteins but the last
 TEMPORARY = ".planning-"  # prefix of a folder for temporary files
-_SCHEME = re.compile(r"[a-z0-9+]+:/")  # also of an address that `Path` has shortened
 
 
 class Storage:
@@ -190,38 +188,6 @@ class Storage:
     def local_copy(self, name: str) -> Iterator[Path]:
         """A file or folder as a path on a disk, for reading only; it need not exist."""
         yield self._path(name)
-
-
-def is_remote(location: Location) -> bool:
-    """Whether a location is in an object storage.
-
-    Raises:
-        InputError: in one of another kind than S3.
-
-    >>> is_remote("s3://bucket/store"), is_remote("embeddings/store")
-    (True, False)
-    """
-    if _SCHEME.match(str(location)) and not str(location).startswith(S3):
-        raise InputError(f"Expected a folder or {S3}BUCKET/NAME but got {location}.")
-    return str(location).startswith(S3)
-
-
-def absolute(location: Location) -> Location:
-    """The same place for a process with another working directory."""
-    return location if is_remote(location) else Path(location).absolute()
-
-
-def open_storage(location: Location) -> Storage:
-    """The files at a location, which need not exist.
-
-    Raises:
-        InputError: an address of another kind of storage, or a package for this one is missing.
-    """
-    if not is_remote(location):
-        return Storage(Path(location))
-    from distil_rank.embedding.s3 import S3Storage  # noqa: PLC0415  (optional: the s3 extra)
-
-    return S3Storage(str(location))
 
 
 @contextmanager
