@@ -41,7 +41,7 @@ HEAVY = {
     "matplotlib": {"report"},
     "sklearn": {"evaluation"},
     "faiss": {"codes"},
-    "boto3": {"embedding"},
+    "obstore": {"embedding"},
     "ray": {"embedding"},
 }
 

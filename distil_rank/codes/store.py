@@ -19,13 +19,12 @@ import torch
 from tqdm import tqdm
 
 from distil_rank.compression.artefact import MANIFEST, load, save
-from distil_rank.embedding.elastic import compute_elastically
+from distil_rank.embedding.cluster import Cluster, compute_elastically
 from distil_rank.embedding.layers import State
 from distil_rank.embedding.location import absolute, open_storage
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
-from distil_rank.embedding.ray_cluster import Cluster
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, SETTINGS, Store
 from distil_rank.embedding.store_writer import StoreWriter

@@ -24,7 +24,7 @@ from distil_rank.codes.train import STEPS, train_encoder
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.artefact import save
 from distil_rank.data.labels import LabelSource
-from distil_rank.embedding.ray_cluster import Cluster, workers_on
+from distil_rank.embedding.cluster import Cluster, workers_on
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, Store
 from distil_rank.embedding.store_writer import StoreWriter

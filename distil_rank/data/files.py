@@ -272,7 +272,7 @@ def _h5py() -> Any:
 
 def _read_store(path: Location) -> Embeddings:
     store = Store.open(path)
-    run = embedding_run(store.path, store.manifest)
+    run = embedding_run(store.storage)
     owner = store.protein_of_row()
     ids, sequences = store.ids, store.sequences
     description = {key: value for key, value in store.manifest.items() if key not in ("proteins", "shards")}

@@ -21,6 +21,7 @@ from distil_rank.embedding.embedder import Embedded, Embedder
 from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.int8.calibration import CalibrationEncoder
 from distil_rank.embedding.layers import LayerCost, State, layer_costs, parse_layers
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.precision import (
     CALIBRATION,
     HEAD,
@@ -31,7 +32,6 @@ from distil_rank.embedding.precision import (
 )
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_records
-from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, EMBEDDINGS, Store, layers_of
 from distil_rank.embedding.store_writer import StoreWriter
@@ -165,7 +165,7 @@ class Extraction:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
 
         untouched = len(writer.pending()) == len(writer.manifest["shards"]) > 0
-        compared = "bf16_cosine" in read_provenance(writer.path)
+        compared = "bf16_cosine" in read_provenance(writer.storage)
         if request.precision != "bf16" and choice.precision == "bf16" and untouched and not compared:
             self._compare_bf16()
         retried = writer.retry_skipped(memory_of(self.device), request.retry_skipped)

@@ -12,10 +12,9 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 
-from distil_rank.embedding.cluster_extraction import extract_on_cluster
+from distil_rank.embedding.cluster import extract_on_cluster, workers_on
 from distil_rank.embedding.extraction import Extraction, Filled, Request
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.ray_cluster import workers_on
 from distil_rank.embedding.sequences import uncompressed_name
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import Store

@@ -16,6 +16,7 @@ import torch
 from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.quantisers import has_faiss
 from distil_rank.embedding.layers import State
+from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed, options_like
 from distil_rank.errors import InputError
@@ -56,7 +57,7 @@ def measure_costs(
             embed(fasta, Path(name) / "store", about["backbone"], **{**settings, "layer": deepest})
         except InputError as error:
             return {}, f"Time was not measured: {error}"
-        [extraction] = read_provenance(Path(name) / "store")["extractions"]
+        [extraction] = read_provenance(open_storage(Path(name) / "store"))["extractions"]
     measured = {one["layer"]: one for one in extraction["layer_costs"]}
     costs = {
         name: Cost(name, measured[state.layer]["share"], measured[state.layer]["seconds_per_1000"])

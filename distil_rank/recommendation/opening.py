@@ -9,7 +9,7 @@ from distil_rank.codes.augment import Augmentation
 from distil_rank.data.files import load_matrix
 from distil_rank.data.labels import LabelSource, LabelTable, read_labels
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.location import is_remote
+from distil_rank.embedding.location import is_remote, open_storage
 from distil_rank.embedding.store import layers_of, read_manifest
 from distil_rank.evaluation.labelled import check_ids, labelled_source, own_labels, with_clusters
 from distil_rank.evaluation.task import Kind
@@ -70,7 +70,7 @@ def _open_vectors(source: str) -> Vectors:
     path, wanted = split_source(source)
     names: list[str | None] = [None]
     if wanted is None and (is_remote(path) or (Path(path) / "manifest.json").is_file()):
-        names = [str(layer) for layer in layers_of(read_manifest(path) or {})] or [None]
+        names = [str(layer) for layer in layers_of(read_manifest(open_storage(path)) or {})] or [None]
     opened = {name: load_matrix(source if name is None else f"{path}:{name}") for name in names}
     last = opened[names[-1]]
     if names == [None] and last.provenance.get("layer") is not None:

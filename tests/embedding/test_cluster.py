@@ -14,20 +14,19 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_resume import content
 
 from distil_rank.cli import main
 from distil_rank.codes.fit import fit_metric
 from distil_rank.codes.store import CodeStore, write_codes, write_encoder
 from distil_rank.commands.code import code
 from distil_rank.compression.artefact import save
-from distil_rank.embedding import elastic
-from distil_rank.embedding.elastic import compute_elastically
-from distil_rank.embedding.ray_cluster import Cluster
+from distil_rank.embedding import cluster as ray_cluster
+from distil_rank.embedding.cluster import Cluster, compute_elastically
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.run import embed
-from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
+from tests.stores import content
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the ray extra)")
 SAMPLE = Path(__file__).parents[2] / "data" / "sample.fasta.gz"
@@ -131,7 +130,7 @@ def test_what_ends_the_work(cluster, monkeypatch):
 
     with pytest.raises(InputError, match=r"^Expected something else in vectors-00000\.arrow\.$"):
         compute_elastically([shard], refuses, here, "refuse")
-    monkeypatch.setattr(elastic, "DEATHS", 2)
+    monkeypatch.setattr(ray_cluster, "DEATHS", 2)
     with pytest.raises(InputError, match=r"but 2 died computing vectors-00000\.arrow, for lack of memory perhaps"):
         compute_elastically([shard], dies, here, "die")
     assert compute_elastically([], dies, here, "nothing") == []
@@ -168,11 +167,9 @@ def test_what_is_refused(workplace, monkeypatch, capsys):
         return line
 
     assert "no --devices or --num_nodes with --engine ray" in said("--devices", 2)
-    assert "ray_cores of at least 1 but got 0" in said("--ray_cores", 0)
     for address in ("here", "ray://127.0.0.1:10001", "127.0.0.1:", ":6379", "127.0.0.1:99999"):
-        assert f"Expected --ray_address HOST:PORT, such as 10.0.0.1:6379, but got {address}." in said(
-            "--ray_address", address
-        )
+        line = said("--ray_address", address)
+        assert address in line and "HOST:PORT" in line
     assert f"Expected a Ray cluster at {closed} but nothing answers (Connection refused)" in said(
         "--ray_address", closed
     )
