@@ -1,4 +1,4 @@
-"""The outcome of compressing a model: a row for each layer, and the agreement of its outputs."""
+"""The outcome of compressing a model: a row for each layer, and how close the whole model's output stayed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
-
-from distil_rank.compression.agreement import Agreement
-from distil_rank.compression.tune import Tuning
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,39 @@ class LayerRow:
     student_us: float | None = None
     note: str = ""
 
+    def cells(self) -> list[str]:
+        """Of the report's table."""
+        shape = f"{self.in_features} → {self.out_features}"
+        if self.rank is None:
+            return [self.name, shape, f"dense: {self.note}", f"{self.parameters:,}", "", "", ""]
+        return [
+            self.name,
+            shape,
+            str(self.rank),
+            f"{self.dense_parameters:,} → {self.parameters:,}",
+            f"{self.predicted_r2:.4f}",
+            "" if self.held_out_r2 is None else f"{self.held_out_r2:.4f}",
+            f"{self.dense_us:.0f} → {self.student_us:.0f}",
+        ]
+
+
+@dataclass(frozen=True)
+class OutputFidelity:
+    """The whole model's output beside the original's, on held-out rows.
+
+    Attributes:
+        rows: compared.
+        r2: share of the outputs' variance retained.
+        predictions_retained: share of rows whose most probable class stayed; None for regression.
+        probability_error: mean total variation distance of the class probabilities; for two classes, the mean absolute
+            error of the probability. None for regression.
+    """
+
+    rows: int
+    r2: float
+    predictions_retained: float | None = None
+    probability_error: float | None = None
+
 
 @dataclass(frozen=True)
 class Report:
@@ -49,16 +79,12 @@ class Report:
     Attributes:
         model: with the students in place.
         layers: one row for each layer that was asked for, in the order in which they run.
-        outputs: the whole model's agreement with the original; None without held-out rows.
-        untuned: the same before fine-tuning.
-        tuning: how fine-tuning went; None without.
+        outputs: the whole model beside the original; None without held-out rows.
     """
 
     model: nn.Module
     layers: list[LayerRow]
-    outputs: Agreement | None = None
-    untuned: Agreement | None = None
-    tuning: Tuning | None = None
+    outputs: OutputFidelity | None = None
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -66,37 +92,20 @@ class Report:
         return sum(row.dense_parameters for row in self.layers), sum(row.parameters for row in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: everything but the models."""
-        parts = {"outputs": self.outputs, "untuned": self.untuned, "tuning": self.tuning}
-        return {"layers": [asdict(row) for row in self.layers]} | {
-            name: None if part is None else asdict(part) for name, part in parts.items()
-        }
+        """JSON values: everything but the model."""
+        outputs = None if self.outputs is None else asdict(self.outputs)
+        return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
 
     def __str__(self) -> str:
         """A Markdown table."""
-        head = "| layer | shape | rank | parameters | predicted R² | held-out R² | µs for 32 rows |"
-        lines = [head, "|---|---|---|---|---|---|---|"]
-        for row in self.layers:
-            shape = f"{row.in_features} → {row.out_features}"
-            if row.rank is None:
-                lines.append(f"| {row.name} | {shape} | dense: {row.note} | {row.parameters:,} | | | |")
-                continue
-            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
-            lines.append(
-                f"| {row.name} | {shape} | {row.rank} | {row.dense_parameters:,} → {row.parameters:,} "
-                f"| {row.predicted_r2:.4f} | {held_out} | {row.dense_us:.0f} → {row.student_us:.0f} |"
-            )
+        head = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", "µs for 32 rows"]
+        table = [head, ["---"] * len(head), *(row.cells() for row in self.layers)]
         before, after = self.parameters
+        lines = [f"| {' | '.join(cells)} |" for cells in table]
         lines += ["", f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
-        if self.tuning is not None:
-            lines.append("Fine-tuned for the whole model's output, which the layers' own R² may have paid for.")
-        for when, agreed in (("", self.outputs), (" before fine-tuning", self.untuned)):
-            if agreed is not None:
-                retained = agreed.predictions_retained
-                retained_text = "" if retained is None else f", predictions kept {retained:.2%}"
-                lines.append(
-                    f"The whole model's output{when} on {agreed.rows:,} held-out rows: R² {agreed.r2:.4f}{retained_text}."
-                )
+        if (o := self.outputs) is not None:
+            kept = "" if o.predictions_retained is None else f", predictions retained {o.predictions_retained:.2%}"
+            lines.append(f"The whole model's output on {o.rows:,} held-out rows: R² {o.r2:.4f}{kept}.")
         return "\n".join(lines)
 
     _repr_markdown_ = __str__  # a table in a notebook
