@@ -20,7 +20,7 @@ from distil_rank.cli import main
 from distil_rank.codes.fit import fit_metric
 from distil_rank.codes.store import CodeStore, write_codes, write_encoder
 from distil_rank.commands.code import code
-from distil_rank.compression.artefact import save
+from distil_rank.compression.saved import save
 from distil_rank.embedding import elastic
 from distil_rank.embedding.elastic import compute_elastically
 from distil_rank.embedding.ray_cluster import Cluster
