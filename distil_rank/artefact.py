@@ -72,18 +72,15 @@ def check_writable(path: str | Path, format: str | None = None) -> None:
     path = folder = Path(path)
     while not folder.exists():
         folder = folder.parent
+    problem = None
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "cannot be written to" if folder.is_dir() else "is a file"
-        raise InputError(f"Expected a folder to save to at {path} but {folder} {what}; name another place.")
-    if format is None or not any(not file.name.startswith(".") for file in path.glob("*")):
-        return
-    try:
-        content = json.loads((path / MANIFEST).read_text())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        content = None
-    if content != format:
-        content = "other files" if content is None else repr(content)
-        raise InputError(f"Expected a folder to save to at {path} but it holds {content}; name another place.")
+        problem = f"{folder} cannot be written to" if folder.is_dir() else f"{folder} is a file"
+    elif format is not None and any(not file.name.startswith(".") for file in path.glob("*")):
+        content = _former_manifest(path).get("format")
+        if content != format:
+            problem = "it holds other files" if content is None else f"it holds {content!r}"
+    if problem is not None:
+        raise InputError(f"Expected a folder to save to at {path} but {problem}; name another place.")
 
 
 def write_folder(path: str | Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> Path:
@@ -111,7 +108,7 @@ def write_folder(path: str | Path, manifest: Mapping[str, Any], files: Mapping[s
     everything = {**files, MANIFEST: f"{json_text(content)}\n".encode()}
     try:
         path.mkdir(parents=True, exist_ok=True)
-        former = _named_files(path / MANIFEST)
+        former = {name for name in _former_manifest(path).get("files", ()) if Path(name).name == name}
         for name, data in everything.items():
             write_atomically(path / f".{name}.new", data)
         for name in everything:
@@ -154,12 +151,12 @@ def read_folder(path: str | Path, format: str) -> tuple[dict[str, Any], dict[str
     return manifest, {name: path / name for name in entries}
 
 
-def _named_files(manifest: Path) -> set[str]:
-    """What a former manifest names, so that it can go; no more than plain names in its folder."""
+def _former_manifest(path: Path) -> dict[str, Any]:
+    """What a folder's manifest says of itself, unchecked; empty where there is none."""
     try:
-        return {name for name in json.loads(manifest.read_text())["files"] if Path(name).name == name}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+        return dict(json.loads((path / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import MomentSums
@@ -23,22 +23,20 @@ Mask = Callable[[Any], Tensor | None]
 HELD_OUT = 5  # without held-out data, every fifth batch is held out
 
 
-def with_held_out(
-    data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor | None = None
-) -> Iterator[tuple[Any, bool]]:
+def with_held_out(data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor | None) -> Iterator[tuple[Any, bool]]:
     """Each batch, and whether it is held out: every fifth, unless there are batches for that.
 
-    >>> [held_out for _, held_out in with_held_out(range(5))]
+    >>> [is_held_out for _, is_held_out in with_held_out(range(5), None)]
     [False, False, False, False, True]
     """
-    for index, batch in enumerate(_as_batches(data)):
+    batches = [
+        rows.split(max(1, min(256, -(-len(rows) // (2 * HELD_OUT))))) if isinstance(rows, Tensor) else rows
+        for rows in (data, () if held_out is None else held_out)
+    ]
+    for index, batch in enumerate(batches[0]):
         yield batch, held_out is None and index % HELD_OUT == HELD_OUT - 1
-    for batch in () if held_out is None else _as_batches(held_out):
+    for batch in batches[1]:
         yield batch, True
-
-
-def _as_batches(data: Iterable[Any] | Tensor) -> Iterable[Any]:
-    return data.split(max(1, min(256, -(-len(data) // (2 * HELD_OUT))))) if isinstance(data, Tensor) else data
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -134,7 +132,7 @@ class LayerInputs:
 
     def add(self, x: Tensor, mask: Tensor | None, held_out: bool) -> None:
         """Count in the rows of one call."""
-        (self.held_out if held_out else self.fit).add(self._real_rows(x.detach(), mask))
+        (self.held_out if held_out else self.fit).add(self._real_rows(x, mask))
 
     def _real_rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`(N, d)` without padding. The mask is (batch, time); inputs may be (time, batch, d), or no tokens at all."""
@@ -175,36 +173,28 @@ class Capture:
         self.mask: Tensor | None = None
         self.held_out = False
         self._pending: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
         for name, layer in self.layers.items():  # before and after any hooks of the user's own: a student has none
-            self._handles += [
-                layer.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True),
-                layer.register_forward_hook(self._after(name)),
-            ]
+            before, after = partial(self._before, name), partial(self._after, name)
+            self._hooks.callback(layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            self._hooks.callback(layer.register_forward_hook(after).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self._pending[name] = arguments[0] if arguments else keywords["input"]
+    def _before(self, name: str, layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        self._pending[name] = arguments[0] if arguments else keywords["input"]
 
-        return hook
-
-    def _after(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Linear, arguments: tuple[Any, ...], output: Any) -> None:
-            x = self._pending.pop(name)
-            if name not in self.inputs:
-                _check_affine(name, module, x, output)
-                rows = torch.cat(x.unbind()) if x.is_nested else x
-                self.inputs[name] = LayerInputs(rows.double().reshape(-1, module.in_features).mean(0))
-            self.inputs[name].add(x, None if self.mask is None else self.mask.to(x.device), self.held_out)
-
-        return hook
+    def _after(self, name: str, layer: nn.Linear, arguments: tuple[Tensor, ...], output: Any) -> None:
+        x = self._pending.pop(name)
+        if name not in self.inputs:
+            _check_affine(name, layer, x, output)
+            rows = torch.cat(x.unbind()) if x.is_nested else x
+            self.inputs[name] = LayerInputs(rows.double().reshape(-1, layer.in_features).mean(0))
+        self.inputs[name].add(x, None if self.mask is None else self.mask.to(x.device), self.held_out)
 
 
 def _check_affine(name: str, layer: nn.Linear, x: Tensor, output: Any) -> None:

@@ -99,9 +99,8 @@ def compress(
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     shared = {name for name, layer in dense.items() if holders[id(layer.weight)] > 1}  # as tied embeddings are
 
-    batches = 0
+    batches, comparable = 0, True
     originals: list[tuple[Any, Tensor]] = []  # held-out batches and what the model makes of them
-    comparable = True
     with evaluating(model), Capture(dense) as capture:
         for batch, is_held_out in with_held_out(data, held_out):
             batches += 1
@@ -220,10 +219,11 @@ def _solved(
         return replace(row, note="its weight is used elsewhere too"), None
     if not dense.weight.isfinite().all():
         raise InputError(f"Expected finite weights in {name!r} but found NaN or inf; look at the model.")
-    large = isinstance(requested, int) and not isinstance(requested, bool) and requested >= break_even_rank(n, m)
+    limit = break_even_rank(n, m)
+    large = isinstance(requested, int) and requested >= max(limit, 2)  # True is no rank
     rank = int(requested) if large else choose_rank(output_spectrum(dense.weight, moments)[0], requested)
-    if rank >= break_even_rank(n, m):
-        return replace(row, note=f"no weights saved from rank {break_even_rank(n, m):.0f} on"), None
+    if rank >= limit:
+        return replace(row, note=f"no weights saved from rank {limit:.0f} on"), None
 
     student = LowRankLinear.from_linear(dense, rank, moments, solver)
     student.train(dense.training).requires_grad_(dense.weight.requires_grad)

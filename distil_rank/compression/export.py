@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,16 +78,8 @@ def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
     example, axes = torch.zeros(2, layer.in_features), {"x": {0: "rows"}, "y": {0: "rows"}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)  # the exporter in its place needs onnxscript, for no gain
-        torch.onnx.export(
-            plain,
-            (example,),
-            path,
-            input_names=["x"],
-            output_names=["y"],
-            dynamic_axes=axes,
-            opset_version=OPSET,
-            dynamo=False,
-        )
+        names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
+        torch.onnx.export(plain, (example,), path, **names, opset_version=OPSET, dynamo=False)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         for rows in (1, 7):
             x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows))

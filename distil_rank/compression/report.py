@@ -38,21 +38,6 @@ class LayerRow:
     student_us: float | None = None
     note: str = ""
 
-    def cells(self) -> list[str]:
-        """Of the report's table."""
-        shape = f"{self.in_features} → {self.out_features}"
-        if self.rank is None:
-            return [self.name, shape, f"dense: {self.note}", f"{self.parameters:,}", "", "", ""]
-        return [
-            self.name,
-            shape,
-            str(self.rank),
-            f"{self.dense_parameters:,} → {self.parameters:,}",
-            f"{self.predicted_r2:.4f}",
-            "" if self.held_out_r2 is None else f"{self.held_out_r2:.4f}",
-            f"{self.dense_us:.0f} → {self.student_us:.0f}",
-        ]
-
 
 @dataclass(frozen=True)
 class OutputFidelity:
@@ -98,10 +83,21 @@ class Report:
 
     def __str__(self) -> str:
         """A Markdown table."""
-        head = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", "µs for 32 rows"]
-        table = [head, ["---"] * len(head), *(row.cells() for row in self.layers)]
+        lines = [
+            "| layer | shape | rank | parameters | predicted R² | held-out R² | µs for 32 rows |",
+            "|---" * 7 + "|",
+        ]
+        for row in self.layers:
+            start = f"| {row.name} | {row.in_features} → {row.out_features}"
+            if row.rank is None:
+                lines.append(f"{start} | dense: {row.note} | {row.parameters:,} | | | |")
+                continue
+            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
+            lines.append(
+                f"{start} | {row.rank} | {row.dense_parameters:,} → {row.parameters:,} "
+                f"| {row.predicted_r2:.4f} | {held_out} | {row.dense_us:.0f} → {row.student_us:.0f} |"
+            )
         before, after = self.parameters
-        lines = [f"| {' | '.join(cells)} |" for cells in table]
         lines += ["", f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
         if (o := self.outputs) is not None:
             kept = "" if o.predictions_retained is None else f", predictions retained {o.predictions_retained:.2%}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distil_rank.artefact import read_folder, write_folder
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
-from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
+from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.tracking.provenance import versions
 
 FORMAT = "distil-rank"
@@ -130,25 +130,23 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
     _check_finite(state, str(path / WEIGHTS))
     try:
         state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
-        layers = manifest["layers"]
+        layers, whole = manifest["layers"], manifest["whole_model"]
         own = {name: _empty(description) for name, description in layers.items() if "same_as" not in description}
         top = max(student.rank for student in own.values())
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= top):
             raise InputError(f"Expected `rank` in [1, {top}], up to that of {path}, but got {rank!r}.")
         students = {name: own[description.get("same_as", name)] for name, description in layers.items()}
-        if not manifest["whole_model"]:
-            model: nn.Module = own[""]
-            _assign(model, state)
-        else:
-            dense = _dense_layers(into, students, path)
-            assert into is not None
-            model = into
-            install(model, students)
-            try:
-                _assign(model, state)
-            except BaseException:
-                install(model, dense)
-                raise
+        if not whole:
+            into = own[""]
+        elif into is None:
+            raise InputError(f"Expected `into` to load {path}, a whole model; give one of the same architecture.")
+        dense = _dense_layers(into, students) if whole else {}
+        install(into, students if whole else {})
+        try:
+            _assign(into, state)
+        except BaseException:
+            install(into, dense)
+            raise
     except InputError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -157,12 +155,12 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
             f"Expected tensors in {path} as its manifest has them but they do not fit: {reason}; save it again."
         ) from error
     if rank is None:
-        return model
+        return into
     small = {name: student.truncate(min(rank, student.rank)) for name, student in own.items()}
-    if not manifest["whole_model"]:
+    if not whole:
         return small[""]
-    install(model, {name: small[description.get("same_as", name)] for name, description in layers.items()})
-    return model
+    install(into, {name: small[description.get("same_as", name)] for name, description in layers.items()})
+    return into
 
 
 def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -179,8 +177,6 @@ def _describe(student: Student) -> dict[str, Any]:
         "kind": "low_rank",
         **dict(zip(SHAPE, (n, m, student.rank, bias, student.input_mean is not None), strict=True)),
         "dtype": str(student.A.dtype).removeprefix("torch."),
-        "parameters": parameter_count(n, m, student.rank, bias),
-        "dense_parameters": parameter_count(n, m, None, bias),
         "provenance": student.provenance,
     }
 
@@ -217,25 +213,16 @@ def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.to(device)
 
 
-def _dense_layers(into: nn.Module | None, students: Mapping[str, Student], path: Path) -> dict[str, nn.Module]:
+def _dense_layers(into: nn.Module, students: Mapping[str, Student]) -> dict[str, nn.Module]:
     """The dense layers of the model that the students replace."""
-    if into is None:
-        some = ", ".join([*students][:3]) + (", …" if len(students) > 3 else "")
-        raise InputError(
-            f"Expected `into`, a model to load {path} into, since it is a whole model with students at {some}; give"
-            " one of the same architecture."
-        )
-    layers = {}
+    modules = dict(into.named_modules(remove_duplicate=False))
     for name, student in students.items():
-        try:
-            layers[name] = old = into.get_submodule(name)
-        except AttributeError as error:
-            raise InputError(f"Expected a layer {name!r} in `into` but it has none; give the same model.") from error
         expected = (getattr(student, "out_features", student.rank), student.in_features)
-        shape = getattr(old, "out_features", None), getattr(old, "in_features", None)
+        shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
         if shape != expected:
-            raise InputError(f"Expected {name!r} of `into` to be {expected} but it is {shape}; give the same model.")
-    return layers
+            actual = shape if name in modules else "missing"
+            raise InputError(f"Expected {name!r} of `into` to be {expected} but it is {actual}; give the same model.")
+    return {name: modules[name] for name in students}
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:

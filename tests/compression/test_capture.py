@@ -91,10 +91,10 @@ def test_batches_of_every_kind(wrap):
 
 
 def test_every_fifth_batch_is_held_out_unless_some_are_given():
-    assert [held_out for _, held_out in with_held_out(list(range(10)))] == ([False] * 4 + [True]) * 2
+    assert [held_out for _, held_out in with_held_out(list(range(10)), None)] == ([False] * 4 + [True]) * 2
     assert list(with_held_out([1, 2], held_out=[3])) == [(1, False), (2, False), (3, True)]
-    assert len(list(with_held_out(torch.randn(23, 4)))) == 8
-    rows = torch.cat([batch for batch, _ in with_held_out(torch.arange(1000.0)[:, None])])
+    assert len(list(with_held_out(torch.randn(23, 4), None))) == 8
+    rows = torch.cat([batch for batch, _ in with_held_out(torch.arange(1000.0)[:, None], None)])
     assert torch.equal(rows[:, 0], torch.arange(1000.0))
 
 
