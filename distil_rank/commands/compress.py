@@ -20,8 +20,8 @@ from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
-from distil_rank.measure import bootstrap
 from distil_rank.measure.metrics import energy, residual
+from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from distil_rank.options.compression import CompressOptions
 from distil_rank.report import report as reports
 from distil_rank.tracking.registry import log_student
@@ -60,9 +60,9 @@ def compress(options: CompressOptions) -> Report:
         with torch.no_grad():  # R² around the mean output of the rows that were fitted to, with its interval
             target, mean = dense(test), dense(student.input_mean)
             squares = residual(student(test), target), energy(target, mean)
-        lost, spread = (bootstrap.group_sums(rows.numpy(), data.proteins("test")) for rows in squares)
-        share = bootstrap.ratio_interval(lost, spread, bootstrap.resample_counts(len(lost)))
-        r2 = {"value": 1 - float(lost.sum() / spread.sum()), "low": 1 - share.high, "high": 1 - share.low}
+        lost, spread = (group_sums(rows.numpy(), data.proteins("test")) for rows in squares)
+        share = estimate(ratio(lost, spread), resample_counts(len(lost)))
+        r2 = {"value": 1 - share.value, "low": 1 - share.high, "high": 1 - share.low}
 
         folder = save(student, o.output, metrics={"held_out_r2": r2, **report.to_dict()}, data=asdict(about))
         run.log_params({"rank": row.rank})

@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -106,14 +106,14 @@ class EmbeddingDataModule(LightningDataModule):
         epoch_batches: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters()
         self.source = str(default_store(fasta)) if fasta is not None and source == "auto" else source
         self.targets: Tensor | None = None
         self._ready = False
 
     def prepare_data(self) -> None:
         """Extract what is missing (Lightning calls it in one process, before every `setup`)."""
-        h = self.hparams
+        h: Any = self.hparams
         if h.fasta is not None and not self._ready:
             embed(h.fasta, self.source, backbone=h.backbone, pooling=h.pooling)
 
@@ -121,7 +121,7 @@ class EmbeddingDataModule(LightningDataModule):
         """Open the embeddings and split them, whatever the stage; further calls do nothing."""
         if self._ready:
             return
-        h = self.hparams
+        h: Any = self.hparams
         self.source = find_source(self.source)
         if self.source == SYNTHETIC:
             self.embeddings = synthetic_embeddings(seed=h.seed)
@@ -205,7 +205,7 @@ class EmbeddingDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches; the sampler draws from torch's global generator."""
-        h = self.hparams
+        h: Any = self.hparams
         rows = Rows(self.embeddings.x, self.split_rows.train, self.targets)
         number = h.epoch_batches * h.batch_size if h.replacement and h.epoch_batches else None
         return self._loader(rows, RandomSampler(rows, h.replacement, number), h.batch_size)
@@ -222,7 +222,7 @@ class EmbeddingDataModule(LightningDataModule):
 
     def _loader(self, rows: Rows, sampler: Sampler[int], batch_size: int) -> DataLoader[Batch]:
         """Whole batches, each gathered by one indexing operation."""
-        workers = self.hparams.num_workers
+        workers = self.hparams["num_workers"]
         batches = BatchSampler(sampler, batch_size, drop_last=False)
         return DataLoader(rows, None, sampler=batches, num_workers=workers, persistent_workers=workers > 0)
 

@@ -15,7 +15,8 @@ from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, Estimate
 from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import SOLVERS, refit_bias, solve
-from distil_rank.measure import bootstrap, metrics
+from distil_rank.measure import metrics
+from distil_rank.measure.statistics import estimate, interval, is_tie, ratio, resample_counts, resampled_quantile
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def compare(
     """
     reference = _Reference(teacher, mean, held_out)
     measured = {name: [reference.measure(module) for module in modules] for name, modules in candidates.items()}
-    counts = bootstrap.resample_counts(len(reference.energy), draws=draws, seed=0)
+    counts = resample_counts(len(reference.energy), draws=draws, seed=0)
     best = _average(measured[optimum])
     return [
         ComparisonRow(
@@ -203,9 +204,8 @@ def _beside_optimum(
     measured: _PerProtein, best: _PerProtein, reference: _Reference, counts: np.ndarray
 ) -> tuple[float, bool]:
     """R² over the optimum's, and whether the paired interval of their difference holds zero."""
-    lost, best_lost = (bootstrap.resampled_ratio(counts, one.residual, reference.variance) for one in (measured, best))
-    r2, best_r2 = (1 - one.residual.sum() / reference.variance.sum() for one in (measured, best))
-    return float(r2 / best_r2), bootstrap.is_tie(lost, best_lost)
+    lost, best_lost = (ratio(one.residual, reference.variance) for one in (measured, best))
+    return (1 - lost.value) / (1 - best_lost.value), is_tie(lost, best_lost, counts)
 
 
 def _estimates_over_seeds(
@@ -224,19 +224,19 @@ def _estimates_over_seeds(
 
 def _estimates(measured: _PerProtein, reference: _Reference, counts: np.ndarray) -> dict[str, Estimate]:
     """Every metric with its interval."""
-    lost = bootstrap.ratio_interval(measured.residual, reference.variance, counts)
-    relative = bootstrap.ratio_interval(measured.residual, reference.energy, counts)
-    worst = bootstrap.interval(bootstrap.resampled_quantile(counts, measured.means["cosine"], 0.05))
-    lost_share = float(measured.residual.sum() / reference.variance.sum())
+    lost = estimate(ratio(measured.residual, reference.variance), counts)
+    relative = estimate(ratio(measured.residual, reference.energy), counts)
+    cosines = measured.means["cosine"]
+    worst = interval(float(np.percentile(cosines, 5)), resampled_quantile(counts, cosines, 0.05))
     estimates = {
-        "r2": Estimate(1 - lost_share, 1 - lost.high, 1 - lost.low),
-        "relative_mse": Estimate(float(measured.residual.sum() / reference.energy.sum()), relative.low, relative.high),
-        "cosine_p5": Estimate(float(np.percentile(measured.means["cosine"], 5)), worst.low, worst.high),
+        "r2": Estimate(1 - lost.value, 1 - lost.high, 1 - lost.low),
+        "relative_mse": Estimate(relative.value, relative.low, relative.high),
+        "cosine_p5": Estimate(worst.value, worst.low, worst.high),
         "cka": Estimate(measured.cka),
     }
     for name, values in measured.means.items():
-        interval = bootstrap.interval(bootstrap.resampled_ratio(counts, values))
-        estimates[name] = Estimate(float(values.mean()), interval.low, interval.high)
+        average = estimate(ratio(values), counts)
+        estimates[name] = Estimate(average.value, average.low, average.high)
     return estimates
 
 

@@ -12,12 +12,9 @@ from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.representations import ALIGNMENT, CHANCE, COMPOSITION, Candidate, Role
 from distil_rank.evaluation.retrieval import CUTOFF, Scores
-from distil_rank.evaluation.statistics import Interval, Statistic, estimate, retained
 from distil_rank.evaluation.task import Target
 from distil_rank.evaluation.trials import MAX_QUERIES, RetrievalTrial, make_trial
-from distil_rank.measure import bootstrap
-
-DRAWS = 2000  # bootstrap samples of the groups
+from distil_rank.measure.statistics import Interval, Statistic, estimate, resample_counts, retained
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ def _metrics(names: tuple[str, ...], headline: str | None) -> tuple[str, ...]:
 
 
 def _entries(measured: Sequence[_Measured], groups: int) -> list[Entry]:
-    counts = bootstrap.resample_counts(groups, draws=DRAWS, seed=0)
+    counts = resample_counts(groups)
     reference = measured[0].statistics
     entries = []
     for one in measured:

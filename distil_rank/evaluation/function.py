@@ -17,10 +17,9 @@ from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.labelled import own_labels
 from distil_rank.evaluation.representations import Representation
 from distil_rank.evaluation.results import Estimate, FunctionRetained
-from distil_rank.evaluation.statistics import Statistic, retained
 from distil_rank.evaluation.task import make_target
 from distil_rank.evaluation.trials import Trial, make_trial
-from distil_rank.measure import bootstrap
+from distil_rank.measure.statistics import Statistic, resample_counts, retained
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def function_retained(
     except InputError as error:
         log.info("Function kept is not measured: %s", error)
         return {}
-    counts = bootstrap.resample_counts(trial.judged_groups, draws=2000, seed=0)
+    counts = resample_counts(trial.judged_groups)
     shares = {method: retained(statistic, reference, counts) for method, statistic in statistics.items()}
     return {
         method: FunctionRetained(words, trial.metrics[0], Estimate(share.value, share.low, share.high))

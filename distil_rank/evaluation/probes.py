@@ -19,8 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.statistics import Statistic, macro_f1, matthews, mean, r2, spearman
 from distil_rank.evaluation.task import Target
+from distil_rank.measure.statistics import Statistic, macro_f1, matthews, mean, r2, spearman
 
 FOLDS = 3
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of logistic regression

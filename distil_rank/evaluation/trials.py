@@ -11,8 +11,8 @@ from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.probes import probe, probe_metrics
 from distil_rank.evaluation.representations import Representation
 from distil_rank.evaluation.retrieval import CUTOFF, Relevance, Scores, inner_product, retrieve
-from distil_rank.evaluation.statistics import Statistic, mean
 from distil_rank.evaluation.task import Target
+from distil_rank.measure.statistics import Statistic, mean
 
 MAX_QUERIES = 10_000  # judged proteins that are searched with at most; every one is a target
 

@@ -169,7 +169,7 @@ class LowRankLinear(nn.Module):
         """
         if not 1 <= rank <= self.rank:
             raise InputError(f"Expected `rank` in [1, {self.rank}], this student's own, but got {rank}.")
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and self.input_mean is not None:
             bias = bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
         layer = type(self)(

@@ -24,9 +24,8 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
 
 def check_rank(rank: float | str) -> None:
     """Raises `InputError` unless this is a positive integer, a share in (0, 1) or `auto`."""
-    if isinstance(rank, str | bool):
-        valid = rank == "auto"
-    else:
+    valid = rank == "auto"
+    if not isinstance(rank, str | bool):
         valid = 0 < rank < 1 or (rank >= 1 and float(rank).is_integer())
     if not valid:
         raise InputError(f"Expected --rank as an integer, a share of variance in (0, 1) or 'auto' but got {rank!r}.")

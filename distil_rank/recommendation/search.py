@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups
-from distil_rank.evaluation.statistics import Interval, Statistic, retained_with_confidence
 from distil_rank.evaluation.trials import Trial, make_trial
+from distil_rank.measure.statistics import Interval, Statistic, retained_with_confidence
 from distil_rank.recommendation.parts import FIT, VALIDATE
 from distil_rank.recommendation.pipelines import Fitted, grid
 from distil_rank.recommendation.problem import Problem, Task

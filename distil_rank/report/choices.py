@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from distil_rank.evaluation.statistics import Interval
 from distil_rank.lowrank.encoder import CodeType
+from distil_rank.measure.statistics import Interval
 
 SCHEMA = 1
 BITS = {"float32": 32, "int8": 8, "bit": 1}

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from distil_rank.evaluation.evaluate import Entry, Evaluation
-from distil_rank.evaluation.statistics import Interval
+from distil_rank.measure.statistics import Interval
 from distil_rank.report import report
 from distil_rank.report.figures import STYLE
 

@@ -191,7 +191,7 @@ def _validation_losses(trainer: Trainer, module: LightningModule) -> Tensor:
     if loaders is None:
         loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):  # a loader draws a number, which must not change the training batches
-        losses = [module.losses(x.to(module.device))["loss"].double().cpu() for x in loaders]  # type: ignore[operator]
+        losses = [module.losses(x.to(module.device))["loss"].double().cpu() for x in loaders]
     return torch.cat(losses)
 
 

@@ -80,7 +80,7 @@ class DistilModule(LightningModule):
         outputs: Outputs = "classification",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["teacher", "head"], logger=False)
+        self.save_hyperparameters(ignore=["teacher", "head"])
         self.teacher = teacher.float().requires_grad_(False)
         self.head = None if head is None else head.requires_grad_(False).eval()
         self.moments: Moments | None = None
@@ -102,7 +102,8 @@ class DistilModule(LightningModule):
         Raises:
             InputError: the teacher's width is not the data's, or the rank does not fit.
         """
-        h, teacher = self.hparams, self.teacher
+        h: Any = self.hparams
+        teacher = self.teacher
         if teacher.in_features != data.dim:
             raise InputError(
                 f"Expected a teacher for inputs of width {data.dim}, as {data.source} has them, but got one for "
@@ -127,7 +128,7 @@ class DistilModule(LightningModule):
     @property
     def solved(self) -> bool:
         """Whether the start already is the exact minimum of the loss, so that training can gain nothing."""
-        h = self.hparams
+        h: Any = self.hparams
         return h.warm_start == "closed_form" and h.shrinkage == 0 and h.alpha == 0 and self.head is None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,10 +143,10 @@ class DistilModule(LightningModule):
         """
         x, target = (batch, self.teacher(batch)) if isinstance(batch, Tensor) else batch
         output = self.layer(x)
+        h: Any = self.hparams
         if self.head is not None:
-            return {"loss": head_loss(self.head(output), self.head(target), self.hparams.outputs)}
-        variance = self.output_variance if self.hparams.normalise else 1.0
-        return layer_loss(output, target, self.hparams.alpha, variance)
+            return {"loss": head_loss(self.head(output), self.head(target), h.outputs)}
+        return layer_loss(output, target, h.alpha, self.output_variance if h.normalise else 1.0)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The mean loss of one batch; its parts are logged on validation rows, as each `log` costs half a step."""
@@ -162,7 +163,7 @@ class DistilModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on the student's parameters only."""
-        h = self.hparams
+        h: Any = self.hparams
         optimizer = torch.optim.AdamW(self.layer.parameters(), lr=h.lr, weight_decay=h.weight_decay, fused=True)
         if h.schedule == "constant":
             return optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class TeacherModule(LightningModule):
         lr: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters()
         self.register_buffer("std", torch.ones(()))
         if features is not None:
             self.layer = nn.Linear(features, features)
@@ -52,7 +52,8 @@ class TeacherModule(LightningModule):
         """Build the layer, and measure the spread that relative noise is in units of, from the data module."""
         if not hasattr(self, "layer"):
             self.layer = nn.Linear(self.trainer.datamodule.dim, self.trainer.datamodule.dim)  # type: ignore[attr-defined]
-        if self.hparams.noise_scale == "relative":
+        h: Any = self.hparams
+        if h.noise_scale == "relative":
             variance = self.trainer.datamodule.moments.covariance.diagonal()  # type: ignore[attr-defined]
             self.std = variance.clamp_min(0).sqrt().float()
 
@@ -62,8 +63,9 @@ class TeacherModule(LightningModule):
 
     def denoising_loss(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error against the clean input `(N, d)`, with noise from torch's generator or another one."""
+        h: Any = self.hparams
         noise = torch.randn(x.shape, generator=generator, device=None if generator else x.device).to(x)
-        return F.mse_loss(self(x + self.hparams.noise * self.std * noise), x)
+        return F.mse_loss(self(x + h.noise * self.std * noise), x)
 
     def training_step(self, x: Tensor, batch_index: int) -> Tensor:
         """The loss of one batch."""
@@ -78,7 +80,7 @@ class TeacherModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam at a constant rate."""
-        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr, fused=True)
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"], fused=True)
 
 
 def random_teacher(in_features: int, out_features: int | None = None, seed: int = 42) -> nn.Linear:

@@ -11,7 +11,7 @@ from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.representations import full_vector
-from distil_rank.evaluation.statistics import Interval
+from distil_rank.measure.statistics import Interval
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
 from distil_rank.recommendation.pipelines import Fitted, grid
