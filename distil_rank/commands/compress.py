@@ -50,7 +50,7 @@ def compress(options: CompressOptions) -> Report:
         fit = (x.to(dense.weight) for x in chain(data.stream("train"), data.stream("val")))
         test = data.rows("test").to(dense.weight)
         model = nn.Sequential(OrderedDict(layer=dense))
-        report = compress_model(model, {"layer": o.rank}, fit, held_out=test, outputs="regression")
+        report = compress_model(model, {"layer": o.rank}, fit, held_out=test)
         row, student = replace(report.layers[0], name=o.layer or Path(o.model).stem), model.get_submodule("layer")
         report = replace(report, layers=[row])
         if not isinstance(student, LowRankLinear) or student.input_mean is None:

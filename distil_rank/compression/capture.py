@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,9 +27,19 @@ HELD_OUT = 5  # without held-out data, every fifth batch is held out
 def with_held_out(data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor | None) -> Iterator[tuple[Any, bool]]:
     """Each batch, and whether it is held out: every fifth, unless there are batches for that.
 
+    Raises:
+        InputError: one batch, or something else that is not batches.
+
     >>> [is_held_out for _, is_held_out in with_held_out(range(5), None)]
     [False, False, False, False, True]
     """
+    for name, rows in (("data", data), ("held_out", () if held_out is None else held_out)):
+        several = isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | np.ndarray)
+        if not several or (isinstance(rows, Tensor) and rows.ndim < 2):
+            actual = f"one {type(rows).__name__}"
+            raise InputError(
+                f"Expected `{name}` as batches, or a tensor of rows, but got {actual}; give a list of them."
+            )
     batches = [
         rows.split(max(1, min(256, -(-len(rows) // (2 * HELD_OUT))))) if isinstance(rows, Tensor) else rows
         for rows in (data, () if held_out is None else held_out)
@@ -79,24 +90,15 @@ def as_mask(value: Any) -> Tensor | None:
     return mask.bool()
 
 
-def output_rows(output: Any, mask: Tensor | None) -> Tensor:
-    """The output of a model as rows `(N, k)`: a tensor, `logits` of a mapping or object, or the first of a tuple.
-
-    Raises:
-        InputError: none of these.
-    """
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list) and output:
-        output = output[0]
+def output_rows(output: Any, mask: Tensor | None) -> Tensor | None:
+    """A model's output as rows `(N, k)`: a tensor, `logits`, or else the first value of a mapping or tuple; or None."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values()), None))
+    elif isinstance(output, tuple | list):
+        output = output[0] if output else None
+    output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.ndim == 0:
-        actual = "one number" if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(
-            f"Expected the model to return rows, as a tensor or `logits`, but got {actual};"
-            " give `forward=lambda model, batch: …` that returns the tensor that matters."
-        )
+        return None
     if mask is not None and output.ndim == 3 and mask.shape == output.shape[:2]:
         return output[mask.to(output.device)]
     return output.reshape(-1, output.shape[-1])

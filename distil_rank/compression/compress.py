@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, cast, get_args
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +33,6 @@ from distil_rank.lowrank.fidelity import nested_r2
 from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, parameter_count
 from distil_rank.lowrank.solvers import Factors, Solver, choose_rank, output_spectrum
 from distil_rank.measure.latency import compare_layers
-from distil_rank.training.losses import Outputs, class_logits
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,6 @@ def compress(
     held_out: Iterable[Any] | Tensor | None = None,
     parameters: float | None = None,
     solver: Solver = "closed_form",
-    outputs: Outputs = "classification",
     forward: Forward = call_model,
     mask: Mask = attention_mask,
     inplace: bool = True,
@@ -71,8 +68,6 @@ def compress(
         held_out: batches to measure on.
         parameters: the share of these layers' weights to keep in all; ranks follow from it (see `allocate`).
         solver: see `distil_rank.lowrank.solvers`.
-        outputs: whether the model puts out logits of classes (one column: of yes against no) or values, for the
-            report.
         forward: runs the model on a batch and returns its output. By default a mapping is passed as keyword arguments,
             a tensor as it is, and of a tuple or list the first element.
         mask: gives the `(batch, time)` mask of a batch, true for what is not padding; by default the batch's
@@ -92,26 +87,21 @@ def compress(
     >>> model[0].rank, report.parameters
     (3, (272, 112))
     """
-    _check_arguments(data, held_out, parameters, outputs)
     model = model if inplace else copy.deepcopy(model)
     ranks = _requested_ranks(model, layers, parameters)
     dense = {name: cast(nn.Linear, model.get_submodule(name)) for name in ranks}
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     shared = {name for name, layer in dense.items() if holders[id(layer.weight)] > 1}  # as tied embeddings are
 
-    batches, comparable = 0, True
+    batches = 0
     originals: list[tuple[Any, Tensor]] = []  # held-out batches and what the model makes of them
     with evaluating(model), Capture(dense) as capture:
         for batch, is_held_out in with_held_out(data, held_out):
             batches += 1
             capture.mask, capture.held_out = as_mask(mask(batch)), is_held_out
-            output = forward(model, batch)
-            if comparable and is_held_out and sum(rows.numel() for _, rows in originals) < MAX_OUTPUTS:
-                try:
-                    originals.append((batch, output_rows(output, capture.mask)))
-                except InputError as problem:
-                    comparable = False
-                    log.warning("The whole model's output is not compared. %s", problem)
+            target = output_rows(forward(model, batch), capture.mask)
+            if is_held_out and target is not None and sum(rows.numel() for _, rows in originals) < MAX_OUTPUTS:
+                originals.append((batch, target))
     if not batches:
         raise InputError("Expected batches to calibrate on but `data` holds none.")
     if idle := [name for name in dense if name not in capture.inputs]:
@@ -133,30 +123,19 @@ def compress(
             students |= dict.fromkeys(places, student)
     before = {path: model.get_submodule(path) for path in students}
     install(model, students)
+    if not originals:
+        told = "The model's output is not compared: nothing was held out (fewer than 5 batches), or it is no rows."
+        log.warning(
+            "%s Give `held_out`, or `forward=lambda model, batch: …` that returns the tensor that matters.", told
+        )
+        return Report(model, rows)
     try:
         with evaluating(model):
-            pairs = [(output_rows(forward(model, x), as_mask(mask(x))), target) for x, target in originals]
+            output = torch.cat([cast(Tensor, output_rows(forward(model, x), as_mask(mask(x)))) for x, _ in originals])
     except BaseException:
         install(model, before)  # never leave a model that does not run
         raise
-    if comparable and not pairs:
-        log.warning("Nothing was held out (fewer than 5 batches), so held-out fidelity is not known; give `held_out`.")
-    return Report(model, rows, _compare_outputs(pairs, outputs) if comparable and pairs else None)
-
-
-def _check_arguments(data: Any, held_out: Any, parameters: Any, outputs: Any) -> None:
-    for name, value in (("data", data), ("held_out", held_out)):
-        if (value is None and name == "data") or (isinstance(value, Tensor) and value.ndim < 2):
-            actual = "None" if value is None else f"a tensor of shape {tuple(value.shape)}"
-            raise InputError(f"Expected `{name}` as batches, or a tensor of rows, but got {actual}.")
-        if isinstance(value, Mapping | str | np.ndarray) or (value is not None and not isinstance(value, Iterable)):
-            kind = type(value).__name__
-            raise InputError(f"Expected `{name}` as several batches but got one {kind}; give a list or a loader.")
-    numeric = isinstance(parameters, int | float) and not isinstance(parameters, bool)
-    if parameters is not None and not (numeric and 0 < parameters <= 1):
-        raise InputError(f"Expected `parameters` in (0, 1], the share of the weights to keep, but got {parameters!r}.")
-    if outputs not in get_args(Outputs):
-        raise InputError(f"Expected `outputs` out of {', '.join(get_args(Outputs))} but got {outputs!r}.")
+    return Report(model, rows, _compared(output.double(), torch.cat([target for _, target in originals]).double()))
 
 
 def _requested_ranks(
@@ -168,6 +147,8 @@ def _requested_ranks(
             "a rank for each pattern, or `parameters`" if parameters is None else "patterns alone beside `parameters`"
         )
         raise InputError(f"Expected {what} but got {layers!r}.")
+    if parameters is not None and not (isinstance(parameters, int | float) and 0 < parameters <= 1):
+        raise InputError(f"Expected `parameters` in (0, 1], the share of the weights to keep, but got {parameters!r}.")
     if isinstance(layers, str):
         layers = [layers]
     patterns = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers)
@@ -175,17 +156,17 @@ def _requested_ranks(
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and name:
             places.setdefault(module, []).append(name)
-    linear = [name for names in places.values() for name in names]
-    if unused := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in linear)]:
-        some = ", ".join(linear[:3]) + (", …" if len(linear) > 3 else "")
-        raise InputError(
-            f"Expected {unused[0]!r} to fit a linear layer of the model but it has {some or 'none inside'}."
-        )
-    fits = {
-        names[0]: next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
-        for names in places.values()
-    }
-    return {name: patterns[pattern] for name, pattern in fits.items() if pattern is not None}
+    ranks: dict[str, Any] = {}
+    unused = dict(patterns)
+    for names in places.values():
+        for pattern in (one for one in patterns if any(fnmatchcase(name, one) for name in names)):
+            unused.pop(pattern, None)
+            ranks.setdefault(names[0], patterns[pattern])
+    if unused:
+        linear = [name for names in places.values() for name in names]
+        some = ", ".join([*linear[:3], *["…"][: len(linear) > 3]]) or "none inside"
+        raise InputError(f"Expected {next(iter(unused))!r} to fit a linear layer of the model but it has {some}.")
+    return ranks
 
 
 def _within_budget(
@@ -246,14 +227,9 @@ def _solved(
     return replace(row, held_out_r2=held_out_r2, dense_us=timing.dense_us, student_us=timing.student_us), student
 
 
-def _compare_outputs(pairs: Sequence[tuple[Tensor, Tensor]], outputs: Outputs) -> OutputFidelity:
-    """The students' model beside the original, batch by batch, each `(N, k)`."""
-    output, target = (torch.cat([pair[i] for pair in pairs]).double() for i in (0, 1))
+def _compared(output: Tensor, target: Tensor) -> OutputFidelity:
+    """What the model with students puts out beside the original, both `(N, k)`."""
     residual, variance = float((output - target).square().sum()), float((target - target.mean(0)).square().sum())
     r2 = 1 - residual / variance if variance > 0 else float(residual == 0)
-    if outputs == "regression":
-        return OutputFidelity(len(target), r2)
-    ours, theirs = class_logits(output), class_logits(target)
-    retained = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
-    error = float((ours.softmax(-1) - theirs.softmax(-1)).abs().sum(-1).mean()) / 2
-    return OutputFidelity(len(target), r2, retained, error)
+    ours, theirs = (rows.argmax(1) if rows.shape[1] > 1 else rows > 0 for rows in (output, target))
+    return OutputFidelity(len(target), r2, float((ours == theirs).double().mean()))

@@ -46,15 +46,13 @@ class OutputFidelity:
     Attributes:
         rows: compared.
         r2: share of the outputs' variance retained.
-        predictions_retained: share of rows whose most probable class stayed; None for regression.
-        probability_error: mean total variation distance of the class probabilities; for two classes, the mean absolute
-            error of the probability. None for regression.
+        predictions_retained: share of rows whose largest output stayed the largest, as the predicted class is; of a
+            single output, whose sign stayed.
     """
 
     rows: int
     r2: float
-    predictions_retained: float | None = None
-    probability_error: float | None = None
+    predictions_retained: float
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ class Report:
         before, after = self.parameters
         lines += ["", f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
         if (o := self.outputs) is not None:
-            kept = "" if o.predictions_retained is None else f", predictions retained {o.predictions_retained:.2%}"
-            lines.append(f"The whole model's output on {o.rows:,} held-out rows: R² {o.r2:.4f}{kept}.")
+            figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
+            lines.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
         return "\n".join(lines)
 
     _repr_markdown_ = __str__  # a table in a notebook

@@ -29,6 +29,8 @@ DTYPES = {
 }
 SHAPE = ("in_features", "out_features", "rank", "bias", "input_mean")  # what builds a `LowRankLinear`
 Student = LowRankLinear | CodeEncoder
+# What tensors and descriptions raise that do not belong together, or are no tensors at all
+UNFIT = (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 def save(
@@ -87,15 +89,8 @@ def save(
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Reads the manifest of what `save` wrote, after every hash was checked.
-
-    Raises:
-        InputError: no such folder, one of a later version, or one that was changed or cut short.
-    """
-    manifest, files = read_folder(path, FORMAT)
-    if WEIGHTS not in files:
-        raise InputError(f"Expected {WEIGHTS} in {path} but it lists {', '.join(files) or 'nothing'}; save it again.")
-    return manifest
+    """Reads the manifest of what `save` wrote, after every hash was checked (`read_folder`)."""
+    return read_folder(path, FORMAT)[0]
 
 
 def load(path: str | Path, rank: int | None = None, into: nn.Module | None = None) -> nn.Module:
@@ -119,16 +114,10 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
     ...     load(save(layer, folder), rank=2)
     LowRankLinear(in_features=8, out_features=6, rank=2, bias=True)
     """
-    path = Path(path)
-    manifest = read_manifest(path)
+    manifest, files = read_folder(path, FORMAT)
     try:
-        state = safetensors.torch.load_file(path / WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"Expected safetensors in {path / WEIGHTS} but it is something else or damaged; get it again."
-        ) from error
-    _check_finite(state, str(path / WEIGHTS))
-    try:
+        state = safetensors.torch.load_file(files[WEIGHTS])
+        _check_finite(state, str(path))
         state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
         layers, whole = manifest["layers"], manifest["whole_model"]
         own = {name: _empty(description) for name, description in layers.items() if "same_as" not in description}
@@ -149,7 +138,7 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
             raise
     except InputError:
         raise
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except UNFIT as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"Expected tensors in {path} as its manifest has them but they do not fit: {reason}; save it again."

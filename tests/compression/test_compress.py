@@ -80,8 +80,6 @@ def test_what_the_report_says_is_what_the_rows_show():
     agree = (whole(held_out).argmax(1) == model(held_out).argmax(1)).float().mean()
     assert report.outputs.rows == len(held_out) == 180
     assert report.outputs.predictions_retained == pytest.approx(float(agree))
-    error = (whole(held_out).softmax(1) - model(held_out).softmax(1)).abs().sum(1).mean() / 2
-    assert report.outputs.probability_error == pytest.approx(float(error), rel=1e-4)
     assert row.dense_us > 0 and row.student_us > 0
     assert "| 0 | 24 → 24 | 4 | 600 → 216 |" in str(report) and report.to_dict()["layers"][0]["rank"] == 4
 
@@ -191,7 +189,7 @@ def test_inside_a_transformer_layer():
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
     x = torch.randn(50, 7, 16)
-    report = compress(model, {"*.linear1": 6}, x, outputs="regression")
+    report = compress(model, {"*.linear1": 6}, x)
     assert report.outputs.r2 > 0.5
     with torch.inference_mode():  # where PyTorch reads the weights past the layers
         torch.testing.assert_close(model.eval()(x), model.train(False)(x.requires_grad_()), atol=1e-4, rtol=1e-4)
@@ -230,7 +228,7 @@ def test_a_model_of_one_number_is_compressed_and_not_compared(caplog):
             return super().forward(x).mean()
 
     report = compress(Mean(nn.Linear(8, 8)), {"0": 2}, torch.randn(50, 8))
-    assert report.outputs is None and "got one number" in caplog.text
+    assert report.outputs is None and "not compared" in caplog.text
 
 
 def test_a_second_name_of_a_layer_is_a_name():
@@ -250,7 +248,6 @@ def test_a_second_name_of_a_layer_is_a_name():
         ({"0": 1.0}, {}, "but got 1.0"),
         ({"0": True}, {}, "but got True"),
         ({"0": None}, {}, "but got None"),
-        ({"0": 2}, {"outputs": "regresion"}, "`outputs` out of classification, regression"),
         (["0"], {"parameters": "half"}, r"`parameters` in \(0, 1\]"),
         (["0"], {}, "a rank for each pattern"),
         ({"0": 2}, {"parameters": 0.5}, "patterns alone"),

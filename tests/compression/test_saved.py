@@ -136,14 +136,14 @@ FORGERIES = {
     "huge shape": (forge_layer(in_features=10**30), None, "do not fit"),
     "unknown kind": (forge_layer(kind="eval"), None, "Expected a layer of"),
     "unknown dtype": (forge_layer(dtype="object"), None, "do not fit"),
-    "no files": (lambda m: m.update(files={}), None, "lists nothing"),
+    "no files": (lambda m: m.update(files={}), None, "do not fit"),
     "files of text": (lambda m: m.update(files="x"), None, "cannot be read"),
     "layers of text": (lambda m: m.update(layers="x"), None, "do not fit"),
     "nan": (nothing, {"A": torch.full((6, 20), float("nan"))}, "holds NaN"),
     "another dtype": (nothing, {name: value.half() for name, value in STATE.items()}, "do not fit"),
     "missing tensor": (nothing, {"A": torch.zeros(6, 20)}, "do not fit"),
-    "garbage": (nothing, b"not tensors at all", "something else or damaged"),
-    "empty": (nothing, b"", "something else or damaged"),
+    "garbage": (nothing, b"not tensors at all", "do not fit"),
+    "empty": (nothing, b"", "do not fit"),
 }
 
 
@@ -160,11 +160,11 @@ def test_forgeries_with_right_hashes_are_refused(tmp_path, name):
 def test_a_pickle_in_place_of_the_weights_never_runs(tmp_path):
     save(student(), tmp_path)
     rewrite(tmp_path, nothing, pickle.dumps(Touch(tmp_path / "ran")))
-    with pytest.raises(InputError, match="something else or damaged"):
+    with pytest.raises(InputError, match="do not fit"):
         load(tmp_path)
     torch.save({"A": Touch(tmp_path / "ran")}, tmp_path / "evil.pt")
     rewrite(tmp_path, nothing, (tmp_path / "evil.pt").read_bytes())
-    with pytest.raises(InputError, match="something else or damaged"):
+    with pytest.raises(InputError, match="do not fit"):
         load(tmp_path)
     assert not (tmp_path / "ran").exists()
 
