@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distil_rank.compression.artefact import load, save
     from distil_rank.compression.compress import compress
+    from distil_rank.compression.saved import load, save
     from distil_rank.lowrank.low_rank import LowRankLinear
     from distil_rank.lowrank.moments import Moments
 
@@ -18,8 +18,8 @@ _HOMES = {
     "LowRankLinear": "lowrank.low_rank",
     "Moments": "lowrank.moments",
     "compress": "compression.compress",
-    "load": "compression.artefact",
-    "save": "compression.artefact",
+    "load": "compression.saved",
+    "save": "compression.saved",
 }
 
 

@@ -11,6 +11,8 @@ import distil_rank
 ORDER = [
     "errors",
     "samples",
+    "artefact",
+    "options",
     "origin",
     "lowrank",
     "measure",

@@ -22,7 +22,7 @@ from distil_rank.codes.store import (
 )
 from distil_rank.codes.train import STEPS, train_encoder
 from distil_rank.commands.lineage import lineage_of_vectors
-from distil_rank.compression.artefact import save
+from distil_rank.compression.saved import save
 from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.cluster import Cluster, workers_on
 from distil_rank.embedding.storage import Location

@@ -11,8 +11,8 @@ import yaml
 
 from distil_rank.commands.lineage import lineage
 from distil_rank.commands.train_teacher import check_rank_fits, make_teacher, open_data
-from distil_rank.compression.artefact import save
 from distil_rank.compression.own_layer import load_head
+from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result, TeacherResult
 from distil_rank.lowrank.digests import tensor_digest

@@ -10,7 +10,7 @@ from typing import Literal
 
 from distil_rank.commands.embed import extract
 from distil_rank.commands.lineage import lineage_of_vectors
-from distil_rank.compression.artefact import load, read_manifest
+from distil_rank.compression.saved import load, read_manifest
 from distil_rank.data.files import load_matrix
 from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError

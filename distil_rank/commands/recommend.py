@@ -18,7 +18,7 @@ from distil_rank.codes.store import MAP, write_codes
 from distil_rank.commands.embed import extract
 from distil_rank.commands.evaluate import metric_name
 from distil_rank.commands.lineage import lineage_of_vectors
-from distil_rank.compression.artefact import save
+from distil_rank.compression.saved import save
 from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store

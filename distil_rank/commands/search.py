@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from distil_rank.artefact import check_writable
 from distil_rank.codes.exports import export_codes
 from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.quantisers import import_faiss
@@ -21,7 +22,6 @@ from distil_rank.codes.search import (
     stored_queries,
 )
 from distil_rank.codes.store import CodeStore
-from distil_rank.compression.artefact import check_writable
 from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 from distil_rank.tracking.run import start_run

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distil_rank.codes.fit import METRICS, copy_noise, fit_metric, group_noise
-from distil_rank.compression.artefact import load, read_manifest, save
+from distil_rank.compression.saved import load, read_manifest, save
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CODE_TYPES
 from distil_rank.lowrank.moments import Moments

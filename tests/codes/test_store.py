@@ -14,7 +14,7 @@ import torch
 from distil_rank.codes import store as code_store
 from distil_rank.codes.fit import fit_metric
 from distil_rank.codes.store import MAP, CodeStore, load_encoder, write_codes
-from distil_rank.compression.artefact import save
+from distil_rank.compression.saved import save
 from distil_rank.embedding import planning
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.run import embed

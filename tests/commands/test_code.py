@@ -14,7 +14,7 @@ import pytest
 
 from distil_rank.cli import main
 from distil_rank.codes.store import CodeStore
-from distil_rank.compression.artefact import load
+from distil_rank.compression.saved import load
 from distil_rank.embedding import agreement
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import EMBEDDINGS, Store

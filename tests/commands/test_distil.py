@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from distil_rank.cli import main
-from distil_rank.compression.artefact import load, read_manifest
+from distil_rank.compression.saved import load, read_manifest
 from distil_rank.embedding.provenance import embedding_run
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from distil_rank.compression.artefact import save
 
 from distil_rank.cli import main
 from distil_rank.codes.fit import fit_metric
 from distil_rank.codes.store import CodeStore, write_codes, write_encoder
 from distil_rank.commands.code import code
-from distil_rank.compression.artefact import save
+from distil_rank.compression.saved import save
 from distil_rank.embedding import cluster as ray_cluster
 from distil_rank.embedding.cluster import Cluster, compute_elastically
 from distil_rank.embedding.planning import Shard

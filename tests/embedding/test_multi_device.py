@@ -15,7 +15,6 @@ from distil_rank.embedding import agreement
 from distil_rank.embedding.hardware import has_int8_units
 from distil_rank.embedding.multi_device import balanced
 from distil_rank.embedding.planning import Shard
-from distil_rank.embedding.hardware import has_int8_units
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
