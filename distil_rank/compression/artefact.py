@@ -109,7 +109,7 @@ def _guard_tensors(students: Mapping[str, Student]) -> dict[str, Tensor]:
     return {
         f"{name}.{part}": getattr(student.guard, part).cpu().contiguous()
         for name, student in students.items()
-        if student.guard is not None
+        if getattr(student, "guard", None) is not None
         for part in ("sketch", "offset")
     }
 
@@ -265,7 +265,7 @@ def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _describe(student: Student) -> dict[str, Any]:
-    guard = None if student.guard is None else _describe_guard(student.guard)
+    guard = None if getattr(student, "guard", None) is None else _describe_guard(student.guard)
     if isinstance(student, CodeEncoder):
         return {"kind": "encoder", **student.options, "guard": guard, "provenance": student.provenance}
     kind = next(name for name, cls in KINDS.items() if isinstance(student, cls))
@@ -298,7 +298,7 @@ def _empty(description: Mapping[str, Any]) -> Student:
         )
     student: Student
     if description["kind"] == "encoder":
-        keys: tuple[str, ...] = ("in_features", "rank", "dtype", "books")
+        keys: tuple[str, ...] = ("in_features", "rank", "dtype")
     else:
         keys = ("in_features", "out_features", "rank", "bias", "input_mean")
     options = {key: description[key] for key in keys} | {"device": "meta"}
