@@ -170,52 +170,41 @@ def _judge(argv: Sequence[str]) -> int:
 
 
 def _code(argv: Sequence[str]) -> int:
-    """a few bytes for each protein of a store, fitted and judged"""
-    from distil_rank.codes.augment import Augmentation
-    from distil_rank.commands.code import code
-    from distil_rank.data.labels import LabelSource
-    from distil_rank.report import evaluation, report
+    """a few bytes for each protein of a store, fitted and evaluated"""
+    from distil_rank.options.codes import CodeOptions
 
-    parser = _parser("code", code.__doc__)
-    parser.add_function_arguments(code, None, as_group=False, skip={"config"})
-    parsed = _parse(parser, argv)
-    options = {**parsed.as_dict(), "config": parser.dump(parsed)}
-    options["labels"] = LabelSource(**options["labels"])
-    options["augmentation"] = Augmentation(**options["augmentation"])
-    done = code(**options)
-    if done.evaluation is not None:
-        evaluation.show(done.evaluation)
-    report.show_facts("Codes", {"code map": done.encoder, "store": done.store})
+    parser = _parser("code", CodeOptions.__doc__)
+    parser.add_class_arguments(CodeOptions, None, as_group=False)
+    parsed = parser.instantiate(_parse(parser, argv)).as_dict()
+    options = CodeOptions(**{key: value for key, value in parsed.items() if key != "config"})
+    options.check()
+    from distil_rank.commands.code import code
+
+    code(options)
     return 0
 
 
 def _search(argv: Sequence[str]) -> int:
     """proteins against a store of codes: hits with E-values"""
-    from distil_rank.codes.search import COLUMNS
-    from distil_rank.commands.search import search_codes
-    from distil_rank.report import report
+    from distil_rank.options.codes import SearchOptions
 
-    parser = _parser("search", search_codes.__doc__)
-    parser.add_function_arguments(search_codes, None, as_group=False, skip={"all_against_all"})
-    parser.add_argument(
-        "--self", action="store_true", help="Search with the codes themselves, each against all others."
-    )
-    options = {key: value for key, value in _parse(parser, argv).as_dict().items() if key != "config"}
-    done = search_codes(all_against_all=options.pop("self"), **options)
-    if done.table is not None:
-        rows = [[q, t, f"{score:.3f}", str(rank), f"{e:.1e}"] for q, t, score, rank, e in done.first]
-        shown = f", the first {len(rows)} below" if done.hits > len(rows) else ""
-        report.show_table(f"{done.hits:,} hits of {done.queries:,} queries{shown}: {done.table}", list(COLUMNS), rows)
-    if done.exported is not None:
-        print(f"Exported: {done.exported}")
+    parser = _parser("search", SearchOptions.__doc__)
+    parser.add_class_arguments(SearchOptions, None, as_group=False, skip={"self"})
+    parser.add_argument("--self", action="store_true", help="Search with the codes, each against all others.")
+    parsed = _parse(parser, argv).as_dict()
+    options = SearchOptions(**{key: value for key, value in parsed.items() if key != "config"})
+    options.check()
+    from distil_rank.commands.search import search
+
+    search(options)
     return 0
 
 
 def _recommend(argv: Sequence[str]) -> int:
     """the cheapest pipeline that keeps your function"""
-    from distil_rank.codes.augment import Augmentation
     from distil_rank.commands.recommend import recommend
     from distil_rank.data.labels import LabelSource
+    from distil_rank.options.codes import AugmentationOptions
     from distil_rank.report import recommendation
 
     parser = _parser("recommend", recommend.__doc__)
@@ -223,7 +212,7 @@ def _recommend(argv: Sequence[str]) -> int:
     parsed = _parse(parser, argv)
     options = {**parsed.as_dict(), "config": parser.dump(parsed)}
     options["labels"] = LabelSource(**options["labels"])
-    options["augmentation"] = Augmentation(**options["augmentation"])
+    options["augmentation"] = AugmentationOptions(**options["augmentation"])
     recommendation.show(recommend(**options))
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.codes.fit import copy_noise, group_noise
-from distil_rank.data.files import Embeddings, load_matrix
+from distil_rank.data.files import load_matrix
 from distil_rank.data.labels import LabelSource
 from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups, make_groups
-from distil_rank.evaluation.labelled import OWN_LABELS, labelled_source, open_labelled
+from distil_rank.evaluation.labelled import OWN_LABELS, LabelledData, labelled_source, open_labelled
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target
 from distil_rank.options.codes import AugmentationOptions, CodeOptions, NoiseSource
@@ -28,27 +28,7 @@ log = logging.getLogger(__name__)
 
 MOST_CLUSTERED = 20_000  # proteins that are set apart by MMseqs2 clusters where nobody asked for them
 JUDGED_COPIES = 300  # of proteins that nothing was fitted on
-
-
-@dataclass(frozen=True)
-class Proteins:
-    """Vectors, and how they are set apart.
-
-    Attributes:
-        source: where they come from.
-        embeddings: one row for each protein.
-        groups: fit and judged groups.
-        target: of the labelled task; None without labels.
-        labels: where the labels come from.
-        notes: what a reader must know.
-    """
-
-    source: str
-    embeddings: Embeddings
-    groups: Groups
-    target: Target | None
-    labels: str
-    notes: tuple[str, ...] = ()
+UNLABELLED = "augmented copies"  # in place of labels
 
 
 def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +37,8 @@ def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
     return {**VectorOrigin.of(about).facts(), **more}
 
 
-def open_proteins(options: CodeOptions) -> Proteins:
-    """Read vectors, with labels where there are any, and set groups apart.
+def open_proteins(options: CodeOptions) -> LabelledData:
+    """Read vectors, with labels where there are any, and set groups apart; without, `labels` is `UNLABELLED`.
 
     Args:
         options: `data`, `labels`, `task`, `groups`, `fit_fraction` and `seed` of them.
@@ -69,8 +49,7 @@ def open_proteins(options: CodeOptions) -> Proteins:
     labels, draw = LabelSource(**asdict(options.labels)), (options.fit_fraction, options.seed)
     source = labelled_source(options.data, labels)
     if labels != LabelSource() or (Path(source) / OWN_LABELS).is_file():
-        opened = open_labelled(options.data, labels, options.task, options.groups, *draw)
-        return Proteins(opened.source, opened.embeddings, opened.groups, opened.target, opened.labels, opened.notes)
+        return open_labelled(options.data, labels, options.task, options.groups, *draw)
     vectors, groups = load_matrix(source), options.groups
     names = tuple(vectors.ids)
     target = Target("retrieval", Relevance(np.arange(len(names))[None], ("protein",)), levels=(names,))
@@ -80,10 +59,10 @@ def open_proteins(options: CodeOptions) -> Proteins:
         groups = "mmseqs"
     split = make_groups(groups, target, names, vectors.sequences, vectors.clusters, None, *draw)
     notes = (f"NOTE: {vectors.provenance['fallback']}",) if vectors.provenance.get("fallback") else ()
-    return Proteins(source, vectors, split, None, "augmented copies", notes)
+    return LabelledData(source, vectors, UNLABELLED, target, split, notes)
 
 
-def copies_of(proteins: Proteins, judged: bool, how: AugmentationOptions, folder: Path) -> Copies:
+def copies_of(proteins: LabelledData, judged: bool, how: AugmentationOptions, folder: Path) -> Copies:
     """Augmented copies of the proteins in one split.
 
     Args:
@@ -130,7 +109,7 @@ def copy_task(x: np.ndarray, groups: Groups, copies: Copies) -> tuple[np.ndarray
     return np.concatenate([x, copies.x]), target, Groups(groups.number[owner], fit, groups.description)
 
 
-def noise_of(proteins: Proteins, source: NoiseSource, how: AugmentationOptions, folder: Path) -> tuple[Tensor, str]:
+def noise_of(proteins: LabelledData, source: NoiseSource, how: AugmentationOptions, folder: Path) -> tuple[Tensor, str]:
     """The noise covariance of the proteins that may be fitted on, and in words what it was taken from.
 
     Raises:
@@ -142,7 +121,7 @@ def noise_of(proteins: Proteins, source: NoiseSource, how: AugmentationOptions, 
         words = f"{len(copies.x):,} augmented copies of {len(np.unique(copies.owner)):,} proteins"
         return copy_noise(vectors.x, copies.x, copies.owner), words
     if source == "labels":
-        if proteins.target is None or proteins.target.relevance is None:
+        if proteins.labels == UNLABELLED or proteins.target.relevance is None:
             raise InputError(
                 "Expected labels of a retrieval task for --noise labels but got none; give --labels.source."
             )

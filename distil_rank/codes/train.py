@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,10 +23,10 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from distil_rank.lowrank.encoder import CodeEncoder, int8_scale
-from distil_rank.measure.statistics import Interval, clearly_better
+from distil_rank.measure.statistics import clearly_better
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class EncoderModule(LightningModule):
         itself = torch.eye(len(batch), dtype=torch.bool, device=batch.device)
         with torch.no_grad():
             rows = self.teacher(batch)
-            wanted = torch.softmax((rows @ rows.T / self.hparams.temperature).masked_fill(itself, -torch.inf), 1)
+            wanted = torch.softmax((rows @ rows.T / self.hparams["temperature"]).masked_fill(itself, -torch.inf), 1)
         queries = self(batch)
         scores = (queries @ self.targets(queries).T * self.log_sharpness.exp()).masked_fill(itself, -1e4)
         loss = -(wanted * torch.log_softmax(scores, 1)).sum(1).mean()
@@ -81,7 +80,7 @@ class EncoderModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW without decay, cosine schedule."""
         size = 10 * float(self.weight.detach().abs().mean())
-        groups = [{"params": [self.weight], "lr": self.hparams.lr * size}]
+        groups = [{"params": [self.weight], "lr": self.hparams["lr"] * size}]
         groups.append({"params": [self.log_sharpness], "lr": 0.01})
         optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.trainer.max_steps)
@@ -95,30 +94,6 @@ class EncoderModule(LightningModule):
         return encoder
 
 
-@dataclass(frozen=True)
-class CodeTraining:
-    """What training an encoder came to.
-
-    Attributes:
-        encoder: the trained one where it is clearly better, otherwise the start.
-        start: share of the teacher's neighbours that the start finds, on validation groups.
-        gain: what training added to it, with its paired 95 % interval over groups.
-        retained: whether the trained encoder is retained.
-    """
-
-    encoder: CodeEncoder
-    start: float
-    gain: Interval
-    retained: bool
-
-    def __str__(self) -> str:
-        verdict = "retained" if self.retained else "not retained: no clear gain"
-        return (
-            f"neighbours found on validation groups {self.start:.3f} → {self.start + self.gain.value:.3f} "
-            f"(gain {self.gain.low:+.3f} to {self.gain.high:+.3f}), {verdict}"
-        )
-
-
 def train_encoder(
     encoder: CodeEncoder,
     teacher: CodeEncoder,
@@ -127,7 +102,7 @@ def train_encoder(
     steps: int,
     seed: int = 0,
     logger: Logger | bool = False,
-) -> CodeTraining | None:
+) -> CodeEncoder:
     """Train an encoder on the neighbours of a teacher, and retain it only where that is clearly better.
 
     Args:
@@ -140,13 +115,15 @@ def train_encoder(
         logger: of Lightning's Trainer.
 
     Returns:
-        None where there are too few rows for training and validation.
+        The trained encoder, or the start; in its provenance, `training` tells the steps, the share of the teacher's
+        neighbours that the start and the trained one find on validation groups, the paired 95 % interval of the gain,
+        and whether it is retained. Nothing is trained where there are too few rows.
     """
     names = np.unique(groups)
     held_out = np.isin(groups, np.random.default_rng(seed).permutation(names)[: max(1, round(VALIDATION * len(names)))])
     if min(held_out.sum(), (~held_out).sum()) < FEWEST:
         log.warning("NOT TRAINED: %s proteins are too few for training and validation", f"{len(x):,}")
-        return None
+        return encoder
     rows, validation = (torch.from_numpy(np.ascontiguousarray(x[split])) for split in (~held_out, held_out))
     seed_everything(seed, verbose=False)
     size = min(BATCH, len(rows))
@@ -160,14 +137,24 @@ def train_encoder(
         enable_progress_bar=False,
     )
     module = EncoderModule(encoder, teacher)
-    trainer.fit(module, DataLoader(rows, sampler=sampler, batch_size=None))
+    # a tensor is indexed as a data set is
+    loader = DataLoader(cast("Dataset[Tensor]", rows), sampler=sampler, batch_size=None)
+    trainer.fit(module, loader)
     trained = module.encoder
     if trained.dtype == "int8":
         trained.scale = int8_scale(trained(rows))
     before, after = (neighbours_found(one, teacher, validation) for one in (encoder, trained))
     gain = clearly_better(-before, -after, groups[held_out], seed)
     retained = gain.low > 0
-    return CodeTraining(trained if retained else encoder, float(before.mean()), gain, retained)
+    log.info(
+        "Training: neighbours found on validation groups %.3f → %.3f (gain %+.3f to %+.3f), %s",
+        *(before.mean(), after.mean(), gain.low, gain.high),
+        "retained" if retained else "not retained: no clear gain",
+    )
+    result = trained if retained else encoder
+    facts = {"start": float(before.mean()), "trained": float(after.mean()), "low": gain.low, "high": gain.high}
+    result.provenance["training"] = {"steps": steps, **facts, "retained": retained}
+    return result
 
 
 @torch.no_grad()

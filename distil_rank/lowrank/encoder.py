@@ -162,14 +162,15 @@ class CodeEncoder(nn.Module):
         Raises:
             InputError: the rank is above this encoder's, or the type of code has none.
         """
-        if not 1 <= rank <= self.rank or (rank < self.rank and self.dtype == "int8"):
-            raise InputError(
-                f"Expected `rank` in [1, {self.rank}], and no int8 codes to cut, but got {rank} for {self.dtype}; fit it "
-                f"at {rank}."
-            )
+        if not 1 <= rank <= self.rank:
+            raise InputError(f"Expected `rank` in [1, {self.rank}], this encoder's own, but got {rank}.")
+        if rank < self.rank and self.dtype == "int8":
+            raise InputError(f"Expected an encoder of float32 or bits to cut but got int8; fit it at {rank}.")
         scale = None if self.scale is None else self.scale[:rank]
         small = type(self).of(self.mean, self.weight[:rank], self.dtype, scale)
-        small.provenance = {key: value[:rank] if key == "eigenvalues" else value for key, value in self.provenance.items()}
+        small.provenance = {
+            key: value[:rank] if key == "eigenvalues" else value for key, value in self.provenance.items()
+        }
         return small
 
     def extra_repr(self) -> str:

@@ -110,7 +110,8 @@ class WithinSums(NamedTuple):
 
         N = Σ_g Σ_i (x_i − m_g)(x_i − m_g)ᵀ / Σ_g (n_g − 1),
 
-    the estimate of linear discriminant analysis (Fisher 1936; Rao 1948). Groups may come in any order, the rows of one group together; memory is O(d²).
+    the estimate of linear discriminant analysis (Fisher 1936; Rao 1948). Groups may come in any order, the rows of one
+    group together; memory is O(d²).
 
     Attributes:
         freedom: `()`, the sum of `n_g − 1`.

@@ -117,7 +117,9 @@ class CodeOptions:
         if self.metric != "invariant" and self.noise != "copies":
             raise InputError(f"Expected --noise with the invariant metric only but got it with {self.metric}.")
         if self.engine == "local" and (self.ray_address or self.ray_cores):
-            raise InputError("Expected --ray_address and --ray_cores with --engine ray only; add it, or leave them out.")
+            raise InputError(
+                "Expected --ray_address and --ray_cores with --engine ray only; add it, or leave them out."
+            )
         changed = [name for name in FITTING if getattr(self, name) != getattr(CodeOptions(), name)]
         if self.encoder is not None and changed:
             raise InputError(
@@ -166,7 +168,9 @@ class SearchOptions:
                 f"{' and '.join(sources) or 'none'}."
             )
         if self.hits < 1 or self.decoys < 0:
-            raise InputError(f"Expected hits of at least 1 and decoys of at least 0 but got {self.hits}, {self.decoys}.")
+            raise InputError(
+                f"Expected hits of at least 1 and decoys of at least 0 but got {self.hits}, {self.decoys}."
+            )
         if self.evalue is not None and not (self.evalue > 0 and self.decoys):
             raise InputError(
                 f"Expected an E-value above 0, and decoys to estimate it with, but got {self.evalue} and {self.decoys} "

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.quantisers import has_faiss
+from distil_rank.codes.index import CodeIndex, has_faiss
 from distil_rank.embedding.layer_spec import State
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed, options_like
@@ -83,7 +82,7 @@ def query_seconds(maps: Sequence[CodeEncoder], x: Sequence[np.ndarray]) -> tuple
                 for part in np.array_split(vectors, max(1, len(vectors) // 8192))
             ]
         )
-        indices.append(CodeIndex.build(codes.numpy(), encoder))
+        indices.append(CodeIndex(codes.numpy(), encoder))
         queries.append(encoder(torch.from_numpy(vectors[rows])))
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(len(rows)):
