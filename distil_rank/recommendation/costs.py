@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.quantisers import has_faiss
+from distil_rank.codes.index import CodeIndex, has_faiss
 from distil_rank.embedding.layers import State
 from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.provenance import read_provenance
@@ -84,7 +83,7 @@ def query_seconds(maps: Sequence[CodeEncoder], x: Sequence[np.ndarray]) -> tuple
                 for part in np.array_split(vectors, max(1, len(vectors) // 8192))
             ]
         )
-        indices.append(CodeIndex.build(codes.numpy(), encoder))
+        indices.append(CodeIndex(codes.numpy(), encoder))
         queries.append(encoder(torch.from_numpy(vectors[rows])))
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(len(rows)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from distil_rank.codes.augment import Augmentation
 from distil_rank.data.files import load_matrix
 from distil_rank.data.labels import LabelSource, LabelTable, read_labels
 from distil_rank.embedding.layers import split_source
@@ -13,6 +12,7 @@ from distil_rank.embedding.location import is_remote, open_storage
 from distil_rank.embedding.store import layers_of, read_manifest
 from distil_rank.evaluation.labelled import check_ids, labelled_source, own_labels, with_clusters
 from distil_rank.evaluation.task import Kind
+from distil_rank.options.codes import AugmentationOptions
 from distil_rank.recommendation.copy_problem import copy_problem
 from distil_rank.recommendation.labelled_problem import labelled_problem
 from distil_rank.recommendation.problem import Problem, Vectors
@@ -26,7 +26,7 @@ def open_problem(
     metric: str | None = None,
     seed: int = 0,
     folder: Path = Path("results"),
-    augmentation: Augmentation = Augmentation(),  # noqa: B008 - frozen
+    augmentation: AugmentationOptions = AugmentationOptions(),  # noqa: B008 - frozen
 ) -> Problem:
     """Read vectors of all layers and labels, and set groups apart.
 

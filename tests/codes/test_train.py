@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from distil_rank.codes.neighbours import NeighbourModule
 
 from distil_rank.codes.fit import fit_metric
-from distil_rank.codes.neighbours import NeighbourModule
 from distil_rank.codes.train import found_neighbours, train_encoder
 from distil_rank.data.files import load_matrix
 from distil_rank.lowrank.encoder import CODE_TYPES

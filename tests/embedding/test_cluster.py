@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from distil_rank.compression.artefact import save
 
 from distil_rank.cli import main
 from distil_rank.codes.fit import fit_metric

@@ -3,12 +3,12 @@
 import pytest
 import scipy.linalg
 import torch
+from distil_rank.lowrank.pair_moments import WithinSums
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.noise_metric import noise_closed_form, noise_directions, whitening_directions
-from distil_rank.lowrank.pair_moments import WithinSums
 from distil_rank.lowrank.solvers import solve
 
 

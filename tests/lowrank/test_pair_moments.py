@@ -1,7 +1,6 @@
 """Sums over pairs and groups against the textbook formula."""
 
 import torch
-
 from distil_rank.lowrank.pair_moments import WithinSums
 
 

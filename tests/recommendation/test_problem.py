@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from distil_rank.codes.copies import Copies
+
 from distil_rank.data.files import load_matrix
 from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
