@@ -158,14 +158,14 @@ def _embed(argv: Sequence[str]) -> int:
 def _judge(argv: Sequence[str]) -> int:
     """representations of the same proteins on a labelled task"""
     from distil_rank.commands.evaluate import evaluate
-    from distil_rank.data.labels import LabelSource
+    from distil_rank.options.evaluation import LabelOptions
     from distil_rank.report import evaluation
 
     parser = _parser("evaluate", evaluate.__doc__)
     parser.add_function_arguments(evaluate, None, as_group=False, skip={"config"})
     parsed = _parse(parser, argv)
     options = {**parsed.as_dict(), "config": parser.dump(parsed)}
-    evaluation.show(evaluate(**{**options, "labels": LabelSource(**options["labels"])}))
+    evaluation.show(evaluate(**{**options, "labels": LabelOptions(**options["labels"])}))
     return 0
 
 
@@ -173,14 +173,14 @@ def _code(argv: Sequence[str]) -> int:
     """a few bytes for each protein of a store, fitted and judged"""
     from distil_rank.codes.augment import Augmentation
     from distil_rank.commands.code import code
-    from distil_rank.data.labels import LabelSource
+    from distil_rank.options.evaluation import LabelOptions
     from distil_rank.report import evaluation, report
 
     parser = _parser("code", code.__doc__)
     parser.add_function_arguments(code, None, as_group=False, skip={"config"})
     parsed = _parse(parser, argv)
     options = {**parsed.as_dict(), "config": parser.dump(parsed)}
-    options["labels"] = LabelSource(**options["labels"])
+    options["labels"] = LabelOptions(**options["labels"])
     options["augmentation"] = Augmentation(**options["augmentation"])
     done = code(**options)
     if done.evaluation is not None:
@@ -215,14 +215,14 @@ def _recommend(argv: Sequence[str]) -> int:
     """the cheapest pipeline that keeps your function"""
     from distil_rank.codes.augment import Augmentation
     from distil_rank.commands.recommend import recommend
-    from distil_rank.data.labels import LabelSource
+    from distil_rank.options.evaluation import LabelOptions
     from distil_rank.report import recommendation
 
     parser = _parser("recommend", recommend.__doc__)
     parser.add_function_arguments(recommend, None, as_group=False, skip={"config"})
     parsed = _parse(parser, argv)
     options = {**parsed.as_dict(), "config": parser.dump(parsed)}
-    options["labels"] = LabelSource(**options["labels"])
+    options["labels"] = LabelOptions(**options["labels"])
     options["augmentation"] = Augmentation(**options["augmentation"])
     recommendation.show(recommend(**options))
     return 0

@@ -15,13 +15,13 @@ from distil_rank.codes.augment import Augmentation
 from distil_rank.codes.copies import Copies, embed_copies
 from distil_rank.codes.fit import copy_noise, group_noise
 from distil_rank.data.files import Embeddings, load_matrix
-from distil_rank.data.labels import LabelSource
 from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups, make_groups
 from distil_rank.evaluation.labelled import OWN_LABELS, labelled_source, open_labelled
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Kind, Target
+from distil_rank.options.evaluation import LabelOptions
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_proteins(
-    data: str, labels: LabelSource, task: Kind | Literal["auto"], groups: str | None, fit_fraction: float, seed: int
+    data: str, labels: LabelOptions, task: Kind | Literal["auto"], groups: str | None, fit_fraction: float, seed: int
 ) -> Proteins:
     """Read vectors, with labels where there are any, and set groups apart.
 
@@ -72,7 +72,7 @@ def open_proteins(
         InputError: they cannot be read, or make no task.
     """
     source = labelled_source(data, labels)
-    if labels != LabelSource() or (Path(source) / OWN_LABELS).is_file():
+    if labels != LabelOptions() or (Path(source) / OWN_LABELS).is_file():
         opened = open_labelled(data, labels, task, groups, fit_fraction, seed)
         return Proteins(opened.source, opened.embeddings, opened.groups, opened.target, opened.labels, opened.notes)
     found = load_matrix(source)

@@ -23,7 +23,6 @@ from distil_rank.codes.store import (
 from distil_rank.codes.train import STEPS, train_encoder
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.artefact import save
-from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.ray_cluster import Cluster, workers_on
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, Store
@@ -35,6 +34,7 @@ from distil_rank.evaluation.labelled import labelled_source
 from distil_rank.evaluation.representations import full_vector, variance_student
 from distil_rank.evaluation.task import Kind
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.report import evaluation as report
 from distil_rank.report.run_folder import publish, run_folder
 from distil_rank.tracking.logger import RunLogger
@@ -68,7 +68,7 @@ def code(
     encoder: str | None = None,
     noise: NoiseSource = "copies",
     augmentation: Augmentation = Augmentation(),  # noqa: B008 - frozen
-    labels: LabelSource = LabelSource(),  # noqa: B008 - frozen
+    labels: LabelOptions = LabelOptions(),  # noqa: B008 - frozen
     task: Kind | Literal["auto"] = "auto",
     groups: str | None = None,
     fit_fraction: float = 0.5,
@@ -162,7 +162,7 @@ def _made(
 
 
 def _encode_with(
-    encoder: CodeEncoder, data: str, labels: LabelSource, codes: str, workers: Cluster | None
+    encoder: CodeEncoder, data: str, labels: LabelOptions, codes: str, workers: Cluster | None
 ) -> CodeResult:
     """Encode a store with a code map that is there.
 
