@@ -18,7 +18,6 @@ from distil_rank.commands.embed import extract
 from distil_rank.commands.evaluate import metric_name
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import save
-from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store
 from distil_rank.embedding.store import Store
@@ -30,6 +29,7 @@ from distil_rank.evaluation.task import Kind
 from distil_rank.evaluation.trials import RetrievalTrial
 from distil_rank.options.codes import AugmentationOptions
 from distil_rank.options.embed import Precision
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.costs import measure_costs, query_seconds
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
@@ -59,7 +59,7 @@ MOST_PROTEINS = 20_000
 
 def recommend(
     data: str = "auto",
-    labels: LabelSource = LabelSource(),  # noqa: B008 - frozen
+    labels: LabelOptions = LabelOptions(),  # noqa: B008 - frozen
     keep: float = 0.99,
     weigh: Weigh = "both",
     max_bytes: float | None = None,
@@ -129,17 +129,17 @@ def recommend(
 
 def _embedded(
     data: str,
-    labels: LabelSource,
+    labels: LabelOptions,
     fasta: str | None,
     model: tuple[str, Precision],
     proteins: int,
     seed: int,
     output: str,
-) -> tuple[str, LabelSource, list[str]]:
+) -> tuple[str, LabelOptions, list[str]]:
     """The store to use, with all layers embedded first where sequences are given or the sample is meant."""
     notes: list[str] = []
     if data == "auto" and fasta is None and labels.source is None:
-        fasta, labels = sample(f"{LABELLED}.fasta.gz"), LabelSource(f"{sample(LABELLED)}/{OWN_LABELS}")
+        fasta, labels = sample(f"{LABELLED}.fasta.gz"), LabelOptions(f"{sample(LABELLED)}/{OWN_LABELS}")
     backbone, precision = model
     if fasta is None:
         if precision != "auto":
