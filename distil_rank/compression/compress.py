@@ -124,9 +124,9 @@ def compress(
     before = {path: model.get_submodule(path) for path in students}
     install(model, students)
     if not originals:
-        told = "The model's output is not compared: nothing was held out (fewer than 5 batches), or it is no rows."
         log.warning(
-            "%s Give `held_out`, or `forward=lambda model, batch: …` that returns the tensor that matters.", told
+            "The model's output is not compared: nothing was held out (give `held_out`, or 5 batches at least), or it"
+            " is no rows (give `forward=lambda model, batch: …` that returns the tensor that matters)."
         )
         return Report(model, rows)
     try:
@@ -143,9 +143,7 @@ def _requested_ranks(
 ) -> dict[str, Any]:
     """The rank requested of each linear layer that a pattern fits; None with a budget."""
     if isinstance(layers, Mapping) == (parameters is not None):
-        what = (
-            "a rank for each pattern, or `parameters`" if parameters is None else "patterns alone beside `parameters`"
-        )
+        what = "a rank for each pattern, or `parameters`," if parameters is None else "patterns alone with `parameters`"
         raise InputError(f"Expected {what} but got {layers!r}.")
     if parameters is not None and not (isinstance(parameters, int | float) and 0 < parameters <= 1):
         raise InputError(f"Expected `parameters` in (0, 1], the share of the weights to keep, but got {parameters!r}.")
