@@ -70,7 +70,7 @@ def code(options: CodeOptions) -> CodeResult:
         own, encoder = encoder, load_encoder(options.encoder)
         if own is None:
             encoder.check_origin(manifest_of(Store.open(source)), source)
-            write_encoder(encoder, options.codes)
+            write_encoder(encoder, options.codes, data=encoder.provenance)
         elif own.digest != encoder.digest:
             raise InputError(
                 f"Expected codes of this encoder in {options.codes} but they are of another; name another folder."
@@ -92,7 +92,7 @@ def code(options: CodeOptions) -> CodeResult:
         if proteins.embeddings.provenance.get("format") != "store":
             log.warning("No codes were written: %s is no store of embeddings (make one with embed).", source)
             return CodeResult(place, None, evaluation)
-        write_encoder(encoder, options.codes, _metrics(evaluation))
+        write_encoder(encoder, options.codes, metrics=_metrics(evaluation), data=encoder.provenance)
 
     store = write_codes(Store.open(source), options.codes, encoder, workers)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", encoder.bytes_per_protein)
