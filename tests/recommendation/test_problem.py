@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distil_rank.codes.copies import Copies
 
 from distil_rank.codes.augment import Copies
 from distil_rank.data.files import load_matrix
