@@ -11,6 +11,7 @@ import distil_rank
 ORDER = [
     "errors",
     "samples",
+    "options",
     "origin",
     "lowrank",
     "measure",

@@ -39,8 +39,8 @@ class LabelOptions:
             )
         if self.field is not None and (self.field < 1 or self.column is not None):
             raise InputError(
-                f"Expected --labels.field from 1, without --labels.column, but got {self.field} and {self.column}; give "
-                "a field for FASTA headers, a column for tables."
+                f"Expected --labels.field from 1, without --labels.column, but got {self.field} and {self.column}; "
+                "give a field for FASTA headers, a column for tables."
             )
         names = [name.strip() for name in (self.names or "").split(",")]
         if self.names is not None and (not all(names) or len(set(names)) < len(names)):
