@@ -152,31 +152,6 @@ def effective_rank(eigenvalues: Tensor) -> float:
     return torch.special.entr(spectrum / spectrum.sum()).sum().exp().item()
 
 
-def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
-    """Class of each test row by scikit-learn's ridge classifier on standardised features, solved exactly.
-
-    Args:
-        train_x: features, `(N, m)`.
-        train_labels: class of each training row, integers, `(N,)`.
-        test_x: features, `(M, m)`.
-        ridge: strength of the penalty for each row, relative to features of unit variance.
-
-    Returns:
-        Predicted classes, `(M,)`.
-
-    >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
-    >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))
-    tensor([0, 1])
-    """
-    from sklearn.linear_model import RidgeClassifier  # noqa: PLC0415  (takes a second, and only some data have labels)
-    from sklearn.pipeline import make_pipeline  # noqa: PLC0415
-    from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
-
-    probe = make_pipeline(StandardScaler(), RidgeClassifier(ridge * len(train_x), solver="cholesky"))
-    probe.fit(train_x.double().cpu().numpy(), train_labels.cpu().numpy())
-    return torch.from_numpy(probe.predict(test_x.double().cpu().numpy()))
-
-
 class Fidelity(Metric):
     """Cosine, centred cosine, relative MSE and R² of a student over batches and processes, in float64.
 
