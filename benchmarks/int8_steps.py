@@ -17,10 +17,10 @@ from script import interleaved, machine_line, run
 from torch import Tensor
 
 from distil_rank.embedding import int8_kernels as kernels
-from distil_rank.embedding.bf16_attention import bits
-from distil_rank.embedding.freed_memory import keep_freed_memory
-from distil_rank.embedding.int8_encoder import _run, together
-from distil_rank.embedding.int8_linear import LEVELS, UNSIGNED_LEVELS, ZERO_POINT
+from distil_rank.embedding.hardware import keep_freed_memory
+from distil_rank.embedding.int8.attention import bits
+from distil_rank.embedding.int8.encoder import _run, together
+from distil_rank.embedding.int8.linear import LEVELS, UNSIGNED_LEVELS, ZERO_POINT
 
 SIZES = {"8M": (512, 320, 16), "650M": (256, 1280, 64)}  # rows, width, width of a head
 TOKENS, HEADS = 208, 20  # of the protein whose scores are exponentiated

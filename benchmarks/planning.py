@@ -26,7 +26,7 @@ import pyarrow as pa
 from script import machine_line, run
 
 from distil_rank.embedding.planning import BATCH_ROWS, PROTEINS
-from distil_rank.embedding.sequences import CleaningReport, iter_proteins, iter_records
+from distil_rank.embedding.sequences import CleaningReport, iter_records, read_proteins
 from distil_rank.embedding.store_writer import StoreWriter
 
 SETTINGS = {"dim": 320, "pooling": "mean", "long": "window", "max_length": 1022}
@@ -51,7 +51,7 @@ def with_dictionaries(fasta: Path, store: Path) -> None:
     row_of: dict[bytes, int] = {}
 
     def lines() -> Iterator[tuple[object, ...]]:
-        for protein in iter_proteins(fasta, CleaningReport(str(fasta))):
+        for protein in read_proteins(fasta)[0]:
             digest = hashlib.sha256(protein.sequence.encode()).digest()
             row = row_of.setdefault(digest[:16], len(row_of))
             yield protein.id, protein.sequence, digest, len(protein.sequence), row, ""

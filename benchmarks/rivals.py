@@ -152,7 +152,7 @@ def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable
     """Ours, as `embed` calls it; `PRECISION@LAYER` stops after that layer."""
     from distil_rank.embedding.backbone import load_backbone
     from distil_rank.embedding.embedder import Embedder
-    from distil_rank.embedding.layer_spec import State
+    from distil_rank.embedding.layers import State
 
     backbone = load_backbone(str(weights))
     precision, _, exit_layer = precision.partition("@")

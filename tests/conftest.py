@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from servers import s3_process
 
 from distil_rank.data.files import load_matrix
 from distil_rank.embedding import precision
-from distil_rank.embedding.int8_linear import Int8Linear
-from distil_rank.embedding.processor import has_int8_units
+from distil_rank.embedding.hardware import has_int8_units
+from distil_rank.embedding.int8.linear import Int8Linear
 from tests.esm2_files import hugging_face_folder
 
 LAYERS, DIM, HEADS = 2, 32, 4
@@ -113,6 +114,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A server that speaks S3, with a bucket `proteins`; yields the environment variables that lead to it."""
     boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("obstore")
     pytest.importorskip("moto.server")
     with s3_process(tmp_path_factory.mktemp("s3")) as address:
         env = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
@@ -125,15 +127,19 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 
 @pytest.fixture
-def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """An empty place in S3, `s3://proteins/...`, that this process can reach."""
-    from distil_rank.embedding import s3_storage
-
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
-    s3_storage._client.cache_clear()
-    yield f"s3://proteins/{request.node.name}"
-    s3_storage._client.cache_clear()
+    return f"s3://proteins/{request.node.name}"
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Starts processes as forks of one that has loaded torch, within milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distil_rank.embedding.run"])
+    return context
 
 
 @pytest.fixture

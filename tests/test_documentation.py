@@ -14,7 +14,7 @@ import torch
 from esm.model.esm2 import ESM2
 
 from distil_rank.cli import main
-from distil_rank.embedding.processor import has_int8_units
+from distil_rank.embedding.hardware import has_int8_units
 from tests.documented import IN_TEXT, PAGES, SHELL, Checkout, code_of, commands_of, parses, run_script
 from tests.esm2_files import hugging_face_folder
 from tests.reader_files import BROUGHT, shortest_proteins, write_head, write_samples, write_sequences, write_vectors
@@ -47,7 +47,7 @@ PARSED_ONLY = {
     r"python benchmarks/": "takes minutes; the page shows what it wrote",
     r"--to onnx-int8": "refused for so few vectors; tests/deployment/test_integer_onnx.py exports",
     r"MAP=results": "the layer that is recommended differs with the proteins",
-    r"--engine ray": "starts a cluster each time; tests/embedding/test_elastic.py has one",
+    r"--engine ray": "starts a cluster each time; tests/embedding/test_cluster.py has one",
     r"make ui": "serves until it is stopped; tests/runs/test_ui.py opens it",
     r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
 }
@@ -62,7 +62,7 @@ RECORDED_ONLY = {
     "pytest": "the suite would run itself",
     "ruff": "`make lint` runs it",
     "mypy": "`make lint` runs it",
-    "ray": "tests/embedding/test_elastic.py starts clusters",
+    "ray": "tests/embedding/test_cluster.py starts clusters",
     "curl": "tests/test_serving.py asks the server",
     "podman": "needs a container engine; tests/test_containerfile.py reads the file",
     "zensical": "tests/test_site.py builds the site",

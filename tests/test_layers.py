@@ -11,6 +11,7 @@ import distil_rank
 ORDER = [
     "errors",
     "samples",
+    "artefact",
     "options",
     "origin",
     "lowrank",
@@ -42,7 +43,7 @@ HEAVY = {
     "matplotlib": {"report"},
     "sklearn": {"evaluation"},
     "faiss": {"codes"},
-    "boto3": {"embedding"},
+    "obstore": {"embedding"},
     "ray": {"embedding"},
 }
 

@@ -1,17 +1,29 @@
-"""Copies of a protein that a function should survive: windows of its sequence, and substitutions that evolution allows.
+"""Augmented copies of proteins, embedded as the proteins themselves were.
 
-What changes between a protein and its perturbed copies is noise for whoever looks for homologues. Its covariance stands
-in for the covariance within families where nobody has labelled any.
+A copy is what a function should survive: a window of the sequence, with substitutions that evolution allows. What
+changes between a protein and its copies is noise for whoever looks for homologues. Its covariance stands in for the
+covariance within families where nobody has labelled any.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from distil_rank.embedding.layers import State
+from distil_rank.embedding.run import OPTIONS, embed, options_like
+from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
+from distil_rank.options.codes import AugmentationOptions
+
+log = logging.getLogger(__name__)
 
 AMINO_ACIDS = "ARNDCQEGHILKMFPSTWYV"
 # BLOSUM62 in half bits, lower triangle, and its background frequencies (Henikoff and Henikoff, PNAS 89, 1992).
@@ -64,60 +76,105 @@ _CUMULATIVE = substitution_probabilities().cumsum(axis=1)
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """How proteins are perturbed: each copy is a window of the sequence in which residues are substituted.
+class Copies:
+    """Embedded copies.
 
-    Args:
-        proteins: how many are perturbed, at most.
-        copies: of each protein.
-        window: share of the sequence that a copy keeps, in (0, 1].
-        substitutions: share of its residues that are substituted, in [0, 1].
-        seed: of the draws; the same protein gets the same copies in any company.
-
-    Raises:
-        InputError: a share or a number out of range.
+    Attributes:
+        x: `(C, d)` float32.
+        owner: index of the protein that each is a copy of, `(C,)`.
+        sequences: the copies themselves, C.
     """
 
-    proteins: int = 1000
-    copies: int = 2
-    window: float = 0.7
-    substitutions: float = 0.4
-    seed: int = 0
+    x: np.ndarray
+    owner: np.ndarray
+    sequences: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.window <= 1 or not 0 <= self.substitutions <= 1:
-            raise InputError(
-                "Expected a window in (0, 1] and substitutions in [0, 1] but got "
-                f"{self.window} and {self.substitutions}."
-            )
-        if self.window == 1 and self.substitutions == 0:
-            raise InputError("Expected copies that differ from the protein; lower the window or raise substitutions.")
-        if self.proteins < 1 or self.copies < 1:
-            raise InputError(
-                f"Expected at least 1 protein and 1 copy of each but got {self.proteins} and {self.copies}."
-            )
 
-    def of(self, sequence: str) -> list[str]:
-        """The perturbed copies of one sequence.
+def augmented(sequence: str, how: AugmentationOptions) -> list[str]:
+    """The copies of one sequence.
 
-        >>> [len(copy) for copy in Augmentation(copies=3).of("MKVLAAGICW")]
-        [7, 7, 7]
-        """
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed} {sequence}".encode()).digest()[:8])
-        dice = np.random.default_rng(seed)
-        return [self._substituted(self._window(sequence, dice), dice) for _ in range(self.copies)]
-
-    def _window(self, sequence: str, dice: np.random.Generator) -> str:
-        length = max(1, round(self.window * len(sequence)))
+    >>> [len(copy) for copy in augmented("MKVLAAGICW", AugmentationOptions(copies=3))]
+    [7, 7, 7]
+    """
+    dice = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{how.seed} {sequence}".encode()).digest()[:8]))
+    copies = []
+    for _ in range(how.copies):
+        length = max(1, round(how.window * len(sequence)))
         start = int(dice.integers(len(sequence) - length + 1))
-        return sequence[start : start + length]
+        letters = list(sequence[start : start + length])
+        for place in dice.permutation(length)[: round(how.substitutions * length)]:
+            known, draw = AMINO_ACIDS.find(letters[place]), dice.random()
+            if known >= 0:  # X and the like stay
+                letters[place] = AMINO_ACIDS[min(int(np.searchsorted(_CUMULATIVE[known], draw, "right")), 19)]
+        copies.append("".join(letters))
+    return copies
 
-    def _substituted(self, sequence: str, dice: np.random.Generator) -> str:
-        letters = list(sequence)
-        for place in dice.permutation(len(letters))[: round(self.substitutions * len(letters))]:
-            known = AMINO_ACIDS.find(letters[place])  # X and the like stay
-            draw = dice.random()
-            if known >= 0:
-                chosen = min(int(np.searchsorted(_CUMULATIVE[known], draw, "right")), 19)
-                letters[place] = AMINO_ACIDS[chosen]
-        return "".join(letters)
+
+def embed_copies(
+    sequences: Sequence[str],
+    chosen: np.ndarray,
+    how: AugmentationOptions,
+    layers: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+) -> list[Copies]:
+    """Copies of some proteins at one or several layers of their backbone, in one pass, unless that was done before.
+
+    Args:
+        sequences: of all proteins.
+        chosen: indices of those to copy.
+        how: rates and seed.
+        layers: what the proteins' own store tells of each of its layers.
+        folder: where stores of copies are kept.
+
+    Raises:
+        InputError: the backbone is not known or cannot be had, or its weights differ from those of the store.
+    """
+    about = layers[-1]
+    if about.get("weights_sha256") is None or about.get("backbone") is None:
+        raise InputError(
+            "Expected vectors of a known backbone to embed augmented copies with but these do not tell theirs; give a "
+            "store made by embed, or another source of noise (--noise labels or clusters)."
+        )
+    texts = [text for row in chosen for text in augmented(sequences[row], how)]
+    names = [str(one["layer"]) for one in layers]
+    log.info("Embedding %s augmented copies of %s proteins", f"{len(texts):,}", f"{len(chosen):,}")
+    several = {"layer": ",".join(names)} if len(names) > 1 else {}
+    key = [asdict(how), chosen.tolist()]
+    store = embed_like(texts, {**about, **several}, about.get("source"), Path(folder), "copies", key)
+    copied = np.array([int(name) for name in store.ids])
+    stores = [store.at(State.parse(name)) for name in names] if several else [store]
+    owner = np.repeat(chosen, how.copies)[copied]
+    return [Copies(one.embeddings(), owner, store.sequences) for one in stores]
+
+
+def embed_like(
+    sequences: Sequence[str], about: Mapping[str, Any], like: Any, folder: Path, kind: str, key: Any = None
+) -> Store:
+    """A store of these sequences, named by their numbers, whose vectors are made as others were.
+
+    Args:
+        sequences: cleaned.
+        about: the manifest of the others: backbone, weights, layer, pooling, precision.
+        like: the store of the others, or its address; in int8 it is needed.
+        folder: where the store is kept, and found again.
+        kind: of sequences, for its name.
+        key: what the store depends on beside its sequences and settings, for its name.
+
+    Raises:
+        InputError: the backbone cannot be had or has other weights.
+    """
+    settings = {name: about.get(name) for name in ("weights_sha256", *OPTIONS, "calibration_sha256")}
+    content = json.dumps([settings, key, list(sequences)])
+    path = folder / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    fasta = path.with_suffix(".fasta")
+    fasta.parent.mkdir(parents=True, exist_ok=True)
+    # numbers for names: what came in was made unique already, and may hold what a header cannot
+    fasta.write_text("".join(f">{number}\n{text}\n" for number, text in enumerate(sequences)))
+    embed(fasta, path, about["backbone"], **options_like(about, like))
+    store = Store.open(path)
+    if store.manifest["weights_sha256"] != about["weights_sha256"]:
+        raise InputError(
+            f"Expected the weights {about['weights_sha256'][:12]}… of the vectors but {about['backbone']} now has "
+            f"{store.manifest['weights_sha256'][:12]}…; restore them, or embed the proteins again."
+        )
+    return store

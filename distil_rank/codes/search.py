@@ -1,119 +1,116 @@
-"""Queries against a store of codes: hits with their scores, ranks and E-values."""
+"""Queries against a store of codes: hits with their scores, ranks and E-values.
+
+An E-value tells how many targets as near as this one a query without relatives would find. Decoys tell: proteins that
+have no relatives by construction, sent through the same backbone, encoder and search as the queries. All that they
+find is false (target-decoy estimation: Elias and Gygi, Nature Methods 4, 2007).
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import genpareto
 from torch import Tensor
 
-from distil_rank.codes.evalues import Tail, reversed_decoy
-from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.store import CodeStore, manifest_of
-from distil_rank.embedding.run import OPTIONS, embed, options_like
-from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.store import Store
+from distil_rank.codes.augment import embed_like
+from distil_rank.codes.index import CodeIndex, import_faiss
+from distil_rank.codes.store import CodeStore
+from distil_rank.data.files import Embeddings, save_matrix
+from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 
-log = logging.getLogger(__name__)
-
 COLUMNS = ("query", "target", "score", "rank", "evalue")
+Hit = tuple[str, str, float, int, float]  # a line of the table
+TAIL = 0.002  # share of the decoys' scores that the tail is fitted to
+LEAST = 200  # scores in the tail, as far as there are any
+LEAST_SHARE = 1e-300  # a bounded tail ends, but an E-value of 0 would claim certainty
 SAMPLED_TARGETS = 20_000  # that decoys are compared with
 BLOCK = 4096  # of queries that are searched and written at once
 
 
-@dataclass(frozen=True)
-class Queries:
-    """What is searched with.
-
-    Attributes:
-        ids: names, `(Q,)`.
-        rows: float queries of unit length, `(Q, r)`.
-        skip: the target that is the query itself, `(Q,)`; −1 where there is none.
-    """
-
-    ids: list[str]
-    rows: Tensor
-    skip: np.ndarray
-
-
-def embedded_queries(fasta: str | Path, store: CodeStore) -> Queries:
-    """Proteins of a file, through the backbone, layer, pooling and code map of a store of codes.
-
-    Raises:
-        InputError: the file cannot be read, a query has no residues, or the backbone cannot be had.
-    """
-    proteins, report = read_proteins(fasta)
-    if report.counts["empty"]:
-        raise InputError(
-            f"Expected residues in every query of {fasta} but {report.counts['empty']:,} of "
-            f"{report.counts['records']:,} have none; remove them."
-        )
-    with TemporaryDirectory(prefix="distil-rank-") as folder:
-        vectors = embed_like([protein.sequence for protein in proteins], store, Path(folder))
-    return Queries([protein.id for protein in proteins], store.encoder(vectors), np.full(len(proteins), -1))
-
-
-def stored_queries(path: str | Path, store: CodeStore) -> Queries:
-    """Proteins of a store of embeddings of the same backbone, layer and pooling.
-
-    Raises:
-        InputError: map and store do not belong together.
-    """
-    source = Store.open(path)
-    store.encoder.check_origin(manifest_of(source), str(path))
-    rows = store.encoder(torch.from_numpy(np.array(source.embeddings())))
-    return Queries(source.ids, rows, np.full(len(source), -1))
-
-
-def own_queries(store: CodeStore) -> Queries:
-    """The codes themselves, each against all others."""
-    decoded = store.encoder.decode(torch.from_numpy(np.array(store.embeddings())))
-    return Queries(store.ids, F.normalize(decoded, dim=1), np.arange(len(store)))
-
-
-def embed_like(sequences: Sequence[str], store: CodeStore, folder: Path) -> Tensor:
-    """Vectors of sequences, `(N, n)`, made as those behind the codes; kept in `folder`.
+def vectors_like(sequences: list[str], store: CodeStore, folder: Path, kind: str) -> Tensor:
+    """Vectors of sequences, `(N, n)`, made as those behind the codes.
 
     Args:
         sequences: cleaned.
         store: of codes.
-        folder: for a store of them.
+        folder: where a store of the vectors is kept, and found again.
+        kind: of sequences, for its name.
 
     Raises:
         InputError: the backbone cannot be had or has other weights, or a sequence does not fit into memory.
     """
-    fasta, path = folder / "sequences.fasta", folder / "store"
-    folder.mkdir(parents=True, exist_ok=True)
-    # numbers for names: what came in was made unique already, and may hold what a header cannot
-    fasta.write_text("".join(f">{number}\n{sequence}\n" for number, sequence in enumerate(sequences)))
-    manifest = store.manifest
-    embed(fasta, path, manifest["backbone"], **options_like(manifest, store.path))
-    made = Store.open(path)
-    if made.manifest["weights_sha256"] != manifest["weights_sha256"]:
+    vectors = embed_like(sequences, store.manifest, store.path, folder, kind)
+    if vectors.skipped:
+        longest = len(sequences[int(vectors.skipped[0])])
         raise InputError(
-            f"Expected the weights {manifest['weights_sha256'][:12]}… that the codes were made with but "
-            f"{manifest['backbone']} now has {made.manifest['weights_sha256'][:12]}…; restore them, or make the codes "
-            "again."
+            f"Expected every sequence to fit into memory but that of {longest:,} residues did not; cut it, or use a "
+            "machine with more."
         )
-    if made.skipped:
-        raise InputError(
-            f"Expected every sequence to fit into memory but that of {len(sequences[int(made.skipped[0])]):,} residues "
-            "did not; cut it, or use a machine with more."
-        )
-    return torch.from_numpy(np.array(made.embeddings()))
+    return torch.from_numpy(np.array(vectors.embeddings()))
 
 
-def decoy_tail(store: CodeStore, decoys: int, folder: str | Path, seed: int = 0) -> Tail:
-    """The tail of the scores that reversed proteins of the store reach among its codes, their own originals left out.
+@dataclass(frozen=True)
+class DecoyScores:
+    """The scores of decoys, with a model of their upper tail.
+
+    Up to a high threshold the share of decoy scores that reach s is counted; the excess over it follows a generalised
+    Pareto distribution (Pickands, Annals of Statistics 3, 1975). Its shape is fitted: scores end at 1, so that an
+    exponential tail, right for the unbounded scores of alignments, would state far too many false hits.
+
+    Attributes:
+        scores: the sorted scores below the threshold, thinned.
+        threshold: u.
+        rate: share of all scores above u.
+        scale: of the excess over u.
+        shape: of the excess; below 0 the tail ends.
+    """
+
+    scores: np.ndarray
+    threshold: float
+    rate: float
+    scale: float
+    shape: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> DecoyScores:
+        """From scores of any shape.
+
+        Raises:
+            InputError: fewer than two scores.
+
+        >>> tail = DecoyScores.of(np.random.default_rng(0).exponential(0.1, 100_000))
+        >>> bool(abs(tail.evalues(np.array([1.0]), targets=1)[0] / np.exp(-10) - 1) < 0.5)
+        True
+        """
+        flat = np.sort(scores, axis=None)
+        if len(flat) < 2:
+            raise InputError(f"Expected at least 2 scores of decoys but got {len(flat)}; use more decoys.")
+        count = min(max(round(TAIL * len(flat)), min(LEAST, len(flat) // 2)), len(flat) - 1)
+        threshold = float(flat[-count - 1])
+        excess = np.maximum(flat[-count:].astype(np.float64) - threshold, np.finfo(np.float32).eps)
+        shape, _, scale = genpareto.fit(excess, floc=0)
+        below = flat[: -count : max(1, len(flat) // 10_000)]
+        return cls(below, threshold, count / len(flat), float(scale), float(shape))
+
+    def evalues(self, scores: np.ndarray, targets: int) -> np.ndarray:
+        """False hits of these scores or better to expect for one query among so many targets; any shape."""
+        below = 1 - np.searchsorted(self.scores, scores) / len(self.scores) * (1 - self.rate)
+        excess = np.maximum(scores - self.threshold, 0)
+        beyond = np.maximum(self.rate * genpareto.sf(excess, self.shape, scale=self.scale), LEAST_SHARE)
+        return targets * np.where(scores > self.threshold, beyond, np.maximum(below, self.rate))
+
+
+def decoy_scores(store: CodeStore, decoys: int, folder: Path, seed: int = 0) -> DecoyScores:
+    """Scores that reversed proteins of the store reach among its codes.
+
+    Read from its end a sequence has the same composition, repeats and low complexity, and no relative; its own original
+    is left out for that composition.
 
     Args:
         store: of codes.
@@ -123,66 +120,53 @@ def decoy_tail(store: CodeStore, decoys: int, folder: str | Path, seed: int = 0)
     """
     dice = np.random.default_rng(seed)
     chosen = np.sort(dice.permutation(len(store))[:decoys])
-    proteins = store.proteins.take(chosen)
-    sequences = [reversed_decoy(text) for text in proteins["sequence"].to_pylist()]
-    keys = ("weights_sha256", *OPTIONS, *(["calibration_sha256"] if "calibration_sha256" in store.manifest else []))
-    settings = {key: store.manifest[key] for key in keys}
-    name = hashlib.sha256(json.dumps([settings, sequences]).encode()).hexdigest()[:16]
-    vectors = embed_like(sequences, store, Path(folder) / f"decoys-{name}")
-    sampled = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
-    codes = torch.from_numpy(store.embeddings()[sampled])
-    targets = F.normalize(store.encoder.decode(codes), dim=1)
-    return Tail.of(decoy_scores(store.encoder(vectors), targets, chosen[:, None] == sampled))
+    reversed_sequences = [text[::-1] for text in store.proteins.take(chosen)["sequence"].to_pylist()]
+    queries = store.encoder(vectors_like(reversed_sequences, store, folder, "decoys"))
+    rows = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
+    targets = F.normalize(store.encoder.decode(torch.from_numpy(store.embeddings()[rows])), dim=1)
+    return DecoyScores.of((queries @ targets.T).numpy()[chosen[:, None] != rows])
 
 
-def decoy_scores(decoys: Tensor, targets: Tensor, own: np.ndarray) -> np.ndarray:
-    """Scores of decoys among targets but for each one's own original, which has the very same composition.
-
-    Args:
-        decoys: queries, `(D, r)`.
-        targets: decoded codes of unit length, `(T, r)`.
-        own: which target each decoy is made of, `(D, T)` bool.
-
-    Returns:
-        `(D T - own.sum(),)`.
-
-    >>> decoy_scores(torch.eye(2), torch.eye(2), np.eye(2, dtype=bool)).tolist()
-    [0.0, 0.0]
-    """
-    return (decoys @ targets.T).numpy()[~own]
-
-
-def search(
-    queries: Queries, index: CodeIndex, ids: list[str], tail: Tail | None, k: int, max_evalue: float | None = None
-) -> Iterator[list[tuple[str, str, float, int, float]]]:
+def search_blocks(
+    names: list[str], queries: Tensor, index: CodeIndex, ids: list[str], decoys: DecoyScores | None, k: int, own: bool
+) -> Iterator[list[Hit]]:
     """Hits of all queries, a block of queries at a time: query, target, score, rank and E-value (NaN without decoys).
 
     Args:
-        queries: what to search with.
+        names: of the queries.
+        queries: `(Q, r)`, of unit length.
         index: over the targets.
         ids: of the targets.
-        tail: of the decoys' scores; None for no E-values.
+        decoys: for E-values; None for no E-values.
         k: hits of each query at most.
-        max_evalue: hits of a greater E-value are left out.
+        own: whether the queries are the targets themselves, which then do not find themselves.
     """
-    own = int((queries.skip >= 0).any())
-    for start in range(0, len(queries.ids), BLOCK):
-        block = slice(start, start + BLOCK)
-        found = index.search(queries.rows[block], k + own)
-        evalues = np.full(found.scores.shape, np.nan)
-        if tail is not None:
-            evalues = tail.evalues(found.scores.astype(np.float64), len(ids))
-        lines = []
-        columns = zip(queries.ids[block], queries.skip[block], found.rows, found.scores, evalues, strict=True)
-        for query, skip, rows, scores, expected in columns:
-            retained = (rows >= 0) & (rows != skip)
-            if max_evalue is not None:
-                retained &= expected <= max_evalue
-            for rank, place in enumerate(np.flatnonzero(retained)[:k], 1):
-                lines.append((query, ids[rows[place]], float(scores[place]), rank, float(expected[place])))
+    for start in range(0, len(names), BLOCK):
+        scores, rows = index.search(queries[start : start + BLOCK], k + own)
+        evalues = np.full(scores.shape, np.nan)
+        if decoys is not None:
+            evalues = decoys.evalues(scores.astype(np.float64), len(ids))
+        lines: list[Hit] = []
+        for number, columns in enumerate(zip(scores, rows, evalues, strict=True), start):
+            hits = [hit for hit in zip(*columns, strict=True) if hit[1] >= 0 and not (own and hit[1] == number)][:k]
+            for rank, (score, row, evalue) in enumerate(hits, 1):
+                lines.append((names[number], ids[row], float(score), rank, float(evalue)))
         yield lines
 
 
-def as_tsv(lines: list[tuple[str, str, float, int, float]]) -> str:
-    """Lines of the table of hits, tab separated."""
-    return "".join(f"{q}\t{t}\t{score:.4f}\t{rank}\t{expected:.2e}\n" for q, t, score, rank, expected in lines)
+def export_codes(store: CodeStore, path: Path) -> None:
+    """Write the codes of a store, one for each protein in its order.
+
+    `.npy` is the matrix of codes; `.npz` has the ids too; `.h5` has one data set for each protein; `.faiss` is an index
+    that looks at every code, for `faiss.read_index`: its queries are what the encoder gives, for bits with zeros up to
+    a multiple of eight.
+
+    Raises:
+        InputError: repeated ids in HDF5, or no faiss.
+    """
+    codes = np.array(store.embeddings())
+    if path.suffix != ".faiss":
+        save_matrix(Embeddings(store.ids, codes), path)
+        return
+    with atomic_file(path) as file:
+        file.write(import_faiss().serialize_index(CodeIndex(codes, store.encoder, exact=True).index).tobytes())

@@ -1,7 +1,7 @@
-"""Codes on disk: a store like that of the embeddings, with the code map beside the shards.
+"""Codes on disk: a store like that of the embeddings, with the encoder beside the shards.
 
 codes/
-  manifest.json, proteins-00000.arrow, vectors-00000.arrow   as in a store of embeddings; `code` names the map
+  manifest.json, proteins-00000.arrow, vectors-00000.arrow   as in a store of embeddings; `code` names the encoder
   encoder/                                                  the artefact that made the codes
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,21 +17,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distil_rank.compression.artefact import MANIFEST, load, save
-from distil_rank.embedding.elastic import compute_elastically
-from distil_rank.embedding.layer_spec import State
+from distil_rank.artefact import MANIFEST
+from distil_rank.compression.saved import load, save
+from distil_rank.embedding.cluster import Cluster, compute_elastically
 from distil_rank.embedding.location import absolute, open_storage
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
-from distil_rank.embedding.ray_cluster import Cluster
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, SETTINGS, Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 
-MAP = "encoder"
+ENCODER = "encoder"  # its folder in that of the codes
 ROWS_AT_ONCE = 16_384  # of encoding
 
 
@@ -43,46 +41,46 @@ class CodeStore(Store):
 
     @cached_property
     def encoder(self) -> CodeEncoder:
-        """The map that made the codes.
+        """What made the codes.
 
         Raises:
             InputError: it is missing, damaged or another one.
         """
-        found = own_encoder(self.path)
-        if found is None or found.digest != self.manifest["code"]["sha256"]:
+        encoder = own_encoder(self.path)
+        if encoder is None or encoder.digest != self.manifest["code"]["sha256"]:
             raise InputError(
-                f"Expected in {self.storage.where(MAP)} the code map that made the codes beside it but it is missing "
-                "or another; restore it, or make the codes again."
+                f"Expected in {self.storage.where(ENCODER)} the encoder that made the codes beside it but it is "
+                "missing or another; restore it, or make the codes again."
             )
-        return found
+        return encoder
 
 
 def load_encoder(path: str | Path) -> CodeEncoder:
-    """A code map from its folder.
+    """An encoder from its folder.
 
     Raises:
         InputError: it is missing, damaged or an artefact of something else.
     """
-    found = load(path)
-    if not isinstance(found, CodeEncoder):
-        raise InputError(f"Expected a code map in {path} but it holds a student layer; make one with `code`.")
-    return found
+    encoder = load(path)
+    if not isinstance(encoder, CodeEncoder):
+        raise InputError(f"Expected an encoder in {path} but it holds a student layer; make one with `code`.")
+    return encoder
 
 
 def own_encoder(store: Location) -> CodeEncoder | None:
-    """The code map in a store of codes, finished or not; None where there is none.
+    """The encoder in a store of codes, finished or not; None where there is none.
 
     Raises:
         InputError: it is damaged.
     """
-    with open_storage(store).local_copy(MAP) as folder:
+    with open_storage(store).local_copy(ENCODER) as folder:
         return load_encoder(folder) if (folder / MANIFEST).exists() else None
 
 
 def write_encoder(encoder: CodeEncoder, store: Location, **about: Any) -> None:
-    """Puts a code map into a store of codes; `about` is what `save` takes of its origin and its metrics."""
+    """Puts an encoder into a store of codes; `about` is what `save` takes of its data and its metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        open_storage(store).write_folder(MAP, save(encoder, folder, **about), MANIFEST)
+        open_storage(store).write_folder(ENCODER, save(encoder, folder, **about), MANIFEST)
 
 
 def manifest_of(source: Store) -> dict[str, Any]:
@@ -96,12 +94,12 @@ def write_codes(source: Store, path: Location, encoder: CodeEncoder, cluster: Cl
 
     Args:
         source: pooled embeddings.
-        path: folder or address of the codes, which holds the map.
+        path: folder or address of the codes, which holds the encoder.
         encoder: fitted to vectors of the same backbone, layer and pooling.
         cluster: whose workers encode; by default this process does.
 
     Raises:
-        InputError: map and store do not belong together, the store is per residue, or the folder holds other codes.
+        InputError: encoder and store do not belong together, the store is per residue, or the folder holds other codes.
     """
     manifest = manifest_of(source)
     encoder.check_origin(manifest, str(source.path))
@@ -123,25 +121,16 @@ def write_codes(source: Store, path: Location, encoder: CodeEncoder, cluster: Cl
             for shard in tqdm(pending, desc="encode", unit="shard", disable=None):
                 _encode_shard(writer, shard, source, encoder)
         else:
-            work = _Encoding(absolute(source.path), source.layer, absolute(path), encoder)
+            here = absolute(source.path)
+            work = partial(_work, here if source.layer is None else f"{here}:{source.layer}", absolute(path), encoder)
             compute_elastically(pending, work, cluster, "encode")
         writer.finish()
         return CodeStore.open(path)
 
 
-@dataclass(frozen=True)
-class _Encoding:
-    """Makes, in a worker, what encodes a shard."""
-
-    source: Location
-    layer: State | None
-    path: Location
-    encoder: CodeEncoder
-
-    def __call__(self) -> Callable[[Shard], None]:
-        source = Store.open(self.source if self.layer is None else f"{self.source}:{self.layer}")
-        writer = StoreWriter(self.path, CODES)
-        return lambda shard: _encode_shard(writer, shard, source, self.encoder)
+def _work(source: Location, path: Location, encoder: CodeEncoder) -> Callable[[Shard], None]:
+    """What encodes a shard, made in a worker."""
+    return partial(_encode_shard, StoreWriter(path, CODES), source=Store.open(source), encoder=encoder)
 
 
 def _proteins(source: Store) -> Iterator[Protein]:

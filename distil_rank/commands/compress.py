@@ -1,56 +1,78 @@
-"""A layer of a saved model compressed, as an MLflow run."""
+"""A layer of a saved model compressed into a folder that deploys, as an MLflow run."""
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+
+import torch
+import yaml
+from torch import nn
 
 from distil_rank.commands.lineage import lineage
-from distil_rank.compression.artefact import load, read_manifest
-from distil_rank.compression.deploy import compress_file
-from distil_rank.compression.report import Report
+from distil_rank.compression.compress import compress as compress_model
+from distil_rank.compression.own_layer import load_linear
+from distil_rank.compression.report import HEAD, CompressionReport
+from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.errors import InputError
+from distil_rank.lowrank.low_rank import LowRankLinear
+from distil_rank.measure.metrics import energy, residual
+from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
+from distil_rank.options.compression import CompressOptions
+from distil_rank.report.writer import Report, Table
 from distil_rank.tracking.registry import log_student
 from distil_rank.tracking.run import start_run
 
 log = logging.getLogger(__name__)
 
 
-def compress(data: EmbeddingDataModule, options: dict[str, Any], config: str = "") -> Report:
-    """Compress one layer of a saved model as an MLflow run, which keeps the folder and the student.
-
-    Args:
-        data: The layer's inputs.
-        options: Of `distil_rank.compression.deploy.compress_file`.
-        config: The resolved configuration, kept with the run.
-    """
+def compress(options: CompressOptions) -> CompressionReport:
+    """Compress one layer of a saved model into a folder that deploys."""
+    o = options
+    dense = load_linear(o.model if o.layer is None else f"{o.model}:{o.layer}").requires_grad_(False)
+    data = EmbeddingDataModule(**asdict(o.data))
     data.prepare_data()
     data.setup()
+    if data.dim != dense.in_features:
+        raise InputError(
+            f"Expected inputs of width {dense.in_features} for this layer but the data have {data.dim}; embed with"
+            " the model that the layer belongs to."
+        )
     about = data.description()
-    name = " ".join(filter(None, [Path(options["model"]).stem, options["layer"]]))
-    requested = {
-        "rank_requested": options["rank"],
-        **{key: options[key] for key in ("head", "tune", "outputs", "int8")},
-    }
-    with start_run(
-        "distil",
-        f"{name} r{options['rank']} {Path(about.source).stem}",
-        params={"teacher": name, "backbone": about.backbone, "source": about.source, **requested},
-        tags=lineage(about),
-    ) as run:
-        compressed, folder = compress_file(data, **options)
-        row = compressed.layers[0]
-        student = load(folder)
-        r2 = read_manifest(folder)["metrics"]["held_out_r2"]["value"]
+    name = " ".join(filter(None, [Path(o.model).stem, o.layer]))
+    title = f"{name} r{o.rank} {Path(about.source).stem}"
+    params = {"teacher": name, "backbone": about.backbone, "source": about.source, "rank_requested": o.rank}
+    with start_run("distil", title, params=params, tags=lineage(about)) as run:
+        fit = (x.to(dense.weight) for x in chain(data.stream("train"), data.stream("val")))
+        test = data.rows("test").to(dense.weight)
+        model = nn.Sequential(OrderedDict(layer=dense))
+        report = compress_model(model, {"layer": o.rank}, fit, held_out=test)
+        row, student = replace(report.layers[0], name=o.layer or Path(o.model).stem), model.get_submodule("layer")
+        report = replace(report, layers=[row], outputs=None)  # there is no model behind the layer
+        if not isinstance(student, LowRankLinear) or student.input_mean is None:
+            raise InputError(f"Expected a rank that saves something but {row.note}; ask for a lower one.")
+        assert row.predicted_r2 is not None and row.dense_us is not None and row.student_us is not None
+
+        with torch.no_grad():  # R² around the mean output of the rows that were fitted to, with its interval
+            target, mean = dense(test), dense(student.input_mean)
+            squares = residual(student(test), target), energy(target, mean)
+        lost, spread = (group_sums(rows.numpy(), data.proteins("test")) for rows in squares)
+        share = estimate(ratio(lost, spread), resample_counts(len(lost)))
+        r2 = {"value": 1 - share.value, "low": 1 - share.high, "high": 1 - share.low}
+
+        folder = save(student, o.output, metrics={"held_out_r2": r2, **report.to_dict()}, data=asdict(about))
         run.log_params({"rank": row.rank})
-        assert row.predicted_r2 and row.dense_us and row.student_us, "`compress_file` refuses a layer that stays dense"
-        figures = {"predicted_r2": row.predicted_r2, "speed_up": row.dense_us / row.student_us}
-        run.log_metrics({"test/r2": r2, "parameter_ratio": row.dense_parameters / row.parameters, **figures})
-        run.log_text(config, "config.yaml")
-        run.note(str(compressed))
+        figures = {"test/r2": r2["value"], "predicted_r2": row.predicted_r2, "speed_up": row.dense_us / row.student_us}
+        run.log_metrics({**figures, "parameter_ratio": row.dense_parameters / row.parameters})
+        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
+        run.note(str(report))
         for path in sorted(folder.iterdir()):
             run.log_artifact(path)
-        log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2})
+        log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2["value"]})
+    Report([Table("", HEAD, report.cells())], report.notes()).show()
     log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
-    return compressed
+    return report

@@ -10,9 +10,8 @@ from typing import Literal
 
 from distil_rank.commands.embed import extract
 from distil_rank.commands.lineage import lineage_of_vectors
-from distil_rank.compression.artefact import load, read_manifest
+from distil_rank.compression.saved import load, read_manifest
 from distil_rank.data.files import load_matrix
-from distil_rank.embedding.precision import Precision
 from distil_rank.errors import InputError
 from distil_rank.evaluation.alignment import MISSING, alignment_scores, has_mmseqs
 from distil_rank.evaluation.evaluate import Evaluation
@@ -29,6 +28,7 @@ from distil_rank.evaluation.representations import (
 from distil_rank.evaluation.retrieval import CUTOFF, Scores
 from distil_rank.evaluation.task import Kind
 from distil_rank.evaluation.trials import MAX_QUERIES
+from distil_rank.options.embed import Precision
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.report import evaluation as report
 from distil_rank.report.run_folder import publish, run_folder

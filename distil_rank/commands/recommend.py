@@ -12,15 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from distil_rank.codes.augment import Augmentation
 from distil_rank.codes.sources import origin_of
-from distil_rank.codes.store import MAP, write_codes
+from distil_rank.codes.store import ENCODER, write_codes
 from distil_rank.commands.embed import extract
 from distil_rank.commands.evaluate import metric_name
 from distil_rank.commands.lineage import lineage_of_vectors
-from distil_rank.compression.artefact import save
-from distil_rank.embedding.layer_spec import split_source
-from distil_rank.embedding.precision import Precision
+from distil_rank.compression.saved import save
+from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -29,6 +27,8 @@ from distil_rank.evaluation.labelled import OWN_LABELS
 from distil_rank.evaluation.representations import Representation, composition
 from distil_rank.evaluation.task import Kind
 from distil_rank.evaluation.trials import RetrievalTrial
+from distil_rank.options.codes import AugmentationOptions
+from distil_rank.options.embed import Precision
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.costs import measure_costs, query_seconds
 from distil_rank.recommendation.opening import open_problem
@@ -70,7 +70,7 @@ def recommend(
     task: Kind | Literal["auto"] = "auto",
     groups: str | None = None,
     metric: str | None = None,
-    augmentation: Augmentation = Augmentation(),  # noqa: B008 - frozen
+    augmentation: AugmentationOptions = AugmentationOptions(),  # noqa: B008 - frozen
     max_queries: int = QUERIES,
     alignment: bool = True,
     seed: int = 0,
@@ -233,8 +233,8 @@ def _keep(problem: Problem, fitted: Fitted, result: Recommendation, folder: Path
         for name, metric, interval in zip(result.tasks, result.metrics, result.confirmed.retained, strict=True)
     }
     place = folder / "codes"
-    save(encoder, place / MAP, metrics={"retained": metrics}, data=encoder.provenance)
-    (folder / "recommended.yaml").write_text(report.configuration(result, place / MAP, problem.about[problem.last]))
+    save(encoder, place / ENCODER, metrics={"retained": metrics}, data=encoder.provenance)
+    (folder / "recommended.yaml").write_text(report.configuration(result, place / ENCODER, problem.about[problem.last]))
     about = problem.about[problem.last]
     if about.get("format") == "store" and about.get("pooling") != "residue":
         path, _ = split_source(problem.source)
@@ -253,7 +253,7 @@ def _log(run: Run, result: Recommendation, files: Sequence[Path], config: str) -
     for file in [
         *files,
         *sorted(files[0].parent.glob("recommended.yaml")),
-        *sorted((files[0].parent / "codes" / MAP).iterdir()),
+        *sorted((files[0].parent / "codes" / ENCODER).iterdir()),
     ]:
         run.log_artifact(file)
     run.note(report.markdown(result))

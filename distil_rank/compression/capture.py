@@ -1,51 +1,140 @@
-"""Inputs of a model's layers, captured by hooks: moments of every row, and some held-out rows."""
+"""The one pass over the user's data: batches through the model, hooks that sum up what its layers are given."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distil_rank.compression.batches import Forward, Mask, as_mask, attention_mask, call_model
-from distil_rank.compression.modules import evaluating
 from distil_rank.errors import InputError
-from distil_rank.lowrank.moments import Moments, MomentSums
+from distil_rank.lowrank.moments import MomentSums
 
 log = logging.getLogger(__name__)
 
-GUARD_ROWS = 4096  # held-out inputs of each layer, for its guard
+Forward = Callable[[nn.Module, Any], Any]
+Mask = Callable[[Any], Tensor | None]
+
+HELD_OUT = 5  # without held-out data, every fifth batch is held out
 
 
-@dataclass
-class Inputs:
-    """The inputs of one layer.
+def with_held_out(data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor | None) -> Iterator[tuple[Any, bool]]:
+    """Each batch, and whether it is held out: every fifth, unless there are batches for that.
+
+    Raises:
+        InputError: one batch, or something else that is not batches.
+
+    >>> [is_held_out for _, is_held_out in with_held_out(range(5), None)]
+    [False, False, False, False, True]
+    """
+    for name, rows in (("data", data), ("held_out", () if held_out is None else held_out)):
+        several = isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | np.ndarray)
+        if not several or (isinstance(rows, Tensor) and rows.ndim < 2):
+            actual = f"one {type(rows).__name__}"
+            raise InputError(
+                f"Expected `{name}` as batches, or a tensor of rows, but got {actual}; give a list of them."
+            )
+    batches = [
+        rows.split(max(1, min(256, -(-len(rows) // (2 * HELD_OUT))))) if isinstance(rows, Tensor) else rows
+        for rows in (data, () if held_out is None else held_out)
+    ]
+    for index, batch in enumerate(batches[0]):
+        yield batch, held_out is None and index % HELD_OUT == HELD_OUT - 1
+    for batch in batches[1]:
+        yield batch, True
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Runs a model on a batch as most loaders make them: a mapping of arguments, a tensor, or (inputs, labels, …)."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    try:
+        if isinstance(batch, Mapping):
+            return model(**{key: moved(value) for key, value in batch.items()})
+        return model(moved(batch[0] if isinstance(batch, tuple | list) else batch))
+    except TypeError as error:
+        raise InputError(
+            f"Expected batches that the model takes but it says: {' '.join(str(error).split())[:200]}; give"
+            " `forward=lambda model, batch: …` that runs it."
+        ) from error
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """The mask that Hugging Face tokenizers put beside the tokens: under its name in a mapping, or as an attribute."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "attention_mask", None)
+
+
+def as_mask(value: Any) -> Tensor | None:
+    """`(batch, time)` bool, of what a user's `mask` gave.
+
+    Raises:
+        InputError: not that shape, or not zeros and ones: a mask that is added to attention means the opposite.
+    """
+    if value is None:
+        return None
+    mask = torch.as_tensor(value)
+    if mask.ndim > 2 and mask.numel() == mask.shape[0] * mask.shape[-1]:  # (batch, 1, 1, time), as attention has it
+        mask = mask.reshape(mask.shape[0], -1)
+    if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
+        actual = f"shape {tuple(mask.shape)}, {mask.min():g} to {mask.max():g}"
+        raise InputError(f"Expected a mask (batch, time) of 1 for tokens and 0 for padding but got {actual}.")
+    return mask.bool()
+
+
+def output_rows(output: Any, mask: Tensor | None) -> Tensor | None:
+    """A model's output as rows `(N, k)`: a tensor, `logits`, or else the first value of a mapping or tuple; or None."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values()), None))
+    elif isinstance(output, tuple | list):
+        output = output[0] if output else None
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor) or output.ndim == 0:
+        return None
+    if mask is not None and output.ndim == 3 and mask.shape == output.shape[:2]:
+        return output[mask.to(output.device)]
+    return output.reshape(-1, output.shape[-1])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients inside, in its own modes again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class LayerInputs:
+    """The inputs of one layer, as sums.
+
+    Args:
+        near: about their mean `(n,)`, from which deviations are summed.
 
     Attributes:
         fit: sums over the rows to fit to.
         held_out: sums over the rows to measure on.
-        rows: some of the latter, at most about `GUARD_ROWS`.
-        runs: how often the layer ran in a batch at most.
     """
 
-    fit: MomentSums
-    held_out: MomentSums
-    rows: list[Tensor] = field(default_factory=list)
-    runs: int = 0
-    time_first: bool = False
-    warned: bool = False
+    def __init__(self, near: Tensor) -> None:
+        self.fit, self.held_out = (MomentSums.zeros(len(near), near.device, origin=near) for _ in range(2))
+        self._time_first = self._warned = False
 
     def add(self, x: Tensor, mask: Tensor | None, held_out: bool) -> None:
         """Count in the rows of one call."""
-        x = self._real_rows(x.detach(), mask)
-        (self.held_out if held_out else self.fit).add(x)
-        if held_out and sum(len(rows) for rows in self.rows) < GUARD_ROWS:
-            self.rows.append(x[:GUARD_ROWS].clone())
+        (self.held_out if held_out else self.fit).add(self._real_rows(x, mask))
 
     def _real_rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`(N, d)` without padding. The mask is (batch, time); inputs may be (time, batch, d), or no tokens at all."""
@@ -53,160 +142,61 @@ class Inputs:
             return torch.cat(x.unbind())
         if mask is not None and x.ndim == 3:
             if mask.shape[0] != mask.shape[1] and mask.T.shape == x.shape[:2]:
-                self.time_first = True  # a square batch cannot tell, so what an oblong one said holds for it
-            if self.time_first and mask.T.shape == x.shape[:2]:
-                return x[mask.T.bool()]
+                self._time_first = True  # a square batch cannot tell, so what an oblong one said holds for it
+            if self._time_first and mask.T.shape == x.shape[:2]:
+                return x[mask.T]
             if mask.shape == x.shape[:2]:
-                return x[mask.bool()]
+                return x[mask]
         if mask is not None and x.ndim == 2 and len(x) == mask.numel() > len(mask):
-            return x[mask.flatten().bool()]
-        if mask is not None and x.ndim > 2 and not self.warned:
-            self.warned = True
+            return x[mask.flatten()]
+        if mask is not None and x.ndim > 2 and not self._warned:
+            self._warned = True
             log.warning("Inputs of shape %s do not fit a mask %s: padding is counted.", tuple(x.shape), (*mask.shape,))
         return x.reshape(-1, x.shape[-1])
 
-    def moments(self) -> Moments:
-        """Of the rows to fit to."""
-        return self.fit.moments()
 
-    def held_out_moments(self) -> Moments | None:
-        """Of the rows to measure on, if there were any."""
-        return self.held_out.moments() if self.held_out.rows > 0 else None
-
-
-class _SeenEnough(BaseException):
-    """Ends a forward pass once the layer in question has run."""
-
-
-def count_runs(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    batches: Iterable[tuple[Any, bool]],
-    forward: Forward = call_model,
-) -> dict[str, int]:
-    """How often each layer runs in a batch at most, by name, in the order in which they first run."""
-    most: dict[str, int] = {}
-    now: Counter[str] = Counter()
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            now[name] += 1
-            most[name] = max(most.get(name, 0), now[name])
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch, _ in batches:
-                now.clear()
-                forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return most
-
-
-def capture(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    batches: Iterable[tuple[Any, bool]],
-    forward: Forward = call_model,
-    mask: Mask = attention_mask,
-    once: bool = False,
-) -> dict[str, Inputs]:
-    """Pass over the data once and take the moments of the layers' inputs.
+class Capture:
+    """Hooks that sum up the inputs of layers while a model runs; use it as a context.
 
     Args:
-        model: anything that `forward` can run.
-        layers: modules inside it, by name; one that runs several times in a pass is counted each time.
-        batches: each batch, and whether it is held out.
-        forward: runs the model on a batch.
-        mask: `(batch, time)`, true for what is not padding; None where there is no padding.
-        once: each pass may stop as soon as the layers, of which there is one, ran for the first time.
-
-    Returns:
-        By name, in the order in which the layers first ran; those that never ran are missing.
-
-    Raises:
-        InputError: a layer that does more than its weight and bias say, or a mask that is none.
-    """
-    recorder = _Recorder(once)
-    handles = []
-    for name, layer in layers.items():  # before and after any hooks of the user's own: a student would have none
-        handles.append(layer.register_forward_pre_hook(recorder.before(name), with_kwargs=True, prepend=True))
-        handles.append(layer.register_forward_hook(recorder.after(name)))
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch, held_out in batches:
-                recorder.begin(as_mask(mask(batch)), held_out)
-                try:
-                    forward(model, batch)
-                except _SeenEnough:
-                    continue
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recorder.inputs_of
-
-
-class _Recorder:
-    """Hooks that add the inputs of layers to their sums.
+        layers: modules inside the model, by name; one that runs several times in a pass is counted each time.
 
     Attributes:
-        once: each pass stops as soon as the layers, of which there is one, ran for the first time.
-        inputs_of: by name, in the order in which the layers first ran.
-        mask: of the batch that runs.
-        held_out: whether it is held out.
-        pending: inputs of the layers that run at this moment.
-        runs: of each layer in this pass.
+        inputs: of the layers by name, in the order in which they first ran; those that never ran are missing.
+        mask: of the batch that runs, `(batch, time)` bool; None where there is no padding.
+        held_out: whether that batch is held out.
+
+    Raises:
+        InputError: while the model runs, for a layer that does more than its weight and bias say.
     """
 
-    def __init__(self, once: bool) -> None:
-        self.once = once
-        self.inputs_of: dict[str, Inputs] = {}
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+        self.layers, self.inputs = layers, dict[str, LayerInputs]()
         self.mask: Tensor | None = None
         self.held_out = False
-        self.pending: dict[str, Tensor] = {}
-        self.runs: Counter[str] = Counter()
+        self._pending: dict[str, Tensor] = {}
+        self._hooks = ExitStack()
 
-    def begin(self, mask: Tensor | None, held_out: bool) -> None:
-        """Another batch is about to run."""
-        self.mask, self.held_out = mask, held_out
-        self.runs.clear()
+    def __enter__(self) -> Self:
+        for name, layer in self.layers.items():  # before and after any hooks of the user's own: a student has none
+            before, after = partial(self._before, name), partial(self._after, name)
+            self._hooks.callback(layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            self._hooks.callback(layer.register_forward_hook(after).remove)
+        return self
 
-    def before(self, name: str) -> Callable[..., None]:
-        """The hook before a layer: it keeps the input."""
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
 
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self.pending[name] = arguments[0] if arguments else keywords["input"]
-            if self.once and name in self.inputs_of:  # what it does with it was checked the first time
-                self._record(name)
-                raise _SeenEnough
+    def _before(self, name: str, layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        self._pending[name] = arguments[0] if arguments else keywords["input"]
 
-        return hook
-
-    def after(self, name: str) -> Callable[..., None]:
-        """The hook behind a layer: it checks that the layer is affine, and records the input."""
-
-        def hook(module: nn.Linear, arguments: tuple[Any, ...], output: Any) -> None:
-            if name not in self.inputs_of:
-                x = self.pending[name]
-                _check_affine(name, module, x, output)
-                near = (torch.cat(x.unbind()) if x.is_nested else x).double().reshape(-1, module.in_features).mean(0)
-                fit, measure = (MomentSums.zeros(module.in_features, x.device, origin=near) for _ in range(2))
-                self.inputs_of[name] = Inputs(fit, measure)
-            self._record(name)
-            if self.once:
-                raise _SeenEnough
-
-        return hook
-
-    def _record(self, name: str) -> None:
-        self.runs[name] += 1
-        inputs, x = self.inputs_of[name], self.pending.pop(name)
-        inputs.runs = max(inputs.runs, self.runs[name])
-        inputs.add(x, None if self.mask is None else self.mask.to(x.device), self.held_out)
+    def _after(self, name: str, layer: nn.Linear, arguments: tuple[Tensor, ...], output: Any) -> None:
+        x = self._pending.pop(name)
+        if name not in self.inputs:
+            _check_affine(name, layer, x, output)
+            rows = torch.cat(x.unbind()) if x.is_nested else x
+            self.inputs[name] = LayerInputs(rows.double().reshape(-1, layer.in_features).mean(0))
+        self.inputs[name].add(x, None if self.mask is None else self.mask.to(x.device), self.held_out)
 
 
 def _check_affine(name: str, layer: nn.Linear, x: Tensor, output: Any) -> None:

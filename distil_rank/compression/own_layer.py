@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
@@ -28,13 +29,7 @@ HUGGING_FACE_FILES = (
 )
 NESTED = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, fair-esm
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "sigmoid": nn.Sigmoid,
-}
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -58,7 +53,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".json":
             return _read_shards(path)
-        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
+        return load_file(path) if path.suffix == ".safetensors" else _read_pytorch(path)
     except InputError:
         raise
     except pickle.UnpicklingError as error:
@@ -71,11 +66,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise InputError(
             f"Expected plain tensors in {path} but it cannot be read safely ({reason}); save it again as .safetensors."
         ) from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -143,7 +133,7 @@ def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str 
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
+    return ", ".join([*names[:3], *["…"][: len(names) > 3]]) or "none"
 
 
 def load_linear(spec: str) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""The outcome of compressing a model: a row for each layer, and the agreement of its outputs."""
+"""The outcome of compressing a model: a row for each layer, and how close the whole model's output stayed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from distil_rank.compression.agreement import Agreement
-from distil_rank.compression.tune import Tuning
+HEAD = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", "µs for 32 rows"]
 
 
 @dataclass(frozen=True)
@@ -43,60 +42,70 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class OutputFidelity:
+    """The whole model's output beside the original's, on held-out rows.
+
+    Attributes:
+        rows: compared.
+        r2: share of the outputs' variance retained.
+        predictions_retained: share of rows whose largest output stayed the largest, as the predicted class is; of a
+            single output, whose sign stayed.
+    """
+
+    rows: int
+    r2: float
+    predictions_retained: float
+
+
+@dataclass(frozen=True)
+class CompressionReport:
     """What `compress` did.
 
     Attributes:
         model: with the students in place.
         layers: one row for each layer that was asked for, in the order in which they run.
-        outputs: the whole model's agreement with the original; None without held-out rows.
-        untuned: the same before fine-tuning.
-        tuning: how fine-tuning went; None without.
+        outputs: the whole model beside the original; None without held-out rows.
     """
 
     model: nn.Module
     layers: list[LayerRow]
-    outputs: Agreement | None = None
-    untuned: Agreement | None = None
-    tuning: Tuning | None = None
+    outputs: OutputFidelity | None = None
 
     @property
     def parameters(self) -> tuple[int, int]:
         """Of these layers, before and after."""
         return sum(row.dense_parameters for row in self.layers), sum(row.parameters for row in self.layers)
 
+    def cells(self) -> list[list[str]]:
+        """A line of the table under `HEAD` for each layer."""
+        lines = []
+        for row in self.layers:
+            line = [row.name, f"{row.in_features} → {row.out_features}"]
+            if row.rank is None:
+                lines.append([*line, f"dense: {row.note}", f"{row.parameters:,}", "", "", ""])
+                continue
+            line += [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", f"{row.predicted_r2:.4f}"]
+            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
+            lines.append([*line, held_out, f"{row.dense_us:.0f} → {row.student_us:.0f}"])
+        return lines
+
+    def notes(self) -> list[str]:
+        """What the table does not say."""
+        before, after = self.parameters
+        notes = [f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
+        if (o := self.outputs) is not None:
+            figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
+            notes.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
+        return notes
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: everything but the models."""
-        parts = {"outputs": self.outputs, "untuned": self.untuned, "tuning": self.tuning}
-        return {"layers": [asdict(row) for row in self.layers]} | {
-            name: None if part is None else asdict(part) for name, part in parts.items()
-        }
+        """JSON values: everything but the model."""
+        outputs = None if self.outputs is None else asdict(self.outputs)
+        return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
 
     def __str__(self) -> str:
-        """A Markdown table."""
-        head = "| layer | shape | rank | parameters | predicted R² | held-out R² | µs for 32 rows |"
-        lines = [head, "|---|---|---|---|---|---|---|"]
-        for row in self.layers:
-            shape = f"{row.in_features} → {row.out_features}"
-            if row.rank is None:
-                lines.append(f"| {row.name} | {shape} | dense: {row.note} | {row.parameters:,} | | | |")
-                continue
-            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
-            lines.append(
-                f"| {row.name} | {shape} | {row.rank} | {row.dense_parameters:,} → {row.parameters:,} "
-                f"| {row.predicted_r2:.4f} | {held_out} | {row.dense_us:.0f} → {row.student_us:.0f} |"
-            )
-        before, after = self.parameters
-        lines += ["", f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
-        if self.tuning is not None:
-            lines.append("Fine-tuned for the whole model's output, which the layers' own R² may have paid for.")
-        for when, agreed in (("", self.outputs), (" before fine-tuning", self.untuned)):
-            if agreed is not None:
-                retained = agreed.predictions_retained
-                retained_text = "" if retained is None else f", predictions kept {retained:.2%}"
-                lines.append(
-                    f"The whole model's output{when} on {agreed.rows:,} held-out rows: R² {agreed.r2:.4f}{retained_text}."
-                )
-        return "\n".join(lines)
+        """A Markdown table and the notes."""
+        table = [HEAD, ["---"] * len(HEAD), *self.cells()]
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in table), "", *self.notes()])
 
     _repr_markdown_ = __str__  # a table in a notebook

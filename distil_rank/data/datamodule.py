@@ -5,53 +5,57 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from distil_rank.data.description import DataDescription, SplitSizes
 from distil_rank.data.files import Embeddings, load_matrix
 from distil_rank.data.mmseqs import CLUSTER_CACHE
 from distil_rank.data.sources import SYNTHETIC, find_source, read_clusters
 from distil_rank.data.split import Split, check_split, make_split
-from distil_rank.embedding.layer_spec import split_source
+from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store, embed
 from distil_rank.errors import InputError
+from distil_rank.lowrank.moments import Moments
 
 log = logging.getLogger(__name__)
 
 STREAM_ROWS = 8192  # rows per block of a pass over all of them
+MAX_TARGET_BYTES = 2**29  # of the teacher's outputs for the training rows
+SplitName = Literal["train", "val", "test"]
+Batch = Tensor | tuple[Tensor, Tensor]  # rows, and what belongs to them where the data module has targets
 
 
-class Rows(Dataset[Tensor]):
-    """Selected rows of a matrix that may be memory-mapped; a batch is gathered by one indexing operation."""
+class Rows(Dataset[Batch]):
+    """Selected rows of a matrix that may be memory-mapped; an index is a list of rows, a whole batch.
 
-    def __init__(self, x: np.ndarray, indices: np.ndarray) -> None:
-        self.x, self.indices = x, indices
+    Args:
+        x: `(N, d)`.
+        indices: which rows.
+        targets: one for each of these rows, `(len(indices), m)`, or None.
+    """
+
+    def __init__(self, x: np.ndarray, indices: np.ndarray, targets: Tensor | None = None) -> None:
+        self.x, self.indices, self.targets = x, indices, targets
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.x[self.indices[index]].copy())
-
-    def __getitems__(self, index: list[int]) -> Tensor:
-        """A whole batch `(len(index), d)`, which the loader's `collate_fn` returns unchanged."""
-        return torch.from_numpy(self.x[self.indices[np.asarray(index)]])
+    def __getitem__(self, index: list[int]) -> Batch:
+        rows = torch.from_numpy(self.x[self.indices[index]])
+        return rows if self.targets is None else (rows, self.targets[index])
 
 
-def _identity(batch: Any) -> Any:
-    return batch
-
-
-def _digests(x: np.ndarray) -> list[bytes]:
+def _row_digests(x: np.ndarray) -> list[bytes]:
     """A digest of each row, so that without sequences at least equal vectors stay together."""
     return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest() for row in x]
 
@@ -76,6 +80,7 @@ class EmbeddingDataModule(LightningDataModule):
         replacement: Draw training rows with replacement, as the original does.
         seed: Of the split, and of synthetic data.
         num_workers: Processes that read batches; 0 is fastest for data that fit in memory.
+        epoch_batches: Batches in an epoch where rows are drawn with replacement; by default as many as without.
 
     Raises:
         InputError: nothing usable at `source`, or too few rows for three splits.
@@ -98,46 +103,46 @@ class EmbeddingDataModule(LightningDataModule):
         replacement: bool = False,
         seed: int = 42,
         num_workers: int = 0,
+        epoch_batches: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters()
         self.source = str(default_store(fasta)) if fasta is not None and source == "auto" else source
-        self._extracted = fasta is None
+        self.targets: Tensor | None = None
         self._ready = False
 
     def prepare_data(self) -> None:
-        """Extract what is missing, once (one process only; Lightning calls it before every `setup`)."""
-        if not self._extracted:
-            h = self.hparams
-            embed(h["fasta"], self.source, backbone=h["backbone"], pooling=h["pooling"])
-            self._extracted = True
+        """Extract what is missing (Lightning calls it in one process, before every `setup`)."""
+        h: Any = self.hparams
+        if h.fasta is not None and not self._ready:
+            embed(h.fasta, self.source, backbone=h.backbone, pooling=h.pooling)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the embeddings and split them; further calls do nothing."""
+        """Open the embeddings and split them, whatever the stage; further calls do nothing."""
         if self._ready:
             return
-        h = self.hparams
+        h: Any = self.hparams
         self.source = find_source(self.source)
         if self.source == SYNTHETIC:
-            self.embeddings = synthetic_embeddings(seed=h["seed"])
+            self.embeddings = synthetic_embeddings(seed=h.seed)
         else:
             self.embeddings = load_matrix(self.source)
             shipped = Path(split_source(self.source)[0]) / "clusters.tsv"
-            if h["clusters"] is not None or shipped.exists():
-                clusters = read_clusters(Path(h["clusters"] or shipped), self.embeddings.ids)
+            if h.clusters is not None or shipped.exists():
+                clusters = read_clusters(Path(h.clusters or shipped), self.embeddings.ids)
                 self.embeddings = replace(self.embeddings, clusters=clusters)
         data = self.embeddings
-        digests = None if data.sequences is not None else _digests(data.x)
+        digests = None if data.sequences is not None else _row_digests(data.x)
         self.split_rows = make_split(
             data.ids,
             data.sequences,
             data.clusters,
-            method=h["split"],
-            val_fraction=h["val_fraction"],
-            test_fraction=h["test_fraction"],
-            seed=h["seed"],
+            method=h.split,
+            val_fraction=h.val_fraction,
+            test_fraction=h.test_fraction,
+            seed=h.seed,
             groups=digests,
-            sides=None if digests is None else given_sides(data, digests),
+            sides=None if digests is None else prescribed_splits(data, digests),
             cache=CLUSTER_CACHE,
         )
         check_split(self.split_rows, data.sequences, data.clusters)
@@ -153,51 +158,73 @@ class EmbeddingDataModule(LightningDataModule):
         """d, the width of an embedding."""
         return self.embeddings.x.shape[1]
 
-    def rows(self, part: Literal["train", "val", "test"], selected: np.ndarray | None = None) -> Tensor:
+    def rows(self, split: SplitName, selected: np.ndarray | None = None) -> Tensor:
         """The rows of one split in memory, or selected ones of them, `(N, d)` float32."""
-        indices = getattr(self.split_rows, part)
+        indices = getattr(self.split_rows, split)
         return torch.from_numpy(self.embeddings.x[indices if selected is None else indices[selected]])
 
-    def proteins(self, part: Literal["train", "val", "test"]) -> np.ndarray:
+    def proteins(self, split: SplitName) -> np.ndarray:
         """Which protein each row of a split belongs to, numbered from 0, `(N,)`."""
-        ids = np.asarray(self.embeddings.ids)[getattr(self.split_rows, part)]
+        ids = np.asarray(self.embeddings.ids)[getattr(self.split_rows, split)]
         return np.unique(ids, return_inverse=True)[1]
 
-    def labels(self, part: Literal["train", "val", "test"]) -> list[str] | None:
+    def labels(self, split: SplitName) -> list[str] | None:
         """Labels of the rows of one split, if the data have any."""
         labels = self.embeddings.labels
-        return None if labels is None else [labels[i] for i in getattr(self.split_rows, part)]
+        return None if labels is None else [labels[i] for i in getattr(self.split_rows, split)]
 
-    def stream(self, part: Literal["train", "val", "test"]) -> Iterator[Tensor]:
+    def stream(self, split: SplitName) -> Iterator[Tensor]:
         """Iterates over one split in order, in blocks of `STREAM_ROWS`, so that it need not fit in memory."""
-        indices = getattr(self.split_rows, part)
+        indices = getattr(self.split_rows, split)
         for start in range(0, len(indices), STREAM_ROWS):
             yield torch.from_numpy(self.embeddings.x[indices[start : start + STREAM_ROWS]])
 
-    def train_dataset(self) -> Rows:
-        """The training rows."""
-        return Rows(self.embeddings.x, self.split_rows.train)
+    @cached_property
+    def moments(self) -> Moments:
+        """Mean and covariance of the training rows, in one streaming pass."""
+        return Moments.of(self.stream("train"))
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled training batches."""
-        rows = self.train_dataset()
-        sampler = RandomSampler(rows, replacement=self.hparams["replacement"])  # seeded by the trainer, through torch
-        return self.loader(rows, self.hparams["batch_size"], sampler)
+    @torch.no_grad()
+    def with_targets(self, teacher: nn.Module) -> Self:
+        """The same data, whose training batches are pairs `(x, teacher(x))`, computed once for all epochs.
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+        Outputs that would take more than `MAX_TARGET_BYTES` are left to each training step.
+        """
+        paired = copy(self)
+        first = teacher(self.rows("train", np.arange(1)))
+        if 4 * first.shape[1] * len(self.split_rows.train) <= MAX_TARGET_BYTES:
+            paired.targets = torch.cat([teacher(x) for x in self.stream("train")])
+        return paired
+
+    def with_batches(self, batch_size: int, replacement: bool, epoch_batches: int | None = None) -> Self:
+        """The same data in other training batches."""
+        other = copy(self)
+        changes = {"batch_size": batch_size, "replacement": replacement, "epoch_batches": epoch_batches}
+        other._set_hparams({**self.hparams, **changes})
+        return other
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled training batches; the sampler draws from torch's global generator."""
+        h: Any = self.hparams
+        rows = Rows(self.embeddings.x, self.split_rows.train, self.targets)
+        number = h.epoch_batches * h.batch_size if h.replacement and h.epoch_batches else None
+        return self._loader(rows, RandomSampler(rows, h.replacement, number), h.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches in order."""
-        return self.loader(Rows(self.embeddings.x, self.split_rows.val), STREAM_ROWS)
+        rows = Rows(self.embeddings.x, self.split_rows.val)
+        return self._loader(rows, SequentialSampler(rows), STREAM_ROWS)
 
-    def test_dataloader(self) -> DataLoader[Tensor]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches in order."""
-        return self.loader(Rows(self.embeddings.x, self.split_rows.test), STREAM_ROWS)
+        rows = Rows(self.embeddings.x, self.split_rows.test)
+        return self._loader(rows, SequentialSampler(rows), STREAM_ROWS)
 
-    def loader(self, rows: Dataset[Any], batch_size: int, sampler: Any = None) -> DataLoader[Any]:
-        """Batches of some rows, in order or in the sampler's."""
+    def _loader(self, rows: Rows, sampler: Sampler[int], batch_size: int) -> DataLoader[Batch]:
+        """Whole batches, each gathered by one indexing operation."""
         workers = self.hparams["num_workers"]
-        return DataLoader(
-            rows, batch_size, sampler=sampler, collate_fn=_identity, num_workers=workers, persistent_workers=workers > 0
-        )
+        batches = BatchSampler(sampler, batch_size, drop_last=False)
+        return DataLoader(rows, None, sampler=batches, num_workers=workers, persistent_workers=workers > 0)
 
     @cached_property
     def digest(self) -> str:
@@ -226,7 +253,7 @@ class EmbeddingDataModule(LightningDataModule):
         )
 
 
-def given_sides(data: Embeddings, digests: Sequence[bytes]) -> list[str] | None:
+def prescribed_splits(data: Embeddings, digests: Sequence[bytes]) -> list[str] | None:
     """The split that the original project's pair of files prescribes; None for anything else.
 
     Its validation rows are held out, one third to choose the epoch and the rest for the report. A held-out vector that

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distil_rank.embedding.layer_spec import split_source
+from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.location import is_remote
 from distil_rank.embedding.provenance import embedding_run
 from distil_rank.embedding.storage import Location
@@ -239,7 +239,7 @@ def _h5py() -> Any:
 
 def _read_store(path: Location) -> Embeddings:
     store = Store.open(path)
-    run = embedding_run(store.path, store.manifest)
+    run = embedding_run(store.storage)
     owner = store.protein_of_row()
     ids, sequences = store.ids, store.sequences
     description = {key: value for key, value in store.manifest.items() if key not in ("proteins", "shards")}

@@ -17,13 +17,13 @@ MAX_NEIGHBOURS = 10
 
 
 @dataclass(frozen=True)
-class Agreement:
+class PrecisionAgreement:
     """How closely int8 follows fp32 on some proteins.
 
     Attributes:
         worst_cosine: Of the mean-pooled vectors, before and after.
-        neighbours_retained: Share of each protein's nearest neighbours in fp32 that it has in int8, by centred cosine; None
-            where there are too few proteins.
+        neighbours_retained: Share of each protein's nearest neighbours in fp32 that it has in int8, by centred cosine;
+            None where there are too few proteins.
         proteins: Their number.
     """
 
@@ -52,20 +52,20 @@ class Agreement:
         return f"worst cosine {self.worst_cosine:.5f} to fp32{retained} ({self.proteins} proteins)"
 
 
-def agreement(expected: Tensor, found: Tensor) -> Agreement:
+def agreement(expected: Tensor, rounded: Tensor) -> PrecisionAgreement:
     """Compares pooled vectors, (N, dim) each, row by row and by their neighbours.
 
     >>> agreement(torch.eye(2), torch.eye(2))
-    Agreement(worst_cosine=1.0, neighbours_retained=None, proteins=2)
+    PrecisionAgreement(worst_cosine=1.0, neighbours_retained=None, proteins=2)
     """
-    worst = float(np.min(F.cosine_similarity(expected, found).numpy(), initial=1.0))  # NaN where any of them is
+    worst = float(np.min(F.cosine_similarity(expected, rounded).numpy(), initial=1.0))  # NaN where any of them is
     number = min(MAX_NEIGHBOURS, len(expected) // 4)
     if not number:
-        return Agreement(worst, None, len(expected))
+        return PrecisionAgreement(worst, None, len(expected))
 
     def neighbours(x: Tensor) -> Tensor:
         centred = F.normalize(x - expected.mean(0))
         return (centred @ centred.T).fill_diagonal_(-torch.inf).topk(number).indices
 
-    same = neighbours(expected)[:, :, None] == neighbours(found)[:, None, :]
-    return Agreement(worst, same.any(2).float().mean().item(), len(expected))
+    same = neighbours(expected)[:, :, None] == neighbours(rounded)[:, None, :]
+    return PrecisionAgreement(worst, same.any(2).float().mean().item(), len(expected))

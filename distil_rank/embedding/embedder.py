@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
-from distil_rank.embedding.freed_memory import keep_freed_memory
-from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.hardware import keep_freed_memory
+from distil_rank.embedding.layers import State
+from distil_rank.options.embed import Pooling
 
 logger = logging.getLogger(__name__)
 
-Pooling = Literal["mean", "bos", "residue"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAST, LEAST = 4, 4  # a batch has a quarter of the tokens that are left, but not less than a quarter of the most
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
@@ -58,13 +57,13 @@ class Embedded:
         return list(self.vectors.split(self.counts))
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Part of a sequence that goes through the model in one pass."""
 
     owner: int
     start: int
     text: str
+    weights: Tensor  # of its residues, (L,), or of its BOS, (1,), in the sum that is the result
 
 
 class Embedder:
@@ -75,8 +74,7 @@ class Embedder:
         pooling: `mean` over residues (without BOS and EOS), `bos`, or `residue` for one vector per residue.
         precision: `fp32` or `bf16`, of the matrix products; see `FusedEncoder`. Pooling sums in fp32.
         device: Where to compute.
-        layers: Whose hidden states are pooled, ascending; the last layer's by default. A shortened backbone has its
-            own, and a map behind them.
+        layers: Whose hidden states are pooled, ascending; the last layer's by default.
         window: Residues per pass; longer sequences are computed in overlapping windows, and a residue in several of
             them gets their mean. None: whole sequences, whatever their length.
         max_tokens: Tokens per pass.
@@ -94,15 +92,11 @@ class Embedder:
         max_tokens: int = 2048,
         encoder: FusedEncoder | None = None,
     ):
-        self.map = None if backbone.exit is None else copy.deepcopy(backbone.exit.map).to(device)
-        own = [State(backbone.num_layers)] if backbone.exit is None else backbone.exit.features
-        self.layers = tuple(layers if layers and self.map is None else own)
-        alone = None if backbone.exit is None else backbone.exit.bos_only_after
+        self.layers = tuple(layers or [State(backbone.num_layers)])
         shared = precision == "fp32" and torch.device(device).type == "cpu"  # the model's own weights serve
         model = backbone.model if shared else backbone.streamed
-        self.encoder = encoder or FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer, alone)
+        self.encoder = encoder or FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer)
         self.alphabet = backbone.alphabet
-        self.width = backbone.model.embed_dim
         self.dim = backbone.dim
         self.pooling = pooling
         self.window = window
@@ -141,25 +135,28 @@ class Embedder:
         Args:
             sequences: Cleaned amino acids.
         """
-        pieces = [piece for owner, text in enumerate(sequences) for piece in self._pieces(owner, text)]
+        pieces = []
+        for owner, text in enumerate(sequences):
+            extents = windows(len(text), self.window)
+            covered = torch.zeros(len(text))
+            for start, stop in extents:
+                covered[start:stop] += 1
+            weights = 1 / (covered if self.pooling == "residue" else covered * len(text))
+            for start, stop in extents:
+                own = torch.full((1,), 1 / len(extents)) if self.pooling == "bos" else weights[start:stop]
+                pieces.append(_Piece(owner, start, text[start:stop], own))
         per_residue = self.pooling == "residue"
         counts = [len(text) if per_residue else 1 for text in sequences]
-        empty = torch.zeros(len(self.layers), sum(counts), self.width, device=self.encoder.device)
+        empty = torch.zeros(len(self.layers), sum(counts), self.dim, device=self.encoder.device)
         sums = _Sums(empty, counts, per_residue)
-        weights = [self._weights(text) for text in sequences]
         for group in self.batches([len(piece.text) for piece in pieces], tapered=False):
-            self._add([pieces[i] for i in group], weights, sums)
-        pooled = sums.result()
-        if self.map is None:
-            return pooled
-        features = pooled.layers.transpose(0, 1).flatten(1)  # (vectors, layers x width)
-        with torch.no_grad():
-            return Embedded(self.map(features)[None], pooled.counts)
+            self._add([pieces[i] for i in group], sums)
+        return sums.result()
 
     @property
     def _narrow(self) -> bool:
         """Whether one core is enough for a batch; independent of their number, on which no vector may depend."""
-        return self.encoder.device.type == "cpu" and self.width < WIDE
+        return self.encoder.device.type == "cpu" and self.dim < WIDE
 
     @property
     def parallel_batches(self) -> int:
@@ -197,26 +194,13 @@ class Embedder:
         finally:
             torch.set_num_threads(threads)
 
-    def _pieces(self, owner: int, text: str) -> Iterable[_Piece]:
-        return (_Piece(owner, start, text[start:stop]) for start, stop in windows(len(text), self.window))
-
-    def _weights(self, text: str) -> Tensor:
-        """Weight of each residue in each of its windows, so that the weighted sum is the result, (L,); (1,) for bos."""
-        counts = torch.zeros(len(text))
-        extents = windows(len(text), self.window)
-        for start, stop in extents:
-            counts[start:stop] += 1
-        if self.pooling == "residue":
-            return 1 / counts
-        return 1 / (counts * len(text)) if self.pooling == "mean" else torch.full((1,), 1 / len(extents))
-
-    def _add(self, pieces: list[_Piece], weights: list[Tensor], sums: _Sums) -> None:
+    def _add(self, pieces: list[_Piece], sums: _Sums) -> None:
         """Adds these pieces' contributions to their sequences' vectors."""
         pieces = [piece for piece in pieces if piece.owner not in sums.skipped]
         if not pieces:
             return
         try:
-            sums.add(pieces, self._contributions(pieces, weights))
+            sums.add(pieces, self._contributions(pieces))
             return
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -232,14 +216,14 @@ class Embedder:
         if tokens // 2 < self.max_tokens:
             self.max_tokens = tokens // 2
             logger.warning("out of memory with %s tokens at once; continuing with half of them", f"{tokens:,}")
-        self._add(pieces[: len(pieces) // 2], weights, sums)
-        self._add(pieces[len(pieces) // 2 :], weights, sums)
+        self._add(pieces[: len(pieces) // 2], sums)
+        self._add(pieces[len(pieces) // 2 :], sums)
 
     @torch.no_grad()
-    def _contributions(self, pieces: list[_Piece], weights: list[Tensor]) -> Tensor:
+    def _contributions(self, pieces: list[_Piece]) -> Tensor:
         """Weighted sums of the pieces, (layers, pieces, dim), or their weighted residues, (layers, residues, dim)."""
         tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)
-        pool = self._pooling(pieces, lengths, weights)
+        pool = self._pooling(pieces, lengths)
         parts = []
         for number, hidden in enumerate(self.encoder.states(tokens, lengths)):
             for state in (state for state in self.layers if state.layer == number):
@@ -247,15 +231,14 @@ class Embedder:
                 parts.append(pool(self.encoder.normed(hidden) if normed else hidden))
         return torch.stack(parts)
 
-    def _pooling(self, pieces: list[_Piece], lengths: list[int], weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def _pooling(self, pieces: list[_Piece], lengths: list[int]) -> Callable[[Tensor], Tensor]:
         """The map from the hidden states of all tokens, (T, dim), to one layer's contributions."""
         device = self.encoder.device
         if self.pooling == "bos":
             first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=device)
-            per_piece = torch.cat([weights[piece.owner] for piece in pieces]).to(device)[:, None]
+            per_piece = torch.cat([piece.weights for piece in pieces]).to(device)[:, None]
             return lambda hidden: hidden[first] * per_piece
-        padded = [F.pad(weights[piece.owner][piece.start : piece.start + len(piece.text)], (1, 1)) for piece in pieces]
-        on_host = torch.cat(padded)
+        on_host = torch.cat([F.pad(piece.weights, (1, 1)) for piece in pieces])  # BOS and EOS have none
         per_token = on_host.to(device)[:, None]
         if self.pooling == "residue":
             residues = on_host.nonzero()[:, 0].to(device)  # all but BOS and EOS; a GPU would have to be asked how many

@@ -24,10 +24,9 @@ from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
-from distil_rank.embedding.freed_memory import return_freed_memory
-from distil_rank.embedding.layer_costs import LayerClock
-from distil_rank.embedding.streamed_model import StreamedModel
-from distil_rank.errors import InputError
+from distil_rank.embedding.backbone import StreamedModel
+from distil_rank.embedding.hardware import return_freed_memory
+from distil_rank.embedding.layers import LayerClock
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
 EXACT = 2  # first layers, whose queries and keys are not rounded: later layers amplify their errors most
@@ -65,28 +64,6 @@ class _Layer(NamedTuple):
     fc2: Affine
 
 
-class Parts(NamedTuple):
-    """What an encoder has beside its layers.
-
-    Attributes:
-        heads: Attention heads of each layer.
-        depth: Layers of the whole model.
-        eps: Of the norms.
-        frequencies: Of the rotary embedding, (head width / 2,).
-        embedding: Of each token, (tokens, dim).
-        norm_after: Scale and shift of the final norm.
-        first: The first layer's queries and keys, (tokens, 2 dim), and values, (tokens, dim), of each token.
-    """
-
-    heads: int
-    depth: int
-    eps: float
-    frequencies: Tensor
-    embedding: Tensor
-    norm_after: Affine
-    first: tuple[Tensor, Tensor]
-
-
 class FusedEncoder:
     """The encoder of a fair-esm ESM-2 model up to one layer, for inference.
 
@@ -95,11 +72,11 @@ class FusedEncoder:
         dtype: Of the weights and of the inputs of matrix products.
         device: Where to compute.
         layer: The last layer to compute; the model's own by default.
-        bos_only_after: Layers behind this one compute the BOS token alone, which attends to the residues as they are
-            behind this one; none by default.
 
     Attributes:
-        parts: What it has beside its layers.
+        depth: Layers of the whole model.
+        embedding: Of each token, (tokens, dim).
+        first: The first layer's queries and keys, (tokens, 2 dim), and values, (tokens, dim), of each token.
         clock: What each layer took so far.
     """
 
@@ -109,40 +86,24 @@ class FusedEncoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layer: int | None = None,
-        bos_only_after: int | None = None,
     ):
-        self.bos_only_after = bos_only_after
-        check_exact(model)
         self.layer = model.num_layers if layer is None else layer
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.heads, self.eps = model.attention_heads, model.emb_layer_norm_after.eps
-        layers = self._convert(model.layers[: self.layer])
-        self._assemble(self._parts(model), layers)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.heads, self.depth, self.eps = model.attention_heads, model.num_layers, model.emb_layer_norm_after.eps
+        scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
+        self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
+        self.norm_after = self._parameters(model.emb_layer_norm_after)
+        self.layers = self._convert(model.layers[: self.layer])
+        exact = model.layers[0]
+        self.frequencies = exact.self_attn.rot_emb.inv_freq.float().cpu().clone()  # of the rotary embedding
+        self.first = self._project(self.embedding, self._layer(exact, torch.float32, torch.float32))
+        self.clock = LayerClock(self.layer, self.device)
+        return_freed_memory()
 
     @property
     def attention_dtype(self) -> torch.dtype:
         """Of queries, keys and values in attention."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
-
-    def _assemble(self, parts: Parts, layers: Sequence[Any]) -> None:
-        """Takes over what the forward pass needs; `layer`, `dtype` and `device` are set."""
-        self.parts = parts
-        self.heads, self.depth, self.eps = parts.heads, parts.depth, parts.eps
-        self.frequencies, self.embedding = parts.frequencies, parts.embedding
-        self.norm_after, self.first = parts.norm_after, parts.first
-        self.layers = layers
-        self.clock = LayerClock(self.layer, self.device)
-        return_freed_memory()
-
-    def _parts(self, model: ESM2 | StreamedModel) -> Parts:
-        scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
-        embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
-        exact = model.layers[0]
-        first = self._project(embedding, self._layer(exact, torch.float32, torch.float32))
-        frequencies = exact.self_attn.rot_emb.inv_freq.float().cpu().clone()
-        norm_after = self._parameters(model.emb_layer_norm_after)
-        return Parts(model.attention_heads, model.num_layers, self.eps, frequencies, embedding, norm_after, first)
 
     def _convert(self, modules: Sequence[Any]) -> Sequence[Any]:
         """The parameters of each layer, as `_apply` wants them."""
@@ -240,10 +201,7 @@ class FusedEncoder:
             yield x[:total]
             lap = None if lap is None else self.clock.now()
             projected = None if number else self._look_up(tokens)
-            if self.bos_only_after is None or number < self.bos_only_after:
-                self._apply(layer, x, projected, rotations, lengths)
-            else:
-                self._apply_to_bos(layer, x, rotations, lengths)
+            self._apply(layer, x, projected, rotations, lengths)
         self.clock.lap(len(self.layers), lap)
         yield x[:total]
 
@@ -256,18 +214,9 @@ class FusedEncoder:
         qk, v = self._project(x, layer) if projected is None else projected
         attended = self._attend(qk, v, rotations, lengths)
         x += linear(attended, layer.out)
-        x += self._feed_forward(x, layer)
-
-    def _apply_to_bos(self, layer: _Layer, x: Tensor, rotations: Tensor, lengths: list[int]) -> None:
-        """The same for the first token of each sequence; of the others, which stay, only keys and values are needed."""
-        first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=x.device)
-        normed, (weight, bias), width = self._norm(x, layer.norm1), layer.qk, x.shape[1]
-        q = linear(normed[first], (weight[:width], bias[:width]))  # at position 0, where nothing is rotated
-        k = linear(normed, (weight[width:], bias[width:])).unflatten(-1, (self.heads, -1))
-        v = F.linear(normed.to(layer.v.dtype), layer.v).float().unflatten(-1, (self.heads, -1))
-        attended = attend_from_first(q.unflatten(-1, (self.heads, -1)), rotated(k, rotations), v, lengths)
-        hidden = x[first] + linear(attended, layer.out)
-        x[first] = hidden + self._feed_forward(hidden, layer)
+        weight, bias = layer.fc1
+        hidden = F.linear(self._norm(x, layer.norm2).to(self.dtype), weight, bias.to(self.dtype))
+        x += linear(F.gelu(hidden), layer.fc2)
 
     def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
         """Rotates queries and keys, (T, 2 C) float32, in place; attention over the values, (T, C)."""
@@ -275,20 +224,6 @@ class FusedEncoder:
         q, k = qk.chunk(2, dim=1)
         attend = attend_sequentially if self.device.type == "cpu" else _attend_jagged
         return attend(q, k, v.unflatten(-1, (self.heads, -1)).to(qk.dtype), lengths).flatten(1)
-
-    def _feed_forward(self, x: Tensor, layer: _Layer) -> Tensor:
-        weight, bias = layer.fc1
-        hidden = F.linear(self._norm(x, layer.norm2).to(self.dtype), weight, bias.to(self.dtype))
-        return linear(F.gelu(hidden), layer.fc2)
-
-
-def check_exact(model: ESM2 | StreamedModel) -> None:
-    """Raises `InputError` for the model of a backbone in int8, which has no other weights."""
-    if model.embed_tokens.weight.is_meta:
-        raise InputError(
-            "Expected a backbone with its exact weights but got one that was saved in int8; name the model that it was "
-            "made of, or use --precision int8."
-        )
 
 
 def folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:
@@ -323,19 +258,6 @@ def attend_sequentially(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> 
         result = F.scaled_dot_product_attention(one[0], one[1], one[2], attn_mask=mask)
         attended[start:stop] = result[0].transpose(0, 1)
     return attended
-
-
-def attend_from_first(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Attention of one query for each sequence, (N, H, D), over its keys and values, (T, H, D); returns (N, H D)."""
-    sizes = torch.tensor(lengths, device=k.device)
-
-    def over(values: Tensor, how: str) -> Tensor:
-        return torch.segment_reduce(values, how, lengths=sizes, axis=0)
-
-    scores = (k * q.repeat_interleave(sizes, dim=0)).sum(-1) / q.shape[-1] ** 0.5  # (T, H)
-    weights = (scores - over(scores, "max").repeat_interleave(sizes, dim=0)).exp()
-    mixed = over((weights[..., None] * v).flatten(1), "sum").unflatten(-1, q.shape[1:])
-    return (mixed / over(weights, "sum")[..., None]).flatten(1)
 
 
 @lru_cache(maxsize=256)  # more than a batch has different lengths; every layer uses the same masks

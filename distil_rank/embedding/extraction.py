@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,51 +17,46 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from distil_rank.embedding.backbone import Backbone, load_backbone
-from distil_rank.embedding.embedder import Embedded, Embedder, Pooling
+from distil_rank.embedding.embedder import Embedded, Embedder
 from distil_rank.embedding.esm2 import FusedEncoder
-from distil_rank.embedding.layer_costs import LayerCost, layer_costs
-from distil_rank.embedding.layer_spec import Layers, State, parse_layers
+from distil_rank.embedding.int8.calibration import CalibrationEncoder
+from distil_rank.embedding.layers import LayerCost, State, layer_costs, parse_layers
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.precision import (
     CALIBRATION,
     HEAD,
     MIN_BF16_COSINE,
-    Choice,
-    Precision,
     choose,
     int8_encoder,
+    store_calibration,
 )
 from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_records
-from distil_rank.embedding.shards import Shard
-from distil_rank.embedding.shortened import POOLED_ALIKE
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, EMBEDDINGS, Store, layers_of
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
+from distil_rank.options.embed import EmbedOptions
 
 logger = logging.getLogger(__name__)
 
-Long = Literal["window", "truncate", "error"]
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a batch: fits a CPU's caches, keeps a GPU busy
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to embed, and how; see `embed`."""
+class Request(EmbedOptions):
+    """What to embed, and how, with what other commands hand over.
 
-    fasta: str | Path
-    store: str | Path
-    backbone: str = "auto"
-    pooling: Pooling = "mean"
-    layer: Layers = None
-    precision: Precision = "auto"
-    long: Long = "window"
-    max_length: int = 1022
-    max_tokens: int | None = None
-    retry_skipped: bool = False
-    calibration: str | Path | None = None
+    Attributes:
+        store: By now it has a name.
+        encoder: Writes codes in place of the vectors.
+        like: Store of the same backbone whose int8 calibration, and comparison with fp32, to take over.
+    """
+
+    store: str | Path = ""
     encoder: CodeEncoder | None = None
-    like: str | Path | None = None
+    like: Location | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +82,16 @@ class Filled:
     costs: Sequence[LayerCost] = ()
 
 
+class _Batch(NamedTuple):
+    """Sequences of one shard that go through the model together."""
+
+    shard: Shard
+    rows: list[int]
+    texts: list[str]
+    residues: int  # that the progress bar counts: with those computed by an earlier run
+    last: bool  # whether the shard is complete after it
+
+
 class Extraction:
     """A request on one device.
 
@@ -96,14 +101,10 @@ class Extraction:
     """
 
     def __init__(self, request: Request, device: torch.device):
-        for name in ("max_length", "max_tokens"):
-            value = getattr(request, name)
-            if value is not None and value < 1:
-                raise InputError(f"Expected {name} of at least 1 but got {value}.")
         self.request = request
         self.device = device
         self.writer = StoreWriter(request.store, EMBEDDINGS if request.encoder is None else CODES)
-        self._int8: FusedEncoder | None = None
+        self._int8: FusedEncoder | None = None  # the encoder that `plan` made for its comparison
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -123,101 +124,54 @@ class Extraction:
         Returns:
             The number of added proteins, and what cleaning changed.
         """
-        self.writer.check_folder()
-        report = CleaningReport(str(self.request.fasta))
+        request, writer = self.request, self.writer
+        writer.check_folder()
+        report = CleaningReport(str(request.fasta))
         proteins = self._proteins(report)
         head = list(islice(proteins, HEAD))  # reports an unreadable file before a model is fetched
-        proteins = chain(head, proteins)
-        existing, layers = self.writer.manifest, self._layers()
-        self._check_layers(existing, layers)
-        choice = self._choose([protein.sequence for protein in head], layers)
+
+        existing, backbone = writer.manifest, self.backbone
+        layers = parse_layers(request.layer, backbone.num_layers, backbone.name)
+        wanted = ",".join(map(str, layers))
+        stored = ",".join(map(str, layers_of(existing))) or str(existing.get("layer"))
+        if existing and wanted != stored:
+            raise InputError(
+                f"Expected layers {stored}, which the store {writer.path} was made with, but got {wanted}; "
+                f"use --layer {stored}, or choose another store."
+            )
+        sequences = [protein.sequence for protein in head]
+        choice = choose(request, writer, self.device, backbone, sequences, layers[-1].layer, request.like)
         self._int8 = choice.encoder
-        description = {"backbone": self.backbone.name, "fallback": self.backbone.fallback, **choice.notes}
-        if choice.calibration is not None and not existing:
-            self.writer.storage.write(CALIBRATION, choice.calibration.content())
-        added = self.writer.plan(proteins, self._settings(layers, choice), description, report)
-        logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", self.writer.path)
-        if report.counts["nucleotides"]:
-            logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
-        untouched = len(self.writer.pending()) == len(self.writer.manifest["shards"]) > 0
-        compared = "bf16_cosine" in read_provenance(self.writer.path)
-        if self.request.precision != "bf16" and choice.precision == "bf16" and untouched and not compared:
-            self._compare_bf16()
-        retried = self.writer.retry_skipped(memory_of(self.device), self.request.retry_skipped)
-        if retried:
-            logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
-        return added, report
-
-    def _choose(self, sequences: list[str], layers: list[State]) -> Choice:
-        """The precision, from the first proteins."""
-        request = self.request
-        return choose(
-            request.precision,
-            self.writer,
-            self.device,
-            self.backbone,
-            sequences,
-            layers[-1].layer,
-            request.calibration,
-            request.like,
-        )
-
-    def _settings(self, layers: list[State], choice: Choice) -> dict[str, Any]:
-        """What the vectors depend on, for the manifest."""
-        request, backbone, calibration = self.request, self.backbone, choice.calibration
-        settings = {
+        entries = [layer.entry for layer in layers]
+        settings: dict[str, Any] = {
             "weights_sha256": backbone.sha256,
             "dim": backbone.dim,
-            **layer_settings(layers),
+            **({"layer": entries[0]} if len(entries) == 1 else {"layers": entries}),
             "pooling": request.pooling,
             "precision": choice.precision,
-            **({} if calibration is None else {"calibration_sha256": calibration.sha256}),
+            **({} if choice.calibration is None else {"calibration_sha256": choice.calibration.sha256}),
             "long": request.long,
             "max_length": request.max_length,
         }
-        return settings if request.encoder is None else settings | self._code_settings(request.encoder, settings)
+        if request.encoder is not None:
+            request.encoder.check_origin(settings, f"this request to embed with {backbone.name}")
+            settings |= {"dim": request.encoder.code_width, "code": request.encoder.entry}
+        if choice.calibration is not None and not existing:
+            writer.storage.write(CALIBRATION, choice.calibration.content())
+        description = {"backbone": backbone.name, "fallback": backbone.fallback, **choice.notes}
+        added = writer.plan(chain(head, proteins), settings, description, report)
+        logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", writer.path)
+        if report.counts["nucleotides"]:
+            logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
 
-    def _layers(self) -> list[State]:
-        """What is asked for; a shortened backbone has one output, for the pooling that it was made for."""
-        request, backbone = self.request, self.backbone
-        if backbone.exit is None:
-            return parse_layers(request.layer, backbone.num_layers, backbone.name)
-        if request.layer is not None:
-            raise InputError(
-                f"Expected no --layer for the shortened backbone {backbone.name}, whose output stands for "
-                f"{backbone.exit.target}, but got {request.layer}; use the whole backbone."
-            )
-        allowed = POOLED_ALIKE.get(backbone.exit.pooling, ())
-        if request.pooling not in allowed:
-            raise InputError(
-                f"Expected --pooling {' or '.join(allowed)} for the shortened backbone {backbone.name}, which was "
-                f"fitted to {backbone.exit.pooling}, but got {request.pooling}."
-            )
-        if backbone.exit.bos_only_after is not None and "int8" in request.precision:
-            raise InputError(
-                f"Expected --precision auto, fp32 or bf16 for {backbone.name}, whose last layers compute the BOS token "
-                f"alone, but got {request.precision}."
-            )
-        return [State(backbone.num_layers)]
-
-    def _code_settings(self, encoder: CodeEncoder, settings: dict[str, Any]) -> dict[str, Any]:
-        """What the manifest tells of the codes.
-
-        Raises:
-            InputError: the map is for vectors of another backbone, layer or pooling.
-        """
-        encoder.check_origin(settings, f"this request to embed with {self.backbone.name}")
-        return {"dim": encoder.code_width, "code": encoder.entry}
-
-    def _check_layers(self, manifest: dict[str, Any], layers: list[State]) -> None:
-        """Raises `InputError` where the store exists and holds other layers."""
-        wanted = ",".join(map(str, layers))
-        stored = ",".join(map(str, layers_of(manifest))) or str(manifest.get("layer"))
-        if manifest and wanted != stored:
-            raise InputError(
-                f"Expected layers {stored}, which the store {self.writer.path} was made with, but got {wanted}; "
-                f"use --layer {stored}, or choose another store."
-            )
+        untouched = len(writer.pending()) == len(writer.manifest["shards"]) > 0
+        compared = "bf16_cosine" in read_provenance(writer.storage)
+        if request.precision != "bf16" and choice.precision == "bf16" and untouched and not compared:
+            self._compare_bf16()
+        retried = writer.retry_skipped(memory_of(self.device), request.retry_skipped)
+        if retried:
+            logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
+        return added, report
 
     def _proteins(self, report: CleaningReport) -> Iterator[Protein]:
         limit = self.request.max_length
@@ -231,15 +185,15 @@ class Extraction:
 
     def _compare_bf16(self) -> None:
         """Computes the first batch in fp32 and bf16; sets the store to fp32 if they disagree."""
-        texts = self._texts(self.writer.pending()[0])
+        texts = list(self._texts(self.writer.pending()[0]).values())
         both = []
         for precision in ("fp32", "bf16"):
             embedder = self._embedder(precision)
-            first = embedder.batches([len(text) for text in texts.values()])[0]
-            both.append(embedder.embed([list(texts.values())[i] for i in first]))
+            first = embedder.batches([len(text) for text in texts])[0]
+            both.append(embedder.embed([texts[i] for i in first]).per_sequence())
         cosines = [
             F.cosine_similarity(a.mean(0), b.mean(0), dim=0).item()
-            for a, b in zip(*(result.per_sequence() for result in both), strict=True)
+            for a, b in zip(*both, strict=True)
             if len(a) and len(a) == len(b)
         ]
         worst = float(np.min(cosines, initial=1.0))  # which is NaN where any of them is
@@ -251,9 +205,15 @@ class Extraction:
         self.writer.record(bf16_cosine=worst)
 
     def _embedder(self, precision: str) -> Embedder:
-        manifest, layers = self.writer.manifest, self._store_layers()
-        int8 = self._int8_encoder(layers[-1].layer) if precision == "int8" else None
-        max_tokens = self.request.max_tokens or MAX_TOKENS[self.device.type]
+        """With the store's settings; int8 is what `plan` has made, or made again from the store's calibration."""
+        manifest = self.writer.manifest
+        layers = layers_of(manifest) or [State.parse(manifest["layer"])]
+        encoder = None
+        if precision == "int8":
+            encoder = self._int8
+            if encoder is None:  # after a restart, and in other processes
+                calibration = store_calibration(self.writer, self.device)
+                encoder = int8_encoder(CalibrationEncoder(self.backbone.streamed, layers[-1].layer), calibration)
         return Embedder(
             self.backbone,
             manifest["pooling"],
@@ -261,19 +221,9 @@ class Extraction:
             self.device,
             layers,
             manifest["max_length"],
-            max_tokens,
-            int8,
+            self.request.max_tokens or MAX_TOKENS[self.device.type],
+            encoder,
         )
-
-    def _store_layers(self) -> list[State]:
-        manifest = self.writer.manifest
-        return layers_of(manifest) or [State.parse(manifest["layer"])]
-
-    def _int8_encoder(self, layer: int) -> FusedEncoder:
-        """What `plan` has made; after a restart, and in other processes, made again from the store's calibration."""
-        if self._int8 is None:
-            self._int8 = int8_encoder(self.backbone, self.writer, self.device, layer)
-        return self._int8
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -314,36 +264,16 @@ class Extraction:
                 writing.result()
         return computed, residues
 
-    def finish(self, computed: int, residues: int, seconds: float) -> None:
-        """Records complete shards in the manifest and, where something was computed, the run in the provenance.
-
-        The caller holds the store's lock.
-        """
-        self.writer.finish()
-        if computed:
-            counts = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
-            costs = [asdict(cost) for cost in self.costs(computed, residues, seconds)]
-            self.writer.record_extraction(**environment(self.device), **counts, layer_costs=costs)
-
-    def costs(self, computed: int, residues: int, seconds: float) -> list[LayerCost]:
-        """What stopping behind each layer costs, measured in this run; nothing where it computed nothing."""
-        if not computed:
-            return []
-        embedder = self.embedder
-        return layer_costs(
-            embedder.encoder.clock, self.backbone.depth, seconds, computed, residues, embedder.parallel_batches
-        )
-
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
         """The batches to compute of each shard; its last one is empty and tells that the shard can be sealed."""
         for shard in shards:
             if self.writer.is_sealed(shard):
                 yield _Batch(shard, [], [], shard.residues, last=False)
                 continue
-            texts, done = self._texts(shard), self.writer.done(shard)
+            texts, ready = self._texts(shard), self.writer.done(shard)
             rows = list(texts)
             for batch in self.embedder.batches([len(text) for text in texts.values()]):
-                missing = [rows[i] for i in batch if rows[i] not in done]
+                missing = [rows[i] for i in batch if rows[i] not in ready]
                 residues = sum(len(texts[rows[i]]) for i in batch)
                 yield _Batch(shard, missing, [texts[row] for row in missing], residues, last=False)
             yield _Batch(shard, [], [], 0, last=True)
@@ -365,26 +295,20 @@ class Extraction:
         if batch.last:
             self.writer.seal(batch.shard)
 
+    def finish(self, computed: int, residues: int, seconds: float) -> None:
+        """Records complete shards in the manifest and, where something was computed, the run in the provenance.
 
-@dataclass(frozen=True)
-class _Batch:
-    """Sequences of one shard that go through the model together.
+        The caller holds the store's lock.
+        """
+        self.writer.finish()
+        if computed:
+            counts = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
+            costs = [asdict(cost) for cost in self.costs(computed, residues, seconds)]
+            self.writer.record_extraction(**environment(self.device), **counts, layer_costs=costs)
 
-    Attributes:
-        shard: Their shard.
-        rows: Their rows.
-        texts: The sequences.
-        residues: What the progress bar counts: with those computed by an earlier run.
-        last: Whether the shard is complete after it.
-    """
-
-    shard: Shard
-    rows: list[int]
-    texts: list[str]
-    residues: int
-    last: bool
-
-
-def layer_settings(layers: list[State]) -> dict[str, Any]:
-    """Layers as a manifest has them: one as `layer`, several as `layers`."""
-    return {"layer": layers[0].entry} if len(layers) == 1 else {"layers": [layer.entry for layer in layers]}
+    def costs(self, computed: int, residues: int, seconds: float) -> list[LayerCost]:
+        """What stopping behind each layer costs, measured in this run; nothing where it computed nothing."""
+        if not computed:
+            return []
+        clock, threads = self.embedder.encoder.clock, self.embedder.parallel_batches
+        return layer_costs(clock, self.backbone.num_layers, seconds, computed, residues, threads)

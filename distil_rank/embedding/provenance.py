@@ -18,22 +18,19 @@ from typing import Any
 
 import torch
 
-from distil_rank.embedding.location import open_storage
-from distil_rank.embedding.storage import Location
+from distil_rank.embedding.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 FILE = "provenance.json"
 PACKAGES = ("distil-rank", "torch", "fair-esm", "pyarrow")
-FORMERLY_IN_MANIFEST = ("versions", "embedding_run", "bf16_cosine")  # up to version 0.1
 
 
-def read_provenance(store: Location) -> dict[str, Any]:
+def read_provenance(storage: Storage) -> dict[str, Any]:
     """What is recorded of how a store was made; `extractions` is always there, and empty where nothing is recorded.
 
     A file that cannot be read is reported in a warning: the store's content does not depend on it.
     """
-    storage = open_storage(store)
     try:
         content = json.loads(storage.read_bytes(FILE))
         if isinstance(content["extractions"], list) and all(isinstance(one, dict) for one in content["extractions"]):
@@ -47,25 +44,20 @@ def read_provenance(store: Location) -> dict[str, Any]:
     return {"extractions": []}
 
 
-def write_provenance(store: Location, content: dict[str, Any]) -> None:
+def write_provenance(storage: Storage, content: dict[str, Any]) -> None:
     """Replaces the record atomically, if it changed; the caller holds the store's lock.
 
     Raises:
         InputError: it cannot be written.
     """
-    if content != read_provenance(store):
-        open_storage(store).write(FILE, json.dumps(content, indent=1).encode() + b"\n")
+    if content != read_provenance(storage):
+        storage.write(FILE, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def embedding_run(store: Location, manifest: dict[str, Any]) -> str | None:
-    """The MLflow run of the last extraction; None where none is recorded.
-
-    Args:
-        store: The folder or address.
-        manifest: Its manifest, which held the run up to version 0.1.
-    """
-    runs = [one["run"] for one in read_provenance(store)["extractions"] if one.get("run")]
-    return runs[-1] if runs else manifest.get("embedding_run")
+def embedding_run(storage: Storage) -> str | None:
+    """The MLflow run of the last extraction; None where none is recorded."""
+    runs = [one["run"] for one in read_provenance(storage)["extractions"] if one.get("run")]
+    return runs[-1] if runs else None
 
 
 def memory_of(device: torch.device) -> int:

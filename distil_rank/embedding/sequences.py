@@ -11,7 +11,6 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
-import hashlib
 import io
 import lzma
 import re
@@ -22,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from distil_rank.errors import InputError
 
@@ -78,7 +77,7 @@ class CleaningReport:
     counts: Counter[str] = field(default_factory=Counter)
 
     def count_names(self, repeated: int, renamed: int) -> None:
-        """Counts records that `iter_records` retained: those that repeat another, and those whose name had to change."""
+        """Counts records of `iter_records` that repeat another, and those whose name had to change."""
         for kind, number in (("repeated", repeated), ("renamed", renamed)):
             if number:
                 self.counts[kind] += int(number)
@@ -91,18 +90,19 @@ class CleaningReport:
         return ", ".join([f"{self.counts['retained']:,} of {self.counts['records']:,} records kept", *changes])
 
 
-@dataclass(frozen=True)
-class _Record:
+class _Record(NamedTuple):
     name: str
     sequence: str
     line: int
 
 
 def read_proteins(path: str | Path) -> tuple[list[Protein], CleaningReport]:
-    """Reads all proteins of a FASTA file or table; see `iter_proteins`, which streams them.
+    """Cleaned proteins with unique names, in the order of the file, and what changed.
+
+    Memory grows with the file; `iter_records` streams, and leaves names to be made unique later.
 
     Raises:
-        InputError: see `iter_proteins`.
+        InputError: see `iter_records`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -113,24 +113,13 @@ def read_proteins(path: str | Path) -> tuple[list[Protein], CleaningReport]:
     ([Protein(id='P69905', sequence='MVLSP')], '1 of 2 records kept, 1 in lowercase, 1 with stops removed, 1 empty \
 records left out')
     """
-    report = CleaningReport(str(path))
-    return list(iter_proteins(path, report)), report
-
-
-def iter_proteins(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
-    """Yields cleaned proteins with unique names in the order of the file and counts the changes in `report`.
-
-    Memory grows with the number of names; `iter_records` leaves them to be made unique later.
-
-    Raises:
-        InputError: see `iter_records`.
-    """
-    names = UniqueNames()
+    report, names, proteins = CleaningReport(str(path)), UniqueNames(), []
     for record in iter_records(path, report):
-        name = names.resolve(record.id, hashlib.blake2b(record.sequence.encode(), digest_size=16).digest())
+        name = names.resolve(record.id, record.sequence)
         report.count_names(repeated=name is None, renamed=name not in (None, record.id))
         if name is not None:
-            yield Protein(name, record.sequence)
+            proteins.append(Protein(name, record.sequence))
+    return proteins, report
 
 
 def iter_records(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
@@ -202,54 +191,29 @@ def uncompressed_name(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
 
 
-def clean_sequence(text: str, number: int, report: CleaningReport) -> str:
-    """One sequence in ESM-2's letters; counts the changes.
-
-    Args:
-        text: The sequence.
-        number: To name it by.
-        report: Counts the changes.
-
-    Raises:
-        InputError: nothing is left of it, or it holds a character that is not an amino acid.
-
-    >>> clean_sequence("mvl-SP*", 1, CleaningReport("here"))
-    'MVLSP'
-    """
-    sequence = _cleaned(_Record(f"number {number}", text, number), f"number {number}", report)
-    if not sequence:
-        raise InputError(f"Expected residues in every sequence of {report.source} but number {number} has none.")
-    return sequence
-
-
 def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:
     """The record's sequence in ESM-2's letters; counts the changes."""
-    sequence = "".join(record.sequence.split())
+    counts, sequence = report.counts, "".join(record.sequence.split())
     if not _CLEAN.fullmatch(sequence):
-        sequence = _repaired(sequence, record, name, report)
-    report.counts["nucleotides"] += len(sequence) >= 30 and set(sequence) <= NUCLEOTIDES
+        if sequence.isascii():  # upper() turns some non-letters into letters
+            counts["lowercase"] += sequence != sequence.upper()
+            sequence = sequence.upper()
+        for kind, pattern in (("digits", _DIGITS), ("gaps", _GAPS)):
+            sequence, removed = pattern.subn("", sequence)
+            counts[kind] += removed > 0
+        invalid = _NOT_ALLOWED.search(sequence)
+        if invalid:
+            raise InputError(
+                f"Expected amino-acid letters in {report.source}, record {name} at line {record.line}, "
+                f"but got {invalid[0]!r}; correct or remove that record."
+            )
+        without_stop = sequence.rstrip("*")
+        counts["stops"] += without_stop != sequence
+        counts["unknown"] += "J" in without_stop or "*" in without_stop
+        counts["rare"] += _RARE.search(without_stop) is not None
+        sequence = without_stop.replace("J", "X").replace("*", "X")
+    counts["nucleotides"] += len(sequence) >= 30 and set(sequence) <= NUCLEOTIDES
     return sequence
-
-
-def _repaired(sequence: str, record: _Record, name: str, report: CleaningReport) -> str:
-    counts = report.counts
-    if sequence.isascii():  # upper() turns some non-letters into letters
-        counts["lowercase"] += sequence != sequence.upper()
-        sequence = sequence.upper()
-    for kind, pattern in (("digits", _DIGITS), ("gaps", _GAPS)):
-        sequence, removed = pattern.subn("", sequence)
-        counts[kind] += removed > 0
-    invalid = _NOT_ALLOWED.search(sequence)
-    if invalid:
-        raise InputError(
-            f"Expected amino-acid letters in {report.source}, record {name} at line {record.line}, "
-            f"but got {invalid[0]!r}; correct or remove that record."
-        )
-    without_stop = sequence.rstrip("*")
-    counts["stops"] += without_stop != sequence
-    counts["unknown"] += "J" in without_stop or "*" in without_stop
-    counts["rare"] += _RARE.search(without_stop) is not None
-    return without_stop.replace("J", "X").replace("*", "X")
 
 
 def _fasta_records(lines: Iterator[tuple[int, str]], report: CleaningReport, path: str | Path) -> Iterator[_Record]:

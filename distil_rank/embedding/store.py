@@ -24,26 +24,83 @@ import logging
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from distil_rank.embedding.layer_spec import STATE, State, split_source
+from distil_rank.embedding.layers import STATE, State, split_source
 from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.storage import Location, Storage
 from distil_rank.errors import InputError
+from distil_rank.origin import VectorOrigin
 
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # a manifest's `format`: what the shards hold
 VERSION = 1
-# what the vectors depend on
+# the fields of `VectorOrigin` that stored rows depend on, in the order in which digests take them
 SETTINGS = ("weights_sha256", "dim", "layer", "pooling", "precision", "long", "max_length")
-_MANIFEST = {"dim": int, "backbone": str, "fallback": str | None, "proteins": list, "shards": list}
-_CODE = {"sha256": str, "rank": int, "dtype": str, "bytes": int}
-_FILE = {"file": str, "bytes": int, "sha256": str}
-_SHARD = {"file": str, "rows": list, "proteins": list, "residues": int}
+
+
+_Layer = Annotated[str, BeforeValidator(str), Field(pattern=f"^{STATE.pattern}$")]
+
+
+class _Table(BaseModel, strict=True):
+    """A table of proteins in a manifest."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class _Shard(BaseModel, strict=True):
+    """A shard in a manifest; size and hash are there when it is finished."""
+
+    file: str
+    rows: tuple[int, int]
+    proteins: tuple[str, int, int]
+    residues: int
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+class _Code(BaseModel, strict=True):
+    """What a manifest tells of codes."""
+
+    sha256: str
+    rank: int
+    dtype: str
+    bytes: int
+
+
+class _Manifest(BaseModel, strict=True):
+    """What a manifest must hold, whatever else it does."""
+
+    format: str
+    dim: int
+    backbone: str
+    fallback: str | None
+    proteins: list[_Table]
+    shards: list[_Shard]
+    layers: list[_Layer] = Field(["1", "2"], min_length=2)
+    code: _Code | None = None
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        tables, row = {table.file for table in self.proteins}, 0
+        for shard in self.shards:
+            if not row == shard.rows[0] < shard.rows[1]:
+                raise ValueError(f"shards: the one that begins with row {row}")
+            if shard.proteins[0] not in tables:
+                raise ValueError(f"shards: where the proteins of {shard.file} are")
+            if shard.sha256 is not None and shard.bytes is None:
+                raise ValueError(f"shards: the size of {shard.file}")
+            row = shard.rows[1]
+        if (self.format == CODES) != (self.code is not None):
+            raise ValueError("code")
+        return self
 
 
 def vectors_of(table: pa.Table, name: str = "embedding") -> np.ndarray:
@@ -70,15 +127,31 @@ class Store:
 
     content: ClassVar[str] = EMBEDDINGS
 
-    def __init__(self, storage: Storage, manifest: dict[str, Any], layer: State | None = None):
+    def __init__(self, storage: Storage, manifest: dict[str, Any], layer: str | None = None):
         self.storage = storage
         self.manifest = manifest
         self.dim: int = manifest["dim"]
         self.layers = layers_of(manifest)
-        self.layer = layer or (self.layers[-1] if self.layers else None)
+        self.layer = self._pick(layer)
         files = [file["sha256"] for file in manifest["proteins"] + manifest["shards"]]
         content = [settings_of(manifest), files, *([str(self.layer)] if self.layers else [])]
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _pick(self, layer: str | None) -> State | None:
+        """The layer to read of a store that holds several; None for a store of one."""
+        names = ", ".join(map(str, self.layers))
+        if not self.layers:
+            if layer not in (None, str(self.manifest.get("layer"))):
+                only = self.manifest.get("layer")
+                raise InputError(f"Expected layer {layer} in the store {self.path} but it holds layer {only} only.")
+            return None
+        if layer is None:
+            last = self.layers[-1]
+            logger.info("%s holds the layers %s: taking %s, the last (…:LAYER takes another)", self.path, names, last)
+            return last
+        if State.parse(layer) not in self.layers:
+            raise InputError(f"Expected a layer out of {names}, which the store {self.path} holds, but got {layer}.")
+        return State.parse(layer)
 
     @property
     def path(self) -> Location:
@@ -98,10 +171,16 @@ class Store:
             InputError: the folder is not a store, is unfinished, lacks the layer, or a file is missing or has another
                 size.
         """
-        path, wanted = split_source(path)
-        manifest = read_manifest(path, (content or cls.content))
+        path, layer = split_source(path)
+        return cls.read(open_storage(path), content, layer)
+
+    @classmethod
+    def read(cls, storage: Storage, content: str | None = None, layer: str | None = None) -> Self:
+        """Opens a finished store whose files are at hand; see `open`."""
+        path, content = storage.location, content or cls.content
+        manifest = read_manifest(storage, content)
         if manifest is None:
-            noun = (content or cls.content).removeprefix("distil-rank ")
+            noun = content.removeprefix("distil-rank ")
             raise InputError(f"Expected a store of {noun} at {path} but it has no manifest.json; make it with embed.")
         pending = [shard for shard in manifest["shards"] if "sha256" not in shard]
         if pending:
@@ -109,34 +188,28 @@ class Store:
                 f"Expected a finished store at {path} but {len(pending)} of {len(manifest['shards'])} shards are "
                 f"missing; run the same embed command again."
             )
-        storage = open_storage(path)
         sizes = storage.entries()
         for file in manifest["proteins"] + manifest["shards"]:
-            size = sizes.get(file["file"])
+            size = sizes.get(file["file"], "no file")
             if size != file["bytes"]:
-                remedy = (
-                    "run the same embed command again" if file in manifest["shards"] else "delete it and embed again"
-                )
+                remedy = "run the same embed command" if file in manifest["shards"] else "delete it and embed"
                 raise InputError(
-                    f"Expected {file['bytes']} bytes in {storage.where(file['file'])} but got "
-                    f"{size if size is not None else 'no file'}; the store is damaged: {remedy}."
+                    f"Expected {file['bytes']} bytes in {storage.where(file['file'])} but got {size}; the store is "
+                    f"damaged: {remedy} again."
                 )
-        return cls(storage, manifest, _layer_of(path, manifest, wanted))
+        return cls(storage, manifest, layer)
+
+    @property
+    def origin(self) -> VectorOrigin:
+        """What its vectors depend on, with the layer that is read of several."""
+        return VectorOrigin.of(self.manifest if self.layer is None else {**self.manifest, "layer": self.layer.entry})
 
     def at(self, layer: State) -> Self:
-        """The same store at another of its layers.
-
-        Raises:
-            InputError: it lacks the layer.
-        """
-        return type(self)(self.storage, self.manifest, _layer_of(self.path, self.manifest, str(layer)))
+        """The same store at another of its layers; raises `InputError` where it lacks it."""
+        return type(self)(self.storage, self.manifest, str(layer))
 
     def verify(self) -> None:
-        """Reads every file and compares its SHA-256.
-
-        Raises:
-            InputError: a file was changed.
-        """
+        """Reads every file and compares its SHA-256; raises `InputError` where one was changed."""
         for file in self.manifest["proteins"] + self.manifest["shards"]:
             if self.storage.sha256_of_content(file["file"]) != file["sha256"]:
                 where = self.storage.where(file["file"])
@@ -234,24 +307,6 @@ def column_of(layer: State | None) -> str:
     return "embedding" if layer is None else f"embedding_{layer}"
 
 
-def _layer_of(path: Location, manifest: dict[str, Any], wanted: str | None) -> State | None:
-    """The layer to read of a store that holds several."""
-    layers, has = layers_of(manifest), manifest.get("layer")
-    if not layers:
-        if wanted not in (None, str(has)):
-            raise InputError(f"Expected layer {wanted} in the store {path} but it holds layer {has} only.")
-        return None
-    names = ", ".join(map(str, layers))
-    if wanted is None:
-        logger.info(
-            "%s holds the layers %s: taking %s, the last (%s:LAYER takes another)", path, names, layers[-1], path
-        )
-        return layers[-1]
-    if State.parse(wanted) not in layers:
-        raise InputError(f"Expected a layer out of {names}, which the store {path} holds, but got {wanted}.")
-    return State.parse(wanted)
-
-
 def stores_in(folder: str | Path) -> list[Path]:
     """The stores in a folder and the folder itself, if it is one (finished or not); the last changed first."""
     folder = Path(folder)
@@ -267,64 +322,39 @@ def settings_of(manifest: dict[str, Any]) -> list[Any]:
     return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
 
 
-def read_manifest(path: Location, content: str = EMBEDDINGS) -> dict[str, Any] | None:
+def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any] | None:
     """The manifest of a store, finished or not; None where there is none.
 
     Args:
-        path: The store's folder or address.
+        storage: The store's files.
         content: What the store must hold, `EMBEDDINGS` or `CODES`.
 
     Raises:
         InputError: it cannot be read, is not a store's, or belongs to a store of something else.
     """
     noun = content.removeprefix("distil-rank ")
-    storage = open_storage(path)
     file = storage.where("manifest.json")
     try:
-        manifest = json.loads(storage.read_bytes("manifest.json"))
+        text = storage.read_bytes("manifest.json")
+        manifest: dict[str, Any] = json.loads(text)
         matches = manifest["format"] == content and manifest["version"] == VERSION
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"Expected the manifest of a store of {noun} in {file} but it cannot be read.") from error
     if not matches and {manifest["format"], content} == {EMBEDDINGS, CODES}:
-        raise InputError(f"Expected a store of {noun} at {path} but it holds {manifest['format'].split()[-1]}.")
+        holds = manifest["format"].split()[-1]
+        raise InputError(f"Expected a store of {noun} at {storage.location} but it holds {holds}.")
     if not matches:
         raise InputError(f"Expected {content} version {VERSION} in {file} but got another; make the store again.")
-    invalid = next(_invalid_entries(manifest), None)
-    if invalid is not None:
+    try:
+        _Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = [part for part in first["loc"] if isinstance(part, str)]
+        invalid = ": ".join(names) or str(first["ctx"]["error"])
         raise InputError(
             f"Expected the manifest of a store of {noun} in {file} but {invalid} is missing or wrong; restore it, or "
             "choose another store."
-        )
+        ) from error
     return manifest
-
-
-def _invalid_entries(manifest: dict[str, Any]) -> Iterator[str]:
-    """Names of invalid entries; each check relies on the ones before it having passed."""
-    yield from _mistyped("", manifest, _MANIFEST)
-    layers = manifest.get("layers", [1, 2])
-    if not isinstance(layers, list) or len(layers) < 2 or not all(STATE.fullmatch(str(layer)) for layer in layers):
-        yield "layers"
-    if manifest["format"] == CODES:
-        yield from _mistyped("code: ", manifest.get("code"), _CODE)
-    for table in manifest["proteins"]:
-        yield from _mistyped("proteins: ", table, _FILE)
-    tables = {table["file"] for table in manifest["proteins"]}
-    row = 0
-    for shard in manifest["shards"]:
-        yield from _mistyped("shards: ", shard, _SHARD)
-        if "sha256" in shard:
-            yield from _mistyped("shards: ", shard, _FILE)
-        rows, lines = shard["rows"], shard["proteins"]
-        if [type(number) for number in rows] != [int, int] or not row == rows[0] < rows[1]:
-            yield f"shards: the one that begins with row {row}"
-        if [type(part) for part in lines] != [str, int, int] or lines[0] not in tables:
-            yield f"shards: where the proteins of {shard['file']} are"
-        row = rows[1]
-
-
-def _mistyped(where: str, entry: Any, kinds: dict[str, Any]) -> Iterator[str]:
-    if not isinstance(entry, dict):
-        yield f"{where}an entry"
-    yield from (where + key for key, kind in kinds.items() if not isinstance(entry.get(key, ...), kind))

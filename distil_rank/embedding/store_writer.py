@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distil_rank.embedding.location import open_storage
-from distil_rank.embedding.planning import new_shards, write_new_proteins
-from distil_rank.embedding.provenance import FORMERLY_IN_MANIFEST, read_provenance, write_provenance
+from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
+from distil_rank.embedding.provenance import read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.shards import PARTS, Shard, key_of, reopen, shard_of, vector_table
 from distil_rank.embedding.storage import Location, Storage
 from distil_rank.embedding.store import (
     EMBEDDINGS,
@@ -65,18 +64,14 @@ class StoreWriter:
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest on disk; empty before `plan`."""
-        return read_manifest(self.path, self.content) or {}
+        return read_manifest(self.storage, self.content) or {}
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         if manifest != self.manifest:
             self.storage.write("manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
 
     def lock(self) -> AbstractContextManager[None]:
-        """Takes the store's exclusive lock.
-
-        Raises:
-            InputError: another process holds it, or the folder cannot be made.
-        """
+        """Takes the store's exclusive lock; see `Storage.lock`."""
         return self.storage.lock()
 
     def plan(
@@ -101,8 +96,15 @@ class StoreWriter:
         Raises:
             InputError: the settings differ from the store's, or the store has a name with another sequence.
         """
-        manifest = self._begin(settings, description)
-        self._move_provenance(manifest)
+        self.check_folder()
+        header = {"format": self.content, "version": VERSION}
+        manifest = self.manifest or {**header, **settings, **description, "proteins": [], "shards": []}
+        for key, value in settings.items():
+            if manifest.get(key) != value:
+                raise InputError(
+                    f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
+                    f"{value!r}; choose another store."
+                )
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
         added = write_new_proteins(self.storage, name, proteins, manifest, report)
@@ -115,42 +117,13 @@ class StoreWriter:
 
     def check_folder(self) -> None:
         """Raises `InputError` where there is something else than a store, or what is left of one's first files."""
-        if not self.manifest:
-            entries = self.storage.entries()
-            unexpected = [name for name, size in entries.items() if not self._belongs_to_store(name, size)]
-            if unexpected:
-                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {unexpected[0]}.")
-
-    def _begin(self, settings: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-        """The manifest of a store with these settings; a new one where there is none.
-
-        Raises:
-            InputError: a folder of something else, or a store of other settings.
-        """
-        manifest = self.manifest
-        if not manifest:
-            self.check_folder()
-            header = {"format": self.content, "version": VERSION}
-            manifest = {**header, **settings, **description, "proteins": [], "shards": []}
-        for key, value in settings.items():
-            if manifest.get(key) != value:
-                raise InputError(
-                    f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
-                    f"{value!r}; choose another store."
-                )
-        return manifest
-
-    def _move_provenance(self, manifest: dict[str, Any]) -> None:
-        """Moves what manifests held up to version 0.1 into the file for provenance."""
-        former = {key: manifest.pop(key) for key in FORMERLY_IN_MANIFEST if key in manifest}
-        if former:
-            provenance = read_provenance(self.path)
-            first = {"versions": former.get("versions"), "run": former.get("embedding_run")}
-            first = {key: value for key, value in first.items() if value}
-            if first not in provenance["extractions"]:  # as after a kill before the manifest is written
-                provenance["extractions"].insert(0, first)
-            provenance |= {key: value for key, value in former.items() if key == "bf16_cosine"}
-            write_provenance(self.path, provenance)
+        if self.manifest:
+            return
+        for name, size in self.storage.entries().items():
+            own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
+            another = size is None and self.storage.size(f"{name}/manifest.json") is not None  # a store below this one
+            if not own and not another:
+                raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {name}.")
 
     def update(self, **entries: Any) -> None:
         """Sets entries of the manifest."""
@@ -158,21 +131,21 @@ class StoreWriter:
 
     def record(self, **entries: Any) -> None:
         """Sets entries of the provenance."""
-        write_provenance(self.path, {**read_provenance(self.path), **entries})
+        write_provenance(self.storage, {**read_provenance(self.storage), **entries})
 
     def record_extraction(self, **entries: Any) -> None:
         """Appends an extraction to the provenance."""
-        self.record(extractions=[*read_provenance(self.path)["extractions"], entries])
+        self.record(extractions=[*read_provenance(self.storage)["extractions"], entries])
 
     def record_run(self, run: str) -> None:
         """Names the MLflow run of the last extraction in the provenance."""
-        *before, last = read_provenance(self.path)["extractions"] or [{}]
+        *before, last = read_provenance(self.storage)["extractions"] or [{}]
         self.record(extractions=[*before, {**last, "run": run}])
 
     def pending(self) -> list[Shard]:
         """The shards that the manifest does not list as finished, in order."""
         manifest = self.manifest
-        return [shard_of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
+        return [Shard.of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
 
     def retry_skipped(self, memory: int, every: bool = False) -> int:
         """Makes skipped sequences pending again where the device has more memory than the one that skipped them.
@@ -196,9 +169,9 @@ class StoreWriter:
             rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
             if len(rows):
                 vectors = np.stack([vectors_of(table, name) for name in self._columns()])
-                self.write_part(shard_of(entry, manifest), rows.tolist(), counts.tolist(), vectors)
+                self.write_part(Shard.of(entry, manifest), rows.tolist(), counts.tolist(), vectors)
             retried += entry["skipped"]
-            reopen(entry)
+            _reopen(entry)
             reopened.append(file)
         self._write_manifest(manifest)
         for file in reopened:
@@ -206,7 +179,7 @@ class StoreWriter:
         shards = (f"{PARTS}/{name}" for name, size in self.storage.entries(PARTS).items() if size is None)
         for part in (part for shard in shards for part in self._parts(shard)):  # of shards in progress
             table = self.storage.table(part)
-            missing = len(json.loads(table.schema.metadata[b"rows"])) - len(np.unique(table["row"].to_numpy()))
+            missing = len(_rows_of(table)) - len(np.unique(table["row"].to_numpy()))
             if missing and _retries(table, memory, every):
                 retried += missing
                 self.storage.delete(part)
@@ -241,7 +214,7 @@ class StoreWriter:
         for part in self._parts(shard.parts):
             table = self._computed(part, shard.key)
             if table is not None:
-                rows.update(json.loads(table.schema.metadata[b"rows"]))
+                rows.update(_rows_of(table))
         return rows
 
     def write_part(
@@ -260,7 +233,7 @@ class StoreWriter:
         if memory is not None and 0 in counts:
             metadata["memory"] = str(memory)
         columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
-        table = vector_table(np.repeat(rows, counts), columns, metadata)
+        table = _table(np.repeat(rows, counts), columns, metadata)
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
@@ -273,8 +246,7 @@ class StoreWriter:
             InputError: a part is missing: another process is at work on the shard.
         """
         parts = [self.storage.table(part) for part in self._parts(shard.parts)]
-        done = {row for part in parts for row in json.loads(part.schema.metadata[b"rows"])}
-        if not done.issuperset(range(*shard.rows)):
+        if not {row for part in parts for row in _rows_of(part)}.issuperset(range(*shard.rows)):
             if self.is_sealed(shard):  # by the process that took the shard over from this one
                 return
             raise InputError(
@@ -287,7 +259,7 @@ class StoreWriter:
         if memories:
             metadata["memory"] = str(min(memories))
         columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
-        self.storage.write(shard.file, vector_table(rows[order], columns, metadata))
+        self.storage.write(shard.file, _table(rows[order], columns, metadata))
         self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
@@ -298,16 +270,16 @@ class StoreWriter:
             if "sha256" in shard and sizes.get(file) != shard["bytes"]:
                 logger.warning("%s is missing or damaged: it is computed again", self.storage.where(file))
                 self.storage.delete(file)
-                reopen(shard)
+                _reopen(shard)
             table = None
             if "sha256" not in shard and file in sizes:
-                table = self._computed(file, key_of(shard, manifest), ["row"])
+                table = self._computed(file, Shard.of(shard, manifest).key, ["row"])
             if table is not None:
                 rows = table["row"].to_numpy()
                 shard["vectors"] = len(rows)
                 shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
                 shard.update(_fingerprint(self.storage, file))
-                self.storage.delete_folder(shard_of(shard, manifest).parts)
+                self.storage.delete_folder(Shard.of(shard, manifest).parts)
         self.storage.delete_unfinished()
 
     def _computed(self, name: str, key: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -322,11 +294,6 @@ class StoreWriter:
         logger.warning("%s is damaged or of other proteins or settings: it is computed again", where)
         self.storage.delete(name)
         return None
-
-    def _belongs_to_store(self, name: str, size: int | None) -> bool:
-        """Whether an entry may be there before the manifest; another store in a sub-folder may, too."""
-        own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
-        return own or (size is None and self.storage.size(f"{name}/manifest.json") is not None)
 
     def finish(self) -> None:
         """Records complete shards in the manifest; deletes the folder of parts when no shard is pending.
@@ -345,6 +312,27 @@ def _retries(table: pa.Table, memory: int, every: bool) -> bool:
     """Whether to retry the sequences that a shard or part lacks; without a recorded memory only on request."""
     recorded = table.schema.metadata.get(b"memory")
     return every or (recorded is not None and memory > MORE_MEMORY * int(recorded))
+
+
+def _rows_of(part: pa.Table) -> list[int]:
+    """The rows of a finished batch, including skipped sequences."""
+    rows: list[int] = json.loads(part.schema.metadata[b"rows"])
+    return rows
+
+
+def _reopen(entry: dict[str, Any]) -> None:
+    """Makes a shard's entry in the manifest one that is pending."""
+    for key in ("vectors", "skipped", "bytes", "sha256"):
+        entry.pop(key, None)
+
+
+def _table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[str, str]) -> pa.Table:
+    """The table of a shard or part: row numbers, `(vectors,)`, and columns of vectors or codes, `(vectors, width)`."""
+    arrays = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).ravel()), vectors.shape[1])
+        for name, vectors in columns.items()
+    }
+    return pa.table({"row": pa.array(rows, pa.int64()), **arrays}, metadata=metadata)
 
 
 def _fingerprint(storage: Storage, name: str) -> dict[str, Any]:

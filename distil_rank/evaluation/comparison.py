@@ -106,7 +106,7 @@ def solved_students(
 
 
 @torch.no_grad()
-def comparison(
+def compare(
     teacher: nn.Module,
     candidates: Mapping[str, Sequence[nn.Module]],
     mean: Tensor,

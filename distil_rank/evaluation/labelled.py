@@ -13,7 +13,7 @@ import numpy as np
 from distil_rank.data.files import Embeddings, load_matrix
 from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.data.sources import find_source, read_clusters
-from distil_rank.embedding.layer_spec import split_source
+from distil_rank.embedding.layers import split_source
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups, make_groups
 from distil_rank.evaluation.task import Kind, Target, make_target

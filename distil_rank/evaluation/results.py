@@ -17,7 +17,7 @@ from distil_rank.data.description import DataDescription
 from distil_rank.errors import InputError
 from distil_rank.measure.latency import LayerLatency, machine
 
-SCHEMA = 1
+SCHEMA = 2
 RECIPE = "original recipe"
 OURS = "Distil-Rank"
 METHOD_NOTE = (
@@ -218,15 +218,8 @@ class Result:
 _JSON = TypeAdapter(Result)
 
 
-def save_json(result: Result, path: Path) -> Path:
-    """Write a result; a number that JSON has no word for (NaN, infinity) becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_JSON.dump_json(result, indent=1) + b"\n")
-    return path
-
-
 def load_json(path: Path) -> Result:
-    """Read a result that `save_json` wrote.
+    """Read a result that a report wrote.
 
     Raises:
         InputError: no such file, not such a result, or one of another schema.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, Self
 
@@ -13,54 +12,11 @@ from torch import Tensor, nn
 from distil_rank.errors import InputError
 from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.lowrank.fidelity import nested_r2
-from distil_rank.lowrank.guard import Guard
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import Factors, Solver, check_rank, choose_rank, output_spectrum, solve
 
 
-class TwoFactors(nn.Module):
-    """The base of students of every precision: `y = B (A x) + c`."""
-
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None
-    guard: Guard | None
-
-    @property
-    def in_features(self) -> int:
-        """n."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """m."""
-        return self.B.shape[0]
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.A.shape[0]
-
-    def expected_error(self, x: Tensor) -> Tensor:
-        """The estimated squared error on each row as a share of the output's variance: `(…, n)` → `(…,)`.
-
-        It averages to 1 − R² on data like those the student was made for, and grows on others; `guard.flags` says
-        where it is beyond the calibration rows' own.
-
-        Raises:
-            InputError: the layer has no guard.
-        """
-        if self.guard is None:
-            raise InputError("Expected a layer with a guard but this one has none; make it with `Guard.of`.")
-        return self.guard(x)
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return f"{shape}, bias={self.bias is not None}"
-
-
-class LowRankLinear(TwoFactors):
+class LowRankLinear(nn.Module):
     """`y = B (A x) + c`, a drop-in for `nn.Linear`.
 
           x (…, n) ──▶ A (r, n) ──▶ (…, r) ──▶ B (m, r) ──▶ + c (m,) ──▶ y (…, m)
@@ -74,7 +30,6 @@ class LowRankLinear(TwoFactors):
             `truncate` folds the mean of what it drops into the bias.
 
     Attributes:
-        guard: estimates the error on each input (`expected_error`); None where there is none.
         provenance: where the factors come from, in plain JSON values; saved with the layer.
 
     Raises:
@@ -104,7 +59,6 @@ class LowRankLinear(TwoFactors):
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
         self.register_buffer("input_mean", torch.zeros(in_features, device=device, dtype=dtype) if input_mean else None)
-        self.guard = None
         self.provenance: dict[str, Any] = {}
         self.reset_parameters()
 
@@ -176,16 +130,24 @@ class LowRankLinear(TwoFactors):
         return layer
 
     @property
-    def kept_mean(self) -> Tensor | None:
-        """`A mean`, `(r,)`: for the directions that it drops, `truncate` moves its image under B into the bias.
+    def in_features(self) -> int:
+        """n."""
+        return self.A.shape[1]
 
-        None where there is no bias or no mean.
-        """
-        return None if self.bias is None or self.input_mean is None else self.A @ self.input_mean
+    @property
+    def out_features(self) -> int:
+        """m."""
+        return self.B.shape[0]
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A `(r, n)` and B `(m, r)`."""
-        return self.A.to(dtype), self.B.to(dtype)
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.A.shape[0]
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{shape}, bias={self.bias is not None}"
 
     @property
     def weight(self) -> Tensor:
@@ -195,16 +157,6 @@ class LowRankLinear(TwoFactors):
     def forward(self, input: Tensor) -> Tensor:  # the name that `nn.Linear` has for it
         """`(…, n)` → `(…, m)`."""
         return F.linear(F.linear(input, self.A), self.B, self.bias)
-
-    def at_rank(self, x: Tensor, rank: int) -> Tensor:
-        """`truncate(rank)(x)` without a copy, for training several ranks at once."""
-        bias = self._truncated_bias(rank)
-        return F.linear(F.linear(x, self.A[:rank]), self.B[:, :rank], bias)
-
-    def _truncated_bias(self, rank: int) -> Tensor | None:
-        if self.bias is None or self.kept_mean is None:
-            return self.bias
-        return self.bias + self.B[:, rank:] @ self.kept_mean[rank:]
 
     def truncate(self, rank: int) -> Self:
         """The nested student of a lower rank: the first columns of B and rows of A.
@@ -217,7 +169,9 @@ class LowRankLinear(TwoFactors):
         """
         if not 1 <= rank <= self.rank:
             raise InputError(f"Expected `rank` in [1, {self.rank}], this student's own, but got {rank}.")
-        bias = self._truncated_bias(rank)
+        bias: Tensor | None = self.bias
+        if bias is not None and self.input_mean is not None:
+            bias = bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
         layer = type(self)(
             self.in_features,
             self.out_features,
@@ -229,10 +183,8 @@ class LowRankLinear(TwoFactors):
         )
         state = {"A": self.A[:rank], "B": self.B[:, :rank], "bias": bias, "input_mean": self.input_mean}
         layer.load_state_dict({name: value for name, value in state.items() if value is not None})
-        if self.guard is not None:
-            mean = None if self.kept_mean is None else self.kept_mean[rank:]
-            layer.guard = self.guard.without(self.A[rank:], self.B[:, rank:], mean)
-        layer.provenance = truncated_provenance(self.provenance, rank)
+        curves = ("r2", "r2_held_out")  # one value a direction
+        layer.provenance = {key: value[:rank] if key in curves else value for key, value in self.provenance.items()}
         return layer
 
     def to_linear(self) -> nn.Linear:
@@ -252,11 +204,6 @@ def _rounded(factors: Factors, mean: Tensor, dtype: torch.dtype) -> Factors:
     mean = mean.to(factors.A)
     A, B = (factor.to(dtype).to(factors.A) for factor in (factors.A, factors.B))
     return Factors(A, B, factors.c + factors.B @ (factors.A @ mean) - B @ (A @ mean))
-
-
-def truncated_provenance(provenance: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """What remains true of a student's first `rank` directions."""
-    return {key: value[:rank] if key in ("r2", "r2_held_out") else value for key, value in provenance.items()}
 
 
 def parameter_count(in_features: int, out_features: int, rank: int | None = None, bias: bool = True) -> int:

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from distil_rank.errors import InputError
-from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import Factors, check_rank
 
 
 class Directions(NamedTuple):
@@ -30,16 +28,10 @@ class Directions(NamedTuple):
     Attributes:
         values: λ, `(k,)`: signal over noise along each direction.
         V: `(d, k)`: the code of an output is `Vᵀ (y − μ)`; its noise has unit variance, its signal variance λ.
-        dual: `N V`, `(d, k)`: `y ≈ μ + dual Vᵀ (y − μ)`.
     """
 
     values: Tensor
     V: Tensor
-    dual: Tensor
-
-    def first(self, rank: int) -> Directions:
-        """The best `rank` of them."""
-        return Directions(self.values[:rank], self.V[:, :rank], self.dual[:, :rank])
 
 
 def noise_directions(S: Tensor, N: Tensor, regularisation: float = 0.0) -> Directions:
@@ -57,8 +49,8 @@ def noise_directions(S: Tensor, N: Tensor, regularisation: float = 0.0) -> Direc
         InputError: N has no energy, or is singular without regularisation.
 
     >>> S, N = torch.diag(torch.tensor([4.0, 9.0])), torch.diag(torch.tensor([1.0, 9.0]))
-    >>> found = noise_directions(S, N)
-    >>> found.values.tolist(), found.V.abs().round(decimals=4).tolist()
+    >>> values, V = noise_directions(S, N)
+    >>> values.tolist(), V.abs().round(decimals=4).tolist()
     ([4.0, 1.0], [[1.0, 0.0], [0.0, 0.3333]])
     """
     S, N = S.double(), N.double()
@@ -74,8 +66,7 @@ def noise_directions(S: Tensor, N: Tensor, regularisation: float = 0.0) -> Direc
         )
     root = Q * (variances * scale).rsqrt()  # rootᵀ N root = I
     values, U = torch.linalg.eigh(root.T @ ((S + S.T) / 2) @ root)
-    V = root @ U.flip(1)
-    return Directions(values.flip(0).clamp_min(0), V, (N * scale) @ V)
+    return Directions(values.flip(0).clamp_min(0), root @ U.flip(1))
 
 
 def whitening_directions(S: Tensor, power: float = 1.0, regularisation: float = 0.0) -> Directions:
@@ -109,37 +100,54 @@ def whitening_directions(S: Tensor, power: float = 1.0, regularisation: float = 
             "more rows, or a regularisation above 0."
         )
     noise = noise**power
-    return Directions(variances / noise, Q * noise.rsqrt(), Q * noise.sqrt())
+    return Directions(variances / noise, Q * noise.rsqrt())
 
 
-def noise_closed_form(
-    weight: Tensor, bias: Tensor | None, rank: int, moments: Moments, noise: Tensor, regularisation: float = 0.0
-) -> Factors:
-    """The rank-r student of a dense layer with the least error in units of a noise at its outputs.
+class WithinSums(NamedTuple):
+    """Plain float64 sums over groups of rows, from which their pooled within-group covariance follows.
 
-    Args:
-        weight: `W`, `(m, n)`.
-        bias: `b`, `(m,)`, or None for zeros.
-        rank: r in [1, min(m, n)].
-        moments: of the layer's inputs.
-        noise: N, `(m, m)`; the identity gives `solve(..., "closed_form")`.
-        regularisation: of N, see `noise_directions`.
+    With rows `x_i` of group g and their mean `m_g`,
 
-    Returns:
-        Factors in float64 with `A = Vᵀ W` and `B = N V`.
+        N = Σ_g Σ_i (x_i − m_g)(x_i − m_g)ᵀ / Σ_g (n_g − 1),
 
-    Raises:
-        InputError: the rank is out of range, or N is singular.
+    the estimate of linear discriminant analysis (Fisher 1936; Rao 1948). Groups may come in any order, the rows of one
+    group together; memory is O(d²).
 
-    >>> W, moments = torch.eye(2), Moments(torch.zeros(2), torch.diag(torch.tensor([4.0, 9.0])).double(), 9)
-    >>> A, B, c = noise_closed_form(W, None, 1, moments, torch.diag(torch.tensor([1.0, 9.0])))
-    >>> (B @ A).abs().tolist()
-    [[1.0, 0.0], [0.0, 0.0]]
+    Attributes:
+        freedom: `()`, the sum of `n_g − 1`.
+        scatter: `(d, d)`, the sum of outer products.
     """
-    check_rank(rank, weight)
-    weight = weight.detach().double()
-    mean, covariance = moments.mean.to(weight), moments.covariance.to(weight)
-    found = noise_directions(weight @ covariance @ weight.T, noise.to(weight), regularisation).first(rank)
-    A, B = found.V.T @ weight, found.dual
-    offset = weight @ mean - B @ (A @ mean)
-    return Factors(A, B, offset if bias is None else offset + bias.detach().to(weight))
+
+    freedom: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | str | None = None) -> WithinSums:
+        """Sums over no groups yet."""
+        scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+        return cls(scatter.new_zeros(()), scatter)
+
+    def add_groups(self, x: Tensor, group: Tensor) -> None:
+        """Add whole groups, in place.
+
+        Args:
+            x: rows `(n, d)`.
+            group: of each row, `(n,)` integers; equal numbers in one call are one group.
+
+        >>> sums = WithinSums.zeros(2)
+        >>> sums.add_groups(torch.tensor([[0.0, 0.0], [2.0, 0.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]))
+        >>> sums.covariance().tolist()
+        [[2.0, 0.0], [0.0, 0.0]]
+        """
+        x = x.detach().to(self.scatter)
+        _, member, counts = torch.unique(group, return_inverse=True, return_counts=True)
+        member, counts = member.to(x.device), counts.to(x.device)
+        means = x.new_zeros(len(counts), x.shape[1]).index_add_(0, member, x) / counts[:, None]
+        deviations = x - means[member]
+        self.scatter.addmm_(deviations.T, deviations)
+        self.freedom.add_((counts - 1).sum())
+
+    def covariance(self) -> Tensor:
+        """N, `(d, d)` float64; zeros where no group has two rows."""
+        covariance = self.scatter / self.freedom.clamp_min(1)
+        return (covariance + covariance.T) / 2

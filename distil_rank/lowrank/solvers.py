@@ -134,46 +134,6 @@ def output_spectrum(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0), Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
-def row_spectrum(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`output_spectrum` from the rows themselves, for fewer rows than output dimensions: an `(N, N)` Gram matrix.
-
-    Args:
-        weight: `W`, `(m, n)`.
-        x: inputs `(N, n)`.
-
-    Returns:
-        Eigenvalues `(k,)`, eigenvectors `(m, k)`, and the rows' mean `(n,)`; `k = min(N, m, n)`.
-    """
-    weight, x = weight.detach().double(), x.double()
-    mean = x.mean(0)
-    outputs = (x - mean) @ weight.T  # (N, m)
-    values, P = torch.linalg.eigh(outputs @ outputs.T)
-    k = min(len(x), *weight.shape)
-    P = P.flip(1)[:, :k]
-    Q, R = torch.linalg.qr(outputs.T @ P)
-    return (values.flip(0)[:k] / len(x)).clamp_min(0), Q * torch.where(R.diagonal() < 0, -1.0, 1.0), mean
-
-
-def closed_form_from_rows(weight: Tensor, bias: Tensor | None, x: Tensor, rank: int) -> tuple[Factors, Tensor]:
-    """The closed form straight from rows `x (N, n)`, on whichever Gram side is smaller: `(N, N)`, `(m, m)` or `(n, n)`.
-
-    Returns:
-        Factors in float64, and the eigenvalues behind `r2_curve`.
-
-    Raises:
-        InputError: the rank is out of range.
-    """
-    check_rank(rank, weight)
-    if rank > len(x) or len(x) >= min(weight.shape):
-        moments = Moments.of(x)
-        return solve(weight, bias, rank, "closed_form", moments), output_spectrum(weight, moments)[0]
-    values, Q, mean = row_spectrum(weight, x)
-    weight, Q = weight.detach().double(), Q[:, :rank]
-    A = Q.T @ weight
-    c = weight @ mean - Q @ (A @ mean)
-    return Factors(A, Q, c if bias is None else c + bias.detach().double()), values
-
-
 def r2_curve(eigenvalues: Tensor) -> Tensor:
     """Share of the output's variance that the closed form keeps at rank 1, 2, …: `(k,)`, rising to 1.
 

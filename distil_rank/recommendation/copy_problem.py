@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from distil_rank.codes.augment import Augmentation
-from distil_rank.codes.copies import Copies, embed_copies_by_layer
+from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.codes.fit import copy_noise
-from distil_rank.codes.sources import JUDGED_COPIES, MOST_CLUSTERED
+from distil_rank.codes.sources import EVALUATION_COPIES, MOST_CLUSTERED
 from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import make_groups
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target
+from distil_rank.options.codes import AugmentationOptions
 from distil_rank.recommendation.parts import CONFIRM, FIT, VALIDATE, split_parts
 from distil_rank.recommendation.problem import Problem, Task, Vectors
 
@@ -28,7 +28,9 @@ NOTE = (
 )
 
 
-def copy_problem(vectors: Vectors, groups: str | None, seed: int, folder: Path, augmentation: Augmentation) -> Problem:
+def copy_problem(
+    vectors: Vectors, groups: str | None, seed: int, folder: Path, augmentation: AugmentationOptions
+) -> Problem:
     """Set groups apart, embed copies of the fit side for the noise and of the judged sides for the task.
 
     Args:
@@ -56,7 +58,7 @@ def copy_problem(vectors: Vectors, groups: str | None, seed: int, folder: Path, 
     )
     copying = _Copying(vectors, part, seed, folder / "copies")
     fit_copies = copying.embed([FIT], augmentation)
-    once = replace(augmentation, proteins=JUDGED_COPIES, copies=1, seed=augmentation.seed + 1)
+    once = replace(augmentation, proteins=EVALUATION_COPIES, copies=1, seed=augmentation.seed + 1)
     judged = copying.embed([VALIDATE, CONFIRM], once)
     owner = next(iter(judged.values())).owner
     everybody = np.concatenate([np.arange(len(group)), owner])
@@ -110,12 +112,12 @@ class _Copying:
     seed: int
     folder: Path
 
-    def embed(self, parts: Sequence[int], how: Augmentation) -> dict[str | None, Copies]:
+    def embed(self, parts: Sequence[int], how: AugmentationOptions) -> dict[str | None, Copies]:
         """Copies of proteins drawn from each part, by layer."""
         draws = [
             np.random.default_rng([self.seed, part]).permutation(np.flatnonzero(self.part == part)) for part in parts
         ]
         chosen = np.sort(np.concatenate([draw[: how.proteins] for draw in draws]))
         about = list(self.vectors.about.values())
-        copies = embed_copies_by_layer(self.vectors.proteins.sequences or [], chosen, how, about, self.folder)
+        copies = embed_copies(self.vectors.proteins.sequences or [], chosen, how, about, self.folder)
         return dict(zip(self.vectors.layers, copies, strict=True))

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.quantisers import has_faiss
-from distil_rank.embedding.layer_spec import State
+from distil_rank.codes.index import CodeIndex, has_faiss
+from distil_rank.embedding.layers import State
+from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed, options_like
 from distil_rank.errors import InputError
@@ -56,7 +56,7 @@ def measure_costs(
             embed(fasta, Path(name) / "store", about["backbone"], **{**settings, "layer": deepest})
         except InputError as error:
             return {}, f"Time was not measured: {error}"
-        [extraction] = read_provenance(Path(name) / "store")["extractions"]
+        [extraction] = read_provenance(open_storage(Path(name) / "store"))["extractions"]
     measured = {one["layer"]: one for one in extraction["layer_costs"]}
     costs = {
         name: Cost(name, measured[state.layer]["share"], measured[state.layer]["seconds_per_1000"])
@@ -83,7 +83,7 @@ def query_seconds(maps: Sequence[CodeEncoder], x: Sequence[np.ndarray]) -> tuple
                 for part in np.array_split(vectors, max(1, len(vectors) // 8192))
             ]
         )
-        indices.append(CodeIndex.build(codes.numpy(), encoder))
+        indices.append(CodeIndex(codes.numpy(), encoder))
         queries.append(encoder(torch.from_numpy(vectors[rows])))
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(len(rows)):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from distil_rank.codes.augment import Augmentation
 from distil_rank.data.files import load_matrix
 from distil_rank.data.labels import LabelTable, read_labels
-from distil_rank.embedding.layer_spec import split_source
-from distil_rank.embedding.location import is_remote
+from distil_rank.embedding.layers import split_source
+from distil_rank.embedding.location import is_remote, open_storage
 from distil_rank.embedding.store import layers_of, read_manifest
 from distil_rank.evaluation.labelled import check_ids, labelled_source, own_labels, with_clusters
 from distil_rank.evaluation.task import Kind
+from distil_rank.options.codes import AugmentationOptions
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.copy_problem import copy_problem
 from distil_rank.recommendation.labelled_problem import labelled_problem
@@ -27,7 +27,7 @@ def open_problem(
     metric: str | None = None,
     seed: int = 0,
     folder: Path = Path("results"),
-    augmentation: Augmentation = Augmentation(),  # noqa: B008 - frozen
+    augmentation: AugmentationOptions = AugmentationOptions(),  # noqa: B008 - frozen
 ) -> Problem:
     """Read vectors of all layers and labels, and set groups apart.
 
@@ -71,7 +71,7 @@ def _open_vectors(source: str) -> Vectors:
     path, wanted = split_source(source)
     names: list[str | None] = [None]
     if wanted is None and (is_remote(path) or (Path(path) / "manifest.json").is_file()):
-        names = [str(layer) for layer in layers_of(read_manifest(path) or {})] or [None]
+        names = [str(layer) for layer in layers_of(read_manifest(open_storage(path)) or {})] or [None]
     opened = {name: load_matrix(source if name is None else f"{path}:{name}") for name in names}
     last = opened[names[-1]]
     if names == [None] and last.provenance.get("layer") is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil_rank.codes.fit import Fit, Metric, fit_metric
+from distil_rank.codes.fit import FittedMetric, Metric, fit_metric
 from distil_rank.evaluation.representations import Representation
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType
 from distil_rank.report.choices import Pipeline
@@ -59,10 +59,10 @@ class Fitted:
     ) -> None:
         self.layers, self.fit = layers, fit
         self._noise, self._provenance = noise, provenance or {}
-        self._fits: dict[tuple[str | None, Metric], Fit] = {}
+        self._fits: dict[tuple[str | None, Metric], FittedMetric] = {}
 
-    def encoder(self, pipeline: Pipeline, guarded: bool = True) -> CodeEncoder:
-        """The code map of one pipeline, with a guard or, in a moment, without."""
+    def encoder(self, pipeline: Pipeline) -> CodeEncoder:
+        """The encoder of one pipeline."""
         key = (pipeline.layer, pipeline.metric)
         if key not in self._fits:
             noise = self._noise(pipeline.layer, self.fit) if self._noise and pipeline.metric == "invariant" else None
@@ -72,12 +72,12 @@ class Fitted:
             self._fits[key] = fit_metric(
                 self.layers[pipeline.layer], self.fit, pipeline.metric, noise, provenance=about
             )
-        return self._fits[key].encoder(pipeline.rank, pipeline.dtype, guarded=guarded)
+        return self._fits[key].encoder(pipeline.rank, pipeline.dtype)
 
     @torch.no_grad()
     def represent(self, pipeline: Pipeline, rows: np.ndarray) -> Representation:
         """Some rows as the pipeline stores and searches them."""
-        encoder = self.encoder(pipeline, guarded=False)
+        encoder = self.encoder(pipeline)
         x = torch.from_numpy(np.ascontiguousarray(self.layers[pipeline.layer][rows]))
         queries, targets = encoder(x), encoder.decode(encoder.encode(x))
         return Representation(str(pipeline), queries, torch.nn.functional.normalize(targets, dim=1), pipeline.bytes)

@@ -55,7 +55,7 @@ def final_report(result: Result, path: Path) -> Path:
         figure, axes = plt.subplots(len(teachers), 4, figsize=(16, 3.6 * len(teachers)), squeeze=False)
         for row, teacher in zip(axes, teachers, strict=True):
             draw_training(row[0], teacher)
-            draw_ladder(row[1], teacher.comparison)
+            draw_comparison(row[1], teacher.comparison)
             draw_spectrum(row[2], teacher.spectrum, teacher.rank)
             draw_pareto(row[3], teacher.pareto, teacher.rank)
         data = result.data
@@ -67,6 +67,12 @@ def final_report(result: Result, path: Path) -> Path:
         figure.savefig(path, dpi=120)
         plt.close(figure)
     return path
+
+
+def label_line(ax: Axes, text: str, y: float, colour: str = "#000000") -> None:
+    """Name a horizontal line, at its right end."""
+    place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+    ax.annotate(text, (1, y), (-4, 3), fontsize=7, color=colour, **place)
 
 
 def draw_training(ax: Axes, teacher: TeacherResult) -> None:
@@ -87,7 +93,7 @@ def draw_training(ax: Axes, teacher: TeacherResult) -> None:
     ax.legend()
 
 
-def draw_ladder(ax: Axes, comparison: Sequence[ComparisonRow]) -> None:
+def draw_comparison(ax: Axes, comparison: Sequence[ComparisonRow]) -> None:
     """What every method loses: of the variance, with its 95 % interval, and of raw cosine as a hollow mark."""
     ax.set_title("lost on held-out rows: variance (● 95 %), raw cosine (○)")
     for y, row in enumerate(reversed(comparison)):

@@ -12,26 +12,25 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from distil_rank.embedding.layer_spec import split_source
-from distil_rank.report import report
+from distil_rank.embedding.layers import split_source
 from distil_rank.report.choices import SCHEMA, Outcome, Recommendation
-from distil_rank.report.evaluation import finite, save_files
-from distil_rank.report.figures import STYLE
+from distil_rank.report.figures import STYLE, label_line
+from distil_rank.report.writer import Report, Table
 
 CHOSEN, FRONT, OTHER, BASELINE = "#D55E00", "#0072B2", "#BBBBBB", "#009E73"
 METHOD = (
-    "Chosen on validation groups by the one-sided 95 % lower end of what is kept; the claim comes from confirmation "
-    "groups that nothing was fitted or chosen on. Intervals: t-interval of the logarithm of the ratio, jackknife over "
-    "groups. Kept: score ÷ the full vector's."
+    "Chosen on validation groups by the one-sided 95 % lower end of what is retained; the claim comes from "
+    "confirmation groups that nothing was fitted or chosen on. Intervals: t-interval of the logarithm of the ratio, "
+    "jackknife over groups. Retained: score ÷ the full vector's."
 )
 
 
 def lines(result: Recommendation) -> list[str]:
-    """What to use, what it costs, what it keeps and how sure that is."""
+    """What to use, what it costs, what it retains and how sure that is."""
     chosen, full, pipeline = result.confirmed, result.full, result.chosen.pipeline
     metric = {
         "variance": "principal components",
-        "whitened": "the whitened code",
+        "whitened": "whitened directions",
         "invariant": "the invariant code",
     }[pipeline.metric]
     where = "" if pipeline.layer is None else f"layer {pipeline.layer} and "
@@ -59,87 +58,61 @@ def _claim(result: Recommendation) -> str:
         ends = f"(95 %: {interval.low:.3f} to {interval.high:.3f})"
         parts.append(f"{interval.value:.3f} of the full vector's {metric} on {name} {ends}")
     where = f"{result.proteins[2]:,} proteins of {result.groups[2]:,} untouched groups"
-    claim = f"It keeps {' and '.join(parts)}, measured once on {where}"
+    claim = f"It retains {' and '.join(parts)}, measured once on {where}"
     least = result.confirmed.at_least
     return (
         claim
         + {
             "confirmed": f": at least the {result.keep:g} that was asked for.",
             "not confirmed": f": NOT CONFIRMED, at least {least:.3f} where {result.keep:g} was asked for.",
-            "nothing keeps it": f": NOTHING KEEPS {result.keep:g} on the validation groups; this keeps most.",
+            "nothing keeps it": f": NOTHING RETAINS {result.keep:g} on the validation groups; this retains most.",
         }[result.verdict]
     )
 
 
-def table(result: Recommendation) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: the Pareto front on the validation groups; the choice is marked."""
+def recommendation_report(result: Recommendation) -> Report:
+    """The Pareto front on the validation groups, with the three lines of the answer."""
+    fit, validate, confirm = result.proteins[:3]
+    groups = " / ".join(f"{count:,}" for count in result.groups[:3])
+    notes = [
+        f"Groups ({result.grouping}): {groups} with {fit:,} / {validate:,} / {confirm:,} proteins to fit, to choose "
+        "and to confirm on.",
+        f"Noise of the invariant metric: {result.noise}.",
+        f"{len(result.outcomes):,} pipelines compared in {result.seconds:.0f} s.",
+    ]
+    for one in result.baselines:
+        if one.retained >= 1:
+            notes.append(
+                f"WARNING: {one.name} needs no embedding and does no worse than the full vector on {result.tasks[0]}."
+            )
+        notes.append(f"{one.name} on the confirmation groups: {one.retained:.3f} of the full vector.")
+    return Report(
+        [table(result)],
+        [*notes, *result.notes],
+        METHOD,
+        lines(result),
+        "what to use, what it costs, what it retains",
+        {"schema": SCHEMA, **asdict(result)},
+        partial(draw, result),
+    )
+
+
+def table(result: Recommendation) -> Table:
+    """The Pareto front on the validation groups; the choice is marked."""
     timed = any(outcome.time is not None for outcome in result.front)
-    several = len(result.tasks) > 1
-    retained = [f"kept, {name}" for name in result.tasks] if several else ["retained"]
     head = ["pipeline", "bytes", *(["time"] if timed else [])]
-    for name in retained:
-        head += [name, "at least"] if not several else [name]
+    for name in result.tasks:
+        head += [f"retained, {name}"] if len(result.tasks) > 1 else ["retained", "at least"]
     rows = []
     for outcome in result.front:
         mark = " ←" if outcome.pipeline == result.chosen.pipeline else ""
         cells = [f"{outcome.pipeline}{mark}", f"{outcome.bytes:,}"]
         cells += [f"{outcome.time:.2f}" if outcome.time is not None else "–"] if timed else []
         for interval in outcome.retained:
-            cells += [f"{interval.value:.3f}"] if several else [f"{interval.value:.3f}", f"{interval.low:.3f}"]
+            cells += [f"{interval.value:.3f}", *([f"{interval.low:.3f}"] if len(result.tasks) == 1 else [])]
         rows.append(cells)
-    return head, rows
-
-
-def notes(result: Recommendation) -> list[str]:
-    """What a reader must know beside the numbers."""
-    fit, validate, confirm = result.proteins[:3]
-    groups = " / ".join(f"{count:,}" for count in result.groups[:3])
-    return [
-        f"Groups ({result.grouping}): {groups} with {fit:,} / {validate:,} / {confirm:,} proteins to fit, to choose "
-        "and to confirm on.",
-        f"Noise of the invariant metric: {result.noise}.",
-        f"{len(result.outcomes):,} pipelines compared in {result.seconds:.0f} s.",
-        *_warnings(result),
-        *(
-            f"{baseline.name} on the confirmation groups: {baseline.retained:.3f} of the full vector."
-            for baseline in result.baselines
-        ),
-        *result.notes,
-    ]
-
-
-def _warnings(result: Recommendation) -> list[str]:
-    """Rivals that do no worse than the full vector."""
-    return [
-        f"WARNING: {baseline.name} needs no embedding and does no worse than the full vector on {result.tasks[0]}."
-        for baseline in result.baselines
-        if baseline.retained >= 1
-    ]
-
-
-def title(result: Recommendation) -> str:
-    """What stands above the table."""
-    return f"Pipelines for {' and '.join(result.tasks)}: the Pareto front on the validation groups"
-
-
-def markdown(result: Recommendation) -> str:
-    """Lines, table and notes."""
-    words = report.markdown_table(["what to use, what it costs, what it keeps"], [[line] for line in lines(result)])
-    told = "".join(f"- {line}\n" for line in notes(result))
-    return f"{words}\n### {title(result)}\n\n{report.markdown_table(*table(result))}\n{told}\n{METHOD}\n"
-
-
-def show(result: Recommendation) -> None:
-    """Print table, notes and, last, the three lines."""
-    report.show_table(title(result), *table(result))
-    report.show_notes(notes(result))
-    print()
-    report.show_notes(lines(result))
-
-
-def as_json(result: Recommendation) -> str:
-    """The recommendation as `docs/recommend.md` documents it."""
-    return json.dumps({"schema": SCHEMA, **finite(asdict(result))}, indent=1, ensure_ascii=False) + "\n"
+    title = f"Pipelines for {' and '.join(result.tasks)}: the Pareto front on the validation groups"
+    return Table(title, head, rows)
 
 
 def configuration(result: Recommendation, encoder: Path, about: Mapping[str, Any]) -> str:
@@ -156,11 +129,6 @@ def configuration(result: Recommendation, encoder: Path, about: Mapping[str, Any
     options["code"] = str(encoder)
     words = "".join(f"# {line}\n" for line in lines(result))
     return words + "".join(f"{key}: {json.dumps(value)}\n" for key, value in options.items())  # JSON is YAML
-
-
-def save(result: Recommendation, folder: Path) -> list[Path]:
-    """Write JSON, Markdown and picture; returns their paths."""
-    return save_files(folder / "recommendation", as_json(result), markdown(result), partial(draw, result))
 
 
 def draw(result: Recommendation, path: Path) -> None:
@@ -192,27 +160,10 @@ def _panel(ax: Axes, result: Recommendation, x: dict[int, float]) -> None:
         _mark(ax, x[id(chosen)], result.confirmed)
     ax.axhline(1, color="#000000", lw=1)
     ax.axhline(result.keep, color=CHOSEN, lw=1, ls=":")
-    ax.annotate(
-        "full vector",
-        (1, 1),
-        (-4, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        fontsize=7,
-        ha="right",
-    )
+    label_line(ax, "full vector", 1)
     for baseline in result.baselines:
         ax.axhline(baseline.retained, color=BASELINE, lw=1, ls="--")
-        ax.annotate(
-            baseline.name,
-            (1, baseline.retained),
-            (-4, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=7,
-            ha="right",
-            color=BASELINE,
-        )
+        label_line(ax, baseline.name, baseline.retained, BASELINE)
     ax.set_ylim(bottom=0)
     ax.legend(loc="lower right", fontsize=7)
 

@@ -12,15 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 
-import mlflow
 import numpy as np
 import torch
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.types import Schema, TensorSpec
 from torch import nn
 
 from distil_rank.tracking.run import Run, rounded
@@ -70,37 +68,6 @@ def log_student(
     now = int(time.time() * 1000)
     figures = [Metric(key, rounded(value), now, 0, model_id=model_id) for key, value in (metrics or {}).items()]
     run.client.log_batch(run.id, metrics=figures)
-    return f"models:/{model_id}"
-
-
-def log_script(
-    run: Run, name: str, script: Path, folder: Path, config: Mapping[str, str | None], example: np.ndarray
-) -> str:
-    """Keep what answers for protein sequences with its run: a script and a folder of tensors, nothing pickled.
-
-    Args:
-        run: that it belongs to.
-        name: of the model.
-        script: MLflow runs it to load the model; it needs this package.
-        folder: which the script finds as the artifact `model`.
-        config: of the script.
-        example: an answer, `(1, width)`.
-
-    Returns:
-        The model's address, `models:/<id>`.
-    """
-    inputs = Schema([ColSpec(DataType.string, "sequence")])
-    outputs = Schema([TensorSpec(example.dtype, (-1, example.shape[1]))])
-    with _logged_model(run, name) as (model_id, place):
-        mlflow.pyfunc.save_model(
-            place,
-            python_model=str(script),
-            artifacts={"model": str(folder)},
-            model_config=dict(config),
-            mlflow_model=Model(run_id=run.id, model_id=model_id),
-            signature=ModelSignature(inputs, outputs),
-            pip_requirements=[f"{package}=={version(package)}" for package in ("distil-rank", "mlflow")],
-        )
     return f"models:/{model_id}"
 
 

@@ -6,7 +6,6 @@ All calls go through our own client: MLflow's current run, tracking address and 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -17,18 +16,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import mlflow
+import numpy as np
 import requests
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from filelock import FileLock
+from mlflow.data.dataset_source_registry import get_dataset_source_from_json
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.telemetry import set_telemetry_client
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.types import Schema, TensorSpec
 from sqlalchemy.exc import SQLAlchemyError
 
 from distil_rank.errors import InputError
-from distil_rank.tracking import provenance
 from distil_rank.tracking.interrupts import exit_on_signals, was_interrupted
+from distil_rank.tracking.provenance import versions
 from distil_rank.tracking.run_store import RUN_LISTS, VIEW, artifact_location, default_tracking_uri, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -41,30 +45,7 @@ for _logger in ("alembic", "mlflow"):  # such as "Creating initial MLflow databa
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 5.0  # seconds in which a remote server has to answer
-PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's own limits, as those below
-PARAM_LENGTH, NOTE_LENGTH, DIGEST_LENGTH = 6000, 8000, 36
-
-
-class Point(NamedTuple):
-    """A metric's value at a step.
-
-    Attributes:
-        name: of the metric.
-        value: of the metric.
-        step: 0 where there are no steps.
-        time: milliseconds since 1970.
-    """
-
-    name: str
-    value: float
-    step: int
-    time: int
-
-
-def points(metrics: Mapping[str, float], step: int | None = None) -> list[Point]:
-    """Values of metrics at one step, measured now."""
-    now = int(time.time() * 1000)
-    return [Point(name, value, step or 0, now) for name, value in metrics.items()]
+PARAM_LENGTH, NOTE_LENGTH, DIGEST_LENGTH = 6000, 8000, 36  # MLflow's own limits
 
 
 @dataclass(frozen=True)
@@ -95,18 +76,12 @@ class Run:
             if values[name] != recorded[name]:
                 log.warning("Parameter %s stays %s in MLflow; %s came later.", name, recorded[name], values[name])
         new = [Param(name, value) for name, value in values.items() if name not in recorded]
-        for start in range(0, len(new), PARAMS_PER_CALL):
-            self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_CALL])
+        self.client.log_batch(self.id, params=new)
 
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record one value of each metric, to five significant digits."""
-        self.log_points(points(metrics))
-
-    def log_points(self, measured: Sequence[Point]) -> None:
-        """Record values of metrics at many steps, to five significant digits, in as few calls as MLflow allows."""
-        values = [Metric(one.name, rounded(one.value), one.time, one.step) for one in measured]
-        for start in range(0, len(values), METRICS_PER_CALL):
-            self.client.log_batch(self.id, metrics=values[start : start + METRICS_PER_CALL])
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, [Metric(name, rounded(value), now, step) for name, value in metrics.items()])
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags; a tag that is there is replaced."""
@@ -153,16 +128,11 @@ class Run:
             context: what the rows were for, such as `training` or `test`.
             source: file that holds them, or what made them.
         """
-        layout = [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, *shape[1:]]}}]
-        dataset = Dataset(
-            name,
-            digest[:DIGEST_LENGTH],
-            source_type="local",
-            source=json.dumps({"uri": source}),
-            schema=json.dumps({"mlflow_tensorspec": {"features": json.dumps(layout), "targets": None}}),
-            profile=json.dumps({"features_shape": list(shape)}),
-        )
-        self.client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        origin = get_dataset_source_from_json(json.dumps({"uri": source}), "local")
+        schema = Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))])
+        dataset = MetaDataset(origin, name=name, digest=digest[:DIGEST_LENGTH], schema=schema)  # type: ignore[abstract]
+        context_tag = [InputTag("mlflow.data.context", context)]
+        self.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), context_tag)])
 
 
 def rounded(value: float) -> float:
@@ -185,7 +155,7 @@ def start_run(
     system_metrics: bool = False,
     root: Path = Path(),
 ) -> Iterator[Run]:
-    """Open a run; it ends FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED, then with the reason in the tag `error`.
+    """Open a run; it ends FINISHED, FAILED with the reason in the tag `error`, or KILLED (Ctrl-C, SIGTERM, SIGHUP).
 
     Of the processes of a distributed command the first one's run is kept; the others' are deleted when they end.
 
@@ -207,23 +177,25 @@ def start_run(
         if process_rank() > 0:
             tracking_uri = f"sqlite:///{stack.enter_context(tempfile.TemporaryDirectory())}/mlflow.db"
         try:
-            with _exclusive_lock(tracking_uri):
+            with exclusive_lock(tracking_uri):
                 client = connect(tracking_uri)
                 experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
-            created = client.create_run(experiment_id, run_name=name, tags={**inherited, **tags, **_origin()})
+            created = client.create_run(
+                experiment_id, run_name=name, tags={**inherited, **_versions(), **resolve_tags(), **tags}
+            )
         except (MlflowException, SQLAlchemyError) as error:
             raise InputError(
                 f"Expected MLflow to keep runs at {without_credentials(tracking_uri)} but got: {_first_line(error)}"
             ) from error
         folder = root.resolve() / "mlruns" / "lightning"
         run = Run(created.info.run_id, experiment, experiment_id, tracking_uri, folder, client)
-        with _final_status(run), exit_on_signals(signal.SIGTERM), _system_metrics(run, system_metrics):
+        with _final_status(run), exit_on_signals(signal.SIGTERM, signal.SIGHUP), _system_metrics(run, system_metrics):
             run.log_params(params)
             yield run
 
 
 @contextmanager
-def _exclusive_lock(tracking_uri: str) -> Iterator[None]:
+def exclusive_lock(tracking_uri: str) -> Iterator[None]:
     """Hold a lock, so that no two processes create the same local database or experiment at once.
 
     Raises:
@@ -235,16 +207,13 @@ def _exclusive_lock(tracking_uri: str) -> Iterator[None]:
     folder = Path(tracking_uri.removeprefix("sqlite:///")).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        with FileLock(folder / ".lock"):
+            yield
     except OSError as error:
         raise InputError(
             f"Expected a folder that can be written for runs at {folder} but got: {error.strerror}; work in another "
             "folder, or set MLFLOW_TRACKING_URI."
         ) from error
-    with lock:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
-        yield
 
 
 def connect(tracking_uri: str) -> mlflow.MlflowClient:
@@ -345,18 +314,8 @@ def process_rank() -> int:
     return int(next((rank for rank in ranks if rank), 0))
 
 
-def _origin() -> dict[str, str]:
-    """Tags for the user, command, commit and versions behind the run, under MLflow's own names where it has them."""
-    tags = {
-        "mlflow.user": provenance.user(),
-        "mlflow.source.name": provenance.command(),
-        "mlflow.source.type": "LOCAL",
-        **{f"version.{name}": version for name, version in provenance.versions().items()},
-    }
-    if commit := provenance.commit():
-        tags["mlflow.source.git.commit"] = commit[0]
-        tags["mlflow.source.git.dirty"] = str(commit[1]).lower()
-    return tags
+def _versions() -> dict[str, str]:
+    return {f"version.{name}": value for name, value in versions().items()}
 
 
 def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

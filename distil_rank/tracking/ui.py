@@ -1,17 +1,26 @@
-"""MLflow's user interface on the project's runs, until Ctrl-C."""
+"""MLflow's user interface on the project's runs, as a process of its own, until Ctrl-C."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
-from itertools import chain
+import subprocess
+import sys
+import time
 from operator import itemgetter
 from pathlib import Path
 
+import requests
+
 from distil_rank.errors import InputError
-from distil_rank.tracking.mlflow_server import http, run_server
+from distil_rank.tracking.interrupts import exit_on_signals, was_interrupted
 from distil_rank.tracking.run_store import VIEW, default_tracking_uri, is_remote, without_credentials
 
 DEFAULT_PORT = 5000
+START_TIMEOUT, STOP_TIMEOUT = 120.0, 10.0  # seconds
+http = requests.Session()
+http.trust_env = False  # our own server needs no proxy
 
 
 def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.1") -> None:
@@ -23,7 +32,7 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
         host: address to listen on; 0.0.0.0 lets other machines in.
 
     Raises:
-        InputError: if the port is taken, or the server does not start.
+        InputError: if the port is taken, or the server does not start or ends by itself.
     """
     uri = default_tracking_uri(root)
     if is_remote(uri):
@@ -31,16 +40,52 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
         return
     folder = root.resolve() / "mlruns"
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port(host, port)
-    options = {"--backend-store-uri": uri, "--artifacts-destination": str(folder / "artifacts"), "--workers": "1"}
-    command = ["server", *chain.from_iterable(options.items())]
-    run_server("the MLflow UI", command, folder / "ui.log", host, port, _announce)
+    port, log = free_port(host, port), folder / "ui.log"
+    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    places = ["--backend-store-uri", uri, "--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", *places, "--workers", "1", "--host", host, "--port", str(port)]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    quiet["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it starts programs of its environment
+    print("Starting the MLflow UI ...", flush=True)
+    with exit_on_signals(signal.SIGTERM, signal.SIGHUP), log.open("wb") as output:
+        # A process group of its own, so that Ctrl-C reaches us alone and we end all of it.
+        options = {"cwd": folder, "env": {**os.environ, **quiet}, "start_new_session": True}
+        server = subprocess.Popen(command, stdout=output, stderr=output, **options)  # type: ignore[call-overload]
+        try:
+            _wait_until_ready(server, address, log)
+            print(f"MLflow UI at {address} (Ctrl-C ends it)")
+            for name, page in run_lists(address):
+                print(f"  {name:9} {page}", flush=True)
+            server.wait()
+        except (KeyboardInterrupt, SystemExit) as end:
+            if not was_interrupted(end):
+                raise
+            print("\nThe MLflow UI has ended.")
+            return
+        finally:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                try:
+                    os.killpg(server.pid, number)
+                    server.wait(STOP_TIMEOUT)
+                except (ProcessLookupError, subprocess.TimeoutExpired):
+                    continue
+    raise InputError(f"Expected the MLflow UI to run until Ctrl-C but it ended by itself; see {log}.")
 
 
-def _announce(address: str) -> None:
-    print(f"MLflow UI at {address} (Ctrl-C ends it)")
-    for name, page in run_lists(address):
-        print(f"  {name:8} {page}", flush=True)
+def _wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Waits until a server answers at /health.
+
+    Raises:
+        InputError: it does not.
+    """
+    end = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            http.get(f"{address}/health", timeout=5)
+            return
+        except requests.RequestException:
+            time.sleep(0.2)
+    raise InputError(f"Expected MLflow to start at {address} but it did not; see {log}.")
 
 
 def run_lists(address: str) -> list[tuple[str, str]]:

@@ -1,31 +1,27 @@
-"""Distillation: train the two factors against a frozen teacher, and keep the result only if it beats the warm start."""
+"""Distillation: train two thin factors against a frozen dense layer, from the closed form on."""
 
 from __future__ import annotations
 
+import copy
 import math
-import pickle
-from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.data.datamodule import Batch, EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
-from distil_rank.measure.statistics import group_sums
+from distil_rank.lowrank.moments import Moments
+from distil_rank.lowrank.solvers import choose_rank, output_spectrum, solve
 from distil_rank.training.losses import Outputs, head_loss, layer_loss
-from distil_rank.training.stacked import Batch, RowsWithTargets, StackedStudents
 
 # The recipe of the original project, to the letter: options of `DistilModule`, and how long it trains.
 ORIGINAL: dict[str, Any] = {
+    "warm_start": "svd",
     "alpha": 0.1,
     "normalise": False,
-    "optimizer": "adamw",
     "lr": 3e-3,
     "weight_decay": 0.01,
     "schedule": "constant",
@@ -34,9 +30,10 @@ ORIGINAL_STEPS, ORIGINAL_BATCH = 1000, 64
 
 
 class DistilModule(LightningModule):
-    """Train students, one per seed, to match a frozen teacher.
+    """Trains a low-rank student of a frozen dense layer.
 
-    Without a head the loss compares the layer's outputs,
+    The student's best start is known in closed form; `setup` solves it from the data module's streamed moments. The
+    loss compares the outputs of the two layers,
 
         L = mse(y_s, y_t) / v + alpha · mean(1 − cos(y_s, y_t)),
 
@@ -46,109 +43,129 @@ class DistilModule(LightningModule):
 
     Args:
         teacher: the dense layer; its parameters are frozen.
-        students: where training starts from: one student, or one per seed, which are trained as one batched model.
-        head: the rest of the model behind the layer, frozen; its outputs are logits `(N, classes)`, or with
-            `outputs="regression"` values `(N, k)`.
-        output_variance: mean squared deviation of an element of the teacher's output from its training mean; needed
-            by `normalise`.
+        rank: r, an integer, a share of the teacher's output variance to retain, or `auto` (see `choose_rank`).
+        warm_start: Where training begins: the exact optimum of the squared error, or the SVD of the weight.
+        shrinkage: Of the input covariance before the solve, 0 to 1, or `auto`, for fewer rows than dimensions.
         alpha: Weight of the cosine term.
         normalise: Divide the squared error by the variance of the teacher's output.
-        optimizer: `adamw`, or `lbfgs`: steps with line search, for a `batch_size` that takes all rows at once.
-        lr: Learning rate (for lbfgs the first step of the line search, 1.0 is usual).
+        lr: Learning rate of AdamW.
         weight_decay: Of AdamW.
         schedule: `cosine` decays the rate to zero over the run, `constant` keeps it.
-        nested_ranks: Train these ranks at once, each a slice of the same factors, besides the full one.
+        head: the rest of the model behind the layer, frozen; its outputs are logits `(N, classes)`, or with
+            `outputs="regression"` values `(N, k)`.
         outputs: Whether the head puts out logits of classes (one column: of yes against no) or values.
+
+    Attributes:
+        layer: the student, a `LowRankLinear`, once `setup` has run.
+        moments: of the training rows, after shrinkage.
+        spectrum: eigenpairs of the teacher's output over them (`output_spectrum`).
+        output_mean: its mean, `(m,)`, and `output_variance` the mean squared deviation of an element from it.
     """
+
+    layer: LowRankLinear
+    output_mean: Tensor
 
     def __init__(
         self,
         teacher: nn.Linear,
-        students: LowRankLinear | Sequence[LowRankLinear],
-        head: nn.Module | None = None,
-        output_variance: float = 1.0,
+        rank: int | float | str = 64,
+        warm_start: Literal["closed_form", "svd"] = "closed_form",
+        shrinkage: float | Literal["auto"] = 0.0,
         alpha: float = 0.1,
         normalise: bool = True,
-        optimizer: Literal["adamw", "lbfgs"] = "adamw",
         lr: float = 3e-4,
         weight_decay: float = 0.01,
         schedule: Literal["cosine", "constant"] = "cosine",
-        nested_ranks: Sequence[int] = (),
+        head: nn.Module | None = None,
         outputs: Outputs = "classification",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["teacher", "students", "head"], logger=False)
-        self.teacher = teacher.requires_grad_(False)
-        self.students = StackedStudents([students] if isinstance(students, LowRankLinear) else students)
+        self.save_hyperparameters(ignore=["teacher", "head"])
+        self.teacher = teacher.float().requires_grad_(False)
         self.head = None if head is None else head.requires_grad_(False).eval()
-        for rank in nested_ranks:
-            if not 1 <= rank <= self.students.rank:
-                raise InputError(f"Expected nested ranks in [1, {self.students.rank}] but got {rank}.")
+        self.moments: Moments | None = None
+        self.spectrum: tuple[Tensor, Tensor] | None = None
+        self.register_buffer("output_mean", torch.zeros(teacher.out_features))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Solve the student that training starts from; further calls do nothing.
+
+        Raises:
+            InputError: the teacher's width is not the data's, or the rank does not fit.
+        """
+        if self.spectrum is None:
+            self.solve(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def solve(self, data: EmbeddingDataModule) -> None:
+        """What `setup` does, on a data module that need not belong to a trainer.
+
+        Raises:
+            InputError: the teacher's width is not the data's, or the rank does not fit.
+        """
+        h: Any = self.hparams
+        teacher = self.teacher
+        if teacher.in_features != data.dim:
+            raise InputError(
+                f"Expected a teacher for inputs of width {data.dim}, as {data.source} has them, but got one for "
+                f"{teacher.in_features}; use the backbone that the layer was trained on."
+            )
+        moments = data.moments
+        if h.shrinkage != 0:
+            moments = moments.shrunk(None if h.shrinkage == "auto" else float(h.shrinkage))
+        self.moments, self.spectrum = moments, output_spectrum(teacher.weight, moments)
+        self.output_variance = float(self.spectrum[0].sum()) / teacher.out_features
+        rank = choose_rank(self.spectrum[0], h.rank)
+        factors = solve(teacher.weight, teacher.bias, rank, h.warm_start, moments, self.spectrum)
+        self.layer = LowRankLinear.from_factors(factors, moments.mean)
+        with torch.no_grad():
+            self.output_mean = teacher(moments.mean.float())
+
+    def start_from(self, other: DistilModule, layer: LowRankLinear) -> None:
+        """Start from this layer, with what another module of the same teacher has solved on the same data."""
+        self.moments, self.spectrum, self.output_variance = other.moments, other.spectrum, other.output_variance
+        self.output_mean, self.layer = other.output_mean.clone(), copy.deepcopy(layer)
 
     @property
-    def student(self) -> LowRankLinear:
-        """A copy of the first seed's student."""
-        return self.students[0]
+    def solved(self) -> bool:
+        """Whether the start already is the exact minimum of the loss, so that training can gain nothing."""
+        h: Any = self.hparams
+        return h.warm_start == "closed_form" and h.shrinkage == 0 and h.alpha == 0 and self.head is None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(S, N, n)`, or `(N, n)` for all alike, → `(S, N, m)`, by the students of S seeds."""
-        return self.students(x)
+        """`(…, n)` → `(…, m)`, by the student."""
+        return self.layer(x)
 
-    def losses(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss of each student on each row and its parts, `(S, N)`, averaged over nested ranks if there are any.
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of each row and its parts, each `(N,)`.
 
         Args:
-            x: rows, `(S, N, n)`, or `(N, n)` for all students alike.
-            target: the teacher's output for them, where it was computed before.
+            batch: rows `(N, n)`, or a pair of rows and the teacher's output for them.
         """
-        if target is None:
-            with torch.no_grad():
-                target = self.teacher(x)
-        ranks = [*self.hparams["nested_ranks"], self.students.rank]
-        per_rank = [self._losses(self.students(x, rank), target) for rank in ranks]
-        return {name: torch.stack([parts[name] for parts in per_rank]).mean(0) for name in per_rank[0]}
-
-    def _losses(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        x, target = (batch, self.teacher(batch)) if isinstance(batch, Tensor) else batch
+        output = self.layer(x)
+        h: Any = self.hparams
         if self.head is not None:
-            target = target.expand_as(output)
-            logits, wanted = (self.head(y.flatten(0, 1)).unflatten(0, output.shape[:2]) for y in (output, target))
-            return {"loss": head_loss(logits, wanted, self.hparams["outputs"])}
-        variance = self.hparams["output_variance"] if self.hparams["normalise"] else 1.0
-        return layer_loss(output, target, self.hparams["alpha"], variance)
+            return {"loss": head_loss(self.head(output), self.head(target), h.outputs)}
+        return layer_loss(output, target, h.alpha, self.output_variance if h.normalise else 1.0)
 
-    def training_step(self, batch: Batch, batch_index: int) -> dict[str, Any]:
-        """One batch: the sum over seeds of their mean losses, and what to log of the first seed."""
-        rows = self.losses(*batch)
-        first = {name: values[0].detach().mean() for name, values in rows.items()}
-        return {"loss": rows["loss"].mean(1).sum(), "log": first}
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The mean loss of one batch; its parts are logged on validation rows, as each `log` costs half a step."""
+        loss = self.losses(batch)["loss"].mean()
+        self.log("train/loss", loss)
+        return loss
 
-    def validation_step(self, x: Tensor, batch_index: int) -> Tensor:
-        """Log the first seed's losses on held-out rows; returns every seed's loss on each row, `(S, N)`."""
-        losses = self.losses(x)
-        self.log_dict(
-            {f"val/{name}": rows[0].mean() for name, rows in losses.items()}, batch_size=len(x), sync_dist=True
-        )
+    def validation_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Log the losses on validation rows; returns each row's loss, `(N,)`."""
+        losses = self.losses(batch)
+        means = {f"val/{name}": rows.mean() for name, rows in losses.items()}
+        self.log_dict(means, batch_size=len(losses["loss"]), sync_dist=True)
         return losses["loss"]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what does not change: the teacher and the head."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if name.startswith("students.")}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put them back."""
-        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
-
     def configure_optimizers(self) -> Any:
-        """Of the students' parameters only."""
-        h = self.hparams
-        parameters = self.students.parameters()
-        if h["optimizer"] == "lbfgs":
-            return torch.optim.LBFGS(
-                parameters, lr=h["lr"], max_iter=20, history_size=20, line_search_fn="strong_wolfe"
-            )
-        optimizer = torch.optim.AdamW(parameters, lr=h["lr"], weight_decay=h["weight_decay"], fused=True)
-        if h["schedule"] == "constant":
+        """AdamW on the student's parameters only."""
+        h: Any = self.hparams
+        optimizer = torch.optim.AdamW(self.layer.parameters(), lr=h.lr, weight_decay=h.weight_decay, fused=True)
+        if h.schedule == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
@@ -156,142 +173,15 @@ class DistilModule(LightningModule):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(int(steps), 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what does not change: the teacher and the head."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name.startswith("layer.")}
 
-@dataclass(frozen=True)
-class Fit:
-    """The outcome of a training run for one seed.
-
-    Attributes:
-        student: the best of all validations *and* the warm start, by validation loss.
-        warm_start_loss: validation loss before the first step.
-        best_loss: the lowest of any validation.
-        steps: optimiser steps taken.
-        training_helped: whether the best student clearly beat the warm start.
-    """
-
-    student: LowRankLinear
-    warm_start_loss: float
-    best_loss: float
-    steps: int
-    training_helped: bool
-
-
-class BestStudents(Callback):
-    """Keeps each seed's student of the lowest validation loss, in memory and in checkpoints.
-
-    Attributes:
-        losses: the lowest so far, `(S,)`; infinite before the first validation.
-        state: parameters of the stack, each student's as of its lowest loss.
-    """
-
-    def __init__(self, students: StackedStudents) -> None:
-        self.losses = torch.full((len(students),), math.inf, dtype=torch.float64)
-        self.state = {name: value.detach().clone() for name, value in students.named_parameters()}
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a new pass."""
-        self._rows: list[Tensor] = []
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, *indices: int
-    ) -> None:
-        """Add one batch."""
-        self._rows.append(outputs.detach().double().cpu())
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the students that are better than before."""
-        assert isinstance(pl_module, DistilModule)
-        losses = torch.cat(self._rows, dim=1).mean(1)
-        better = losses < self.losses
-        self.losses = torch.where(better, losses, self.losses)
-        for name, value in pl_module.students.named_parameters():
-            self.state[name][better] = value.detach().cpu()[better]
-
-    def state_dict(self) -> dict[str, Any]:
-        """For Lightning's checkpoint."""
-        return {"losses": self.losses, **self.state}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From Lightning's checkpoint."""
-        self.losses = state_dict["losses"]
-        self.state = {name: state_dict[name] for name in self.state}
-
-
-def training_loader(data: EmbeddingDataModule, rows: Dataset[Any]) -> DataLoader[Any]:
-    """Shuffled batches of rows as the data module's options ask for them."""
-    sampler = RandomSampler(cast(Sized, rows), replacement=data.hparams["replacement"])
-    return data.loader(rows, data.hparams["batch_size"], sampler)
-
-
-def fit(
-    module: DistilModule,
-    data: EmbeddingDataModule,
-    trainer: Trainer,
-    ckpt_path: str | None = None,
-    already_optimal: bool = False,
-    batches: Iterable[Batch] | None = None,
-) -> list[Fit]:
-    """Train, and never end worse than the start, for any seed.
-
-    The warm start competes with every validated student on the validation rows, and gives way only to a clear
-    difference: the mean of the paired differences, protein by protein, is above 1.96 of its standard errors. (The best
-    of many was chosen on the same rows, so this is a precaution against noise, not a test at 5 %.)
-
-    Args:
-        module: teacher and warm-started students.
-        data: gives validation batches, and training batches unless they are given.
-        trainer: a new one; what it saves can be resumed.
-        ckpt_path: resume from this Lightning checkpoint (loaded with `weights_only=True`).
-        already_optimal: the warm start is the exact minimum of the loss: validate it and leave it alone.
-        batches: training batches, of one seed or of all.
-
-    Returns:
-        One for each seed.
-
-    Raises:
-        InputError: the checkpoint is missing, damaged, or of another shape.
-    """
-    start = [module.students[seed] for seed in range(len(module.students))]
-    before = _validation_losses(module, data)
-    if already_optimal:
-        trainer.validate(module, datamodule=data, verbose=False)
-        warm = before.mean(1).tolist()
-        return [Fit(student, loss, loss, 0, False) for student, loss in zip(start, warm, strict=True)]
-    if ckpt_path is not None and not Path(ckpt_path).is_file():
-        raise InputError(f"Expected a Lightning checkpoint at {ckpt_path} but there is no such file.")
-    trainer.validate(module, datamodule=data, verbose=False)
-    best = BestStudents(module.students)
-    trainer.callbacks.insert(0, best)  # type: ignore[attr-defined]
-    train = batches or training_loader(data, RowsWithTargets(data.train_dataset(), None))
-    try:
-        trainer.fit(module, train, data.val_dataloader(), ckpt_path=ckpt_path, weights_only=True)
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        if ckpt_path is None:
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"Expected a checkpoint of this very student in {ckpt_path} but it does not fit: {reason}"
-        ) from error
-    module.cpu()
-    if best.losses.isinf().all():  # never validated
-        return [
-            Fit(student, loss, loss, trainer.global_step, False)
-            for student, loss in zip(start, before.mean(1).tolist(), strict=True)
-        ]
-    module.students.load_state_dict({**module.students.state_dict(), **best.state})
-    after = _validation_losses(module, data)
-    fits = []
-    for seed, student in enumerate(start):
-        gain = torch.from_numpy(group_sums((before - after)[seed].numpy(), data.proteins("val")))
-        helped = len(gain) > 1 and bool(gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5)
-        retained = module.students[seed] if helped else student
-        losses = float(before[seed].mean()), float(after[seed].mean())
-        fits.append(Fit(retained, *losses, trainer.global_step, helped))
-    return fits
-
-
-@torch.no_grad()
-def _validation_losses(module: DistilModule, data: EmbeddingDataModule) -> Tensor:
-    """Loss of each student on each validation row, `(S, N)` float64."""
-    with torch.random.fork_rng(devices=[]):  # a loader draws a number, which must not change the training batches
-        return torch.cat([module.losses(x)["loss"].double() for x in data.val_dataloader()], dim=1)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put them back; without `setup` (`load_from_checkpoint`) the student's shape is that of its factors."""
+        state = checkpoint["state_dict"]
+        if not hasattr(self, "layer"):
+            A, B = state["layer.A"], state["layer.B"]
+            self.layer = LowRankLinear(A.shape[1], len(B), len(A), "layer.bias" in state, "layer.input_mean" in state)
+        checkpoint["state_dict"] = {**self.state_dict(), **state}

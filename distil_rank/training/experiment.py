@@ -1,24 +1,28 @@
-"""One teacher from start to finish: solve, train, run the original recipe, measure, and assemble the result."""
+"""One teacher from start to finish: solve, train, run the original recipe, compare, and assemble the result."""
 
 from __future__ import annotations
 
-import logging
+import copy
+import pickle
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
-from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, comparison, solved_students
+from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, solved_students
 from distil_rank.evaluation.function import function_retained
 from distil_rank.evaluation.results import (
     OURS,
     RECIPE,
-    ComparisonRow,
+    Curve,
     ParameterCounts,
     ParetoPoint,
     Spectrum,
@@ -26,32 +30,67 @@ from distil_rank.evaluation.results import (
     TeacherResult,
 )
 from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, parameter_count
-from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import choose_rank, output_spectrum, r2_curve, solve
-from distil_rank.measure.latency import compare_layers
+from distil_rank.lowrank.solvers import r2_curve, solve
+from distil_rank.measure.latency import LayerLatency, compare_layers
 from distil_rank.measure.metrics import r2
-from distil_rank.training.distil import Fit
-from distil_rank.training.seeds import Solved, Trained, TrainingOptions, train_recipes, train_students
+from distil_rank.options.training import StudentOptions
+from distil_rank.training.callbacks import KeepIfBetter, LogFidelity, LogLatency, Progress, RecordCurve, SaveLast
+from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule
 
-log = logging.getLogger(__name__)
-
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,
+    "max_steps": 500,
+    "enable_progress_bar": False,  # Lightning's begins anew each epoch; ours is one bar with the time left
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,  # the start is validated in full before the first step
+    "log_every_n_steps": 10,
+}
+VALIDATIONS = 20  # over a run of a fixed number of steps, however long its epochs are
 PARETO_RANKS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 RANK_TOLERANCE = 0.02  # between the R² that the training rows predict and the held-out one
 
 
+def trainer_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of Lightning's Trainer, with our defaults where there are none.
+
+    >>> trainer_options({"max_steps": 100})["val_check_interval"]
+    5
+    """
+    merged = {**TRAINER_DEFAULTS, **options}
+    if merged["max_steps"] > 0 and not {"val_check_interval", "check_val_every_n_epoch"} & options.keys():
+        interval = max(merged["max_steps"] // VALIDATIONS, 1)
+        merged |= {"check_val_every_n_epoch": None, "val_check_interval": interval}
+    return merged
+
+
 @dataclass(frozen=True)
-class Experiment:
-    """An experiment on one teacher.
+class Trained:
+    """Students of several seeds.
 
     Attributes:
-        result: for the report.
-        student: of the first seed.
-        fit: how its training went.
+        students: one per seed.
+        curve: of the first seed.
+        seconds: wall time of one.
+        note: what training gained, in words.
+        steps: that the first seed's student was trained for; 0 where it is the start.
+        latency: of the first seed's student, where it was timed.
     """
+
+    students: Sequence[LowRankLinear]
+    curve: Curve
+    seconds: float
+    note: str = ""
+    steps: int = 0
+    latency: Sequence[LayerLatency] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment on one teacher: the result for the report, and the first seed's student."""
 
     result: TeacherResult
     student: LowRankLinear
-    fit: Fit
+    trained_steps: int
 
 
 def run_experiment(
@@ -60,10 +99,15 @@ def run_experiment(
     check: TeacherCheck,
     data: EmbeddingDataModule,
     rank: int | float | str = 64,
-    shrinkage: float | Literal["auto"] = 0.0,
-    training: TrainingOptions = TrainingOptions(),  # noqa: B008 - frozen
+    options: StudentOptions = StudentOptions(),  # noqa: B008 - frozen
+    head: nn.Module | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (42,),
+    logger: Logger | None = None,
+    checkpoints: Path | None = None,
+    ckpt_path: str | None = None,
 ) -> Experiment:
-    """Compress one dense layer at one rank and measure every method of the comparison.
+    """Distil one dense layer at one rank, and compare every method on the held-out rows.
 
     Args:
         name: of the teacher, for the report.
@@ -71,119 +115,155 @@ def run_experiment(
         check: whether it is worth it.
         data: set up already.
         rank: an integer, a share of the output's variance, or `auto` (see `choose_rank`).
-        shrinkage: of the input covariance before the solve, for fewer rows than dimensions; `auto` estimates it.
-        training: how students are trained; the first seed's is kept.
+        options: how students are trained.
+        head: what stands behind the layer.
+        trainer: options of Lightning's `Trainer`.
+        seeds: one student each; the first is returned, logged and saved.
+        logger: of the first seed.
+        checkpoints: folder for the first seed's.
+        ckpt_path: Lightning's checkpoint that the first seed resumes from.
 
     Raises:
-        InputError: the rank does not fit, or the teacher's width is not the data's.
+        InputError: the rank does not fit, the teacher's width is not the data's, or the checkpoint is another model's.
     """
-    solved = solve_students(teacher, data, rank, shrinkage)
-    optimal = training.warm_start == "closed_form" and shrinkage == 0 and is_squared_error(training.distil)
-    trained = train_students(solved, data, replace(training, optimal=optimal))
-    recipe = train_recipes(solved, data, training.seeds)
-    held_out = HeldOut.of(data)
-    rows = measure_comparison(solved, trained, recipe, held_out, data)
-    result = assemble_result(name, check, rank, solved, trained, recipe, rows, data, held_out)
-    assert trained.fit is not None
-    return Experiment(result, trained.students[0], trained.fit)
-
-
-@torch.no_grad()
-def solve_students(
-    teacher: nn.Linear, data: EmbeddingDataModule, rank: int | float | str, shrinkage: float | Literal["auto"]
-) -> Solved:
-    """The students of every solver at the rank asked for, from the moments of the training rows."""
-    if teacher.in_features != data.dim:
-        raise InputError(
-            f"Expected a teacher for inputs of width {data.dim}, as {data.source} has them, but got one for "
-            f"{teacher.in_features}; use the backbone that the layer was trained on."
-        )
-    teacher = teacher.float().requires_grad_(False)
     started = time.perf_counter()
-    moments = Moments.of(data.stream("train"))
-    if shrinkage != 0:
-        moments = moments.shrunk(None if shrinkage == "auto" else float(shrinkage))
-    spectrum = output_spectrum(teacher.weight, moments)
-    chosen = choose_rank(spectrum[0], rank)
-    solve(teacher.weight, teacher.bias, chosen, "closed_form", moments, spectrum)
-    seconds = time.perf_counter() - started
-    students = solved_students(teacher, moments, chosen, spectrum)
-    return Solved(teacher, moments, spectrum, chosen, teacher(moments.mean.float()), students, seconds)
+    module = DistilModule(teacher, rank, **asdict(options), head=head)
+    module.solve(data)
+    solving = time.perf_counter() - started
+    assert module.moments is not None and module.spectrum is not None
+    baselines = solved_students(module.teacher, module.moments, module.layer.rank, module.spectrum)
+    paired = data.with_targets(module.teacher)
+    ours = train_students(module, baselines, paired, trainer or {}, seeds, logger, checkpoints, ckpt_path)
+    recipe = train_recipes(module, baselines, paired, seeds)
 
+    held_out = HeldOut.of(data)
+    methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
+    methods |= {method: [layer] for method, layer in baselines.items()}
+    methods |= {RECIPE: recipe.students, OURS: ours.students}
+    function = function_retained(module.teacher, methods, module.output_mean, data)
+    seconds = {"closed_form": solving, RECIPE: recipe.seconds, OURS: ours.seconds + solving}
+    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function_retained=function)
 
-def is_squared_error(distil: dict[str, Any]) -> bool:
-    """Whether these options of `DistilModule` make the loss the layer's squared error alone."""
-    return distil.get("head") is None and distil.get("alpha") == 0
-
-
-def measure_comparison(
-    solved: Solved, trained: Trained, recipe: Trained, held_out: HeldOut, data: EmbeddingDataModule
-) -> list[ComparisonRow]:
-    """Every method on the held-out rows, from the constant to ours."""
-    candidates: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(solved.mean)]}
-    candidates |= {method: [layer] for method, layer in solved.students.items()}
-    candidates |= {RECIPE: recipe.students, OURS: trained.students}
-    seconds = {"closed_form": solved.seconds, RECIPE: recipe.seconds, OURS: trained.seconds}
-    function = function_retained(solved.teacher, candidates, solved.mean, data)
-    return comparison(solved.teacher, candidates, solved.mean, held_out, seconds=seconds, function_retained=function)
-
-
-def assemble_result(
-    name: str,
-    check: TeacherCheck,
-    rank_requested: int | float | str,
-    solved: Solved,
-    trained: Trained,
-    recipe: Trained,
-    rows: list[ComparisonRow],
-    data: EmbeddingDataModule,
-    held_out: HeldOut,
-) -> TeacherResult:
-    """The result of one teacher from what the other steps measured."""
-    teacher, closed_form = solved.teacher, solved.students["closed_form"]
-    predicted = float(r2_curve(solved.spectrum[0])[solved.rank - 1])
+    n, m, reached = teacher.in_features, teacher.out_features, module.layer.rank
+    predicted = float(r2_curve(module.spectrum[0])[reached - 1])
     measured = next(row for row in rows if row.method == "closed_form").metrics["r2"].value
-    assert trained.fit is not None
-    return TeacherResult(
+    dense, small = parameter_count(n, m), parameter_count(n, m, reached)
+    with torch.no_grad():
+        x = data.rows("val")
+        optimum = 1 - r2(baselines["closed_form"](x), module.teacher(x), module.output_mean)
+    result = TeacherResult(
         teacher=name,
         check=check,
-        rank=solved.rank,
-        rank_requested=rank_requested,
-        rank_note=_rank_note(teacher, solved.rank, predicted - measured, len(data.split_rows.train)),
-        shape=(teacher.out_features, teacher.in_features),
-        parameters=_parameter_counts(teacher, solved.rank),
+        rank=reached,
+        rank_requested=rank,
+        rank_note=_rank_note(teacher, reached, predicted - measured, len(data.split_rows.train)),
+        shape=(m, n),
+        parameters=ParameterCounts(dense, small, dense / small, break_even_rank(n, m)),
         predicted_r2=predicted,
         held_out_r2=measured,
         held_out_note=held_out.note,
         comparison=rows,
-        latency=list(trained.latency or compare_layers(teacher, trained.students[0])),
-        spectrum=Spectrum(_relative(torch.linalg.svdvals(teacher.weight)), _relative(solved.spectrum[0].sqrt())),
-        curves={OURS: trained.curve, RECIPE: recipe.curve},
-        training_note=_training_note(trained.fit, trained.optimal),
-        validation_optimum=_residual_share(closed_form, teacher, solved.mean, data.rows("val")),
-        pareto=pareto(teacher, solved.moments, solved.mean, replace(held_out, labels=None), solved.spectrum),
+        latency=list(ours.latency or compare_layers(teacher, ours.students[0])),
+        spectrum=Spectrum(_relative(torch.linalg.svdvals(teacher.weight)), _relative(module.spectrum[0].sqrt())),
+        curves={OURS: ours.curve, RECIPE: recipe.curve},
+        training_note=ours.note,
+        validation_optimum=optimum,
+        pareto=pareto(module, held_out),
     )
+    return Experiment(result, ours.students[0], ours.steps)
+
+
+def train_students(
+    module: DistilModule,
+    baselines: Mapping[str, nn.Module],
+    data: EmbeddingDataModule,
+    trainer: Mapping[str, Any],
+    seeds: Sequence[int],
+    logger: Logger | None = None,
+    checkpoints: Path | None = None,
+    ckpt_path: str | None = None,
+) -> Trained:
+    """Students of several seeds that start where a solved module stands; see `run_experiment` for the arguments."""
+    started, start = time.perf_counter(), copy.deepcopy(module.layer)
+    curve, latency, keep = RecordCurve(), LogLatency(), KeepIfBetter()
+    saving = [] if checkpoints is None else [SaveLast(checkpoints)]
+    fidelity = LogFidelity({"svd": baselines["svd"]})
+    first = Trainer(
+        **trainer_options(trainer),
+        logger=logger or False,
+        enable_checkpointing=bool(saving),
+        callbacks=[fidelity, curve, latency, keep, Progress("distilling"), *saving],
+    )
+    seed_everything(seeds[0], verbose=False)
+    with torch.random.fork_rng(devices=[]):  # batches are those of a run without this look at the start
+        first.validate(module, datamodule=data, verbose=False)
+    if module.solved:
+        note = "Not trained: the closed form already is the exact minimum of this loss."
+        return Trained([module.layer.eval()], curve.curve, time.perf_counter() - started, note)
+    _fit(first, module, data, ckpt_path)
+    students = [module.cpu().layer.eval()]
+    for seed in seeds[1:]:
+        again = Trainer(
+            **trainer_options(trainer), logger=False, enable_checkpointing=False, callbacks=[KeepIfBetter()]
+        )
+        module.start_from(module, start)
+        seed_everything(seed, verbose=False)
+        again.fit(module, datamodule=data)
+        students.append(module.cpu().layer.eval())
+    seconds = (time.perf_counter() - started) / len(seeds)
+    steps = first.global_step
+    note = f"Training ({steps} steps) did not beat the warm start on validation: the warm start was retained."
+    if keep.better:
+        gain = 100 * (1 - keep.best_loss / keep.start_loss)
+        note = f"Training ({steps} steps) lowered the validation loss by {gain:.1f} % from the warm start."
+    return Trained(students, curve.curve, seconds, note, steps if keep.better else 0, latency.rows)
+
+
+def train_recipes(
+    module: DistilModule, baselines: Mapping[str, LowRankLinear], data: EmbeddingDataModule, seeds: Sequence[int]
+) -> Trained:
+    """The original's recipe: from the SVD, a fixed number of steps, the last step whatever it is."""
+    started, curve, students = time.perf_counter(), RecordCurve(), []
+    data = data.with_batches(ORIGINAL_BATCH, replacement=True, epoch_batches=ORIGINAL_STEPS)
+    recipe = DistilModule(module.teacher, module.layer.rank, **ORIGINAL)
+    teacher_shape = (module.teacher.in_features, module.teacher.out_features)
+    for number, seed in enumerate(seeds):
+        watched: dict[str, Any] = {"val_check_interval": 50, "callbacks": [LogFidelity({}), curve]}
+        options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, **({"limit_val_batches": 0} if number else watched)}
+        seed_everything(seed, verbose=False)
+        LowRankLinear(
+            *teacher_shape, module.layer.rank
+        )  # draws initial weights, as the original does before its batches
+        recipe.start_from(module, baselines["svd"])
+        Trainer(**options, logger=False, enable_checkpointing=False).fit(recipe, datamodule=data)
+        students.append(recipe.cpu().layer.eval())
+    return Trained(students, curve.curve, (time.perf_counter() - started) / len(seeds))
+
+
+def _fit(trainer: Trainer, module: DistilModule, data: EmbeddingDataModule, ckpt_path: str | None) -> None:
+    """Train, or go on from a checkpoint, which is never unpickled."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        if ckpt_path is None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"Expected a checkpoint of this very student in {ckpt_path} but it does not fit: {reason}"
+        ) from error
 
 
 @torch.no_grad()
-def pareto(
-    teacher: nn.Linear,
-    moments: Moments,
-    mean: Tensor,
-    held_out: HeldOut,
-    spectrum: tuple[Tensor, Tensor] | None = None,
-) -> list[ParetoPoint]:
+def pareto(module: DistilModule, held_out: HeldOut) -> list[ParetoPoint]:
     """Held-out fidelity of the closed form at every usual rank: slices of one full-rank solve."""
-    spectrum = spectrum or output_spectrum(teacher.weight, moments)
-    curve = r2_curve(spectrum[0])
-    full = min(teacher.weight.shape)
-    factors = solve(teacher.weight, teacher.bias, full, "closed_form", moments, spectrum)
-    nested = LowRankLinear.from_factors(factors, moments.mean)
+    assert module.spectrum is not None and module.moments is not None
+    teacher, full = module.teacher, min(module.teacher.weight.shape)
+    factors = solve(teacher.weight, teacher.bias, full, "closed_form", module.moments, module.spectrum)
+    nested = LowRankLinear.from_factors(factors, module.moments.mean)
     ranks = [rank for rank in PARETO_RANKS if rank < full] + [full]
-    rows = comparison(
-        teacher, {str(rank): [nested.truncate(rank)] for rank in ranks}, mean, held_out, optimum=str(full)
-    )
-    points = []
+    slices = {str(rank): [nested.truncate(rank)] for rank in ranks}
+    rows = compare(teacher, slices, module.output_mean, replace(held_out, labels=None), optimum=str(full))
+    points, curve = [], r2_curve(module.spectrum[0])
     for rank, row in zip(ranks, rows, strict=True):
         r2, knn = row.metrics["r2"], row.metrics["knn_overlap"]
         points.append(ParetoPoint(rank, float(curve[rank - 1]), r2.value, *r2.interval, knn.value, row.parameters))
@@ -192,17 +272,6 @@ def pareto(
 
 def _relative(values: Tensor) -> list[float]:
     return (values / values.max().clamp_min(1e-300)).tolist()
-
-
-@torch.no_grad()
-def _residual_share(student: nn.Module, teacher: nn.Module, mean: Tensor, x: Tensor) -> float:
-    return 1 - r2(student(x), teacher(x), mean)
-
-
-def _parameter_counts(teacher: nn.Linear, rank: int) -> ParameterCounts:
-    n, m = teacher.in_features, teacher.out_features
-    dense, student = parameter_count(n, m), parameter_count(n, m, rank)
-    return ParameterCounts(dense, student, dense / student, break_even_rank(n, m))
 
 
 def _rank_note(teacher: nn.Linear, rank: int, gap: float, rows: int) -> str:
@@ -215,12 +284,3 @@ def _rank_note(teacher: nn.Linear, rank: int, gap: float, rows: int) -> str:
     if rank >= break_even_rank(teacher.in_features, teacher.out_features):
         note += "; AT THIS RANK THE FACTORS ARE NO SMALLER THAN THE DENSE LAYER"
     return note
-
-
-def _training_note(outcome: Fit, optimal: bool) -> str:
-    if optimal:
-        return "Not trained: the closed form already is the exact minimum of this loss."
-    if not outcome.training_helped:
-        return f"Training ({outcome.steps} steps) did not beat the warm start on validation: the warm start was kept."
-    gain = 1 - outcome.best_loss / outcome.warm_start_loss
-    return f"Training ({outcome.steps} steps) lowered the validation loss by {100 * gain:.1f} % from the warm start."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,48 +19,64 @@ log = logging.getLogger(__name__)
 
 
 class TeacherModule(LightningModule):
-    """A linear denoiser: `x + noise` in, `x` out.
+    """Trains a linear denoiser, `x + noise` in, `x` out: the proxy of a downstream layer (the original's teacher).
 
     Args:
-        features: d, the width of an embedding; the layer is `(d, d)`.
+        features: d, the width of an embedding; the layer is `(d, d)`. By default the data module's, known in `setup`.
         noise: Standard deviation of the Gaussian noise.
         noise_scale: What `noise` is measured in: `absolute` units, as the original has it, or `relative` to each
-            dimension's standard deviation over the training rows.
+            dimension's standard deviation over the training rows of the data module.
         lr: Learning rate of Adam.
-        std: `(d,)` standard deviation of each dimension, for relative noise.
+
+    Attributes:
+        layer: the `nn.Linear` that is trained.
     """
 
+    layer: nn.Linear
     std: Tensor
 
     def __init__(
         self,
-        features: int,
+        features: int | None = None,
         noise: float = 0.3,
         noise_scale: Literal["absolute", "relative"] = "absolute",
         lr: float = 1e-3,
-        std: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["std"], logger=False)
-        self.layer = nn.Linear(features, features)
-        self.register_buffer("std", torch.ones(features) if std is None else std.float())
+        self.save_hyperparameters()
+        self.register_buffer("std", torch.ones(()))
+        if features is not None:
+            self.layer = nn.Linear(features, features)
+
+    def setup(self, stage: str) -> None:
+        """Build the layer, and measure the spread that relative noise is in units of, from the data module."""
+        if not hasattr(self, "layer"):
+            self.layer = nn.Linear(self.trainer.datamodule.dim, self.trainer.datamodule.dim)  # type: ignore[attr-defined]
+        h: Any = self.hparams
+        if h.noise_scale == "relative":
+            variance = self.trainer.datamodule.moments.covariance.diagonal()  # type: ignore[attr-defined]
+            self.std = variance.clamp_min(0).sqrt().float()
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, d)` → `(…, d)`."""
         return self.layer(x)
 
-    def corrupt(self, x: Tensor) -> Tensor:
-        """Add the noise that the layer learns to remove."""
-        scale = self.std if self.hparams["noise_scale"] == "relative" else 1.0
-        return x + self.hparams["noise"] * scale * torch.randn_like(x)
+    def denoising_loss(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Mean squared error against the clean input `(N, d)`, with noise from torch's generator or another one."""
+        h: Any = self.hparams
+        noise = torch.randn(x.shape, generator=generator, device=None if generator else x.device).to(x)
+        return F.mse_loss(self(x + h.noise * self.std * noise), x)
 
-    def training_step(self, x: Tensor, batch_index: int) -> dict[str, Tensor]:
-        """Mean squared error against the clean input."""
-        return {"loss": F.mse_loss(self(self.corrupt(x)), x)}
+    def training_step(self, x: Tensor, batch_index: int) -> Tensor:
+        """The loss of one batch."""
+        loss = self.denoising_loss(x)
+        self.log("train/loss", loss)
+        return loss
 
     def validation_step(self, x: Tensor, batch_index: int) -> None:
-        """The same on validation rows."""
-        self.log("val/loss", F.mse_loss(self(self.corrupt(x)), x), batch_size=len(x))
+        """The same on validation rows, with the same noise in every epoch, so that epochs can be compared."""
+        generator = torch.Generator().manual_seed(batch_index)
+        self.log("val/loss", self.denoising_loss(x, generator), batch_size=len(x))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam at a constant rate."""

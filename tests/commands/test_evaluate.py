@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distil_rank.cli import main
-from distil_rank.compression.artefact import save
+from distil_rank.compression.saved import save
 from distil_rank.lowrank.low_rank import LowRankLinear
 
 ROOT = Path(__file__).parents[2]

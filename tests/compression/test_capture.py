@@ -4,11 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from distil_rank.compression.batches import Batches, call_model
-from distil_rank.compression.capture import capture
-from distil_rank.compression.modules import evaluating
+from distil_rank.compression.capture import Capture, as_mask, attention_mask, call_model, evaluating, with_held_out
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
+
+
+def captured(model, layers, batches, mask=attention_mask):
+    """The inputs of layers while the model runs on batches."""
+    with evaluating(model), Capture(layers) as capture:
+        for batch in batches:
+            capture.mask = as_mask(mask(batch))
+            call_model(model, batch)
+    return capture.inputs
 
 
 class TokenModel(nn.Module):
@@ -39,24 +46,24 @@ def token_batches(sizes):
 @pytest.mark.parametrize("time_first", [False, True])
 def test_padding_is_left_out_whichever_axis_is_time(time_first):
     model, batches = TokenModel(time_first), token_batches([(3, 7), (4, 4), (5, 2)])  # one square batch
-    found = capture(model, {"dense": model.dense}, [(batch, False) for batch in batches])["dense"]
+    inputs = captured(model, {"dense": model.dense}, batches)["dense"]
     real = torch.cat([model.embed(b["input_ids"])[b["attention_mask"].bool()] for b in batches])
-    expected, got = Moments.of(real), found.moments()
+    expected, got = Moments.of(real), inputs.fit.moments()
     assert got.rows == len(real)
     torch.testing.assert_close(got.covariance, expected.covariance)
 
 
 def test_pooled_inputs_are_not_tokens():
     model, batches = TokenModel(), token_batches([(3, 7), (3, 3)])
-    found = capture(model, {"head": model.head}, [(batch, False) for batch in batches])
-    assert found["head"].moments().rows == 6
+    inputs = captured(model, {"head": model.head}, batches)
+    assert inputs["head"].fit.moments().rows == 6
 
 
 def test_flattened_tokens_obey_the_mask():
     model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4))
     x, keep = torch.randn(3, 5, 4), torch.rand(3, 5) < 0.5
-    found = capture(model, {"1": model[1]}, [(x, False)], mask=lambda batch: keep)
-    torch.testing.assert_close(found["1"].moments().mean, x[keep].double().mean(0))
+    inputs = captured(model, {"1": model[1]}, [x], mask=lambda batch: keep)
+    torch.testing.assert_close(inputs["1"].fit.moments().mean, x[keep].double().mean(0))
 
 
 def test_layers_come_in_running_order_and_each_call_counts():
@@ -69,10 +76,10 @@ def test_layers_come_in_running_order_and_each_call_counts():
             return self.second(self.first(self.first(x)))
 
     model, x = Twice(), torch.randn(10, 4)
-    found = capture(model, {"second": model.second, "first": model.first}, [(x, False)])
-    assert list(found) == ["first", "second"]
+    inputs = captured(model, {"second": model.second, "first": model.first}, [x])
+    assert list(inputs) == ["first", "second"]
     both = torch.cat([x, model.first(x)])
-    torch.testing.assert_close(found["first"].moments().mean, both.double().mean(0).detach())
+    torch.testing.assert_close(inputs["first"].fit.moments().mean, both.double().mean(0).detach())
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, 0), lambda x: [x], lambda x: {"input": x}])
@@ -84,18 +91,11 @@ def test_batches_of_every_kind(wrap):
 
 
 def test_every_fifth_batch_is_held_out_unless_some_are_given():
-    assert [held_out for _, held_out in Batches(list(range(10)))] == ([False] * 4 + [True]) * 2
-    assert list(Batches([1, 2], held_out=[3])) == [(1, False), (2, False), (3, True)]
-    assert len(list(Batches(torch.randn(23, 4)))) == 8
-    rows = torch.cat([batch for batch, _ in Batches(torch.arange(1000.0)[:, None])])
+    assert [held_out for _, held_out in with_held_out(list(range(10)), None)] == ([False] * 4 + [True]) * 2
+    assert list(with_held_out([1, 2], held_out=[3])) == [(1, False), (2, False), (3, True)]
+    assert len(list(with_held_out(torch.randn(23, 4), None))) == 8
+    rows = torch.cat([batch for batch, _ in with_held_out(torch.arange(1000.0)[:, None], None)])
     assert torch.equal(rows[:, 0], torch.arange(1000.0))
-
-
-def test_data_that_would_differ_in_a_second_pass_are_refused():
-    data = torch.utils.data.TensorDataset(torch.randn(40, 3))
-    assert "the loader shuffles" in Batches(torch.utils.data.DataLoader(data, shuffle=True)).unrepeatable
-    assert Batches(torch.utils.data.DataLoader(data, shuffle=True), held_out=[]).unrepeatable is None
-    assert "got an iterator" in Batches(iter([1, 2])).unrepeatable
 
 
 class Half(nn.Linear):
@@ -112,13 +112,13 @@ def hooked():
 @pytest.mark.parametrize("layer", [Half(3, 3), hooked()])
 def test_a_layer_that_does_more_than_its_weights_say_is_refused(layer):
     with pytest.raises(InputError, match="'0' to give W x \\+ b"):
-        capture(nn.Sequential(layer), {"0": layer}, [(torch.randn(4, 3), False)])
+        captured(nn.Sequential(layer), {"0": layer}, [torch.randn(4, 3)])
 
 
 def test_a_weight_that_is_computed_is_still_one():
     for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
         layer = wrap(nn.Linear(3, 3))
-        assert capture(nn.Sequential(layer), {"0": layer}, [(torch.randn(4, 3), False)])["0"].fit.rows == 4
+        assert captured(nn.Sequential(layer), {"0": layer}, [torch.randn(4, 3)])["0"].fit.rows == 4
 
 
 def test_masks_as_attention_has_them():
@@ -127,7 +127,7 @@ def test_masks_as_attention_has_them():
     retained = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
 
     def rows_with(mask):
-        return capture(model, {"0": layer}, [(x, False)], mask=lambda batch: mask)["0"].fit.rows
+        return captured(model, {"0": layer}, [x], mask=lambda batch: mask)["0"].fit.rows
 
     assert rows_with(retained) == rows_with(retained[:, None, None]) == rows_with(retained.tolist()) == 6
     for wrong in ((1 - retained) * -1e9, torch.ones(3), torch.ones(2, 5, 5)):
@@ -138,7 +138,7 @@ def test_masks_as_attention_has_them():
 def test_inputs_that_a_mask_does_not_fit_are_said(caplog):
     layer = nn.Linear(3, 3)
     mask = torch.ones(2, 5)
-    capture(nn.Sequential(layer), {"0": layer}, [(torch.randn(2, 4, 5, 3), False)] * 2, mask=lambda batch: mask)
+    captured(nn.Sequential(layer), {"0": layer}, [torch.randn(2, 4, 5, 3)] * 2, mask=lambda batch: mask)
     assert caplog.text.count("padding is counted") == 1
 
 
@@ -146,16 +146,8 @@ def test_no_hook_stays_even_after_an_error_and_modes_are_retained():
     model = nn.Sequential(nn.Dropout(), nn.Linear(3, 3), nn.Linear(3, 3))
     model[2].eval()
     with pytest.raises(RuntimeError):
-        capture(model, {"1": model[1]}, [(torch.randn(2, 7), False)])
+        captured(model, {"1": model[1]}, [torch.randn(2, 7)])
     assert not model[1]._forward_pre_hooks
     assert model.training and not model[2].training
     with evaluating(model):
         assert not any(module.training for module in model.modules())
-
-
-def test_a_pass_may_stop_where_the_layer_has_run():
-    ran = []
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].register_forward_pre_hook(lambda module, arguments: ran.append(1))
-    found = capture(model, {"0": model[0]}, [(torch.randn(2, 3), False)] * 3, once=True)
-    assert found["0"].moments().rows == 6 and not ran

@@ -1,8 +1,6 @@
 """Layers inside any model are replaced by the best students for the user's data, and the report tells the truth."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -82,20 +80,16 @@ def test_what_the_report_says_is_what_the_rows_show():
     agree = (whole(held_out).argmax(1) == model(held_out).argmax(1)).float().mean()
     assert report.outputs.rows == len(held_out) == 180
     assert report.outputs.predictions_retained == pytest.approx(float(agree))
-    error = (whole(held_out).softmax(1) - model(held_out).softmax(1)).abs().sum(1).mean() / 2
-    assert report.outputs.probability_error == pytest.approx(float(error), rel=1e-4)
     assert row.dense_us > 0 and row.student_us > 0
     assert "| 0 | 24 → 24 | 4 | 600 → 216 |" in str(report) and report.to_dict()["layers"][0]["rank"] == 4
 
 
-def test_the_student_brings_its_papers_and_its_guard():
+def test_the_student_brings_its_papers():
     model = mlp()
     compress(model, {"0": 0.95}, rows())
     papers = model[0].provenance
     assert len(papers["r2"]) == len(papers["r2_held_out"]) == model[0].rank
     assert papers["rows"] == 720 and papers["held_out_rows"] == 180
-    assert 0 < model[0].guard.flags(rows()).float().mean() < 0.05
-    assert model[0].guard.flags(50 * torch.randn(100, 24)).all()
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(3, 3), (0.9, None), ("auto", None)])
@@ -119,23 +113,8 @@ def test_the_first_pattern_that_fits_counts(net, tokens):
     assert net.down.rank == 2 and net.up.rank == 3
 
 
-@torch.no_grad()
-def test_sequentially_each_layer_sees_what_the_replaced_ones_give():
-    model, x = mlp(), rows()
-    original = copy.deepcopy(model)
-    compress(model, {"0": 3, "2": 4}, x, held_out=[])
-    first = LowRankLinear.from_linear(original[0], 3, Moments.of(x))
-    second = LowRankLinear.from_linear(original[2], 4, Moments.of(torch.tanh(first(x))))
-    torch.testing.assert_close(model[2](x), second(x), atol=1e-4, rtol=1e-4)
-
-    alone = compress(original, {"0": 3, "2": 4}, x, held_out=[], sequential=False, inplace=False).model
-    expected = LowRankLinear.from_linear(original[2], 4, Moments.of(torch.tanh(original[0](x))))
-    torch.testing.assert_close(alone[2](x), expected(x), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("sequential", [True, False])
-def test_a_budget_is_shared_and_retained(sequential):
-    report = compress(mlp(), ["0", "2"], rows(), parameters=0.5, sequential=sequential)
+def test_a_budget_is_shared_and_retained():
+    report = compress(mlp(), ["0", "2"], rows(), parameters=0.5)
     assert sum(row.parameters - row.out_features for row in report.layers) <= 0.5 * 2 * 24 * 24
     assert all(row.rank for row in report.layers)
 
@@ -144,7 +123,7 @@ def test_what_would_not_shrink_stays_dense_and_says_why(net, tokens):
     report = compress(net, {"up": 9, "down": 10**6, "head": 1}, tokens)
     notes = {row.name: (row.rank, row.note) for row in report.layers}
     assert notes["up"] == notes["down"] == (None, "no weights saved from rank 9 on")
-    assert notes["head"] == (None, "its weight is also embed.weight")
+    assert notes["head"] == (None, "its weight is used elsewhere too")
     assert isinstance(net.up, nn.Linear) and report.outputs.predictions_retained == 1.0
     assert "dense: no weights saved" in str(report)
 
@@ -167,31 +146,6 @@ def test_other_precisions_and_no_bias(dtype, bias):
     assert model(torch.randn(2, 20).to(dtype)).dtype == dtype
 
 
-def test_fine_tuning_serves_the_far_end_and_touches_nothing_else():
-    model, x = mlp(), rows()
-    model[4].weight.requires_grad_(False)
-    before = copy.deepcopy(model)
-    report = compress(model, {"0": 2}, x, tune=600)
-    assert report.tuning.best_loss < 0.6 * report.tuning.start_loss
-    assert report.outputs.probability_error < 0.85 * report.untuned.probability_error
-    closed = compress(before, {"0": 2}, x, inplace=False).layers[0]
-    assert report.layers[0].held_out_r2 < closed.held_out_r2  # what it gave up for that
-    assert report.layers[0].predicted_r2 < closed.predicted_r2
-    assert "before fine-tuning" in str(report) and "may have paid" in str(report)
-    assert torch.equal(model[2].weight, before[2].weight) and torch.equal(model[4].bias, before[4].bias)
-    assert model[2].weight.requires_grad and not model[4].weight.requires_grad and model[0].A.requires_grad
-    assert model.training and model[0].provenance["tuned_steps"] == 600
-
-
-def test_fine_tuning_that_does_not_help_is_not_retained():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(400, 6)
-    closed = compress(model, {"0": 2}, x, inplace=False)
-    tuned = compress(model, {"0": 2}, x, tune=40, outputs="regression", inplace=False)
-    assert tuned.tuning.best_loss <= tuned.tuning.start_loss
-    assert tuned.outputs.r2 >= closed.outputs.r2 - 1e-2
-
-
 def test_tied_layers_are_both_left_and_counted_once_in_a_budget():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
@@ -209,12 +163,6 @@ def test_a_budget_counts_the_biases_that_students_bring():
     report = compress(model, ["*"], torch.randn(400, 16), parameters=0.5)
     before, after = report.parameters
     assert after <= 0.5 * before
-
-
-def test_what_is_held_out_is_never_reported_from_rows_that_were_fitted():
-    data = torch.utils.data.DataLoader(torch.randn(60, 8), batch_size=6, shuffle=True)
-    report = compress(nn.Sequential(nn.Linear(8, 8)), {"0": 2}, data)
-    assert report.layers[0].held_out_r2 is not None and report.outputs is None
 
 
 def test_a_layer_that_runs_more_often_later_is_seen_each_time():
@@ -241,7 +189,7 @@ def test_inside_a_transformer_layer():
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
     x = torch.randn(50, 7, 16)
-    report = compress(model, {"*.linear1": 6}, x, outputs="regression")
+    report = compress(model, {"*.linear1": 6}, x)
     assert report.outputs.r2 > 0.5
     with torch.inference_mode():  # where PyTorch reads the weights past the layers
         torch.testing.assert_close(model.eval()(x), model.train(False)(x.requires_grad_()), atol=1e-4, rtol=1e-4)
@@ -280,13 +228,7 @@ def test_a_model_of_one_number_is_compressed_and_not_compared(caplog):
             return super().forward(x).mean()
 
     report = compress(Mean(nn.Linear(8, 8)), {"0": 2}, torch.randn(50, 8))
-    assert report.outputs is None and "got one number" in caplog.text
-
-
-@torch.no_grad()
-def test_fine_tuning_works_where_gradients_are_off():
-    report = compress(mlp(), {"0": 2}, rows(), tune=40)
-    assert report.tuning.best_loss < report.tuning.start_loss
+    assert report.outputs is None and "not compared" in caplog.text
 
 
 def test_a_second_name_of_a_layer_is_a_name():
@@ -294,25 +236,6 @@ def test_a_second_name_of_a_layer_is_a_name():
     model["b"] = model["a"]
     report = compress(model, {"b": 2}, torch.randn(100, 8), forward=lambda m, x: m["b"](x))
     assert report.layers[0].name == "a" and isinstance(model["b"], LowRankLinear)
-
-
-def test_an_error_on_the_way_leaves_the_model_whole():
-    model, calls = mlp(), []
-
-    def forward(module, batch):
-        calls.append(1)
-        if len(calls) > 12:  # the second layer's pass
-            raise RuntimeError("lost the connection")
-        return module(batch)
-
-    with pytest.raises(RuntimeError, match="lost"):
-        compress(model, {"0": 2, "2": 2}, rows(), forward=forward)
-    assert all(isinstance(model[i], nn.Linear) for i in (0, 2))
-
-
-def test_an_iterator_serves_for_a_single_pass():
-    report = compress(mlp(), {"0": 2}, (batch for batch in rows().split(90)))
-    assert report.layers[0].held_out_r2 is not None and report.outputs is None
 
 
 @pytest.mark.parametrize(
@@ -325,11 +248,9 @@ def test_an_iterator_serves_for_a_single_pass():
         ({"0": 1.0}, {}, "but got 1.0"),
         ({"0": True}, {}, "but got True"),
         ({"0": None}, {}, "but got None"),
-        ({"0": 2}, {"tune": -5}, "`tune` as a number of steps"),
-        ({"0": 2}, {"outputs": "regresion"}, "`outputs` out of classification, regression"),
         (["0"], {"parameters": "half"}, r"`parameters` in \(0, 1\]"),
         (["0"], {}, "a rank for each pattern"),
-        ({"0": 2}, {"parameters": 0.5}, "patterns without ranks"),
+        ({"0": 2}, {"parameters": 0.5}, "patterns alone"),
         (["0"], {"parameters": 1.5}, r"`parameters` in \(0, 1\]"),
         (["0"], {"parameters": 0.01}, "Expected room for rank 1"),
         ({"0": 2}, {"solver": "magic"}, "Expected a solver out of"),
@@ -355,16 +276,35 @@ def test_bad_data_are_named():
         compress(mlp(), {"0": 2}, rows().view(10, 90, 24), mask=lambda batch: torch.zeros(90, 1))
 
 
-def test_a_notebook_needs_no_lightning_nor_mlflow():
-    code = """
-import sys, torch
-import distil_rank as dr
-model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-report = dr.compress(model, {"0": 0.9}, data=torch.randn(100, 8))
-moments = dr.Moments.of(torch.randn(50, 8))
-layer = dr.LowRankLinear.from_linear(torch.nn.Linear(8, 8), rank=3, moments=moments)
-assert callable(dr.save) and callable(dr.load)
-print(sorted({"lightning", "pytorch_lightning", "mlflow"} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]"
+@torch.no_grad()
+def test_one_pass_serves_every_layer_and_the_comparison():
+    model, x = mlp(), rows()
+    original, passes = copy.deepcopy(model), []
+    report = compress(model, {"0": 3, "2": 4}, (passes.append(1) or batch for batch in x.split(90)))
+    assert len(passes) == 10  # an iterator is enough
+    fit = torch.cat([batch for i, batch in enumerate(x.split(90)) if i % 5 < 4])
+    alone = LowRankLinear.from_linear(original[2], 4, Moments.of(torch.tanh(original[0](fit))))
+    torch.testing.assert_close(model[2](x), alone(x), atol=1e-4, rtol=1e-4)
+    held_out = torch.cat(x.split(90)[4::5])
+    y, z = original(held_out), model(held_out)
+    r2 = 1 - (z - y).square().sum() / (y - y.mean(0)).square().sum()
+    assert report.outputs.rows == 180 and report.outputs.r2 == pytest.approx(float(r2), abs=1e-5)
+
+
+def test_an_error_at_the_end_leaves_the_model_whole():
+    model = mlp()
+
+    def forward(module, batch):
+        if isinstance(module[0], LowRankLinear):
+            raise RuntimeError("lost the connection")
+        return module(batch)
+
+    with pytest.raises(RuntimeError, match="lost"):
+        compress(model, {"0": 2, "2": 2}, rows(), forward=forward)
+    assert all(isinstance(model[i], nn.Linear) for i in (0, 2)) and model.training
+
+
+def test_what_falls_short_of_the_share_that_was_asked_for_is_said(caplog):
+    torch.manual_seed(0)
+    compress(nn.Sequential(nn.Linear(40, 40)), {"0": 0.9}, torch.randn(60, 40))
+    assert "R² on held-out rows is" in caplog.text and "below the 0.9 that was asked for" in caplog.text

@@ -34,6 +34,24 @@ def test_batches_cover_the_training_rows_once(matrix):
     torch.testing.assert_close(torch.cat(list(data.stream("train"))), expected)
 
 
+def test_targets_come_with_the_training_batches_of_a_copy(matrix):
+    data, teacher = module(matrix, batch_size=7), torch.nn.Linear(8, 3)
+    for x, target in data.with_targets(teacher).train_dataloader():
+        torch.testing.assert_close(target, teacher(x))
+    assert isinstance(next(iter(data.train_dataloader())), torch.Tensor)
+
+
+def test_drawn_with_replacement_an_epoch_has_as_many_batches_as_asked_for(matrix):
+    data = module(matrix).with_batches(4, replacement=True, epoch_batches=50)
+    assert [len(x) for x in data.train_dataloader()] == [4] * 50
+    assert data.hparams.batch_size == 4 and module(matrix).hparams.batch_size == 64
+
+
+def test_moments_are_those_of_the_training_rows(matrix):
+    data = module(matrix)
+    torch.testing.assert_close(data.moments.mean, data.rows("train").double().mean(0))
+
+
 def test_splits_are_deterministic_disjoint_and_complete(matrix):
     one, two = module(matrix), module(matrix)
     sides = [getattr(one.split_rows, side) for side in ("train", "val", "test")]

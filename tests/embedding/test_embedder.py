@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from distil_rank.embedding import embedder
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder, windows
-from distil_rank.embedding.layer_spec import State
+from distil_rank.embedding.layers import State
 
 SEQUENCES = ["MKTAYIAKQR", "M", "ACDEFGHIKLMNPQRSTVWY" * 3, "GSHMXBZUO", "MKV"]
 

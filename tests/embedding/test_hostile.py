@@ -140,7 +140,7 @@ def test_vectors_or_one_clear_line(tiny_esm2, store, tmp_path, name):
         assert expected is None, error
         assert len(str(error).splitlines()) == 1
         assert str(error).isprintable()
-        assert name in str(error) or "retained" in str(error)
+        assert name in str(error) or "kept" in str(error)
     else:
         assert added == expected
     after = Store.open(store)

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from distil_rank.embedding import lease
+from distil_rank.embedding import s3 as lease
 from distil_rank.embedding.location import open_storage
-from distil_rank.embedding.s3_storage import LOCK, _LockObject
+from distil_rank.embedding.storage import LOCK
 from distil_rank.errors import InputError
 
 
@@ -19,8 +19,8 @@ def storage(s3, monkeypatch):
 def test_a_dead_holder_is_taken_over_from_and_then_writes_no_manifest(storage):
     """The holder that was only slow finds out before it writes the manifest."""
     slow = open_storage(storage.location)
-    slow._lease = dead = lease.Lease(_LockObject(slow), str(slow.location))
-    dead._acquire()  # and it never renews
+    slow._lease = dead = lease.Lease(slow._files, slow.location)
+    dead.acquire()  # and it never renews
     begun = time.monotonic()
     with storage.lock():
         assert time.monotonic() - begun >= 0.5
@@ -28,17 +28,17 @@ def test_a_dead_holder_is_taken_over_from_and_then_writes_no_manifest(storage):
         with pytest.raises(InputError, match="another has taken over"):
             slow.write("manifest.json", b"{}")
         storage.write("manifest.json", b"[]")
-        assert not dead._renew()
+        assert not dead.renew()
     assert storage.read_bytes("manifest.json") == b"[]" and LOCK not in storage.entries()
 
 
 def test_an_answer_that_was_lost_is_not_taken_for_another_holder(storage):
-    class LosesAnswers(_LockObject):
-        def put(self, content, version):
-            super().put(content, version)
-            return super().put(content, version)  # as boto3 does where no answer came
+    class LosesAnswers(lease.Lease):
+        def _upload(self, content):
+            super()._upload(content)
+            return super()._upload(content)  # as obstore does where no answer came
 
-    with lease.Lease(LosesAnswers(storage), "here").held():
+    with LosesAnswers(storage._files, "here").held():
         assert storage.size(LOCK)
     assert storage.size(LOCK) is None
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import content, write_fasta
 
 from distil_rank.embedding import agreement
+from distil_rank.embedding.hardware import has_int8_units
 from distil_rank.embedding.multi_device import balanced
-from distil_rank.embedding.processor import has_int8_units
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.run import embed
-from distil_rank.embedding.shards import Shard
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
+from tests.stores import content, write_fasta
 
 SCRIPT = """
 import os

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distil_rank.embedding import planning
-from distil_rank.embedding.planning import new_shards, write_new_proteins
-from distil_rank.embedding.protein_index import ProteinIndex
+from distil_rank.embedding.planning import Shard, new_shards, write_new_proteins
 from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
-from distil_rank.embedding.storage import LocalStorage, read_table
+from distil_rank.embedding.storage import Storage
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
@@ -27,7 +26,7 @@ def plan(store, proteins, manifest=MANIFEST):
     report = CleaningReport("in.fasta")
     report.counts["retained"] = len(proteins)
     name = f"proteins-{len(manifest['proteins']):05d}.arrow"
-    storage = LocalStorage(store)
+    storage = Storage(store)
     added = write_new_proteins(storage, name, proteins, manifest, report)
     shards = new_shards(storage, name, manifest) if added else []
     tables = [*manifest["proteins"], {"file": name}] if added else manifest["proteins"]
@@ -35,7 +34,7 @@ def plan(store, proteins, manifest=MANIFEST):
 
 
 def stored(store, manifest):
-    return [line for file in manifest["proteins"] for line in read_table(store / file["file"]).to_pylist()]
+    return [line for file in manifest["proteins"] for line in Storage(store).table(file["file"]).to_pylist()]
 
 
 def expected(stored_lines, proteins):
@@ -56,7 +55,7 @@ def expected(stored_lines, proteins):
     return lines
 
 
-@settings(max_examples=40)  # each plans twice
+@settings(max_examples=30)  # each plans twice
 @given(records, records, st.integers(1, 7))
 def test_names_and_rows_are_those_of_dictionaries(tmp_path_factory, first, second, batch):
     store = tmp_path_factory.mktemp("s")
@@ -77,7 +76,7 @@ def test_names_and_rows_are_those_of_dictionaries(tmp_path_factory, first, secon
             sizes = {
                 len(part)
                 for file in manifest["proteins"]
-                for part in read_table(store / file["file"]).to_batches()[:-1]
+                for part in Storage(store).table(file["file"]).to_batches()[:-1]
             }
             assert sizes <= {batch}
     assert not list(store.glob(".planning-*"))
@@ -110,7 +109,7 @@ def test_shards_are_those_of_a_loop_over_lines(tmp_path_factory, lines, size, ba
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "SHARD_RESIDUES", (size, size))
-        shards = new_shards(LocalStorage(store), "t.arrow", MANIFEST)
+        shards = new_shards(Storage(store), "t.arrow", MANIFEST)
     assert [tuple(shard["proteins"][1:]) for shard in shards] == wanted
     work = [sum(n * new for n, new in zip(lengths[a:b], fresh[a:b], strict=True)) for a, b in wanted]
     assert [shard["residues"] for shard in shards] == work
@@ -119,22 +118,22 @@ def test_shards_are_those_of_a_loop_over_lines(tmp_path_factory, lines, size, ba
 
 
 def test_more_than_the_memory_limit_goes_to_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("distil_rank.embedding.protein_index.MEMORY_LIMIT", "40MB")
-    number = 300_000
-    ids = pa.array([f"a rather long name of protein {i}" for i in range(number)])
-    digests = pa.array([hashlib.sha256(str(i % (number - 5)).encode()).digest() for i in range(number)], pa.binary(32))
-    with ProteinIndex(tmp_path) as index:
-        index.add(ids, digests)
-        assert index.resolve_names() == (0, 0)
-        rows = np.concatenate([batch["row"].to_numpy() for batch in index.rows()])
-    assert rows.tolist() == [*range(number - 5), *range(5)]
+    monkeypatch.setattr(planning, "MEMORY_LIMIT", "40MB")
+    number = 200_000
+    texts = [f"M{i % (number - 5)}" for i in range(number)]
+    report, manifest = plan(
+        tmp_path, [Protein(f"a rather long name of protein {i}", text) for i, text in enumerate(texts)]
+    )
+    table = Storage(tmp_path).table("proteins-00000.arrow")
+    assert table["row"].to_pylist() == [*range(number - 5), *range(5)] and table["sequence"].to_pylist() == texts
+    assert report.counts["retained"] == number and manifest["shards"][-1]["rows"][1] == number - 5
 
 
 def test_what_duckdb_cannot_do_is_one_line(tmp_path, monkeypatch):
     def full(*_, **__):
         raise duckdb.IOException("could not write: No space left on device")
 
-    monkeypatch.setattr(ProteinIndex, "resolve_names", full)
+    monkeypatch.setattr(planning, "_resolve_names", full)
     with pytest.raises(
         InputError, match=r"Expected to plan the store .* No space left on device; free disk space there"
     ):
@@ -150,3 +149,34 @@ def test_a_killed_plan_leaves_nothing_behind_the_next(tmp_path):
         writer.plan([Protein("a", "MK")], settings, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta"))
     assert sorted(file.name for file in (tmp_path / "s").iterdir()) == ["manifest.json", "proteins-00000.arrow"]
     assert json.loads((tmp_path / "s" / "manifest.json").read_text())["shards"][0]["rows"] == [0, 1]
+
+
+ENTRY = {"file": "vectors-00001.arrow", "rows": [4, 9], "proteins": ["proteins-00000.arrow", 4, 11], "residues": 300}
+SHARDED = {
+    "format": "distil-rank embeddings",
+    "layer": 6,
+    "pooling": "mean",
+    "dim": 3,
+    "proteins": [{"file": "proteins-00000.arrow", "sha256": "ab"}],
+}
+
+
+def test_a_shard_is_what_its_entry_says():
+    shard = Shard.of(ENTRY, SHARDED)
+    assert (shard.file, shard.rows, shard.proteins) == (ENTRY["file"], (4, 9), ("proteins-00000.arrow", 4, 11))
+    assert (shard.residues, shard.parts) == (300, "parts/vectors-00001")
+    assert shard.key == "a36ee5a7c918e8bd6dcaa3183bd517e7be445ea289e6780d19e80586ad21a718", "keys of stores that exist"
+    assert Shard.of({**ENTRY, "vectors": 5, "bytes": 900, "sha256": "ef"}, SHARDED).key == shard.key
+
+
+@pytest.mark.parametrize(
+    ("entry", "manifest"),
+    [
+        ({"rows": [4, 10]}, {}),
+        ({"proteins": ["proteins-00000.arrow", 4, 12]}, {}),
+        ({}, {"layer": 5}),
+        ({}, {"proteins": [{"file": "proteins-00000.arrow", "sha256": "cd"}]}),
+    ],
+)
+def test_another_content_has_another_key(entry, manifest):
+    assert Shard.of(ENTRY | entry, SHARDED | manifest).key != Shard.of(ENTRY, SHARDED).key

@@ -15,6 +15,7 @@ from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed
+from distil_rank.embedding.storage import Storage
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -126,14 +127,14 @@ def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta,
 def test_int8_without_numba_takes_the_next_precision_and_a_store_in_int8_names_it(run, fasta, monkeypatch, caplog):
     run(fasta, "retained", precision="int8", max_tokens=400)
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
-    for name in ("numba", "distil_rank.embedding.int8_encoder"):
+    for name in ("numba", "distil_rank.embedding.int8.encoder"):
         monkeypatch.setitem(sys.modules, name, None)
     summary = run(fasta, precision="int8")
     assert summary.precision == precision.native_precision(torch.device("cpu"))
     assert "int8 needs numba (pip install 'distil-rank[int8]'): going on in" in caplog.text
     more = fasta.with_name("more.fasta")
     more.write_text(fasta.read_text() + ">other\nMKVLA\n")
-    with pytest.raises(InputError, match=r"kept are, but int8 needs numba \(pip install"):
+    with pytest.raises(InputError, match=r"retained are, but int8 needs numba \(pip install"):
         run(more, "retained")
 
 
@@ -147,7 +148,7 @@ def test_a_store_in_int8_is_not_continued_where_sums_could_saturate(run, fasta, 
         run(fasta, precision=requested)
     writer = StoreWriter(tmp_path / "store")
     with pytest.raises(InputError, match="this processor has no int8 units"):  # as a worker that joins would
-        precision.int8_encoder(None, writer, torch.device("cpu"), 2)
+        precision.store_calibration(writer, torch.device("cpu"))
     assert Store.open(tmp_path / "store").digest == before
 
 
@@ -199,7 +200,7 @@ def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert run(fasta).precision == "bf16"
     assert "computing in bf16: cosine to fp32 of at least 0.99" in caplog.text
-    assert 0.999 < read_provenance(fasta.parent / "store")["bf16_cosine"] < 1
+    assert 0.999 < read_provenance(Storage(fasta.parent / "store"))["bf16_cosine"] < 1
     assert "going on in fp32" not in caplog.text
 
 

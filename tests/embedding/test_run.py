@@ -19,6 +19,7 @@ from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import CleaningReport, Protein, read_proteins
+from distil_rank.embedding.storage import Storage
 from distil_rank.embedding.store import SETTINGS, Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -78,7 +79,7 @@ def test_several_layers_in_one_store_are_each_as_alone(run, fasta, tiny_esm2, po
         store = embed(fasta, path.with_name(f"{layer}"), str(tiny_esm2.fair_esm), pooling, layer, accelerator="cpu")
         assert np.array_equal(Store.open(f"{path}:{layer}").embeddings(), Store.open(store.store).embeddings())
     assert Store.open(path).digest == Store.open(f"{path}:2").digest != Store.open(f"{path}:1").digest
-    costs = read_provenance(path)["extractions"][0]["layer_costs"]
+    costs = read_provenance(Storage(path))["extractions"][0]["layer_costs"]
     assert [cost["layer"] for cost in costs] == [1, 2] and costs[1]["share"] == 1
 
 
@@ -97,12 +98,12 @@ def test_manifest_has_the_settings_and_provenance_the_extraction(run, fasta, tin
     assert manifest["backbone"] == str(tiny_esm2.fair_esm)
     assert manifest["weights_sha256"] == load_backbone(str(tiny_esm2.fair_esm)).sha256
     assert manifest["proteins"][0]["cleaning"]["records"] == 4
-    (extraction,) = read_provenance(fasta.parent / "store")["extractions"]
+    (extraction,) = read_provenance(Storage(fasta.parent / "store"))["extractions"]
     assert extraction["versions"]["torch"] == version("torch")  # a build of it may add +cu130
     assert (extraction["computed"], extraction["residues"]) == (3, 34)
     assert extraction["seconds"] > 0 and extraction["machine"]["device"]
     run(fasta, layer=1)
-    assert len(read_provenance(fasta.parent / "store")["extractions"]) == 1, "nothing was computed"
+    assert len(read_provenance(Storage(fasta.parent / "store"))["extractions"]) == 1, "nothing was computed"
 
 
 def test_two_extractions_of_one_file_differ_in_provenance_only(run, fasta, tmp_path):
@@ -135,11 +136,6 @@ def test_a_store_beside_others_in_its_folder(fasta, tiny_esm2, tmp_path, monkeyp
     options = {"backbone": str(tiny_esm2.fair_esm), "accelerator": "cpu"}
     embed("in.fasta", **options)
     assert embed("in.fasta", "embeddings", **options).proteins == 4
-
-
-def test_standard_input_needs_a_store():
-    with pytest.raises(InputError, match=r"a store for sequences from standard input .* name one with --store"):
-        embed("-")
 
 
 def test_more_proteins_are_added_and_only_they_are_computed(run, fasta, tmp_path):
@@ -178,17 +174,9 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
     ("options", "message"),
     [
         ({"layer": 3}, "layers from 1 to 2"),
-        ({"layer": 0}, "layers from 1 to 2"),
-        ({"layer": "1,1"}, "1 comes twice"),
         ({"layer": "1,5"}, "layers from 1 to 2"),
-        ({"max_length": 0}, "max_length of at least 1 but got 0"),
-        ({"max_tokens": 0}, "max_tokens of at least 1"),
         ({"long": "error", "max_length": 15}, r"at most 15 residues in .*in\.fasta but d has 20; use --long window"),
-        ({"backbone": "esm9"}, "Expected a backbone"),
-        ({"devices": 0}, "Expected devices of at least 1 but got 0"),
-        ({"devices": -1}, "devices of at least 1 but got -1"),
-        ({"num_nodes": 0}, "num_nodes of at least 1 but got 0"),
-        ({"strategy": "telepathy"}, "--strategy with several devices or nodes but got 'telepathy' with one"),
+        ({"max_length": 0}, "max_length of at least 1"),
         ({"devices": 2, "strategy": "telepathy"}, "Expected devices and a strategy .*'telepathy'"),
     ],
 )
@@ -229,10 +217,10 @@ def device_memory(monkeypatch):
     contributions = Embedder._contributions
 
     def limit(residues, memory):
-        def limited(self, pieces, weights):
+        def limited(self, pieces):
             if max(len(piece.text) for piece in pieces) > residues:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return contributions(self, pieces, weights)
+            return contributions(self, pieces)
 
         monkeypatch.setattr(Embedder, "_contributions", limited)
         monkeypatch.setattr(extraction, "memory_of", lambda device: memory)

@@ -6,13 +6,13 @@ import time
 
 import numpy as np
 import pytest
-from test_resume import attempt, content, forks, lines, write_fasta  # noqa: F401 - a fixture
 
-from distil_rank.embedding import lease
+from distil_rank.embedding import s3 as lease
 from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
+from tests.stores import attempt, content, lines, write_fasta
 
 KILLS = 8
 
@@ -28,7 +28,7 @@ def content_in_s3(store):
     return {name: storage.read_bytes(name) for name in storage.entries() if name != "provenance.json"}
 
 
-def test_killed_and_resumed(tiny_esm2, tmp_path, forks, s3, s3_server):  # noqa: F811
+def test_killed_and_resumed(tiny_esm2, tmp_path, forks, s3, s3_server):
     fasta, log, backbone, layer = tmp_path / "in.fasta", tmp_path / "log", str(tiny_esm2.fair_esm), "all"
     write_fasta(fasta, 400, 60)
     whole = forks.Process(target=attempt, args=(fasta, tmp_path / "whole", backbone, tmp_path / "whole.log", layer))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames, iter_proteins, read_proteins
+from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames, iter_records, read_proteins
 from distil_rank.errors import InputError
 
 
@@ -186,11 +186,10 @@ def test_no_standard_input_and_a_name_that_is_too_long(monkeypatch):
         read_proteins("n" * 300)
 
 
-def test_the_iterator_reads_no_further_than_asked(tmp_path):
+def test_records_are_read_no_further_than_asked(tmp_path):
     path = tmp_path / "in.fasta"
     path.write_text(">a\nMK\n>b\nMV\n>c\nM@\n")
-    proteins = iter_proteins(path, CleaningReport(""))
-    assert next(proteins) == Protein("a", "MK")
+    assert next(iter_records(path, CleaningReport(""))) == Protein("a", "MK")
 
 
 records = st.lists(

@@ -5,6 +5,7 @@ import hashlib
 import pyarrow as pa
 import pytest
 
+from distil_rank.embedding import s3 as s3_files
 from distil_rank.embedding.location import is_remote, open_storage
 from distil_rank.errors import InputError
 
@@ -78,7 +79,7 @@ def test_deleting(storage, tmp_path):
 
 
 def test_one_holder_at_a_time(storage, monkeypatch):
-    monkeypatch.setattr("distil_rank.embedding.lease.SECONDS", 1)
+    monkeypatch.setattr("distil_rank.embedding.s3.SECONDS", 1)
     other = open_storage(storage.location)
     with (
         storage.lock(),
@@ -104,8 +105,32 @@ def test_what_does_not_answer_is_one_line(s3, monkeypatch):
     with pytest.raises(InputError, match=r"Expected to reach s3://absent/store/a but got: .*NoSuchBucket"):
         open_storage("s3://absent/store").write("a", b"x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    from distil_rank.embedding import s3_storage
-
-    s3_storage._client.cache_clear()
-    with pytest.raises(InputError, match=r"Expected to reach .* connect to the endpoint URL.*; check bucket, cred"):
+    monkeypatch.setitem(s3_files.RETRIES, "max_retries", 1)
+    with pytest.raises(InputError, match=r"Expected to reach .* error sending request; check bucket, credentials"):
         open_storage(s3).size("a")
+    monkeypatch.setattr(s3_files._forked, "is_set", lambda: True)
+    with pytest.raises(InputError, match="this process was forked"):
+        open_storage(s3).size("a")
+
+
+def test_credentials_of_a_profile(s3, monkeypatch, tmp_path):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    (tmp_path / "credentials").write_text("[lab]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    with pytest.raises(InputError, match=r"Expected credentials for s3://.* but there are none; set AWS_PROFILE"):
+        open_storage(s3)
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    open_storage(s3).write("a", b"x")
+    assert open_storage(s3).read_bytes("a") == b"x"
+
+
+def test_a_large_object_is_read_in_parts(s3, monkeypatch):
+    """Blocks smaller than the file: whole, by columns, and as a stream."""
+    monkeypatch.setattr(s3_files, "BLOCK", 5000)
+    storage = open_storage(s3)
+    storage.write("t.arrow", TABLE)
+    assert storage.table("t.arrow").equals(TABLE)
+    assert storage.table("t.arrow", ["name"]).equals(TABLE.select(["name"]))
+    assert pa.Table.from_batches(storage.batches("t.arrow", ["row"])).equals(TABLE.select(["row"]))
+    assert storage.sha256_of_content("t.arrow") == storage.sha256("t.arrow")

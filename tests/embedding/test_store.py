@@ -3,11 +3,10 @@
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import read_table, write_atomically
+from distil_rank.embedding.storage import write_atomically
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -174,14 +173,6 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_read_table_refuses_other_files(tmp_path):
-    (tmp_path / "x.arrow").write_bytes(b"ARROW1 or not")
-    with pytest.raises(InputError, match="missing or damaged"):
-        read_table(tmp_path / "x.arrow")
-    write_atomically(tmp_path / "y.arrow", pa.table({"row": [1]}))
-    assert read_table(tmp_path / "y.arrow")["row"].to_pylist() == [1]
 
 
 def make_layers(path):

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distil_rank.embedding import planning
@@ -56,6 +56,7 @@ def test_plan_notes_long_proteins_and_settings(tmp_path):
 sequences = st.lists(st.text("ACD", min_size=1, max_size=12), min_size=1, max_size=40)
 
 
+@settings(max_examples=30)  # each plans twice
 @given(sequences, sequences, st.integers(1, 60), st.sampled_from(["mean", "residue"]))
 def test_shards_cover_every_distinct_sequence_once(tmp_path_factory, first, second, size, pooling):
     """Whatever is planned, in two steps, each distinct sequence is in exactly one shard, in order."""
@@ -304,27 +305,22 @@ def test_a_damaged_shard_of_a_finished_store_is_computed_again(tmp_path, monkeyp
     assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == before
 
 
-def test_provenance_of_older_manifests_moves_to_its_own_file(tmp_path):
-    """Up to version 0.1 a manifest held versions and the MLflow run."""
+def test_provenance_is_no_content(tmp_path):
     path = tmp_path / "s"
     writer, _ = plan(path, proteins("MK"))
     fill(writer)
     content, digest = writer.manifest, Store.open(path).digest
-    writer.update(versions={"torch": "2.0"}, embedding_run="abc", bf16_cosine=0.9999)
-    old = Store.open(path)
-    assert old.digest == digest
-    assert embedding_run(path, old.manifest) == "abc"
     writer.record_extraction(computed=3)
-    plan(path, proteins("MK"))
-    assert writer.manifest == content
-    assert read_provenance(path) == {
-        "extractions": [{"versions": {"torch": "2.0"}, "run": "abc"}, {"computed": 3}],
+    assert embedding_run(writer.storage) is None
+    writer.record_run("abc")
+    writer.record_extraction(computed=1)
+    writer.record(bf16_cosine=0.9999)
+    assert read_provenance(writer.storage) == {
+        "extractions": [{"computed": 3, "run": "abc"}, {"computed": 1}],
         "bf16_cosine": 0.9999,
     }
-    assert embedding_run(path, writer.manifest) == "abc"
-    writer.record_run("def")
-    assert embedding_run(path, writer.manifest) == "def"
-    assert Store.open(path).digest == digest
+    assert embedding_run(writer.storage) == "abc"
+    assert writer.manifest == content and Store.open(path).digest == digest
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"extractions": 3}', '{"extractions": [3]}'])
@@ -332,7 +328,7 @@ def test_a_damaged_provenance_is_reported_and_the_store_still_opens(tmp_path, ca
     writer, _ = plan(tmp_path / "s", proteins("MK"))
     fill(writer)
     (tmp_path / "s" / "provenance.json").write_text(content)
-    assert embedding_run(tmp_path / "s", Store.open(tmp_path / "s").manifest) is None
+    assert embedding_run(Store.open(tmp_path / "s").storage) is None
     assert "provenance.json cannot be read" in caplog.text
 
 

@@ -8,9 +8,8 @@ import safetensors.torch
 import torch
 from esm.model.esm2 import ESM2
 
-from distil_rank.embedding.backbone import load_backbone
+from distil_rank.embedding.backbone import StreamedModel, load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.streamed_model import StreamedModel
 from tests.esm2_files import hugging_face_key
 
 PACKED = ["MKTAYIAKQR", "GDTQLFNW"]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, comparison, solved_students
+from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, solved_students
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.measure import metrics
@@ -38,7 +38,7 @@ def by_method(found):
 def test_figures_follow_their_definitions(teacher):
     train, test = rows(), rows(seed=1)
     mean, given = candidates(teacher, train)
-    found = by_method(comparison(teacher, given, mean, HeldOut(test, np.arange(len(test)))))
+    found = by_method(compare(teacher, given, mean, HeldOut(test, np.arange(len(test)))))
     with torch.no_grad():
         target, output = teacher(test), given["svd"][0](test)
     estimates = found["svd"].metrics
@@ -60,7 +60,7 @@ def test_near_constant_outputs_do_not_fool_the_headline(teacher):
     """Single mutants of one protein: the constant's raw cosine is all but perfect, R² and neighbours tell the truth."""
     train, test = rows(spread=0.01), rows(spread=0.01, seed=1)
     mean, given = candidates(teacher, train)
-    found = by_method(comparison(teacher, given, mean, HeldOut(test, np.arange(len(test)))))
+    found = by_method(compare(teacher, given, mean, HeldOut(test, np.arange(len(test)))))
     constant, best = found["constant"].metrics, found["closed_form"].metrics
     assert constant["cosine"].value > 0.99
     assert abs(constant["r2"].value) < 0.1 and constant["centred_cosine"].value < 0.1
@@ -71,9 +71,9 @@ def test_near_constant_outputs_do_not_fool_the_headline(teacher):
 def test_residues_of_a_protein_are_resampled_together(teacher):
     train, test = rows(), rows(seed=1)
     mean, given = candidates(teacher, train)
-    alone = by_method(comparison(teacher, given, mean, HeldOut(test, np.arange(120))))["svd_bias"].metrics["r2"]
+    alone = by_method(compare(teacher, given, mean, HeldOut(test, np.arange(120))))["svd_bias"].metrics["r2"]
     twice = HeldOut(test.repeat_interleave(4, 0), np.arange(120).repeat(4))
-    repeated = by_method(comparison(teacher, given, mean, twice))["svd_bias"].metrics["r2"]
+    repeated = by_method(compare(teacher, given, mean, twice))["svd_bias"].metrics["r2"]
     assert repeated.value == pytest.approx(alone.value, rel=1e-6)
     assert repeated.high - repeated.low == pytest.approx(alone.high - alone.low, rel=1e-6)
 
@@ -82,7 +82,7 @@ def test_several_seeds_give_a_mean_and_a_spread(teacher):
     train, test = rows(), rows(seed=1)
     mean, given = candidates(teacher, train)
     given["Distil-Rank"] = [LowRankLinear.from_linear(teacher, rank, Moments.of(train)) for rank in (2, 4)]
-    row = by_method(comparison(teacher, given, mean, HeldOut(test, np.arange(len(test)))))["Distil-Rank"]
+    row = by_method(compare(teacher, given, mean, HeldOut(test, np.arange(len(test)))))["Distil-Rank"]
     assert row.seeds == 2 and row.metrics["r2"].std > 0
 
 
@@ -94,7 +94,7 @@ def test_labels_bring_a_probe(teacher, tmp_path):
     data = EmbeddingDataModule(str(tmp_path / "x.npz"), split="exact")
     data.setup()
     mean, given = candidates(teacher, data.rows("train"), rank=8)
-    found = by_method(comparison(teacher, given, mean, HeldOut.of(data)))
+    found = by_method(compare(teacher, given, mean, HeldOut.of(data)))
     assert found["closed_form"].metrics["probe_accuracy"].value > 0.6
     assert found["closed_form"].metrics["probe_agreement"].value > 0.8
     assert found["constant"].metrics["probe_accuracy"].value < 0.5

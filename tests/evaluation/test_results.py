@@ -25,17 +25,20 @@ from distil_rank.evaluation.results import (
     TeacherCheck,
     TeacherResult,
     load_json,
-    save_json,
 )
 from distil_rank.measure.latency import LayerLatency
-from distil_rank.report import report
+from distil_rank.report.comparison import comparison_report
 
 METRICS = ("r2", "centred_cosine", "knn_overlap", "cosine_p5", "cosine", "relative_mse")
 
 
-def ladder_row(method, r2=0.9, **options):
+def comparison_row(method, r2=0.9, **options):
     metrics = {name: Estimate(r2, r2 - 0.1, r2 + 0.1) for name in METRICS}
     return ComparisonRow(method, 10, metrics, 1.0, False, **options)
+
+
+def saved(result, stem):
+    return comparison_report(result).save(stem)[1]
 
 
 def a_result(*comparison):
@@ -50,7 +53,7 @@ def a_result(*comparison):
         predicted_r2=0.9,
         held_out_r2=0.8,
         held_out_note=None,
-        comparison=list(comparison) or [ladder_row(method) for method in ("svd", "closed_form", RECIPE, OURS)],
+        comparison=list(comparison) or [comparison_row(method) for method in ("svd", "closed_form", RECIPE, OURS)],
         latency=[LayerLatency(32, 1, "cpu", 5, 2.0, 2.5, 1.0, 1.5, 2.0, 2.0)],
         spectrum=Spectrum([1.0, 0.5], [1.0, 0.1]),
         curves={OURS: Curve([0, 1], [0.2, 0.1], [0.3, 0.2])},
@@ -64,24 +67,24 @@ def a_result(*comparison):
 
 def test_a_result_is_read_back_as_it_was_written(tmp_path):
     retained = FunctionRetained("retrieval by superfamily", "mAP", Estimate(0.98, 0.95, 1.01))
-    result = a_result(ladder_row("svd"), ladder_row(OURS, function_retained=retained))
-    assert load_json(save_json(result, tmp_path / "deep" / "summary.json")) == result
+    result = a_result(comparison_row("svd"), comparison_row(OURS, function_retained=retained))
+    assert load_json(saved(result, tmp_path / "deep" / "summary")) == result
 
 
 def test_what_is_not_a_number_becomes_null_and_reads_as_nan(tmp_path):
-    result = a_result(ladder_row("svd", r2=math.nan), ladder_row(OURS))
-    path = save_json(result, tmp_path / "summary.json")
+    result = a_result(comparison_row("svd", r2=math.nan), comparison_row(OURS))
+    path = saved(result, tmp_path / "summary")
     content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert content["schema"] == 1 and content["teachers"][0]["comparison"][0]["metrics"]["r2"]["value"] is None
+    assert content["schema"] == 2 and content["teachers"][0]["comparison"][0]["metrics"]["r2"]["value"] is None
     assert math.isnan(load_json(path).teachers[0].comparison[0].metrics["r2"].value)
 
 
 def test_files_that_are_no_result_are_refused(tmp_path):
-    path = save_json(a_result(), tmp_path / "summary.json")
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99', 1))
+    path = saved(a_result(), tmp_path / "summary")
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 99', 1))
     with pytest.raises(InputError, match="got 99"):
         load_json(path)
-    for content in ("", "[]", '{"schema": 1}'):
+    for content in ("", "[]", '{"schema": 2}'):
         path.write_text(content)
         with pytest.raises(InputError, match="Expected a result"):
             load_json(path)
@@ -90,9 +93,10 @@ def test_files_that_are_no_result_are_refused(tmp_path):
 
 
 def test_the_function_kept_on_a_labelled_task_is_a_column_and_a_note():
-    assert "function" not in report.markdown(a_result())
+    assert "function" not in comparison_report(a_result()).markdown()
     retained = FunctionRetained("retrieval by superfamily", "mAP", Estimate(0.98, 0.95, 1.01))
-    text = report.markdown(a_result(ladder_row("svd"), ladder_row(OURS, function_retained=retained)))
+    result = a_result(comparison_row("svd"), comparison_row(OURS, function_retained=retained))
+    text = comparison_report(result).markdown()
     assert "| function |" in text and "| 0.980 |" in text and "mAP, retrieval by superfamily" in text
 
 

@@ -41,7 +41,6 @@ def test_a_truncated_student_is_the_optimum_of_its_rank(dense, rows):
     for rank in (1, 3, 8):
         direct = LowRankLinear.from_linear(dense, rank, moments)
         torch.testing.assert_close(student.truncate(rank)(rows), direct(rows), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(student.at_rank(rows, rank), student.truncate(rank)(rows))
 
 
 def test_a_share_of_variance_chooses_the_rank(dense, rows):

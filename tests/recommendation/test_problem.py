@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from distil_rank.codes.copies import Copies
+
+from distil_rank.codes.augment import Copies
 from distil_rank.data.files import load_matrix
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions
@@ -42,7 +43,7 @@ def test_without_labels_copies_look_for_their_originals(tmp_path, monkeypatch):
         noise = rng.normal(size=(len(owner), data.x.shape[1])) * spread
         return [Copies((data.x[owner] + 0.5 * noise).astype(np.float32), owner) for _ in layers]
 
-    monkeypatch.setattr(copy_problem, "embed_copies_by_layer", noisy)
+    monkeypatch.setattr(copy_problem, "embed_copies", noisy)
     bare = replace(data, labels=None)
     monkeypatch.setattr(opening, "load_matrix", lambda _: bare)
     monkeypatch.setattr(opening, "own_labels", lambda *_: None)

@@ -58,8 +58,7 @@ def served(browser, slice_of_sample, tmp_path, monkeypatch) -> Iterator[Served]:
     shutil.copy(slice_of_sample, tmp_path / "proteins.npz")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for module in ("distil", "seeds"):
-        monkeypatch.setattr(f"distil_rank.training.{module}.ORIGINAL_STEPS", 50)
+    monkeypatch.setattr("distil_rank.training.experiment.ORIGINAL_STEPS", 50)
     record_runs()
     process = subprocess.Popen(serve(tmp_path), stdout=subprocess.PIPE, text=True)
     pages = {}

@@ -23,19 +23,32 @@ def data(tmp_path):
 
 
 def test_the_denoiser_learns_to_take_noise_away(data):
-    module = TeacherModule(data.dim, lr=1e-2)
-    Trainer(**QUIET, max_steps=300, max_epochs=-1).fit(module, data)
+    module = TeacherModule(lr=1e-2)
+    Trainer(**QUIET, max_steps=300, max_epochs=-1).fit(module, datamodule=data)
     x = data.rows("test")
-    before = module.corrupt(x) - x
-    after = module(x + before) - x
-    assert after.square().mean() < 0.6 * before.square().mean()
+    noise = 0.3 * torch.randn(x.shape)
+    assert (module(x + noise) - x).square().mean() < 0.6 * noise.square().mean()
+
+
+def test_validation_noise_is_the_same_in_every_epoch_and_leaves_training_noise_alone(data):
+    module = TeacherModule(data.dim, lr=0.0)
+    losses = []
+    for _ in range(2):
+        run = Trainer(**QUIET)
+        run.validate(module, datamodule=data, verbose=False)
+        losses.append(float(run.callback_metrics["val/loss"]))
+    assert losses[0] == losses[1]
 
 
 def test_relative_noise_follows_each_dimension(data):
-    std = data.rows("train").std(0)
-    module = TeacherModule(data.dim, noise=0.5, noise_scale="relative", std=std)
-    x = torch.zeros(4000, data.dim)
-    torch.testing.assert_close(module.corrupt(x).std(0), 0.5 * std, rtol=0.1, atol=0)
+    module = TeacherModule(noise=0.5, noise_scale="relative")
+    Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
+    torch.testing.assert_close(module.std, data.rows("train").std(0, correction=0), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():  # the identity, so that what is left is the noise
+        module.layer.weight.copy_(torch.eye(data.dim))
+        module.layer.bias.zero_()
+    loss = module.denoising_loss(torch.zeros(4000, data.dim))
+    torch.testing.assert_close(loss, (0.5 * module.std).square().mean(), rtol=0.1, atol=0)
 
 
 def test_made_teachers_are_the_same_each_time_and_leave_the_generator_alone():

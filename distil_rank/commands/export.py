@@ -1,0 +1,36 @@
+"""A saved student in the format of another runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from distil_rank.artefact import write_atomically
+from distil_rank.compression.export import to_dense, to_onnx, to_torch
+from distil_rank.compression.saved import load
+from distil_rank.errors import InputError
+from distil_rank.lowrank.low_rank import LowRankLinear
+from distil_rank.options.compression import ExportOptions
+
+FILES = {"onnx": "layer.onnx", "torch": "layer.pt2", "dense": "dense.safetensors"}
+
+
+def export(options: ExportOptions) -> Path:
+    """Turn a saved student into what another runtime takes."""
+    student = load(options.artefact, options.rank)
+    if not isinstance(student, LowRankLinear):
+        raise InputError(
+            f"Expected a student layer to export but {options.artefact} is an encoder; `distil_rank.load` reads it."
+        )
+    path = Path(options.output or Path(options.artefact) / FILES[options.to])
+    if options.to == "onnx":
+        to_onnx(student, path)
+    elif options.to == "torch":
+        to_torch(student, path, torch.zeros(2, student.in_features, dtype=student.A.dtype))
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, safetensors.torch.save(dict(to_dense(student).state_dict())))
+    print(path)
+    return path

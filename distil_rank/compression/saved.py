@@ -1,0 +1,220 @@
+"""Students and encoders on disk: plain tensors and a manifest. Loading them takes torch and safetensors, nothing else.
+
+model.safetensors   the weights: of one layer, or of a whole model with student layers in it
+manifest.json       shapes, ranks, provenance, R²; the hashes of the file and its own (`distil_rank.artefact`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from distil_rank.artefact import read_folder, write_folder
+from distil_rank.errors import InputError
+from distil_rank.lowrank.encoder import CodeEncoder
+from distil_rank.lowrank.low_rank import LowRankLinear
+from distil_rank.tracking.provenance import versions
+
+FORMAT = "distil-rank"
+WEIGHTS = "model.safetensors"
+LICENCE = "Derived from the teacher's weights and fitted to the calibration data: the terms of both apply."
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+}
+SHAPE = ("in_features", "out_features", "rank", "bias", "input_mean")  # what builds a `LowRankLinear`
+Student = LowRankLinear | CodeEncoder
+# What tensors and descriptions raise that do not belong together, or are no tensors at all
+UNFIT = (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError)
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> Path:
+    """Saves a student layer, or a model with student layers in it, with their provenance and measurements.
+
+    Args:
+        model: a `LowRankLinear`, a `CodeEncoder`, or a module that contains some. A model is saved with all of its
+            weights.
+        path: a folder; one that was saved there before is replaced.
+        metrics: measured figures, JSON values, with their intervals.
+        data: what the student was calibrated on: source, digest.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: nothing to save, weights that are not finite, or a place that cannot be written.
+    """
+    places = model.named_modules(remove_duplicate=False)
+    students = {name: module for name, module in places if isinstance(module, Student)}
+    if not students:
+        raise InputError(f"Expected a student layer or a model that holds one but got {type(model).__name__} without.")
+    first_name: dict[Student, str] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, student in students.items():
+        first = first_name.setdefault(student, name)
+        layers[name] = _describe(student) if first == name else {"same_as": first}
+    tensors: dict[str, Tensor] = {}
+    stored: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}  # further names of tensors that are shared (tied embeddings)
+    for name, value in model.state_dict().items():
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and key in stored:
+            aliases[name] = stored[key]
+            continue
+        stored[key] = name
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    _check_finite(tensors, "the model")
+    manifest = {
+        "format": FORMAT,
+        "whole_model": "" not in students,
+        "layers": layers,
+        "aliases": aliases,
+        "metrics": dict(metrics or {}),
+        "data": dict(data or {}),
+        "licence": LICENCE,
+        "versions": versions(),
+    }
+    return write_folder(path, manifest, {WEIGHTS: safetensors.torch.save(tensors)})
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Reads the manifest of what `save` wrote, after every hash was checked (`read_folder`)."""
+    return read_folder(path, FORMAT)[0]
+
+
+def load(path: str | Path, rank: int | None = None, into: nn.Module | None = None) -> nn.Module:
+    """Loads what `save` wrote, bit for bit.
+
+    Args:
+        path: the folder.
+        rank: of the student wanted, up to the saved one: its first directions are the student of that rank.
+        into: for a whole model, one of the same architecture with its dense layers; they are replaced and every weight
+            is loaded. For a single layer nothing is needed.
+
+    Returns:
+        The layer, or `into`.
+
+    Raises:
+        InputError: the folder is damaged, hostile, or of a later version, or the rank is above the saved one.
+
+    >>> import tempfile
+    >>> layer = LowRankLinear(8, 6, rank=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load(save(layer, folder), rank=2)
+    LowRankLinear(in_features=8, out_features=6, rank=2, bias=True)
+    """
+    manifest, files = read_folder(path, FORMAT)
+    try:
+        state = safetensors.torch.load_file(files[WEIGHTS])
+        _check_finite(state, str(path))
+        state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
+        layers, whole = manifest["layers"], manifest["whole_model"]
+        own = {name: _empty(description) for name, description in layers.items() if "same_as" not in description}
+        top = max(student.rank for student in own.values())
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= top):
+            raise InputError(f"Expected `rank` in [1, {top}], up to that of {path}, but got {rank!r}.")
+        students = {name: own[description.get("same_as", name)] for name, description in layers.items()}
+        if not whole:
+            into = own[""]
+        elif into is None:
+            raise InputError(f"Expected `into` to load {path}, a whole model; give one of the same architecture.")
+        dense = _dense_layers(into, students) if whole else {}
+        install(into, students if whole else {})
+        try:
+            _assign(into, state)
+        except BaseException:
+            install(into, dense)
+            raise
+    except InputError:
+        raise
+    except UNFIT as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"Expected tensors in {path} as its manifest has them but they do not fit: {reason}; save it again."
+        ) from error
+    if rank is None:
+        return into
+    small = {name: student.truncate(min(rank, student.rank)) for name, student in own.items()}
+    if not whole:
+        return small[""]
+    install(into, {name: small[description.get("same_as", name)] for name, description in layers.items()})
+    return into
+
+
+def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules into a model in place of those of the same names."""
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+
+
+def _describe(student: Student) -> dict[str, Any]:
+    if isinstance(student, CodeEncoder):
+        return {"kind": "encoder", **student.options, "provenance": student.provenance}
+    m, n, bias = student.out_features, student.in_features, student.bias is not None
+    return {
+        "kind": "low_rank",
+        **dict(zip(SHAPE, (n, m, student.rank, bias, student.input_mean is not None), strict=True)),
+        "dtype": str(student.A.dtype).removeprefix("torch."),
+        "provenance": student.provenance,
+    }
+
+
+def _empty(description: Mapping[str, Any]) -> Student:
+    """A student of the right shape, without numbers: checked before anything is allocated."""
+    kind = description["kind"]
+    if kind not in ("low_rank", "encoder", "code_map") or not isinstance(description["rank"], int):
+        raise InputError(f"Expected a layer of kind low_rank or encoder but got {kind!r}; make it again.")
+    student: Student
+    if kind == "low_rank":
+        shape = {key: description[key] for key in SHAPE}
+        student = LowRankLinear(**shape, device="meta", dtype=DTYPES[description["dtype"]])
+    else:  # `code_map` was an encoder's name in version 0.2
+        others = ("kind", "guard", "provenance")
+        options = {key: value for key, value in description.items() if key not in others and value is not None}
+        student = CodeEncoder(**options, device="meta")
+    student.provenance = dict(description["provenance"])
+    return student
+
+
+def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads every tensor, or changes nothing: PyTorch itself would load those that fit before it complains."""
+    expected = model.state_dict()
+    if wrong := sorted(expected.keys() ^ state.keys()):
+        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in expected else 'not expected'}")
+    for name, value in expected.items():
+        fresh = value.is_meta  # a student's own, whose dtype the manifest tells
+        if state[name].shape != value.shape or (fresh and state[name].dtype != value.dtype):
+            actual, right = ((tuple(one.shape), one.dtype) for one in (state[name], value))
+            raise ValueError(f"{name} is {actual}, not {right}")
+    device = next((value.device for value in model.parameters() if not value.is_meta), None)
+    model.load_state_dict(state, assign=True)
+    model.to(device)
+
+
+def _dense_layers(into: nn.Module, students: Mapping[str, Student]) -> dict[str, nn.Module]:
+    """The dense layers of the model that the students replace."""
+    modules = dict(into.named_modules(remove_duplicate=False))
+    for name, student in students.items():
+        expected = (getattr(student, "out_features", student.rank), student.in_features)
+        shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
+        if shape != expected:
+            actual = shape if name in modules else "missing"
+            raise InputError(f"Expected {name!r} of `into` to be {expected} but it is {actual}; give the same model.")
+    return {name: modules[name] for name in students}
+
+
+def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"Expected finite weights in {where} but {name!r} holds NaN or inf.")

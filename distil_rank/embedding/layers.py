@@ -1,0 +1,200 @@
+"""A model's layers: how users name those to pool (`4`, `4n`, `3,4,5`, `all`, `STORE:4`), and what each costs.
+
+`4` is the output of layer 4, as fair-esm's `repr_layers=[4]` gives it. `4n` is the same after the model's final norm:
+the output of a backbone that ends there. The last layer always has its norm, as in fair-esm, and is plain `6`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from distil_rank.embedding.location import is_remote
+from distil_rank.embedding.storage import Location
+from distil_rank.errors import InputError
+from distil_rank.options.embed import check_layers
+
+STATE = re.compile(r"(\d+)(n?)")  # a layer as it is written
+SAMPLED = 20  # batches that are timed on a GPU, each of whose layers then waits for the one before
+
+
+class State(NamedTuple):
+    """The hidden states behind one layer.
+
+    Attributes:
+        layer: Counted from 1.
+        normed: Whether the final norm is applied although the layer is not the last.
+    """
+
+    layer: int
+    normed: bool = False
+
+    @classmethod
+    def parse(cls, text: object) -> State:
+        """Reads `4` or `4n`.
+
+        Raises:
+            InputError: anything else.
+
+        >>> State.parse(4), str(State.parse("4n"))
+        (State(layer=4, normed=False), '4n')
+        """
+        match = STATE.fullmatch(str(text).strip())
+        if match is None:
+            raise InputError(f"Expected a layer as a number, or as a number and n, but got {str(text)!r}.")
+        return cls(int(match[1]), bool(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.layer}{'n' if self.normed else ''}"
+
+    @property
+    def entry(self) -> int | str:
+        """As in a manifest: a plain layer is a number."""
+        return str(self) if self.normed else self.layer
+
+
+def parse_layers(layers: int | str | None, depth: int, model: str = "the model") -> list[State]:
+    """The states that are asked for, in ascending order.
+
+    Args:
+        layers: `None` for the last layer, `all` for every layer from 1, else one or several.
+        depth: The model's layers.
+        model: Its name, for errors.
+
+    Raises:
+        InputError: a layer that the model lacks, or one that comes twice.
+
+    >>> [str(state) for state in parse_layers("6,4n,4", 6)], len(parse_layers("all", 33))
+    (['4', '4n', '6'], 33)
+    """
+    check_layers(layers)
+    if layers is None:
+        return [State(depth)]
+    if str(layers).strip() == "all":
+        return [State(layer) for layer in range(1, depth + 1)]
+    states = sorted(map(State.parse, str(layers).split(",")))
+    for state in states:
+        if state.layer > depth:
+            raise InputError(f"Expected layers from 1 to {depth} of {model} but got {state}.")
+        if state.normed and state.layer == depth:
+            raise InputError(f"Expected the last layer of {model} as {depth}, which is always normed, but got {state}.")
+    return states
+
+
+def split_source(source: Location) -> tuple[Location, str | None]:
+    """Path and layer of `PATH:LAYER`; a path that exists as it is written has no layer. An address stays a string.
+
+    >>> split_source("no/store:4n"), split_source("no/store")
+    ((PosixPath('no/store'), '4n'), (PosixPath('no/store'), None))
+    >>> split_source("s3://bucket/store:4n"), split_source("s3://bucket/store")
+    (('s3://bucket/store', '4n'), ('s3://bucket/store', None))
+    """
+    path, colon, layer = str(source).rpartition(":")
+    kind = str if is_remote(source) else Path
+    if not colon or not STATE.fullmatch(layer) or Path(source).exists():
+        return kind(source), None
+    return kind(path), layer
+
+
+class LayerClock:
+    """Adds up the seconds of each layer over batches and threads.
+
+    On a CPU every batch counts. On a GPU, whose kernels run on their own, only the first `SAMPLED` do.
+
+    Args:
+        layers: Their number.
+        device: Where they run.
+
+    Attributes:
+        seconds: (layers + 1,); the first entry is what comes before layer 1.
+        samples: Whether only some batches are timed.
+    """
+
+    def __init__(self, layers: int, device: torch.device):
+        self.seconds = np.zeros(layers + 1)
+        self.samples = device.type == "cuda"
+        self._device, self._batches, self._lock = device, 0, threading.Lock()
+
+    def start(self) -> float | None:
+        """The time now; None where this batch is not to be timed."""
+        with self._lock:
+            self._batches += 1
+            return None if self.samples and self._batches > SAMPLED else self.now()
+
+    def now(self) -> float:
+        """The time when the device has done what it was told to."""
+        if self.samples:
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def lap(self, layer: int, since: float | None) -> None:
+        """Adds the time since then to a layer."""
+        if since is not None:
+            seconds = self.now() - since
+            with self._lock:
+                self.seconds[layer] += seconds
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of a backbone that stops behind a layer.
+
+    Attributes:
+        layer: The layer.
+        seconds_per_1000: Seconds for 1,000 proteins of those that were measured.
+        residues_per_second: Throughput.
+        share: Of the time of the full depth.
+        measured: Whether the full depth was measured; otherwise every layer that was not run is taken to cost what an
+            average one of those behind the first did.
+    """
+
+    layer: int
+    seconds_per_1000: float
+    residues_per_second: float
+    share: float
+    measured: bool
+
+    def __str__(self) -> str:
+        about = "" if self.measured else "about "
+        return f"{self.layer}: {self.seconds_per_1000:.3g} s per 1,000 proteins, {about}{self.share:.2f} of full depth"
+
+
+def layer_costs(
+    clock: LayerClock, depth: int, seconds: float, sequences: int, residues: int, threads: int = 1
+) -> list[LayerCost]:
+    """The cost of stopping behind each layer that was run; nothing where nothing was computed.
+
+    Args:
+        clock: Of the layers that were run.
+        depth: Layers of the whole model.
+        seconds: Wall-clock time of the extraction; what no layer accounts for (tokenising, pooling, writing) is part of
+            the cost at any depth.
+        sequences: How many were computed.
+        residues: How many were computed.
+        threads: Batches that were computed at once.
+
+    >>> clock = LayerClock(3, torch.device("cpu"))
+    >>> clock.seconds[:] = 0.5, 1, 1, 1
+    >>> [(cost.layer, cost.share) for cost in layer_costs(clock, 4, 4.0, 1000, 250_000)]
+    [(1, 0.4), (2, 0.6), (3, 0.8)]
+    """
+    laps = clock.seconds / threads
+    if not laps.sum() > 0 or not sequences:
+        return []
+    if clock.samples:  # its layers' shares of the whole time
+        laps = laps * seconds / laps.sum()
+    upto = max(seconds - float(laps.sum()), 0.0) + laps.cumsum()
+    missing = depth - (len(laps) - 1)
+    typical = float(laps[2:].mean()) if len(laps) > 2 else float(laps[-1])
+    full = float(upto[-1]) + missing * typical
+    return [
+        LayerCost(layer, 1000 * upto[layer] / sequences, residues / upto[layer], float(upto[layer] / full), not missing)
+        for layer in range(1, len(laps))
+    ]

@@ -1,0 +1,180 @@
+"""Options of code and search, and of augmented copies wherever they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from distil_rank.errors import InputError
+from distil_rank.options.evaluation import LabelOptions
+
+Metric = Literal["variance", "whitened", "invariant"]
+CodeType = Literal["float32", "int8", "bit"]
+NoiseSource = Literal["copies", "labels", "clusters"]
+TaskKind = Literal["auto", "retrieval", "classification", "multilabel", "regression"]
+FITTING = ("metric", "rank", "dtype", "noise", "regularisation", "augmentation", "train", "groups", "fit_fraction")
+FORMATS = (".faiss", ".npy", ".npz", ".h5", ".hdf5")  # that codes are exported to
+
+
+@dataclass(frozen=True)
+class AugmentationOptions:
+    """Augmented copies of proteins: each is a window of the sequence in which residues are substituted.
+
+    Attributes:
+        proteins: How many get copies, at most.
+        copies: Of each protein.
+        window: Share of the sequence that a copy keeps, in (0, 1].
+        substitutions: Share of its residues that are substituted, in [0, 1].
+        seed: Of the draws; the same protein gets the same copies in any company.
+    """
+
+    proteins: int = 1000
+    copies: int = 2
+    window: float = 0.7
+    substitutions: float = 0.4
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises `InputError` for shares and numbers out of range."""
+        if not 0 < self.window <= 1 or not 0 <= self.substitutions <= 1:
+            raise InputError(
+                "Expected a window in (0, 1] and substitutions in [0, 1] but got "
+                f"{self.window} and {self.substitutions}."
+            )
+        if self.window == 1 and self.substitutions == 0:
+            raise InputError(
+                "Expected copies that differ from the protein but got a window of 1 without substitutions; lower the "
+                "window or raise substitutions."
+            )
+        if self.proteins < 1 or self.copies < 1:
+            raise InputError(
+                f"Expected at least 1 protein and 1 copy of each but got {self.proteins} and {self.copies}."
+            )
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """Fit an encoder, evaluate it, and encode a store of embeddings with it.
+
+    Attributes:
+        data: The vectors: a store, or any file that distil reads (fitted to and evaluated, but not encoded); auto is
+            the labelled sample.
+        metric: variance, whitened, or invariant (within-class whitening, against the noise).
+        rank: Numbers in a code before they are quantised.
+        dtype: float32, int8 or bit (signs, eight to a byte).
+        codes: Folder or address of the store of codes; encoding goes on where it stopped.
+        encoder: Folder of an encoder that is there, such as recommend leaves; nothing is fitted or evaluated then.
+        noise: What should not matter: differences of augmented copies, within labels or within clusters.
+        augmentation: How copies are made.
+        labels: Where labels come from; without any, proteins are to be found by their augmented copies.
+        task: Kind of the task; auto decides by the labels.
+        groups: What stays in one split; see evaluate.
+        fit_fraction: Share of the proteins to fit on.
+        regularisation: Of the noise covariance, in units of its mean eigenvalue.
+        train: Steps of training towards the neighbours of the full-rank code, kept only where it clearly helps; 0 for
+            the closed form alone. Codes of the variance metric are not trained.
+        seed: Of all draws.
+        engine: What encodes the store: this process, or ray, whose workers may come and go.
+        ray_address: HOST:PORT of a Ray cluster; by default one is started on this machine.
+        ray_cores: CPU cores of each of Ray's workers; by default all of this machine's.
+        output: Folder for results.
+    """
+
+    data: str = "auto"
+    metric: Metric = "invariant"
+    rank: int = 64
+    dtype: CodeType = "bit"
+    codes: str = "codes"
+    encoder: str | None = None
+    noise: NoiseSource = "copies"
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    task: TaskKind = "auto"
+    groups: str | None = None
+    fit_fraction: float = 0.5
+    regularisation: float = 0.1
+    train: int = 600
+    seed: int = 0
+    engine: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    ray_cores: int | None = None
+    output: str = "results"
+
+    def check(self) -> None:
+        """Raises `InputError` for values out of range and options that contradict each other."""
+        self.augmentation.check()
+        for name, least in (("rank", 1), ("train", 0), ("regularisation", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"Expected --{name} of at least {least} but got {getattr(self, name)}.")
+        for name, choices in (("metric", Metric), ("dtype", CodeType), ("noise", NoiseSource)):
+            if getattr(self, name) not in get_args(choices):
+                raise InputError(
+                    f"Expected --{name} out of {', '.join(get_args(choices))} but got {getattr(self, name)!r}."
+                )
+        if not 0 < self.fit_fraction < 1:
+            raise InputError(f"Expected --fit_fraction between 0 and 1 but got {self.fit_fraction}.")
+        if self.metric != "invariant" and self.noise != "copies":
+            raise InputError(f"Expected --noise with the invariant metric only but got it with {self.metric}.")
+        if self.engine == "local" and (self.ray_address or self.ray_cores):
+            raise InputError(
+                "Expected --ray_address and --ray_cores with --engine ray only; add it, or leave them out."
+            )
+        changed = [name for name in FITTING if getattr(self, name) != getattr(CodeOptions(), name)]
+        if self.encoder is not None and changed:
+            raise InputError(
+                f"Expected no --{changed[0]} with --encoder, with which nothing is fitted; leave one of them out."
+            )
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Search a store of codes with proteins, and write a table of hits.
+
+    Attributes:
+        codes: Folder or address of the store of codes.
+        fasta: Queries; embedded as the proteins behind the codes were.
+        queries: Queries that are embedded already, a store of the same backbone, layer and pooling.
+        self: Search with the codes themselves, each against all others.
+        hits: Of each query at most.
+        evalue: Hits of a greater E-value are left out.
+        decoys: Reversed proteins that E-values are estimated with; 0 for none.
+        exact: Whether every query looks at every code; by default where there are not too many.
+        out: The table, tab separated: query, target, score, rank, E-value.
+        export: Also, or only, write the codes to a .faiss, .npy, .npz or .h5 file.
+        seed: Of the choice of decoys and of the index.
+        output: Folder for results.
+    """
+
+    codes: str = "codes"
+    fasta: str | None = None
+    queries: str | None = None
+    self: bool = False
+    hits: int = 10
+    evalue: float | None = None
+    decoys: int = 200
+    exact: bool | None = None
+    out: str = "results/search/hits.tsv"
+    export: str | None = None
+    seed: int = 0
+    output: str = "results"
+
+    def check(self) -> None:
+        """Raises `InputError` for values out of range and options that contradict each other."""
+        sources = [f"--{name}" for name in ("fasta", "queries", "self") if getattr(self, name)]
+        if len(sources) > 1 or not (sources or self.export):
+            raise InputError(
+                "Expected one of --fasta, --queries and --self to search with, or --export, but got "
+                f"{' and '.join(sources) or 'none'}."
+            )
+        if self.hits < 1 or self.decoys < 0:
+            raise InputError(
+                f"Expected hits of at least 1 and decoys of at least 0 but got {self.hits}, {self.decoys}."
+            )
+        if self.evalue is not None and not (self.evalue > 0 and self.decoys):
+            raise InputError(
+                f"Expected an E-value above 0, and decoys to estimate it with, but got {self.evalue} and {self.decoys} "
+                "decoys."
+            )
+        if self.export is not None and Path(self.export).suffix not in FORMATS:
+            raise InputError(f"Expected --export to end in {', '.join(FORMATS)} but got {self.export}.")

@@ -1,0 +1,52 @@
+"""A large file's hash is computed once, and again when the file changes."""
+
+import hashlib
+import json
+import os
+
+import pytest
+
+from distil_rank.embedding import weight_files
+from distil_rank.embedding.weight_files import cached_sha256
+
+
+@pytest.fixture
+def hashed(tmp_path, monkeypatch):
+    """The files that were read for their hash."""
+    monkeypatch.setenv("DISTIL_RANK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weight_files, "REMEMBERED_BYTES", 4)
+    read, original = [], weight_files.sha256_of
+    monkeypatch.setattr(weight_files, "sha256_of", lambda path: (read.append(path.name), original(path))[1])
+    return read
+
+
+def test_a_hash_is_kept_until_the_file_changes(hashed, tmp_path):
+    file, other = tmp_path / "a.pt", tmp_path / "b.pt"
+    file.write_bytes(b"weights")
+    other.write_bytes(b"other weights")
+    for _ in range(2):
+        assert cached_sha256(file) == hashlib.sha256(b"weights").hexdigest()
+        assert cached_sha256(other) == hashlib.sha256(b"other weights").hexdigest()
+    assert hashed == ["a.pt", "b.pt"]
+    file.write_bytes(b"WEIGHTS")  # of the same size
+    os.utime(file, ns=(1, 1))
+    assert cached_sha256(file) == hashlib.sha256(b"WEIGHTS").hexdigest()
+    assert hashed == ["a.pt", "b.pt", "a.pt"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"PATH": 3}', '{"PATH": [7]}'])
+def test_a_damaged_cache_is_replaced(hashed, tmp_path, content):
+    file = tmp_path / "a.pt"
+    file.write_bytes(b"weights")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "sha256.json").write_text(content.replace("PATH", str(file)))
+    assert cached_sha256(file) == cached_sha256(file) == hashlib.sha256(b"weights").hexdigest()
+    assert hashed == ["a.pt"] and json.loads((tmp_path / "cache" / "sha256.json").read_text())
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(hashed, tmp_path):
+    (tmp_path / "cache").write_text("a file in the folder's place")
+    file = tmp_path / "a.pt"
+    file.write_bytes(b"weights")
+    assert cached_sha256(file) == cached_sha256(file) == hashlib.sha256(b"weights").hexdigest()
+    assert hashed == ["a.pt", "a.pt"]
