@@ -28,7 +28,7 @@ from script import machine_line, run
 from torch import Tensor, nn
 
 from distil_rank import compress
-from distil_rank.compression.report import CompressionReport
+from distil_rank.compression.compress import CompressionReport
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.measure.statistics import estimate, ratio, resample_counts

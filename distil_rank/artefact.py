@@ -42,9 +42,6 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def json_text(value: Any, indent: int | None = 1) -> str:
     """A value as JSON; NaN and infinity become null, numbers of numpy and torch plain ones.
 
-    Raises:
-        InputError: it holds something that JSON has no form for.
-
     >>> json_text({"r2": float("nan"), "ranks": (1, 2)}, indent=None)
     '{"r2": null, "ranks": [1, 2]}'
     """
@@ -63,12 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_writable(path: str | Path, format: str | None = None) -> None:
-    """Raise `InputError` if no folder can be written there, before any work is done.
-
-    Args:
-        path: the folder, which need not exist.
-        format: of the manifest to come; a folder that already holds anything must hold one of the same format.
-    """
+    """Raise `InputError` if no folder can be written there, or it holds anything but a manifest of that format."""
     path = folder = Path(path)
     while not folder.exists():
         folder = folder.parent
@@ -86,16 +78,8 @@ def check_writable(path: str | Path, format: str | None = None) -> None:
 def write_folder(path: str | Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> Path:
     """Write files and the manifest that names their sizes and hashes; what the former manifest named is replaced.
 
-    The manifest comes last. Whatever fails before leaves the folder that was there; in between the hashes do not fit,
-    so a mixture is never read.
-
-    Args:
-        path: the folder.
-        manifest: JSON values; `format` says what kind of folder it is.
-        files: content by name.
-
-    Returns:
-        The folder.
+    The manifest, whose `format` says what kind of folder it is, comes last. Whatever fails before leaves the folder as
+    it was; in between the hashes do not fit, so a mixture is never read.
 
     Raises:
         InputError: values that are no JSON, or a place that cannot be written or holds something else.

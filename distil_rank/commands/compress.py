@@ -13,9 +13,9 @@ import yaml
 from torch import nn
 
 from distil_rank.commands.lineage import lineage
+from distil_rank.compression.compress import HEAD, CompressionReport
 from distil_rank.compression.compress import compress as compress_model
 from distil_rank.compression.own_layer import load_linear
-from distil_rank.compression.report import HEAD, CompressionReport
 from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError

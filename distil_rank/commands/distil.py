@@ -15,7 +15,7 @@ from distil_rank.compression.own_layer import load_head
 from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result, TeacherResult
-from distil_rank.lowrank.digests import tensor_digest
+from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.options.training import DistilOptions
 from distil_rank.report.comparison import comparison_report
 from distil_rank.report.run_folder import run_folder, set_latest

@@ -33,6 +33,7 @@ def with_held_out(data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor
     >>> [is_held_out for _, is_held_out in with_held_out(range(5), None)]
     [False, False, False, False, True]
     """
+    batches: list[Iterable[Any]] = []
     for name, rows in (("data", data), ("held_out", () if held_out is None else held_out)):
         several = isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | np.ndarray)
         if not several or (isinstance(rows, Tensor) and rows.ndim < 2):
@@ -40,10 +41,8 @@ def with_held_out(data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor
             raise InputError(
                 f"Expected `{name}` as batches, or a tensor of rows, but got {actual}; give a list of them."
             )
-    batches = [
-        rows.split(max(1, min(256, -(-len(rows) // (2 * HELD_OUT))))) if isinstance(rows, Tensor) else rows
-        for rows in (data, () if held_out is None else held_out)
-    ]
+        size = max(1, min(256, -(-len(rows) // (2 * HELD_OUT)))) if isinstance(rows, Tensor) else 0
+        batches.append(rows.split(size) if isinstance(rows, Tensor) else rows)
     for index, batch in enumerate(batches[0]):
         yield batch, held_out is None and index % HELD_OUT == HELD_OUT - 1
     for batch in batches[1]:
@@ -118,25 +117,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class LayerInputs:
-    """The inputs of one layer, as sums.
+    """The inputs of one layer as sums: `fit` over the rows to fit to, `held_out` over those to measure on.
 
     Args:
         near: about their mean `(n,)`, from which deviations are summed.
-
-    Attributes:
-        fit: sums over the rows to fit to.
-        held_out: sums over the rows to measure on.
     """
 
     def __init__(self, near: Tensor) -> None:
         self.fit, self.held_out = (MomentSums.zeros(len(near), near.device, origin=near) for _ in range(2))
         self._time_first = self._warned = False
 
-    def add(self, x: Tensor, mask: Tensor | None, held_out: bool) -> None:
-        """Count in the rows of one call."""
-        (self.held_out if held_out else self.fit).add(self._real_rows(x, mask))
-
-    def _real_rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def real_rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`(N, d)` without padding. The mask is (batch, time); inputs may be (time, batch, d), or no tokens at all."""
         if x.is_nested:  # each sequence for itself, so there is no padding
             return torch.cat(x.unbind())
@@ -196,7 +187,9 @@ class Capture:
             _check_affine(name, layer, x, output)
             rows = torch.cat(x.unbind()) if x.is_nested else x
             self.inputs[name] = LayerInputs(rows.double().reshape(-1, layer.in_features).mean(0))
-        self.inputs[name].add(x, None if self.mask is None else self.mask.to(x.device), self.held_out)
+        inputs = self.inputs[name]
+        rows = inputs.real_rows(x, None if self.mask is None else self.mask.to(x.device))
+        (inputs.held_out if self.held_out else inputs.fit).add(rows)
 
 
 def _check_affine(name: str, layer: nn.Linear, x: Tensor, output: Any) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compression.allocate import allocate
 from distil_rank.compression.capture import (
     Capture,
     Forward,
@@ -26,12 +26,10 @@ from distil_rank.compression.capture import (
     output_rows,
     with_held_out,
 )
-from distil_rank.compression.report import CompressionReport, LayerRow, OutputFidelity
 from distil_rank.compression.saved import install
 from distil_rank.errors import InputError
-from distil_rank.lowrank.fidelity import nested_r2
 from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, parameter_count
-from distil_rank.lowrank.solvers import Factors, Solver, choose_rank, output_spectrum
+from distil_rank.lowrank.solvers import Factors, Solver, choose_rank, nested_r2, output_spectrum
 from distil_rank.measure.latency import compare_layers
 
 log = logging.getLogger(__name__)
@@ -39,6 +37,100 @@ log = logging.getLogger(__name__)
 Rank = int | float | str
 LATENCY_BATCH = 32
 MAX_OUTPUTS = 2**26  # numbers of the original model's output that are kept to compare with
+HEAD = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", f"µs for {LATENCY_BATCH} rows"]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """The outcome for one layer.
+
+    Attributes:
+        rank: of the student; None where the layer was left dense, and `note` says why.
+        predicted_r2: share of the output's variance that the student keeps on the rows it was fitted to.
+        held_out_r2: the same on held-out rows; None without any.
+        dense_us: median time for `LATENCY_BATCH` rows, in microseconds; `student_us` alike.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int | None
+    dense_parameters: int
+    parameters: int
+    predicted_r2: float | None = None
+    held_out_r2: float | None = None
+    dense_us: float | None = None
+    student_us: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class OutputFidelity:
+    """The whole model's output beside the original's, on held-out rows.
+
+    Attributes:
+        rows: how many were compared.
+        r2: share of the outputs' variance retained.
+        predictions_retained: share of rows whose largest output stayed the largest; of a single output, whose sign did.
+    """
+
+    rows: int
+    r2: float
+    predictions_retained: float
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What `compress` did.
+
+    Attributes:
+        model: with the students in place.
+        layers: in the order in which they run.
+        outputs: the whole model beside the original; None without held-out rows.
+    """
+
+    model: nn.Module
+    layers: list[LayerRow]
+    outputs: OutputFidelity | None = None
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Of these layers, before and after."""
+        return sum(row.dense_parameters for row in self.layers), sum(row.parameters for row in self.layers)
+
+    def cells(self) -> list[list[str]]:
+        """A line of the table under `HEAD` for each layer."""
+        lines = []
+        for row in self.layers:
+            line = [row.name, f"{row.in_features} → {row.out_features}"]
+            if row.rank is None:
+                lines.append([*line, f"dense: {row.note}", f"{row.parameters:,}", "", "", ""])
+                continue
+            line += [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", f"{row.predicted_r2:.4f}"]
+            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
+            lines.append([*line, held_out, f"{row.dense_us:.0f} → {row.student_us:.0f}"])
+        return lines
+
+    def notes(self) -> list[str]:
+        """What the table does not say."""
+        before, after = self.parameters
+        notes = [f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
+        if (o := self.outputs) is not None:
+            figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
+            notes.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
+        return notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: everything but the model."""
+        outputs = None if self.outputs is None else asdict(self.outputs)
+        return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
+
+    def __str__(self) -> str:
+        """A Markdown table and the notes."""
+        table = [HEAD, ["---"] * len(HEAD), *self.cells()]
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in table), "", *self.notes()])
+
+    _repr_markdown_ = __str__  # a table in a notebook
 
 
 def compress(
@@ -131,13 +223,16 @@ def compress(
         return CompressionReport(model, rows)
     try:
         with evaluating(model):
-            output = torch.cat([cast(Tensor, output_rows(forward(model, x), as_mask(mask(x)))) for x, _ in originals])
+            outputs = [cast(Tensor, output_rows(forward(model, x), as_mask(mask(x)))) for x, _ in originals]
     except BaseException:
         install(model, before)  # never leave a model that does not run
         raise
-    return CompressionReport(
-        model, rows, _compared(output.double(), torch.cat([target for _, target in originals]).double())
-    )
+    output, target = torch.cat(outputs).double(), torch.cat([rows for _, rows in originals]).double()
+    residual, variance = float((output - target).square().sum()), float((target - target.mean(0)).square().sum())
+    r2 = 1 - residual / variance if variance > 0 else float(residual == 0)
+    ours, theirs = (x.argmax(1) if x.shape[1] > 1 else x > 0 for x in (output, target))
+    fidelity = OutputFidelity(len(target), r2, float((ours == theirs).double().mean()))
+    return CompressionReport(model, rows, fidelity)
 
 
 def _requested_ranks(
@@ -149,8 +244,7 @@ def _requested_ranks(
         raise InputError(f"Expected {what} but got {layers!r}.")
     if parameters is not None and not (isinstance(parameters, int | float) and 0 < parameters <= 1):
         raise InputError(f"Expected `parameters` in (0, 1], the share of the weights to keep, but got {parameters!r}.")
-    if isinstance(layers, str):
-        layers = [layers]
+    layers = [layers] if isinstance(layers, str) else layers
     patterns = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers)
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -171,16 +265,66 @@ def _requested_ranks(
 
 def _within_budget(
     free: Mapping[str, nn.Linear], dense: Mapping[str, nn.Linear], inputs: Mapping[str, LayerInputs], share: float
-) -> dict[str, Any]:
+) -> dict[str, int]:
     """The ranks of the layers that are free to shrink, so that all the dense ones together keep their share."""
-    sizes = {id(layer.weight): layer.weight.numel() for layer in dense.values()}  # what is shared counts once
-    free_sizes = sum(layer.weight.numel() for layer in free.values())
+    size = sum({id(layer.weight): layer.weight.numel() for layer in dense.values()}.values())  # shared ones count once
+    fixed = size - sum(layer.weight.numel() for layer in free.values())
     biases = sum(layer.out_features for layer in free.values() if layer.bias is None)  # a student always has one
-    budget = int(share * sum(sizes.values())) - (sum(sizes.values()) - free_sizes) - biases
     spectra = {name: output_spectrum(layer.weight, inputs[name].fit.moments())[0] for name, layer in free.items()}
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in free.items()}
-    ranks = allocate(spectra, shapes, budget)
+    ranks = allocate(spectra, shapes, int(share * size) - fixed - biases)
     return {name: min(shapes[name]) if rank is None else rank for name, rank in ranks.items()}
+
+
+def allocate(
+    spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: int
+) -> dict[str, int | None]:
+    """Ranks that leave the least residual, as shares of each layer's output variance, within a number of weights.
+
+    The next rank always goes where it removes the most residual for each weight it costs. Eigenvalues fall, so that is
+    the best there is, up to the remainder that fits no further rank; a layer that reaches its break-even rank, from
+    which two factors hold no fewer weights than the dense matrix, becomes dense instead.
+
+    Args:
+        spectra: eigenvalues of each layer's output covariance, largest first, from `output_spectrum`.
+        shapes: `(m, n)` of each.
+        budget: weights in all, biases not counted.
+
+    Returns:
+        A rank for each layer; None where it stays dense.
+
+    Raises:
+        InputError: not even rank 1 everywhere fits.
+
+    >>> steep, flat = torch.tensor([8.0, 1.0, 0.5, 0.5]), torch.tensor([3.0, 3.0, 2.0, 2.0])
+    >>> allocate({"a": steep, "b": flat}, {"a": (8, 8), "b": (8, 8)}, budget=64)
+    {'a': 1, 'b': 3}
+    """
+    cost = dict.fromkeys(spectra, 0)
+    rank: dict[str, int | None] = dict.fromkeys(spectra, 0)
+    least = sum(sum(shapes[name]) for name in spectra)
+    if budget < least:
+        raise InputError(f"Expected room for rank 1 in all {len(spectra)} layers ({least} weights) but got {budget}.")
+
+    def gain(name: str, k: int) -> float:
+        total = float(spectra[name].sum())
+        share = float(spectra[name][k]) / total if total > 0 else 0.0
+        return (2.0 if k == 0 else share) / sum(shapes[name])  # no layer goes without
+
+    queue = [(-gain(name, 0), name) for name in spectra]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        m, n = shapes[name]
+        next_rank = (rank[name] or 0) + 1
+        dense = next_rank >= break_even_rank(n, m)
+        price = m * n if dense else next_rank * (m + n)
+        if sum(cost.values()) - cost[name] + price > budget:
+            continue
+        cost[name], rank[name] = price, None if dense else next_rank
+        if not dense and next_rank < len(spectra[name]) and spectra[name][next_rank] > 0:
+            heapq.heappush(queue, (-gain(name, next_rank), name))
+    return rank
 
 
 def _solved(
@@ -213,23 +357,15 @@ def _solved(
         held_out = inputs.held_out.moments()
         if not held_out.covariance.isfinite().all():
             raise InputError("Expected finite rows to measure on but some hold NaN or inf; look at the held-out data.")
-        assert student.bias is not None
-        factors = Factors(student.A, student.B, student.bias)
-        layers = dense.weight, dense.bias, factors
-        curve = nested_r2(*layers, held_out, student.input_mean, centre=moments.mean).tolist()
+        factors = Factors(student.A, student.B, cast(Tensor, student.bias))
+        curve = nested_r2(dense.weight, dense.bias, factors, held_out, student.input_mean, moments.mean).tolist()
         student.provenance |= {"held_out_rows": held_out.rows, "r2_held_out": curve}
         held_out_r2 = curve[-1]
         if isinstance(requested, float) and held_out_r2 < requested:
-            told = "%s: R² on held-out rows is %.4f, below the %g that was asked for; more rows or a higher share help."
-            log.warning(told, name, held_out_r2, requested)
+            warning = (
+                "%s: R² on held-out rows is %.4f, below the %g that was asked for; more rows or a higher share help."
+            )
+            log.warning(warning, name, held_out_r2, requested)
     timing = compare_layers(dense, student, batches=(LATENCY_BATCH,), repeats=20)[0]
     row = replace(row, rank=rank, parameters=parameter_count(n, m, rank), predicted_r2=student.provenance["r2"][-1])
     return replace(row, held_out_r2=held_out_r2, dense_us=timing.dense_us, student_us=timing.student_us), student
-
-
-def _compared(output: Tensor, target: Tensor) -> OutputFidelity:
-    """What the model with students puts out beside the original, both `(N, k)`."""
-    residual, variance = float((output - target).square().sum()), float((target - target.mean(0)).square().sum())
-    r2 = 1 - residual / variance if variance > 0 else float(residual == 0)
-    ours, theirs = (rows.argmax(1) if rows.shape[1] > 1 else rows > 0 for rows in (output, target))
-    return OutputFidelity(len(target), r2, float((ours == theirs).double().mean()))

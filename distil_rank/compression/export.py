@@ -60,9 +60,7 @@ def to_torch(model: nn.Module, path: str | Path, example: Tensor) -> Path:
 def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
     """Save a layer as an ONNX graph, `(rows, n)` → `(rows, m)` float32 for any number of rows; ONNX Runtime checks it.
 
-    Args:
-        layer: a student, or a dense layer to compare it with. Half precision is widened to float32.
-        path: the `.onnx` file.
+    Half precision is widened to float32.
 
     Raises:
         InputError: onnx or onnxruntime is not installed.

@@ -20,12 +20,8 @@ from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 
-# In the order in which Hugging Face itself looks for them.
-HUGGING_FACE_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+HUGGING_FACE_FILES = tuple(  # in the order in which Hugging Face itself looks for them
+    f"{name}{suffix}" for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
 )
 NESTED = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, fair-esm
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -33,11 +29,7 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiL
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads every tensor of a saved model by its name.
-
-    Args:
-        path: `.safetensors`, a PyTorch file (`.pt`, `.pth`, `.bin`, `.ckpt`), or a Hugging Face directory, sharded or
-            not.
+    """Reads every tensor of a `.safetensors` or PyTorch file, or of a Hugging Face directory (sharded or not), by name.
 
     Raises:
         InputError: nothing is there, it is damaged, or it holds anything that would have to be unpickled.
@@ -86,15 +78,12 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
 
 
 def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str = "the model") -> nn.Linear:
-    """Builds the layer that a state dict holds under a name.
+    """The layer that a state dict holds under a name, in its own dtype, with a bias if one lies beside the weight.
 
     Args:
         state: tensors by name.
         key: `classifier.dense`, or its weight `classifier.dense.weight`; None where there is just one matrix.
         source: what to call the state dict in errors.
-
-    Returns:
-        The layer in its own dtype, with a bias if one lies beside the weight.
 
     Raises:
         InputError: no such layer, or it is not a finite floating-point matrix with a fitting bias.
@@ -103,22 +92,21 @@ def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str 
     Linear(in_features=3, out_features=2, bias=False)
     """
     matrices = [name for name, value in state.items() if value.ndim == 2]
+    some = ", ".join([*matrices[:3], *["…"][: len(matrices) > 3]]) or "none"
     if key is None:
         if len(matrices) != 1:
-            raise InputError(
-                f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {_some(matrices)}."
-            )
+            raise InputError(f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {some}.")
         key = matrices[0]
     prefix = key.removesuffix("weight").removesuffix(".")
     name = next((name for name in (key, f"{key}.weight") if name in state), None)
     if name is None:
-        raise InputError(f"Expected a layer {key!r} in {source} but it has none; its matrices: {_some(matrices)}.")
+        raise InputError(f"Expected a layer {key!r} in {source} but it has none; its matrices: {some}.")
     weight = state[name]
     bias = state.get(f"{prefix}.bias" if prefix else "bias") if name.endswith("weight") else None
     if weight.ndim != 2 or weight.dtype not in FLOATS:
         raise InputError(
             f"Expected {name!r} in {source} to be a floating-point (m, n) weight but got"
-            f" {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}; name one of {_some(matrices)}."
+            f" {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}; name one of {some}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"Expected a bias of {len(weight)} numbers beside {name!r} in {source} but got {len(bias)}.")
@@ -132,39 +120,23 @@ def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str 
     return linear
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join([*names[:3], *["…"][: len(names) > 3]]) or "none"
-
-
 def load_linear(spec: str) -> nn.Linear:
-    """Reads one linear layer out of a saved model.
+    """Reads one linear layer out of a saved model (`read_state_dict`, `linear_from_state`).
 
     Args:
-        spec: `<file>:<key>`, for example `head.safetensors:classifier.dense` or `my_model/:esm.pooler.dense`; the file
-            is whatever `read_state_dict` reads. The key may be left out where the file holds a single matrix.
-
-    Returns:
-        The layer in its own dtype (float16 and bfloat16 too), with its bias if it has one.
-
-    Raises:
-        InputError: the file or the layer cannot be used; the message names the layers that can.
+        spec: `<file>:<key>`, for example `head.safetensors:classifier.dense` or `my_model/:esm.pooler.dense`; the key
+            may be left out where the file holds a single matrix.
     """
     path, _, key = (spec, "", "") if Path(spec).exists() else spec.rpartition(":")
     return linear_from_state(read_state_dict(path or spec), key if path and key else None, path or spec)
 
 
 def load_head(spec: str) -> nn.Sequential:
-    """Reads the modules behind a layer, so that a student can be trained on the model's output.
+    """Reads the modules behind a layer, frozen, so that a student can be trained on the model's output.
 
     Args:
-        spec: steps separated by commas, each an activation (tanh, relu, gelu, silu, sigmoid) or a layer as in
-            `load_linear`: `tanh,head.safetensors:classifier.out_proj`.
-
-    Returns:
-        The steps, frozen, in evaluation mode.
-
-    Raises:
-        InputError: a step is neither, or its layer cannot be read.
+        spec: steps separated by commas, each one of `ACTIVATIONS` or a layer as in `load_linear`:
+            `tanh,head.safetensors:classifier.out_proj`.
 
     >>> load_head("tanh,relu")
     Sequential(

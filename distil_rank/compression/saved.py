@@ -43,14 +43,10 @@ def save(
     """Saves a student layer, or a model with student layers in it, with their provenance and measurements.
 
     Args:
-        model: a `LowRankLinear`, a `CodeEncoder`, or a module that contains some. A model is saved with all of its
-            weights.
+        model: a `LowRankLinear`, a `CodeEncoder`, or a module that contains some, saved with all of its weights.
         path: a folder; one that was saved there before is replaced.
         metrics: measured figures, JSON values, with their intervals.
         data: what the student was calibrated on: source, digest.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: nothing to save, weights that are not finite, or a place that cannot be written.
@@ -89,7 +85,7 @@ def save(
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Reads the manifest of what `save` wrote, after every hash was checked (`read_folder`)."""
+    """The manifest of what `save` wrote, after every hash was checked."""
     return read_folder(path, FORMAT)[0]
 
 
@@ -99,11 +95,8 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
     Args:
         path: the folder.
         rank: of the student wanted, up to the saved one: its first directions are the student of that rank.
-        into: for a whole model, one of the same architecture with its dense layers; they are replaced and every weight
-            is loaded. For a single layer nothing is needed.
-
-    Returns:
-        The layer, or `into`.
+        into: for a whole model, one of the same architecture; its dense layers are replaced, every weight is loaded,
+            and it is what is returned.
 
     Raises:
         InputError: the folder is damaged, hostile, or of a later version, or the rank is above the saved one.
@@ -129,12 +122,20 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
             into = own[""]
         elif into is None:
             raise InputError(f"Expected `into` to load {path}, a whole model; give one of the same architecture.")
-        dense = _dense_layers(into, students) if whole else {}
+        modules = dict(into.named_modules(remove_duplicate=False))
+        for name, student in students.items() if whole else ():
+            expected = (getattr(student, "out_features", student.rank), student.in_features)
+            shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
+            if shape != expected:
+                actual = shape if name in modules else "missing"
+                raise InputError(
+                    f"Expected {name!r} of `into` to be {expected} but it is {actual}; give the same model."
+                )
         install(into, students if whole else {})
         try:
             _assign(into, state)
         except BaseException:
-            install(into, dense)
+            install(into, {name: modules[name] for name in students} if whole else {})
             raise
     except InputError:
         raise
@@ -153,7 +154,7 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
 
 
 def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules into a model in place of those of the same names."""
+    """Puts modules into a model in place of those of the same names."""
     for name, module in modules.items():
         model.set_submodule(name, module)
 
@@ -200,18 +201,6 @@ def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     device = next((value.device for value in model.parameters() if not value.is_meta), None)
     model.load_state_dict(state, assign=True)
     model.to(device)
-
-
-def _dense_layers(into: nn.Module, students: Mapping[str, Student]) -> dict[str, nn.Module]:
-    """The dense layers of the model that the students replace."""
-    modules = dict(into.named_modules(remove_duplicate=False))
-    for name, student in students.items():
-        expected = (getattr(student, "out_features", student.rank), student.in_features)
-        shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
-        if shape != expected:
-            actual = shape if name in modules else "missing"
-            raise InputError(f"Expected {name!r} of `into` to be {expected} but it is {actual}; give the same model.")
-    return {name: modules[name] for name in students}
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:

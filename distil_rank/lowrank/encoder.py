@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.lowrank.digests import tensor_digest
+from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.options.codes import CodeType
 from distil_rank.origin import VectorOrigin
 

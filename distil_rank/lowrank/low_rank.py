@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from numbers import Integral
 from typing import Any, Self
 
@@ -10,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.lowrank.digests import tensor_digest
-from distil_rank.lowrank.fidelity import nested_r2
 from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import Factors, Solver, check_rank, choose_rank, output_spectrum, solve
+from distil_rank.lowrank.solvers import Factors, Solver, check_rank, choose_rank, nested_r2, output_spectrum, solve
 
 
 class LowRankLinear(nn.Module):
@@ -22,8 +21,6 @@ class LowRankLinear(nn.Module):
           x (…, n) ──▶ A (r, n) ──▶ (…, r) ──▶ B (m, r) ──▶ + c (m,) ──▶ y (…, m)
 
     Args:
-        in_features: n.
-        out_features: m.
         rank: r in [1, min(m, n)].
         bias: whether there is a `c`.
         input_mean: whether to keep the mean of the calibration data, `(n,)`. It takes no part in the forward pass;
@@ -31,9 +28,6 @@ class LowRankLinear(nn.Module):
 
     Attributes:
         provenance: where the factors come from, in plain JSON values; saved with the layer.
-
-    Raises:
-        InputError: the rank is out of range.
     """
 
     A: nn.Parameter
@@ -53,18 +47,13 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_rank(rank, torch.empty(out_features, in_features, device="meta"))
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
-        self.register_buffer("input_mean", torch.zeros(in_features, device=device, dtype=dtype) if input_mean else None)
+        like = torch.empty(0, device=device, dtype=dtype)
+        self.A = nn.Parameter(like.new_empty(rank, in_features))
+        self.B = nn.Parameter(like.new_empty(out_features, rank))
+        self.register_parameter("bias", nn.Parameter(like.new_empty(out_features)) if bias else None)
+        self.register_buffer("input_mean", like.new_zeros(in_features) if input_mean else None)
         self.provenance: dict[str, Any] = {}
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw both factors as `nn.Linear` draws its weight."""
-        for factor in (self.A, self.B):
+        for factor in (self.A, self.B):  # as `nn.Linear` draws its weight
             nn.init.kaiming_uniform_(factor, a=5**0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -76,13 +65,8 @@ class LowRankLinear(nn.Module):
         """A layer that holds these factors."""
         A, B, c = factors
         layer = cls(A.shape[1], B.shape[0], A.shape[0], True, input_mean is not None, device=A.device, dtype=dtype)
-        with torch.no_grad():
-            layer.A.copy_(A)
-            layer.B.copy_(B)
-            assert layer.bias is not None
-            layer.bias.copy_(c)
-            if input_mean is not None and layer.input_mean is not None:
-                layer.input_mean.copy_(input_mean)
+        state = {"A": A, "B": B, "bias": c} | ({} if input_mean is None else {"input_mean": input_mean})
+        layer.load_state_dict(state)
         return layer
 
     @classmethod
@@ -114,8 +98,10 @@ class LowRankLinear(nn.Module):
             rank = choose_rank(energy if moments is None else output_spectrum(linear.weight, moments)[0], rank)
         factors = solve(linear.weight, linear.bias, int(rank), solver, moments)
         mean = None if moments is None else moments.mean
-        if mean is not None:
-            factors = _rounded(factors, mean, linear.weight.dtype)
+        if mean is not None:  # A and B as the dtype holds them; what that changes on average goes into the bias
+            mean = mean.to(factors.A)
+            A, B = (factor.to(linear.weight.dtype).to(factors.A) for factor in factors[:2])
+            factors = Factors(A, B, factors.c + factors.B @ (factors.A @ mean) - B @ (A @ mean))
         layer = cls.from_factors(factors, mean, dtype=linear.weight.dtype)
         layer.provenance = {"solver": solver, "teacher_sha256": tensor_digest(linear.weight, linear.bias)}
         if moments is not None:
@@ -172,15 +158,8 @@ class LowRankLinear(nn.Module):
         bias: Tensor | None = self.bias
         if bias is not None and self.input_mean is not None:
             bias = bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
-        layer = type(self)(
-            self.in_features,
-            self.out_features,
-            rank,
-            bias is not None,
-            self.input_mean is not None,
-            device=self.A.device,
-            dtype=self.A.dtype,
-        )
+        sizes = self.in_features, self.out_features, rank, bias is not None, self.input_mean is not None
+        layer = type(self)(*sizes, device=self.A.device, dtype=self.A.dtype)
         state = {"A": self.A[:rank], "B": self.B[:, :rank], "bias": bias, "input_mean": self.input_mean}
         layer.load_state_dict({name: value for name, value in state.items() if value is not None})
         curves = ("r2", "r2_held_out")  # one value a direction
@@ -197,13 +176,6 @@ class LowRankLinear(nn.Module):
             if self.bias is not None:
                 dense.bias.copy_(self.bias)
         return dense
-
-
-def _rounded(factors: Factors, mean: Tensor, dtype: torch.dtype) -> Factors:
-    """A and B as `dtype` holds them; what that changes on average, for inputs of this mean, goes into the bias."""
-    mean = mean.to(factors.A)
-    A, B = (factor.to(dtype).to(factors.A) for factor in (factors.A, factors.B))
-    return Factors(A, B, factors.c + factors.B @ (factors.A @ mean) - B @ (A @ mean))
 
 
 def parameter_count(in_features: int, out_features: int, rank: int | None = None, bias: bool = True) -> int:
@@ -223,3 +195,19 @@ def break_even_rank(in_features: int, out_features: int) -> float:
     640.0
     """
     return in_features * out_features / (in_features + out_features)
+
+
+def tensor_digest(*tensors: Tensor | None) -> str:
+    """SHA-256 of tensors, with their shapes and dtypes.
+
+    >>> tensor_digest(torch.zeros(2)) == tensor_digest(torch.zeros(2)) != tensor_digest(torch.zeros(1, 2))
+    True
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
