@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distil_rank.embedding import int8_kernels as kernels
 from distil_rank.embedding.hardware import keep_freed_memory
-from distil_rank.embedding.int8.attention import bits
+from distil_rank.embedding.int8.encoder import _array as bits
 from distil_rank.embedding.int8.encoder import _run, together
 from distil_rank.embedding.int8.linear import LEVELS, UNSIGNED_LEVELS, ZERO_POINT
 

@@ -38,11 +38,7 @@ Affine = tuple[Tensor, Tensor]  # weight and bias
 
 
 def tokenise(sequences: list[str], alphabet: Alphabet) -> tuple[Tensor, list[int]]:
-    """Packs sequences as tokens, each between BOS and EOS.
-
-    Returns:
-        Tokens (T,) and the number of tokens of each sequence, its residues plus 2.
-    """
+    """Packs sequences as tokens (T,), each between BOS and EOS, with the number of tokens of each."""
     table = np.full(256, alphabet.unk_idx, dtype=np.int64)
     for letter, index in alphabet.tok_to_idx.items():
         if len(letter) == 1:
@@ -74,7 +70,6 @@ class FusedEncoder:
         layer: The last layer to compute; the model's own by default.
 
     Attributes:
-        depth: Layers of the whole model.
         embedding: Of each token, (tokens, dim).
         first: The first layer's queries and keys, (tokens, 2 dim), and values, (tokens, dim), of each token.
         clock: What each layer took so far.
@@ -89,6 +84,7 @@ class FusedEncoder:
     ):
         self.layer = model.num_layers if layer is None else layer
         self.dtype, self.device = dtype, torch.device(device)
+        self.attention_dtype = torch.float32 if self.device.type == "cpu" else dtype  # of queries, keys and values
         self.heads, self.depth, self.eps = model.attention_heads, model.num_layers, model.emb_layer_norm_after.eps
         scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
         self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
@@ -99,11 +95,6 @@ class FusedEncoder:
         self.first = self._project(self.embedding, self._layer(exact, torch.float32, torch.float32))
         self.clock = LayerClock(self.layer, self.device)
         return_freed_memory()
-
-    @property
-    def attention_dtype(self) -> torch.dtype:
-        """Of queries, keys and values in attention."""
-        return torch.float32 if self.device.type == "cpu" else self.dtype
 
     def _convert(self, modules: Sequence[Any]) -> Sequence[Any]:
         """The parameters of each layer, as `_apply` wants them."""
@@ -168,12 +159,7 @@ class FusedEncoder:
     def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Hidden states of packed sequences behind the last computed layer; those of the model's last have its norm.
 
-        Args:
-            tokens: (T,), as `tokenise` packs them.
-            lengths: Tokens of each sequence; they sum to T.
-
-        Returns:
-            (T, dim) float32.
+        Tokens (T,) and their numbers are as `tokenise` packs them; the result is (T, dim) float32.
         """
         *_, hidden = self.states(tokens, lengths)
         return self.normed(hidden) if self.layer == self.depth else hidden
@@ -220,10 +206,11 @@ class FusedEncoder:
 
     def _attend(self, qk: Tensor, v: Tensor, rotations: Tensor, lengths: list[int]) -> Tensor:
         """Rotates queries and keys, (T, 2 C) float32, in place; attention over the values, (T, C)."""
-        qk = rotated(qk.unflatten(-1, (2 * self.heads, -1)), rotations).to(self.attention_dtype)  # (T, 2 H, D)
-        q, k = qk.chunk(2, dim=1)
+        pairs = torch.view_as_complex(qk.unflatten(-1, (2 * self.heads, -1, 2)))  # of neighbours, (T, 2 H, D / 2)
+        pairs *= rotations
+        q, k = torch.view_as_real(pairs).flatten(-2).to(self.attention_dtype).chunk(2, dim=1)  # (T, H, D)
         attend = attend_sequentially if self.device.type == "cpu" else _attend_jagged
-        return attend(q, k, v.unflatten(-1, (self.heads, -1)).to(qk.dtype), lengths).flatten(1)
+        return attend(q, k, v.unflatten(-1, (self.heads, -1)).to(q.dtype), lengths).flatten(1)
 
 
 def folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:
@@ -285,10 +272,3 @@ def _attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tenso
         return nested.transpose(1, 2)  # (sequences, H, lengths, D)
 
     return F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v)).transpose(1, 2).values()
-
-
-def rotated(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotates adjacent pairs in the last dimension of x, (T, heads, D) float32, by their angles; in place."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    pairs *= rotations
-    return torch.view_as_real(pairs).flatten(-2)

@@ -42,12 +42,7 @@ class Maxima(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """The activations' ranges in every layer.
-
-    Attributes:
-        layers: Ranges by layer.
-        alpha: How much of the differences between channels the weights take: 0 nothing, 1 all.
-    """
+    """The activations' ranges in every layer, and how much of the differences between channels the weights take."""
 
     layers: tuple[Maxima, ...]
     alpha: float = ALPHA
@@ -68,11 +63,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Reads a file of `content`.
-
-        Raises:
-            InputError: there is no such file, or it holds something else.
-        """
+        """Reads a file of `content`."""
         try:
             with safetensors.safe_open(path, "pt") as file:
                 alpha = float((file.metadata() or {})["alpha"])
@@ -100,15 +91,12 @@ class CalibrationEncoder(FusedEncoder):
         model: fair-esm's model.
         layer: The last layer to compute.
         noted: How many of the first tokens count for the ranges.
-
-    Attributes:
-        maxima: By layer, after a pass.
     """
 
     def __init__(self, model: ESM2 | StreamedModel, layer: int | None = None, noted: int | None = None):
         super().__init__(model, layer=layer)
         self.noted = noted
-        self.maxima: list[Maxima] = []
+        self.maxima: list[Maxima] = []  # by layer, after a pass
 
     def _convert(self, modules: Sequence[Any]) -> Sequence[Any]:
         def exact(number: int) -> Any:

@@ -1,17 +1,20 @@
 """ESM-2's encoder with its matrix products in int8; what is between two of them is in `kernels`.
 
 In float32 remain the norms, rotations, GELU and the residual stream. Attention, and the queries and keys that
-`weights` leaves exact, are in bfloat16 where the processor multiplies it, otherwise in float32 too. Each thread's
+`Int8Layer` leaves exact, are in bfloat16 where the processor multiplies it, otherwise in float32 too. Each thread's
 rows go through the products in large blocks.
+
+torch's own attention in bfloat16 multiplies small blocks of queries and keys, at a third of the processor's rate. Here
+it is two batched products of oneDNN, of as many queries and heads as go into its cache with their scores, and a
+compiled softmax between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
-from math import ceil
+from math import ceil, e, log2
 from typing import Any
 
 import numpy as np
@@ -23,15 +26,15 @@ from torch import Tensor
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially
 from distil_rank.embedding.hardware import has_bf16_units, return_freed_memory
 from distil_rank.embedding.int8 import kernels
-from distil_rank.embedding.int8.attention import MULTIPLE, bits, padding
-from distil_rank.embedding.int8.attention import attend as attend_in_bf16
 from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
-from distil_rank.embedding.int8.weights import Int8Layer
+from distil_rank.embedding.int8.linear import Int8Layer
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.errors import InputError
 
 HEADS = 5  # of a long sequence, at once in one thread
 BLOCK, NUMBERS = 256, 512 * 320  # rows of a product at most, or as many as have so many numbers
+MULTIPLE = 16  # of queries and keys: oneDNN compiles a product for each shape
+SCORES = 5 * 2**19  # at once; two bytes each
 PAIRS = 64  # of rotations in a row at least: they fill vector units, with little left over
 
 
@@ -41,9 +44,6 @@ class Int8Encoder(FusedEncoder):
     Args:
         exact: The exact encoder, up to the layer that int8 is to go to; its layers are rounded one by one.
         calibration: The activations' ranges, of at least these layers.
-
-    Raises:
-        InputError: the calibration is that of another model.
     """
 
     @torch.no_grad()
@@ -87,12 +87,13 @@ class Int8Encoder(FusedEncoder):
 
     def _each(self, function: Callable[[Any], object], parts: Sequence[Any]) -> None:
         """Applies a function to parts of a pass, which do not depend on one another."""
-        if self._pool is None:
-            for part in parts:
+        inference = torch.is_inference_mode_enabled()  # each thread has its own
+
+        def in_mode(part: Any) -> None:
+            with torch.no_grad(), torch.inference_mode(inference):
                 function(part)
-        else:
-            mode = partial(_in_mode, function, torch.is_inference_mode_enabled())
-            list(self._pool.map(mode, parts))
+
+        list(map(in_mode, parts) if self._pool is None else self._pool.map(in_mode, parts))
 
     def _blocks(self, total: int) -> list[slice]:
         """Equally many for every thread where each gets 16 rows; sizes differ by 16 at the most."""
@@ -139,12 +140,8 @@ class Int8Encoder(FusedEncoder):
         """Attention of packed queries, keys and values, (T + padding, 3 C), to (T, C)."""
         qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)  # (3, H, T + padding, D)
         attended = torch.empty(sum(lengths), self.heads, qkv.shape[3], dtype=qkv.dtype)
-        attend = attend_in_bf16 if qkv.dtype == torch.bfloat16 else _attend_in_fp32
-
-        def attend_to(part: tuple[int, int, slice]) -> None:
-            attend(qkv, *part, attended)
-
-        self._each(attend_to, self._attention_parts(lengths))
+        function = attend if qkv.dtype == torch.bfloat16 else _attend_in_fp32
+        self._each(lambda part: function(qkv, *part, attended), self._attention_parts(lengths))
         return attended.flatten(1)
 
     def _attention_parts(self, lengths: list[int]) -> list[tuple[int, int, slice]]:
@@ -170,11 +167,7 @@ class Int8Encoder(FusedEncoder):
 
 
 def together(heads: int, pairs: int) -> int:
-    """How many heads are rotated at once: a divisor of their number, so that narrow ones fill vector units.
-
-    Args:
-        heads: Of queries and keys.
-        pairs: That are rotated in each.
+    """How many heads, of so many pairs, are rotated at once: a divisor of their number; narrow ones fill vector units.
 
     >>> together(40, 8), together(40, 12), together(40, 32)
     (8, 8, 2)
@@ -182,9 +175,43 @@ def together(heads: int, pairs: int) -> int:
     return next(n for n in range(1, heads + 1) if heads % n == 0 and (n * pairs >= PAIRS or n == heads))
 
 
+def attend(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:
+    """Attention of some heads within one sequence.
+
+    Args:
+        qkv: Queries, keys and values of all heads, (3, H, T + `MULTIPLE`, D) bfloat16. What is in the rows behind a
+            sequence has no effect, but has to be finite.
+        attended: (T, H, D) bfloat16, where the result is written.
+    """
+    q, k, v = qkv[:, heads, start : start + length + -length % MULTIPLE]  # (heads, rows, D)
+    k = k.transpose(1, 2)
+    scale = np.float32(log2(e) / q.shape[2] ** 0.5)
+    size = max(SCORES // q.shape[1] // MULTIPLE, 1) * MULTIPLE  # queries
+    together = max(SCORES // (min(size, q.shape[1]) * q.shape[1]), 1)
+    out = _array(attended)
+    for first in range(0, len(q), together):
+        some = slice(first, first + together)
+        for row in range(0, length, size):
+            weights, sums = _weights(q[some, row : row + size], k[some], length - row, length, scale)
+            mixed = torch.bmm(weights, v[some])
+            kernels.divide(_array(mixed), sums, out, start + row, start + length, heads.start + first)
+
+
+def _weights(q: Tensor, k: Tensor, queries: int, keys: int, scale: np.float32) -> tuple[Tensor, NDArray[np.float32]]:
+    """Powers of the scores of so many queries and keys, (H, Q, K), and their sums, (H, Q)."""
+    scores = torch.bmm(q, k)
+    sums = np.empty(scores.shape[:2], np.float32)
+    visible = min(queries, scores.shape[1]), keys
+    if not kernels.exponentiate(_array(scores), *visible, scale, sums):
+        scores = torch.bmm(q, k)
+        kernels.subtract_maxima(_array(scores), *visible, sums)
+        kernels.exponentiate(_array(scores), *visible, scale, sums)
+    return scores, sums
+
+
 def _attend_in_fp32(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:
-    """As `attention.attend`, in float32."""
-    q, k, v = qkv[:, heads, start : start + length + padding(length)].transpose(1, 2)
+    """As `attend`, in float32."""
+    q, k, v = qkv[:, heads, start : start + length + -length % MULTIPLE].transpose(1, 2)
     attended[start : start + length, heads] = attend_sequentially(q, k, v, [length])[:length]
 
 
@@ -199,10 +226,5 @@ def _run(kernel: Callable[..., None], *arguments: Tensor | float) -> None:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    return bits(tensor) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _in_mode(function: Callable[[Any], object], inference: bool, part: Any) -> None:
-    """Calls the function with the mode of the thread that asks for it; each thread has its own."""
-    with torch.no_grad(), torch.inference_mode(inference):
-        function(part)
+    """A tensor's memory as numpy, which does not know bfloat16; the kernels take its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

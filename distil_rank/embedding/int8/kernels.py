@@ -31,26 +31,21 @@ DEGREE = 8  # of the polynomial below, with which GELU is within 5e-5, and 3e-6 
 OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
 
 
-def _half_erf(degree: int) -> tuple[np.float32, ...]:
-    """A polynomial for (Φ(a) − ½) / a in t = 2 a² / END² − 1, which runs from −1 to 1; highest power first."""
-    t = np.cos(np.pi * (np.arange(400) + 0.5) / 400)
-    a = END * np.sqrt((t + 1) / 2)
-    values = [erf(value / sqrt(2)) / (2 * value) for value in a]
-    return _single(Chebyshev.fit(t, values, degree, domain=[-1, 1], w=a**2))  # GELU's error is a² times this one's
-
-
 def _single(series: Chebyshev) -> tuple[np.float32, ...]:
+    """Coefficients of the powers, highest first."""
     return tuple(np.float32(c) for c in series.convert(kind=Polynomial).coef[::-1])
 
 
-COEFFICIENTS = _half_erf(DEGREE)
+# A polynomial for (Φ(a) − ½) / a in t = 2 a² / END² − 1, which runs from −1 to 1; GELU's error is a² times this one's.
+_T = np.cos(np.pi * (np.arange(400) + 0.5) / 400)
+_A = END * np.sqrt((_T + 1) / 2)
+_HALF_ERF = [erf(a / sqrt(2)) / (2 * a) for a in _A]
+COEFFICIENTS = _single(Chebyshev.fit(_T, _HALF_ERF, DEGREE, domain=[-1, 1], w=_A**2))
 _END, _PER_SQUARE = np.float32(END), np.float32(2 / END**2)
 POWERS = _single(Chebyshev.interpolate(lambda t: 2**t, 3, [-0.5, 0.5]))  # 2**t within 1e-4 of itself
 _FARTHEST = np.float32(126)  # exponent of a power on both sides of 0; float32 has no more
-_LEAST_SUM, _MOST_SUM = (
-    np.float32(2**-100),
-    np.float32(2**100),
-)  # of a row's powers, with room for products and cut ones
+# Sums of a row's powers, with room for products and cut ones:
+_LEAST_SUM, _MOST_SUM = np.float32(2**-100), np.float32(2**100)
 _WHOLE = np.float32(1.5 * 2**23)  # a sum with it has no bits for fractions
 _MASKED = np.uint16(0xFF7F)  # the lowest of bfloat16's numbers
 _ONE, _HALF = np.float32(1), np.float32(0.5)
@@ -206,16 +201,7 @@ def norm_rows(x: Floats, scale: Floats, eps: np.float32, values: Bytes, steps: F
 
 
 @_compiled
-def add_and_norm_rows(
-    x: Floats,
-    product: Floats,
-    product_steps: Floats,
-    bias: Floats,
-    scale: Floats,
-    eps: np.float32,
-    values: Bytes,
-    steps: Floats,
-) -> None:
+def add_and_norm_rows(x, product, product_steps, bias, scale, eps, values, steps):  # type: ignore[no-untyped-def]
     """Adds a product and its bias (C,) to x (T, C), then as `norm_rows`; both steps may be in the same memory."""
     row = np.empty(x.shape[1], np.float32)
     for i in range(len(x)):
@@ -251,13 +237,8 @@ def activate_rows(
 def split_rows(product: Numbers, product_steps: Floats, bias: Floats, rotations: Floats, qkv: Numbers) -> None:
     """Queries, keys and values out of their product, (T, 3 C); queries and keys with their bias (2 C,) and rotated.
 
-    Args:
-        product: Of the norm's output.
-        product_steps: (T, 1).
-        bias: Of queries and keys.
-        rotations: Cosines, then sines, of the angles of pairs of neighbours in G heads of width D, (T, G D); each G
-            heads have the same.
-        qkv: (T, 3 C).
+    The rotations are cosines, then sines, of the angles of pairs of neighbours in G heads of width D, (T, G D); each G
+    heads have the same.
     """
     row = np.empty(product.shape[1], np.float32)
     for i in range(len(product)):
@@ -307,14 +288,9 @@ def _in_range(total):  # type: ignore[no-untyped-def]
 def exponentiate(scores: Numbers, queries: int, keys: int, scale: np.float32, sums: Floats) -> bool:
     """2**(scale s) in place of scores (H, Q, K), in bfloat16's bits; their sums into (H, Q).
 
-    No maximum is subtracted: bfloat16 has float32's exponents, so that powers far from 1 are as precise.
-
-    Args:
-        queries: What is behind them is left as it is.
-        keys: What is behind them becomes 0.
-
-    Returns:
-        Whether every row is in range; where not, `subtract_maxima` from the scores as they were.
+    No maximum is subtracted: bfloat16 has float32's exponents, so that powers far from 1 are as precise. What is behind
+    the queries is left as it is, and what is behind the keys becomes 0. Returns whether every row is in range; where
+    not, `subtract_maxima` from the scores as they were.
     """
     good = True
     for head in range(scores.shape[0]):

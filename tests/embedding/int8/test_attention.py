@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distil_rank.embedding.int8 import attention as bf16_attention
-from distil_rank.embedding.int8.attention import MULTIPLE, attend
+from distil_rank.embedding.int8 import encoder
+from distil_rank.embedding.int8.encoder import MULTIPLE, attend
 
 HEADS, WIDTH = 3, 16
 
@@ -28,16 +28,16 @@ def exact(qkv: torch.Tensor, start: int, length: int) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
 
 
-@pytest.mark.parametrize("scores", [bf16_attention.SCORES, 2000])
+@pytest.mark.parametrize("scores", [encoder.SCORES, 2000])
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (5, 16), (0, 47), (30, 170), (3, 197)])
 def test_it_is_softmax_attention(start, length, scores, monkeypatch):
-    monkeypatch.setattr(bf16_attention, "SCORES", scores)
+    monkeypatch.setattr(encoder, "SCORES", scores)
     qkv = packed(200)
-    found, expected = attended(qkv, start, length), exact(qkv, start, length)
+    result, expected = attended(qkv, start, length), exact(qkv, start, length)
     rows = slice(start, start + length)
-    assert (found[rows] - expected).norm() < 0.01 * expected.norm()
-    found[rows] = 0
-    assert not found.any(), "other rows are left as they are"
+    assert (result[rows] - expected).norm() < 0.01 * expected.norm()
+    result[rows] = 0
+    assert not result.any(), "other rows are left as they are"
 
 
 def test_scores_far_apart_leave_one_key():
@@ -54,8 +54,8 @@ def test_a_part_of_all_scores_has_no_effect(offset):
     qkv[:, :HEADS, 0], qkv[:, HEADS : 2 * HEADS, 0] = 16, 0
     expected = attended(qkv, 0, 60)
     qkv[:, HEADS : 2 * HEADS, 0] = offset
-    found = attended(qkv, 0, 60)
-    assert (found - expected).norm() < 0.2 * expected.norm()  # scores of 448 are rounded to even numbers
+    result = attended(qkv, 0, 60)
+    assert (result - expected).norm() < 0.2 * expected.norm()  # scores of 448 are rounded to even numbers
 
 
 def test_rows_behind_a_sequence_have_no_effect():
@@ -70,5 +70,5 @@ def test_bytes_depend_neither_on_the_heads_nor_on_the_queries_beside(monkeypatch
     expected = attended(qkv, 0, 200)
     one = sum(attended(qkv, 0, 200, slice(head, head + 1)) for head in range(HEADS))
     assert torch.equal(one, expected)
-    monkeypatch.setattr(bf16_attention, "SCORES", 208 * 64)
+    monkeypatch.setattr(encoder, "SCORES", 208 * 64)
     assert torch.equal(attended(qkv, 0, 200), expected)
