@@ -37,15 +37,10 @@ Batch = TypeVar("Batch", bound=_HasTexts)
 
 @dataclass(frozen=True)
 class Embedded:
-    """The vectors of some sequences, concatenated.
+    """The vectors of some sequences, concatenated."""
 
-    Attributes:
-        layers: (layers, sum of counts, dim) float32, on the device that computed them.
-        counts: Number of vectors of each sequence: 1, or its residues; 0 if it did not fit into memory.
-    """
-
-    layers: Tensor
-    counts: list[int]
+    layers: Tensor  # (layers, sum of counts, dim) float32, on the device that computed them
+    counts: list[int]  # of the vectors of each sequence: 1, or its residues; 0 if it did not fit into memory
 
     @property
     def vectors(self) -> Tensor:
@@ -96,11 +91,8 @@ class Embedder:
         shared = precision == "fp32" and torch.device(device).type == "cpu"  # the model's own weights serve
         model = backbone.model if shared else backbone.streamed
         self.encoder = encoder or FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer)
-        self.alphabet = backbone.alphabet
-        self.dim = backbone.dim
-        self.pooling = pooling
-        self.window = window
-        self.max_tokens = max_tokens
+        self.alphabet, self.dim = backbone.alphabet, backbone.dim
+        self.pooling, self.window, self.max_tokens = pooling, window, max_tokens
 
     def batches(self, lengths: Sequence[int], tapered: bool = True) -> list[list[int]]:
         """Groups sequences of similar length, each group within `max_tokens` where it has more than one.
@@ -108,12 +100,9 @@ class Embedder:
         Long ones come first, so that running out of memory happens early.
 
         Args:
-            lengths: Residues of each sequence.
+            lengths: Residues of each sequence, into which the result has indices.
             tapered: Where cores compute batches side by side, the last ones get smaller, so that no core waits long for
                 the others.
-
-        Returns:
-            Indices into `lengths`.
         """
         order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
         groups: list[list[int]] = []
@@ -130,11 +119,7 @@ class Embedder:
         return groups
 
     def embed(self, sequences: Sequence[str]) -> Embedded:
-        """Embeds sequences.
-
-        Args:
-            sequences: Cleaned amino acids.
-        """
+        """Embeds sequences of cleaned amino acids."""
         pieces = []
         for owner, text in enumerate(sequences):
             extents = windows(len(text), self.window)
@@ -168,10 +153,8 @@ class Embedder:
 
         On a CPU each core computes its own batch where the model is narrow, which avoids synchronising after every
         operation. A wide model's operations are large enough for all cores to share each. A GPU computes one batch
-        after the other. On a CPU the process no longer returns freed memory to the system from here on.
-
-        Args:
-            batches: Anything with a list of sequences as `texts`; read ahead by at most the number of cores.
+        after the other. Batches are read ahead by at most the number of cores. On a CPU the process no longer returns
+        freed memory to the system from here on.
         """
         threads = self.parallel_batches
         if self.encoder.device.type == "cpu":
@@ -188,9 +171,7 @@ class Embedder:
                     if len(waiting) > threads:
                         first, future = waiting.popleft()
                         yield first, future.result()
-                while waiting:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
+                yield from ((batch, future.result()) for batch, future in waiting)
         finally:
             torch.set_num_threads(threads)
 
@@ -203,7 +184,8 @@ class Embedder:
             sums.add(pieces, self._contributions(pieces))
             return
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if not full:
                 raise
         # Outside the handler, where the tensors of the failed attempt are freed.
         if self.encoder.device.type == "cuda":
@@ -251,9 +233,7 @@ class _Sums:
     """Accumulates the contributions of pieces into the vectors of their sequences."""
 
     def __init__(self, vectors: Tensor, counts: list[int], per_residue: bool):
-        self.vectors = vectors
-        self.counts = counts
-        self.per_residue = per_residue
+        self.vectors, self.counts, self.per_residue = vectors, counts, per_residue
         self.first = np.cumsum([0, *counts]).tolist()
         self.skipped: set[int] = set()
 
@@ -290,7 +270,3 @@ def windows(length: int, window: int | None) -> list[tuple[int, int]]:
     number = -(-(length - window) // step) + 1
     starts = [round(i * (length - window) / (number - 1)) for i in range(number)]
     return [(start, start + window) for start in starts]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

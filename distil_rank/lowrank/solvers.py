@@ -49,7 +49,7 @@ def solve(
     moments: Moments | None = None,
     spectrum: tuple[Tensor, Tensor] | None = None,
 ) -> Factors:
-    """Rank-r factors of a dense layer.
+    """Rank-r factors of a dense layer, in float64.
 
     Args:
         weight: `W`, `(m, n)`.
@@ -58,9 +58,6 @@ def solve(
         solver: one of `SOLVERS`.
         moments: of the layer's inputs; every solver but `svd` needs them.
         spectrum: `output_spectrum(weight, moments)`, if it is at hand; saves the closed form its eigendecomposition.
-
-    Returns:
-        Factors in float64.
 
     Raises:
         InputError: the rank is out of range, or moments are missing or of another width.
@@ -74,8 +71,12 @@ def solve(
     weight = weight.detach().double()
     bias = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias.detach().double()
     bias = bias.to(weight.device)
+    if solver in ("svd", "svd_bias"):  # singular values shared evenly: neither factor dwarfs the other in training
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        root = S[:rank].sqrt()
+        by_svd = Factors(root[:, None] * Vh[:rank], U[:, :rank] * root, bias)
     if solver == "svd":
-        return _svd(weight, bias, rank)
+        return by_svd
     if moments is None:
         raise InputError(f"Expected moments of the layer's inputs for the solver {solver!r} but got none.")
     if len(moments.mean) != weight.shape[1]:
@@ -84,7 +85,7 @@ def solve(
         )
     mean = moments.mean.to(weight)
     if solver == "svd_bias":
-        return refit_bias(_svd(weight, bias, rank), weight, bias, mean)
+        return refit_bias(by_svd, weight, bias, mean)
     if solver == "whitened":
         second_moment = Moments(mean, moments.covariance + torch.outer(moments.mean, moments.mean), moments.rows)
         Q = output_spectrum(weight, second_moment)[1][:, :rank]
@@ -101,13 +102,6 @@ def refit_bias(factors: Factors, weight: Tensor, bias: Tensor | None, mean: Tens
     weight, mean = weight.detach().to(A), mean.to(A)
     c = weight @ mean - B @ (A @ mean)
     return Factors(A, B, c if bias is None else c + bias.detach().to(A))
-
-
-def _svd(weight: Tensor, bias: Tensor, rank: int) -> Factors:
-    """`A = √S Vᵀ`, `B = U √S`: singular values shared evenly, so that neither factor dwarfs the other in training."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    root = S[:rank].sqrt()
-    return Factors(root[:, None] * Vh[:rank], U[:, :rank] * root, bias)
 
 
 def output_spectrum(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
