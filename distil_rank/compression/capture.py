@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
@@ -17,9 +17,6 @@ from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import MomentSums
 
 log = logging.getLogger(__name__)
-
-Forward = Callable[[nn.Module, Any], Any]
-Mask = Callable[[Any], Tensor | None]
 
 HELD_OUT = 5  # without held-out data, every fifth batch is held out
 
@@ -37,10 +34,8 @@ def with_held_out(data: Iterable[Any] | Tensor, held_out: Iterable[Any] | Tensor
     for name, rows in (("data", data), ("held_out", () if held_out is None else held_out)):
         several = isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | np.ndarray)
         if not several or (isinstance(rows, Tensor) and rows.ndim < 2):
-            actual = f"one {type(rows).__name__}"
-            raise InputError(
-                f"Expected `{name}` as batches, or a tensor of rows, but got {actual}; give a list of them."
-            )
+            what = f"one {type(rows).__name__}"
+            raise InputError(f"Expected `{name}` as batches, or a tensor of rows, but got {what}; give a list of them.")
         size = max(1, min(256, -(-len(rows) // (2 * HELD_OUT)))) if isinstance(rows, Tensor) else 0
         batches.append(rows.split(size) if isinstance(rows, Tensor) else rows)
     for index, batch in enumerate(batches[0]):

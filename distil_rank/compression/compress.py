@@ -6,7 +6,7 @@ import copy
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from distil_rank.compression.capture import (
     Capture,
-    Forward,
     LayerInputs,
-    Mask,
     as_mask,
     attention_mask,
     call_model,
@@ -102,13 +100,12 @@ class CompressionReport:
         """A line of the table under `HEAD` for each layer."""
         lines = []
         for row in self.layers:
-            line = [row.name, f"{row.in_features} → {row.out_features}"]
-            if row.rank is None:
-                lines.append([*line, f"dense: {row.note}", f"{row.parameters:,}", "", "", ""])
-                continue
-            line += [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", f"{row.predicted_r2:.4f}"]
-            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
-            lines.append([*line, held_out, f"{row.dense_us:.0f} → {row.student_us:.0f}"])
+            cells = [f"dense: {row.note}", f"{row.parameters:,}", "", "", ""]
+            if row.rank is not None:
+                cells = [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", f"{row.predicted_r2:.4f}"]
+                cells += ["" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"]
+                cells += [f"{row.dense_us:.0f} → {row.student_us:.0f}"]
+            lines.append([row.name, f"{row.in_features} → {row.out_features}", *cells])
         return lines
 
     def notes(self) -> list[str]:
@@ -141,8 +138,8 @@ def compress(
     held_out: Iterable[Any] | Tensor | None = None,
     parameters: float | None = None,
     solver: Solver = "closed_form",
-    forward: Forward = call_model,
-    mask: Mask = attention_mask,
+    forward: Callable[[nn.Module, Any], Any] = call_model,
+    mask: Callable[[Any], Tensor | None] = attention_mask,
     inplace: bool = True,
 ) -> CompressionReport:
     """Replace linear layers inside a model by the best low-rank students for your data, in one pass over it.

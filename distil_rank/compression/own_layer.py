@@ -113,10 +113,7 @@ def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str 
     if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
         raise InputError(f"Expected finite weights in {name!r} of {source} but found NaN or inf; save it again.")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
+    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return linear
 
 

@@ -47,6 +47,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_rank(rank, torch.empty(out_features, in_features, device="meta"))
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
         like = torch.empty(0, device=device, dtype=dtype)
         self.A = nn.Parameter(like.new_empty(rank, in_features))
         self.B = nn.Parameter(like.new_empty(out_features, rank))
@@ -115,21 +116,6 @@ class LowRankLinear(nn.Module):
             }
         return layer
 
-    @property
-    def in_features(self) -> int:
-        """n."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """m."""
-        return self.B.shape[0]
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.A.shape[0]
-
     def extra_repr(self) -> str:
         """What `print` shows."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -168,13 +154,10 @@ class LowRankLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The same map as one dense layer, `W' = B A`, for those who cannot change the architecture."""
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=self.A.device, dtype=self.A.dtype
-        )
-        with torch.no_grad():
-            dense.weight.copy_((self.B.double() @ self.A.double()).to(self.A.dtype))
-            if self.bias is not None:
-                dense.bias.copy_(self.bias)
+        shape = self.in_features, self.out_features, self.bias is not None
+        dense = nn.Linear(*shape, device=self.A.device, dtype=self.A.dtype)
+        weight = self.B.double() @ self.A.double()
+        dense.load_state_dict({"weight": weight} | ({} if self.bias is None else {"bias": self.bias}))
         return dense
 
 

@@ -121,8 +121,11 @@ class Int8Encoder(FusedEncoder):
                 _run(kernels.look_up_rows, self._table, projected[rows], rotations[rows], qkv[rows])
 
         self._each(project, self._blocks(len(x)))
-        attended = self._attend_to(qkv, lengths)
-        self._each(lambda rows: self._finish(x[rows], layer, attended[rows]), self._blocks(len(x)))
+        parts = qkv.unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)  # (3, H, T + padding, D)
+        attended = torch.empty(sum(lengths), self.heads, parts.shape[3], dtype=qkv.dtype)
+        function = attend if qkv.dtype == torch.bfloat16 else _attend_in_fp32
+        self._each(lambda part: function(parts, *part, attended), self._attention_parts(lengths))
+        self._each(lambda rows: self._finish(x[rows], layer, attended[rows].flatten(1)), self._blocks(len(x)))
 
     def _project_rows(self, x: Tensor, layer: Int8Layer, rotations: Tensor, qkv: Tensor) -> None:
         """Rotated queries and keys, and values, of some rows."""
@@ -135,14 +138,6 @@ class Int8Encoder(FusedEncoder):
             product = torch.cat([F.linear(normed.to(self._low), layer.qk), (product * steps).to(self._low)], dim=1)
             steps = torch.ones_like(steps)
         _run(kernels.split_rows, product, steps, layer.qk_bias, rotations, qkv)
-
-    def _attend_to(self, qkv: Tensor, lengths: list[int]) -> Tensor:
-        """Attention of packed queries, keys and values, (T + padding, 3 C), to (T, C)."""
-        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)  # (3, H, T + padding, D)
-        attended = torch.empty(sum(lengths), self.heads, qkv.shape[3], dtype=qkv.dtype)
-        function = attend if qkv.dtype == torch.bfloat16 else _attend_in_fp32
-        self._each(lambda part: function(qkv, *part, attended), self._attention_parts(lengths))
-        return attended.flatten(1)
 
     def _attention_parts(self, lengths: list[int]) -> list[tuple[int, int, slice]]:
         """Start and length of each sequence, and heads: all, or a part of them where all keep one thread too long."""
