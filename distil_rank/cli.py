@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -75,8 +76,13 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; give it again to layer another on top.")
     parser.add_class_arguments(options_class, as_group=False)
+    # A switch alone is on: --self, or --self=false.
+    flags = {f"--{field.name}" for field in fields(options_class) if field.type == "bool"}
+    following = [*argv[1:], "--"]
+    pairs = zip(argv, following, strict=True)
+    argv = [f"{one}=true" if one in flags and after[:2] == "--" else one for one, after in pairs]
     try:
-        values = parser.instantiate(parser.parse_args(list(argv)))
+        values = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
         raise InputError(f"{' '.join(str(error).split())} (see `{parser.prog} --help`)") from error
     options = options_class(**{key: getattr(values, key) for key in options_class.__dataclass_fields__})
