@@ -3,7 +3,6 @@
 import pytest
 import scipy.linalg
 import torch
-from distil_rank.lowrank.pair_moments import WithinSums
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from distil_rank.errors import InputError
