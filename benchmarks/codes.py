@@ -94,7 +94,7 @@ def scope(options: argparse.Namespace) -> None:
     from distil_rank.evaluation.alignment import alignment_scores, has_mmseqs
     from distil_rank.evaluation.evaluate import evaluate
     from distil_rank.evaluation.representations import full_vector, variance_student
-    from distil_rank.report import evaluation as report
+    from distil_rank.report.evaluation import evaluation_report
 
     last = labelled(options.data, options.fasta, options.folds)
     early = labelled(options.early, options.fasta, options.folds)
@@ -115,8 +115,9 @@ def scope(options: argparse.Namespace) -> None:
         scores = lambda: alignment_scores([sequences[row] for row in last.groups.judged])  # noqa: E731
     done = evaluate(last.target, last.groups, candidates, last.labels, scores, last.notes)
     folder = RESULTS / "codes" / "scope"
-    report.save(done, folder)
-    report.show(done)
+    report = evaluation_report(done)
+    report.save(folder / "evaluation")
+    report.show()
 
 
 def kinases(options: argparse.Namespace) -> None:

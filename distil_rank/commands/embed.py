@@ -13,7 +13,7 @@ from distil_rank.embedding.store import CODES, EMBEDDINGS
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.options.embed import EmbedOptions
-from distil_rank.report import report
+from distil_rank.report.writer import show_facts
 from distil_rank.tracking.run import process_rank, start_run
 
 
@@ -64,5 +64,5 @@ def embed(options: EmbedOptions) -> EmbedSummary:
             with suppress(InputError), writer.lock():  # locked: another process is already extending the store
                 writer.record_run(run.id)
     if process_rank() == 0:
-        report.show_facts("Embeddings", facts)
+        show_facts("Embeddings", facts)
     return summary

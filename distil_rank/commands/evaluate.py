@@ -30,8 +30,8 @@ from distil_rank.evaluation.retrieval import CUTOFF, Scores
 from distil_rank.evaluation.task import Kind
 from distil_rank.evaluation.trials import MAX_QUERIES
 from distil_rank.options.embed import Precision
-from distil_rank.report import evaluation as report
-from distil_rank.report.run_folder import publish, run_folder
+from distil_rank.report.evaluation import evaluation_report
+from distil_rank.report.writer import publish, run_folder
 from distil_rank.tracking.run import Run, start_run
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def evaluate(
         )
         place = Path(output) / "evaluate" / Path(opened.source).stem
         folder = run_folder(place, run.id)
-        _log(run, done, report.save(done, folder), config)
+        _log(run, done, evaluation_report(done).save(folder / "evaluation"), config)
         publish(folder, place)
     log.info("Evaluation: %s", place / "evaluation.md")
     return done
@@ -218,7 +218,7 @@ def _log(run: Run, done: Evaluation, files: Sequence[Path], config: str) -> None
     run.log_text(config, "config.yaml")
     for file in files:
         run.log_artifact(file)
-    run.note(report.markdown(done))
+    run.note(evaluation_report(done).markdown())
 
 
 def metric_name(text: str) -> str:

@@ -46,9 +46,9 @@ from distil_rank.recommendation.search import (
     search_pipelines,
 )
 from distil_rank.recommendation.subset import subset_of
-from distil_rank.report import recommendation as report
 from distil_rank.report.choices import Baseline, Cost, Outcome, Recommendation
-from distil_rank.report.run_folder import run_folder, set_latest
+from distil_rank.report.recommendation import configuration, recommendation_report
+from distil_rank.report.writer import run_folder, set_latest
 from distil_rank.samples import LABELLED, sample
 from distil_rank.tracking.run import Run, start_run
 
@@ -119,7 +119,7 @@ def recommend(
         outcomes = search_pipelines(problem, fitted, costs, limits, max_queries, seed)
         result = _conclude(problem, fitted, costs, outcomes, keep, weigh, alignment, started, (*notes, words))
         folder = run_folder(Path(output) / "recommend", run.id)
-        files = report.save(result, folder)
+        files = recommendation_report(result).save(folder / "recommendation")
         _keep(problem, fitted, result, folder)
         _log(run, result, files, config)
         set_latest(folder)
@@ -234,7 +234,7 @@ def _keep(problem: Problem, fitted: Fitted, result: Recommendation, folder: Path
     }
     place = folder / "codes"
     save(encoder, place / ENCODER, metrics={"retained": metrics}, data=encoder.provenance)
-    (folder / "recommended.yaml").write_text(report.configuration(result, place / ENCODER, problem.about[problem.last]))
+    (folder / "recommended.yaml").write_text(configuration(result, place / ENCODER, problem.about[problem.last]))
     about = problem.about[problem.last]
     if about.get("format") == "store" and about.get("pooling") != "residue":
         path, _ = split_source(problem.source)
@@ -256,7 +256,7 @@ def _log(run: Run, result: Recommendation, files: Sequence[Path], config: str) -
         *sorted((files[0].parent / "codes" / ENCODER).iterdir()),
     ]:
         run.log_artifact(file)
-    run.note(report.markdown(result))
+    run.note(recommendation_report(result).markdown())
     for outcome in result.front:
         pipeline = outcome.pipeline
         params = {"choice": str(pipeline), **asdict(pipeline)}

@@ -26,7 +26,7 @@ from distil_rank.compression.capture import (
     output_rows,
     with_held_out,
 )
-from distil_rank.compression.report import LayerRow, OutputFidelity, Report
+from distil_rank.compression.report import Compression, LayerRow, OutputFidelity
 from distil_rank.compression.saved import install
 from distil_rank.errors import InputError
 from distil_rank.lowrank.fidelity import nested_r2
@@ -52,7 +52,7 @@ def compress(
     forward: Forward = call_model,
     mask: Mask = attention_mask,
     inplace: bool = True,
-) -> Report:
+) -> Compression:
     """Replace linear layers inside a model by the best low-rank students for your data, in one pass over it.
 
     Each layer is solved for what it is given in the original model. To train a student through what stands behind its
@@ -128,14 +128,14 @@ def compress(
         log.warning(
             "%s Give `held_out`, or `forward=lambda model, batch: …` that returns the tensor that matters.", told
         )
-        return Report(model, rows)
+        return Compression(model, rows)
     try:
         with evaluating(model):
             output = torch.cat([cast(Tensor, output_rows(forward(model, x), as_mask(mask(x)))) for x, _ in originals])
     except BaseException:
         install(model, before)  # never leave a model that does not run
         raise
-    return Report(model, rows, _compared(output.double(), torch.cat([target for _, target in originals]).double()))
+    return Compression(model, rows, _compared(output.double(), torch.cat([target for _, target in originals]).double()))
 
 
 def _requested_ranks(

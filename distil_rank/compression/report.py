@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from distil_rank.report.writer import Report, Table, number
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -56,7 +58,7 @@ class OutputFidelity:
 
 
 @dataclass(frozen=True)
-class Report:
+class Compression:
     """What `compress` did.
 
     Attributes:
@@ -79,27 +81,27 @@ class Report:
         outputs = None if self.outputs is None else asdict(self.outputs)
         return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
 
-    def __str__(self) -> str:
-        """A Markdown table."""
-        lines = [
-            "| layer | shape | rank | parameters | predicted R² | held-out R² | µs for 32 rows |",
-            "|---" * 7 + "|",
-        ]
+    def report(self) -> Report:
+        """A table of the layers, and what became of the whole model."""
+        head = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", "µs for 32 rows"]
+        rows, notes = [], []
         for row in self.layers:
-            start = f"| {row.name} | {row.in_features} → {row.out_features}"
+            cells = [row.name, f"{row.in_features} → {row.out_features}"]
             if row.rank is None:
-                lines.append(f"{start} | dense: {row.note} | {row.parameters:,} | | | |")
+                rows.append([*cells, "dense", f"{row.dense_parameters:,}", "", "", ""])
+                notes.append(f"{row.name} stays dense: {row.note}.")
                 continue
-            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
-            lines.append(
-                f"{start} | {row.rank} | {row.dense_parameters:,} → {row.parameters:,} "
-                f"| {row.predicted_r2:.4f} | {held_out} | {row.dense_us:.0f} → {row.student_us:.0f} |"
-            )
+            cells += [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", number(row.predicted_r2)]
+            rows.append([*cells, number(row.held_out_r2), f"{row.dense_us:.0f} → {row.student_us:.0f}"])
         before, after = self.parameters
-        lines += ["", f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
+        notes.append(f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%}).")
         if (o := self.outputs) is not None:
             figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
-            lines.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
-        return "\n".join(lines)
+            notes.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
+        return Report([Table("Layers in place of dense ones", head, rows)], notes)
+
+    def __str__(self) -> str:
+        """The report, in Markdown."""
+        return self.report().markdown()
 
     _repr_markdown_ = __str__  # a table in a notebook

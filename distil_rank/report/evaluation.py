@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from distil_rank.evaluation.evaluate import Entry, Evaluation
 from distil_rank.measure.statistics import Interval
-from distil_rank.report.figures import STYLE, label_line
+from distil_rank.report.figures import bytes_axis, picture, reference_line
 from distil_rank.report.writer import Report, Table, number
 
 SCHEMA = 1
@@ -69,35 +69,29 @@ def title(evaluation: Evaluation) -> str:
 
 def draw(evaluation: Evaluation, path: Path) -> None:
     """Function against bytes, and against cost where two representations have one."""
-    costed = [entry for entry in evaluation.entries if entry.cost is not None and entry.role != "baseline"]
-    with plt.rc_context(STYLE):
-        panels = 1 + (len(costed) > 1)
-        figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, 4.5), squeeze=False, sharey=True)
-        stored = [entry for entry in evaluation.entries if entry.bytes is not None and entry.role != "baseline"]
-        _panel(axes[0, 0], evaluation, [(entry, float(entry.bytes or 0)) for entry in stored])
-        axes[0, 0].set(xlabel="bytes stored for each protein", ylabel=evaluation.headline)
-        axes[0, 0].set_xscale("log", base=2)
-        axes[0, 0].xaxis.set_major_formatter("{x:,.0f}")
-        if panels == 2:
-            _panel(axes[0, 1], evaluation, [(entry, float(entry.cost or 0)) for entry in costed])
-            axes[0, 1].set(xlabel="share of the full backbone's cost", xlim=(0, 1.05))
-        axes[0, 0].set_title(title(evaluation), loc="left")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+    own = [entry for entry in evaluation.entries if entry.role != "baseline"]
+    costs = [(entry, entry.cost) for entry in own if entry.cost is not None]
+    with picture(path, 1, 1 + (len(costs) > 1), (6.5, 4.5), sharey=True) as axes:
+        first, *others = axes[0]
+        _panel(first, evaluation, [(entry, entry.bytes) for entry in own if entry.bytes is not None])
+        bytes_axis(first)
+        first.set_ylabel(evaluation.headline)
+        first.set_title(title(evaluation), loc="left")
+        for ax in others:
+            _panel(ax, evaluation, costs)
+            ax.set(xlabel="share of the full backbone's cost", xlim=(0, 1.05))
 
 
 def _panel(ax: Axes, evaluation: Evaluation, points: list[tuple[Entry, float]]) -> None:
-    for place, (entry, x) in enumerate(sorted(points, key=lambda point: point[1])):
+    for place, (entry, x) in enumerate(sorted(points, key=itemgetter(1))):
         score, colour = entry.scores[evaluation.headline], ROLE_COLOURS[entry.role]
-        ax.errorbar(
-            x, score.value, ([score.value - score.low], [score.high - score.value]), fmt="o", color=colour, capsize=2
-        )
+        spread = ([score.value - score.low], [score.high - score.value])
+        ax.errorbar(x, score.value, spread, fmt="o", color=colour, capsize=2)
         end, offset = (score.low, (0, -10)) if place % 2 else (score.high, (0, 4))  # in turn, so that names have room
         ax.annotate(entry.name, (x, end), offset, textcoords="offset points", fontsize=7, color=colour, ha="center")
     for entry in evaluation.entries:
-        if entry.role in ("baseline", "chance"):
+        if style := {"baseline": "--", "chance": ":"}.get(entry.role):
             value = entry.scores[evaluation.headline].value
-            ax.axhline(value, color=ROLE_COLOURS[entry.role], ls="--" if entry.role == "baseline" else ":", lw=1)
-            label_line(ax, entry.name, value, ROLE_COLOURS[entry.role])
+            reference_line(ax, entry.name, value, ROLE_COLOURS[entry.role], style)
     ax.set_ylim(bottom=0)
     ax.margins(x=0.12)
