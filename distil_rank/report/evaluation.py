@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -51,8 +51,7 @@ def table(evaluation: Evaluation) -> Table:
         if retained is None:
             cells += ["1" if entry.role == "reference" else "–", ""]
         else:
-            tie = " ≈" if retained.low <= 1 <= retained.high else ""
-            cells += [f"{retained.value:.3f}{tie}", _ends(retained)]
+            cells += [f"{retained.value:.3f}" + " ≈" * entry.ties(headline), _ends(retained)]
         rows.append(cells + [number(entry.scores[metric].value, 3) for metric in evaluation.metrics[1:]])
     narrow = (*evaluation.metrics[:0:-1], "95 %", "retained 95 %")
     return Table(title(evaluation), [*head, *evaluation.metrics[1:]], rows, narrow)
@@ -83,12 +82,13 @@ def draw(evaluation: Evaluation, path: Path) -> None:
 
 
 def _panel(ax: Axes, evaluation: Evaluation, points: list[tuple[Entry, float]]) -> None:
-    for place, (entry, x) in enumerate(sorted(points, key=itemgetter(1))):
+    widest = max(x for _, x in points)
+    for entry, x in points:
         score, colour = entry.scores[evaluation.headline], ROLE_COLOURS[entry.role]
         spread = ([score.value - score.low], [score.high - score.value])
         ax.errorbar(x, score.value, spread, fmt="o", color=colour, capsize=2)
-        end, offset = (score.low, (0, -10)) if place % 2 else (score.high, (0, 4))  # in turn, so that names have room
-        ax.annotate(entry.name, (x, end), offset, textcoords="offset points", fontsize=7, color=colour, ha="center")
+        place: Any = {"xytext": (-6, 3), "ha": "right"} if x == widest else {"xytext": (6, 3), "ha": "left"}
+        ax.annotate(entry.name, (x, score.value), textcoords="offset points", fontsize=7, color=colour, **place)
     for entry in evaluation.entries:
         if style := {"baseline": "--", "chance": ":"}.get(entry.role):
             value = entry.scores[evaluation.headline].value
