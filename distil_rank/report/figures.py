@@ -65,7 +65,7 @@ def picture(path: Path, rows: int, columns: int, size: tuple[float, float], **op
 def final_report(result: Result, path: Path) -> None:
     """One row of panels per teacher: training, comparison, spectrum, and fidelity against rank."""
     data = result.data
-    title = f"{data.backbone}, {data.rows.test} held-out rows, {data.split}"
+    title = f"{data.source} ({data.backbone}), {data.rows.test} held-out rows, split by {data.split}"
     with picture(path, len(result.teachers), 4, (4, 3.6)) as axes:
         for row, teacher in zip(axes, result.teachers, strict=True):
             draw_training(row[0], teacher)
@@ -102,7 +102,7 @@ def draw_training(ax: Axes, teacher: TeacherResult) -> None:
 
 def draw_comparison(ax: Axes, comparison: Sequence[ComparisonRow]) -> None:
     """What every method loses: of the variance, with its 95 % interval, and of raw cosine as a hollow mark."""
-    ax.set_title("lost on held-out rows: variance (● 95 %), raw cosine (○)")
+    ax.set_title("lost on held-out rows")
     for y, row in enumerate(reversed(comparison)):
         r2, cosine, colour = row.metrics["r2"], row.metrics["cosine"].value, COLOURS[row.method]
         interval = [max(1 - bound, SMALLEST) for bound in r2.interval]
@@ -110,7 +110,7 @@ def draw_comparison(ax: Axes, comparison: Sequence[ComparisonRow]) -> None:
         ax.plot(max(1 - r2.value, SMALLEST), y, "o", color=colour)
         ax.plot(max(1 - cosine, SMALLEST), y, "o", mfc="white", mec=colour, ms=5)
     ax.set_yticks(range(len(comparison)), [NAMES.get(row.method, row.method) for row in reversed(comparison)])
-    ax.set(xscale="log", xlabel="1 − R² (●) and 1 − cosine (○); left is better")
+    ax.set(xscale="log", xlabel="1 − R² (●, 95 %) and 1 − cosine (○)")
 
 
 def draw_spectrum(ax: Axes, spectrum: Spectrum, rank: int) -> None:
@@ -157,6 +157,6 @@ def sweep(result: Result, path: Path) -> Path:
         ax.set(xlabel="rank", ylabel="held-out fidelity", xscale="log", ylim=(LOWEST_R2, 1.03))
         ax.set_xticks(ranks, [str(rank) for rank in ranks])
         ax.minorticks_off()
-        ax.set_title(f"{teachers[0].teacher} teacher, {result.data.backbone}")
+        ax.set_title(f"{teachers[0].teacher} teacher, {result.data.source} ({result.data.backbone})")
         ax.legend()
     return path
