@@ -28,7 +28,7 @@ from script import machine_line, run
 from torch import Tensor, nn
 
 from distil_rank import compress
-from distil_rank.compression.report import Compression
+from distil_rank.compression.report import CompressionReport
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.measure.statistics import estimate, ratio, resample_counts
@@ -164,7 +164,7 @@ def main(
 
 def compressed(
     model: Any, calibration: list[Any], cut: list[Any], budget: float, options: dict[str, Any]
-) -> Compression:
+) -> CompressionReport:
     """The model with low rank in all its feed-forward layers, at a share of their weights."""
     return compress(
         model,

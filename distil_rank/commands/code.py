@@ -14,7 +14,6 @@ from distil_rank.codes.store import ENCODER, load_encoder, manifest_of, own_enco
 from distil_rank.codes.train import train_encoder
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import save
-from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.cluster import workers_on
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, Store
@@ -63,13 +62,13 @@ def code(options: CodeOptions) -> CodeResult:
     deciding |= {"noise": options.noise, **asdict(options.augmentation)} if options.metric == "invariant" else {}
 
     place: Location = f"{options.codes}/{ENCODER}"
-    source = labelled_source(options.data, LabelSource(**asdict(options.labels)))
+    source = labelled_source(options.data, options.labels)
     encoder, evaluation = own_encoder(options.codes), None
     if options.encoder is not None:
         own, encoder = encoder, load_encoder(options.encoder)
         if own is None:
             encoder.check_origin(manifest_of(Store.open(source)), source)
-            write_encoder(encoder, options.codes)
+            write_encoder(encoder, options.codes, data=encoder.provenance)
         elif own.digest != encoder.digest:
             raise InputError(
                 f"Expected codes of this encoder in {options.codes} but they are of another; name another folder."
@@ -91,7 +90,7 @@ def code(options: CodeOptions) -> CodeResult:
         if proteins.embeddings.provenance.get("format") != "store":
             log.warning("No codes were written: %s is no store of embeddings (make one with embed).", source)
             return CodeResult(place, None, evaluation)
-        write_encoder(encoder, options.codes, _metrics(evaluation))
+        write_encoder(encoder, options.codes, metrics=_metrics(evaluation), data=encoder.provenance)
 
     store = write_codes(Store.open(source), options.codes, encoder, workers)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", encoder.bytes_per_protein)
@@ -125,9 +124,9 @@ def _fitted(
 
         target, notes = proteins.target, list(proteins.notes)
         if proteins.labels == UNLABELLED:
-            x, target, groups = copy_task(x, groups, copies_of(proteins, True, options.augmentation, copies))
+            x, target, groups = copy_task(x, groups, copies_of(proteins, False, options.augmentation, copies))
             notes.append(
-                "No labels: a protein and its augmented copy are to find each other among the judged proteins."
+                "No labels: a protein and its augmented copy are to find each other among the evaluated proteins."
             )
         title = f"codes, {options.metric}, rank {options.rank}, {options.dtype}"
         codes = replace(module_output(title, encoder.eval(), x, encoder.bytes_per_protein, None), note=None)
@@ -142,7 +141,7 @@ def _fitted(
         metrics = {"score": entry.scores[headline].value, "full": evaluation.entries[0].scores[headline].value}
         if share := entry.retained.get(headline):
             metrics |= {"retained": share.value, "retained_low": share.low, "retained_high": share.high}
-        run.log_params({"metric_judged": headline, "encoder": encoder.digest})
+        run.log_params({"headline": headline, "encoder": encoder.digest})
         run.log_metrics({**metrics, "bytes": encoder.bytes_per_protein})
         run.log_text(json.dumps(asdict(options), indent=2), "config.yaml")  # JSON is YAML
         for file in [*files, *sorted(saved.iterdir())]:

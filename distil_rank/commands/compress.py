@@ -15,7 +15,7 @@ from torch import nn
 from distil_rank.commands.lineage import lineage
 from distil_rank.compression.compress import compress as compress_model
 from distil_rank.compression.own_layer import load_linear
-from distil_rank.compression.report import Compression
+from distil_rank.compression.report import CompressionReport
 from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
@@ -29,7 +29,7 @@ from distil_rank.tracking.run import start_run
 log = logging.getLogger(__name__)
 
 
-def compress(options: CompressOptions) -> Compression:
+def compress(options: CompressOptions) -> CompressionReport:
     """Compress one layer of a saved model into a folder that deploys."""
     o = options
     dense = load_linear(o.model if o.layer is None else f"{o.model}:{o.layer}").requires_grad_(False)
@@ -49,9 +49,9 @@ def compress(options: CompressOptions) -> Compression:
         fit = (x.to(dense.weight) for x in chain(data.stream("train"), data.stream("val")))
         test = data.rows("test").to(dense.weight)
         model = nn.Sequential(OrderedDict(layer=dense))
-        outcome = compress_model(model, {"layer": o.rank}, fit, held_out=test)
-        row, student = replace(outcome.layers[0], name=o.layer or Path(o.model).stem), model.get_submodule("layer")
-        outcome = replace(outcome, layers=[row])
+        report = compress_model(model, {"layer": o.rank}, fit, held_out=test)
+        row, student = replace(report.layers[0], name=o.layer or Path(o.model).stem), model.get_submodule("layer")
+        report = replace(report, layers=[row], outputs=None)  # there is no model behind the layer
         if not isinstance(student, LowRankLinear) or student.input_mean is None:
             raise InputError(f"Expected a rank that saves something but {row.note}; ask for a lower one.")
         assert row.predicted_r2 is not None and row.dense_us is not None and row.student_us is not None
@@ -63,15 +63,15 @@ def compress(options: CompressOptions) -> Compression:
         share = estimate(ratio(lost, spread), resample_counts(len(lost)))
         r2 = {"value": 1 - share.value, "low": 1 - share.high, "high": 1 - share.low}
 
-        folder = save(student, o.output, metrics={"held_out_r2": r2, **outcome.to_dict()}, data=asdict(about))
+        folder = save(student, o.output, metrics={"held_out_r2": r2, **report.to_dict()}, data=asdict(about))
         run.log_params({"rank": row.rank})
         figures = {"test/r2": r2["value"], "predicted_r2": row.predicted_r2, "speed_up": row.dense_us / row.student_us}
         run.log_metrics({**figures, "parameter_ratio": row.dense_parameters / row.parameters})
         run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
-        run.note(str(outcome))
+        run.note(str(report))
         for path in sorted(folder.iterdir()):
             run.log_artifact(path)
         log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2["value"]})
-    outcome.report().show()
+    report.report().show()
     log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
-    return outcome
+    return report

@@ -25,7 +25,6 @@ def embed(options: EmbedOptions) -> EmbedSummary:
     Raises:
         InputError: see `distil_rank.embedding.run.embed`; or the encoder is for another layer or pooling.
     """
-    options.check()
     settings = {**asdict(options), "store": options.store or embedding.default_store(options.fasta)}
     encoder = None
     folder = settings.pop("code")
@@ -44,7 +43,7 @@ def embed(options: EmbedOptions) -> EmbedSummary:
         StoreWriter(settings["store"], CODES).check_folder()  # before the encoder goes there
         present = own_encoder(settings["store"])
         if present is None:
-            write_encoder(encoder, settings["store"], data=about)
+            write_encoder(encoder, settings["store"])
         elif present.digest != encoder.digest:
             raise InputError(f"Expected another store than {settings['store']}, whose codes are of another encoder.")
 

@@ -12,7 +12,6 @@ from distil_rank.commands.embed import extract
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import load, read_manifest
 from distil_rank.data.files import load_matrix
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.evaluation.alignment import MISSING, alignment_scores, has_mmseqs
 from distil_rank.evaluation.evaluate import Evaluation
@@ -30,8 +29,9 @@ from distil_rank.evaluation.retrieval import CUTOFF, Scores
 from distil_rank.evaluation.task import Kind
 from distil_rank.evaluation.trials import MAX_QUERIES
 from distil_rank.options.embed import Precision
-from distil_rank.report.evaluation import evaluation_report
-from distil_rank.report.writer import publish, run_folder
+from distil_rank.options.evaluation import LabelOptions
+from distil_rank.report import evaluation as report
+from distil_rank.report.run_folder import publish, run_folder
 from distil_rank.tracking.run import Run, start_run
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ RANKS = (16, 32, 64, 128)  # of the students that are made where none are named
 
 def evaluate(
     data: str = "auto",
-    labels: LabelSource = LabelSource(),  # noqa: B008 - frozen
+    labels: LabelOptions = LabelOptions(),  # noqa: B008 - frozen
     task: Kind | Literal["auto"] = "auto",
     groups: str | None = None,
     fasta: str | None = None,
@@ -116,7 +116,7 @@ def evaluate(
         )
         place = Path(output) / "evaluate" / Path(opened.source).stem
         folder = run_folder(place, run.id)
-        _log(run, done, evaluation_report(done).save(folder / "evaluation"), config)
+        _log(run, done, report.save(done, folder), config)
         publish(folder, place)
     log.info("Evaluation: %s", place / "evaluation.md")
     return done
@@ -218,7 +218,7 @@ def _log(run: Run, done: Evaluation, files: Sequence[Path], config: str) -> None
     run.log_text(config, "config.yaml")
     for file in files:
         run.log_artifact(file)
-    run.note(evaluation_report(done).markdown())
+    run.note(report.markdown(done))
 
 
 def metric_name(text: str) -> str:

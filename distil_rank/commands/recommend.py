@@ -18,7 +18,6 @@ from distil_rank.commands.embed import extract
 from distil_rank.commands.evaluate import metric_name
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import save
-from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store
 from distil_rank.embedding.store import Store
@@ -30,6 +29,7 @@ from distil_rank.evaluation.task import Kind
 from distil_rank.evaluation.trials import RetrievalTrial
 from distil_rank.options.codes import AugmentationOptions
 from distil_rank.options.embed import Precision
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.costs import measure_costs, query_seconds
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
@@ -46,9 +46,9 @@ from distil_rank.recommendation.search import (
     search_pipelines,
 )
 from distil_rank.recommendation.subset import subset_of
+from distil_rank.report import recommendation as report
 from distil_rank.report.choices import Baseline, Cost, Outcome, Recommendation
-from distil_rank.report.recommendation import configuration, recommendation_report
-from distil_rank.report.writer import run_folder, set_latest
+from distil_rank.report.run_folder import run_folder, set_latest
 from distil_rank.samples import LABELLED, sample
 from distil_rank.tracking.run import Run, start_run
 
@@ -59,7 +59,7 @@ MOST_PROTEINS = 20_000
 
 def recommend(
     data: str = "auto",
-    labels: LabelSource = LabelSource(),  # noqa: B008 - frozen
+    labels: LabelOptions = LabelOptions(),  # noqa: B008 - frozen
     keep: float = 0.99,
     weigh: Weigh = "both",
     max_bytes: float | None = None,
@@ -119,7 +119,7 @@ def recommend(
         outcomes = search_pipelines(problem, fitted, costs, limits, max_queries, seed)
         result = _conclude(problem, fitted, costs, outcomes, keep, weigh, alignment, started, (*notes, words))
         folder = run_folder(Path(output) / "recommend", run.id)
-        files = recommendation_report(result).save(folder / "recommendation")
+        files = report.save(result, folder)
         _keep(problem, fitted, result, folder)
         _log(run, result, files, config)
         set_latest(folder)
@@ -129,17 +129,17 @@ def recommend(
 
 def _embedded(
     data: str,
-    labels: LabelSource,
+    labels: LabelOptions,
     fasta: str | None,
     model: tuple[str, Precision],
     proteins: int,
     seed: int,
     output: str,
-) -> tuple[str, LabelSource, list[str]]:
+) -> tuple[str, LabelOptions, list[str]]:
     """The store to use, with all layers embedded first where sequences are given or the sample is meant."""
     notes: list[str] = []
     if data == "auto" and fasta is None and labels.source is None:
-        fasta, labels = sample(f"{LABELLED}.fasta.gz"), LabelSource(f"{sample(LABELLED)}/{OWN_LABELS}")
+        fasta, labels = sample(f"{LABELLED}.fasta.gz"), LabelOptions(f"{sample(LABELLED)}/{OWN_LABELS}")
     backbone, precision = model
     if fasta is None:
         if precision != "auto":
@@ -234,7 +234,7 @@ def _keep(problem: Problem, fitted: Fitted, result: Recommendation, folder: Path
     }
     place = folder / "codes"
     save(encoder, place / ENCODER, metrics={"retained": metrics}, data=encoder.provenance)
-    (folder / "recommended.yaml").write_text(configuration(result, place / ENCODER, problem.about[problem.last]))
+    (folder / "recommended.yaml").write_text(report.configuration(result, place / ENCODER, problem.about[problem.last]))
     about = problem.about[problem.last]
     if about.get("format") == "store" and about.get("pooling") != "residue":
         path, _ = split_source(problem.source)
@@ -256,7 +256,7 @@ def _log(run: Run, result: Recommendation, files: Sequence[Path], config: str) -
         *sorted((files[0].parent / "codes" / ENCODER).iterdir()),
     ]:
         run.log_artifact(file)
-    run.note(recommendation_report(result).markdown())
+    run.note(report.markdown(result))
     for outcome in result.front:
         pipeline = outcome.pipeline
         params = {"choice": str(pipeline), **asdict(pipeline)}

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distil_rank.artefact import check_writable
 from distil_rank.codes.index import CodeIndex, import_faiss
 from distil_rank.codes.search import COLUMNS, Hit, decoy_scores, export_codes, search_blocks, vectors_like
 from distil_rank.codes.store import CodeStore, manifest_of
-from distil_rank.compression.saved import check_writable
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.storage import atomic_file
 from distil_rank.embedding.store import Store
@@ -103,5 +103,5 @@ def search(options: SearchOptions) -> SearchResult:
     log.info("Hits: %s (%s of %s queries, %.2f s)", table, f"{hits:,}", f"{len(names):,}", seconds)
     rows = [[q, t, f"{score:.3f}", str(rank), f"{evalue:.1e}"] for q, t, score, rank, evalue in first]
     shown = f", the first {len(rows)} below" if hits > len(rows) else ""
-    Table(f"{hits:,} hits of {len(names):,} queries{shown}: {table}", COLUMNS, rows).show()
+    Table(f"{hits:,} hits of {len(names):,} queries{shown}: {table}", list(COLUMNS), rows).show()
     return SearchResult(table, len(names), hits, seconds, tuple(first))

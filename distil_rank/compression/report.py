@@ -58,7 +58,7 @@ class OutputFidelity:
 
 
 @dataclass(frozen=True)
-class Compression:
+class CompressionReport:
     """What `compress` did.
 
     Attributes:
@@ -76,19 +76,14 @@ class Compression:
         """Of these layers, before and after."""
         return sum(row.dense_parameters for row in self.layers), sum(row.parameters for row in self.layers)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values: everything but the model."""
-        outputs = None if self.outputs is None else asdict(self.outputs)
-        return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
-
     def report(self) -> Report:
-        """A table of the layers, and what became of the whole model."""
+        """A line for each layer, and what became of the whole model."""
         head = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", "µs for 32 rows"]
         rows, notes = [], []
         for row in self.layers:
             cells = [row.name, f"{row.in_features} → {row.out_features}"]
             if row.rank is None:
-                rows.append([*cells, "dense", f"{row.dense_parameters:,}", "", "", ""])
+                rows.append([*cells, "dense", f"{row.parameters:,}", "", "", ""])
                 notes.append(f"{row.name} stays dense: {row.note}.")
                 continue
             cells += [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", number(row.predicted_r2)]
@@ -98,10 +93,15 @@ class Compression:
         if (o := self.outputs) is not None:
             figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
             notes.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
-        return Report([Table("Layers in place of dense ones", head, rows)], notes)
+        return Report([Table("", head, rows)], notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: everything but the model."""
+        outputs = None if self.outputs is None else asdict(self.outputs)
+        return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
 
     def __str__(self) -> str:
-        """The report, in Markdown."""
+        """A Markdown table and the notes."""
         return self.report().markdown()
 
     _repr_markdown_ = __str__  # a table in a notebook

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.codes.fit import copy_noise
-from distil_rank.codes.sources import JUDGED_COPIES, MOST_CLUSTERED
+from distil_rank.codes.sources import EVALUATION_COPIES, MOST_CLUSTERED
 from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import make_groups
@@ -58,7 +58,7 @@ def copy_problem(
     )
     copying = _Copying(vectors, part, seed, folder / "copies")
     fit_copies = copying.embed([FIT], augmentation)
-    once = replace(augmentation, proteins=JUDGED_COPIES, copies=1, seed=augmentation.seed + 1)
+    once = replace(augmentation, proteins=EVALUATION_COPIES, copies=1, seed=augmentation.seed + 1)
     judged = copying.embed([VALIDATE, CONFIRM], once)
     owner = next(iter(judged.values())).owner
     everybody = np.concatenate([np.arange(len(group)), owner])

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from distil_rank.data.files import load_matrix
-from distil_rank.data.labels import LabelSource, LabelTable, read_labels
+from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.location import is_remote, open_storage
 from distil_rank.embedding.store import layers_of, read_manifest
 from distil_rank.evaluation.labelled import check_ids, labelled_source, own_labels, with_clusters
 from distil_rank.evaluation.task import Kind
 from distil_rank.options.codes import AugmentationOptions
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.copy_problem import copy_problem
 from distil_rank.recommendation.labelled_problem import labelled_problem
 from distil_rank.recommendation.problem import Problem, Vectors
@@ -20,7 +21,7 @@ from distil_rank.recommendation.problem import Problem, Vectors
 
 def open_problem(
     data: str,
-    labels: LabelSource,
+    labels: LabelOptions,
     kind: Kind | str = "auto",
     groups: str | None = None,
     metric: str | None = None,
@@ -45,7 +46,7 @@ def open_problem(
         InputError: nothing to read, no task, or too few groups.
     """
     vectors = _open_vectors(labelled_source(data, labels))
-    tables: list[tuple[LabelSource, LabelTable]] = []
+    tables: list[tuple[LabelOptions, LabelTable]] = []
     for one in _label_sources(labels):
         table = read_labels(one) if one.source is not None else own_labels(vectors.source, vectors.proteins, one)
         if table is not None:
@@ -58,7 +59,7 @@ def open_problem(
     return replace(problem, notes=(*problem.notes, f"NOTE: {fallback}")) if fallback else problem
 
 
-def _label_sources(labels: LabelSource) -> list[LabelSource]:
+def _label_sources(labels: LabelOptions) -> list[LabelOptions]:
     """One for each table of `a.tsv,b.tsv`."""
     if labels.source is None or Path(labels.source).is_file():
         return [labels]

@@ -93,7 +93,7 @@ class Report:
 
     def markdown(self) -> str:
         """All of it, for a file and for the tracking server."""
-        tables = [f"### {table.title}\n\n{table.markdown()}" for table in self.tables]
+        tables = [(f"### {table.title}\n\n" if table.title else "") + table.markdown() for table in self.tables]
         headline = self.headline.markdown() if self.headline else ""
         notes = "".join(f"- {line}\n" for line in self.notes)
         return "\n".join(filter(None, [headline, *tables, notes, self.method and f"{self.method}\n"]))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from distil_rank.cli import main
 from distil_rank.compression.saved import load, read_manifest
 from distil_rank.embedding.provenance import embedding_run
+from distil_rank.embedding.storage import Storage
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -284,7 +285,7 @@ def test_of_two_processes_one_speaks_and_is_remembered(tiny_esm2, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Embeddings") == 1
     (run,) = runs(tmp_path, "embed")
-    assert embedding_run(tmp_path / "store", {}) == run.info.run_id
+    assert embedding_run(Storage(tmp_path / "store")) == run.info.run_id
 
 
 def test_the_makefile_keeps_its_rank_from_lightning():

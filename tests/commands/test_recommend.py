@@ -11,7 +11,7 @@ import torch
 
 import distil_rank as dr
 from distil_rank.cli import main
-from distil_rank.codes.store import MAP, CodeStore
+from distil_rank.codes.store import ENCODER, CodeStore
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = str(ROOT / "data" / "functions")
@@ -37,7 +37,7 @@ def test_the_sample(workplace, capsys, monkeypatch):
     assert "Use layer 6" in (folder / "recommended.yaml").read_text()
 
     store = CodeStore.open(folder / "codes")
-    encoder = dr.load(folder / "codes" / MAP)
+    encoder = dr.load(folder / "codes" / ENCODER)
     assert len(store) == 706 and encoder.bytes_per_protein == content["confirmed"]["bytes"] <= 16
 
     client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlruns' / 'mlflow.db'}")
