@@ -1,4 +1,4 @@
-"""An evaluation as a report, with a picture of function against bytes and against cost."""
+"""An evaluation as a report, with a picture of function against bytes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-
-from distil_rank.evaluation.evaluate import Entry, Evaluation
+from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.measure.statistics import Interval
 from distil_rank.report.figures import bytes_axis, picture, reference_line
 from distil_rank.report.writer import Report, Table, number
@@ -31,7 +29,7 @@ ROLE_COLOURS = {
 
 
 def evaluation_report(evaluation: Evaluation) -> Report:
-    """Each representation with its bytes, cost, scores and what it retains of the full vector's."""
+    """Each representation with its bytes, scores and what it retains of the full vector's."""
     e = evaluation
     data = {"schema": SCHEMA, **asdict(e)}
     return Report([table(e)], [f"Groups: {e.groups}.", *e.notes], METHOD, data=data, draw=partial(draw, e))
@@ -40,13 +38,11 @@ def evaluation_report(evaluation: Evaluation) -> Report:
 def table(evaluation: Evaluation) -> Table:
     """The table of the report."""
     headline = evaluation.headline
-    costs = any(entry.cost is not None for entry in evaluation.entries if entry.role != "baseline")
-    head = ["representation", "bytes", *(["cost"] if costs else []), headline, "95 %", "retained", "retained 95 %"]
+    head = ["representation", "bytes", headline, "95 %", "retained", "retained 95 %"]
     rows = []
     for entry in evaluation.entries:
         score, retained = entry.scores[headline], entry.retained.get(headline)
         cells = [entry.name, "–" if entry.bytes is None else f"{entry.bytes:,.0f}"]
-        cells += ["–" if entry.cost is None else f"{entry.cost:.2f}"] if costs else []
         cells += [number(score.value, 3), _ends(score)]
         if retained is None:
             cells += ["1" if entry.role == "reference" else "–", ""]
@@ -67,31 +63,23 @@ def title(evaluation: Evaluation) -> str:
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Function against bytes, and against cost where two representations have one."""
-    own = [entry for entry in evaluation.entries if entry.role != "baseline"]
-    costs = [(entry, entry.cost) for entry in own if entry.cost is not None]
-    with picture(path, 1, 1 + (len(costs) > 1), (6.5, 4.5), sharey=True) as axes:
-        first, *others = axes[0]
-        _panel(first, evaluation, [(entry, entry.bytes) for entry in own if entry.bytes is not None])
-        bytes_axis(first)
-        first.set_ylabel(evaluation.headline)
-        first.set_title(title(evaluation), loc="left")
-        for ax in others:
-            _panel(ax, evaluation, costs)
-            ax.set(xlabel="share of the full backbone's cost", xlim=(0, 1.05))
-
-
-def _panel(ax: Axes, evaluation: Evaluation, points: list[tuple[Entry, float]]) -> None:
-    widest = max(x for _, x in points)
-    for entry, x in points:
-        score, colour = entry.scores[evaluation.headline], ROLE_COLOURS[entry.role]
-        spread = ([score.value - score.low], [score.high - score.value])
-        ax.errorbar(x, score.value, spread, fmt="o", color=colour, capsize=2)
-        place: Any = {"xytext": (-6, 3), "ha": "right"} if x == widest else {"xytext": (6, 3), "ha": "left"}
-        ax.annotate(entry.name, (x, score.value), textcoords="offset points", fontsize=7, color=colour, **place)
-    for entry in evaluation.entries:
-        if style := {"baseline": "--", "chance": ":"}.get(entry.role):
-            value = entry.scores[evaluation.headline].value
-            reference_line(ax, entry.name, value, ROLE_COLOURS[entry.role], style)
-    ax.set_ylim(bottom=0)
-    ax.margins(x=0.12)
+    """Function against bytes, with lines for what needs no embedding and for chance."""
+    headline = evaluation.headline
+    stored = [entry for entry in evaluation.entries if entry.bytes is not None and entry.role != "baseline"]
+    widest = max(entry.bytes or 0 for entry in stored)
+    with picture(path, 1, 1, (6.5, 4.5)) as axes:
+        ax = axes[0, 0]
+        for entry in stored:
+            score, colour, x = entry.scores[headline], ROLE_COLOURS[entry.role], entry.bytes or 0
+            spread = ([score.value - score.low], [score.high - score.value])
+            ax.errorbar(x, score.value, spread, fmt="o", color=colour, capsize=2)
+            place: Any = {"xytext": (-6, 3), "ha": "right"} if x == widest else {"xytext": (6, 3), "ha": "left"}
+            ax.annotate(entry.name, (x, score.value), textcoords="offset points", fontsize=7, color=colour, **place)
+        for entry in evaluation.entries:
+            if style := {"baseline": "--", "chance": ":"}.get(entry.role):
+                reference_line(ax, entry.name, entry.scores[headline].value, ROLE_COLOURS[entry.role], style)
+        bytes_axis(ax)
+        ax.set_title(title(evaluation), loc="left")
+        ax.set_ylabel(headline)
+        ax.set_ylim(bottom=0)
+        ax.margins(x=0.12)
