@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.task import Target
@@ -105,3 +106,24 @@ def nearest_neighbours(x: np.ndarray, among: np.ndarray) -> np.ndarray:
 
 def _one_hot(y: np.ndarray, classes: int) -> np.ndarray:
     return np.eye(classes)[y]
+
+
+def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
+    """Class of each test row by scikit-learn's ridge classifier on standardised features, solved exactly.
+
+    Args:
+        train_x: features, `(N, m)`.
+        train_labels: class of each training row, integers, `(N,)`.
+        test_x: features, `(M, m)`.
+        ridge: strength of the penalty for each row, relative to features of unit variance.
+
+    Returns:
+        Predicted classes, `(M,)`.
+
+    >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
+    >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))
+    tensor([0, 1])
+    """
+    probe = make_pipeline(StandardScaler(), RidgeClassifier(ridge * len(train_x), solver="cholesky"))
+    probe.fit(train_x.double().cpu().numpy(), train_labels.cpu().numpy())
+    return torch.from_numpy(probe.predict(test_x.double().cpu().numpy()))
