@@ -30,9 +30,9 @@ COPIES = RESULTS / "copies"
 def labelled(data: str, fasta: str, folds: str):
     """Vectors with SCOPe's labels, the listed folds on the fit side."""
     from distil_rank.codes.sources import open_proteins
-    from distil_rank.data.labels import LabelSource
+    from distil_rank.options.evaluation import LabelOptions
 
-    return open_proteins(data, LabelSource(source=fasta, field=2), "retrieval", folds, 0.5, 0)
+    return open_proteins(data, LabelOptions(source=fasta, field=2), "retrieval", folds, 0.5, 0)
 
 
 def fitted(proteins, metric: str, noise: str = "copies"):
@@ -124,14 +124,14 @@ def kinases(options: argparse.Namespace) -> None:
     from distil_rank.codes.evaluate import code_candidate
     from distil_rank.codes.fit import fit_metric
     from distil_rank.codes.sources import open_proteins
-    from distil_rank.data.labels import LabelSource
     from distil_rank.evaluation.evaluate import evaluate
     from distil_rank.evaluation.representations import full_vector, variance_student
+    from distil_rank.options.evaluation import LabelOptions
 
     retained: dict[str, list[tuple[float, float, float]]] = {}
     sizes: dict[str, float] = {}
     for seed in range(5):
-        labels = LabelSource(column=options.labels, separator="_", names="group,family", level="family")
+        labels = LabelOptions(column=options.labels, separator="_", names="group,family", level="family")
         proteins = open_proteins(options.data, labels, "retrieval", "family", 0.5, seed)
         x, fit = proteins.embeddings.x, proteins.groups.fit
         whitened, variance = fit_metric(x, fit, "whitened"), fit_metric(x, fit, "variance")

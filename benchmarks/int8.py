@@ -30,7 +30,6 @@ from script import interleaved, machine_line, run
 from torch import Tensor
 
 from distil_rank.data.files import load_matrix
-from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
@@ -48,6 +47,7 @@ from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import matching_rows, open_labelled
 from distil_rank.evaluation.representations import full_vector
+from distil_rank.options.evaluation import LabelOptions
 
 SHAPES = ((1280, 5120), (5120, 1280), (1280, 1280), (320, 1280))
 ROWS = (64, 256)
@@ -269,7 +269,7 @@ def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
     print(f"{machine_line()} {labels.name}; function kept in int8 against fp32 behind the same layer (95 %)\n")
     print("| layer | as it is | invariant |\n|---|---|---|")
     for layer in layers:
-        opened = open_labelled(f"{exact}:{layer}", LabelSource(source=str(labels), field=2), "auto", str(groups))
+        opened = open_labelled(f"{exact}:{layer}", LabelOptions(source=str(labels), field=2), "auto", str(groups))
         families, ids = opened.target.levels[0], opened.embeddings.ids
         found = load_matrix(f"{int8}:{layer}")
         rounded = found.x[matching_rows(found, ids, "int8")]

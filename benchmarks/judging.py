@@ -25,11 +25,11 @@ SIZES = ((14_000, 320), (100_000, 1280))
 
 def measure(rows: int, dim: int) -> str:
     """One line of the table: evaluate `rows` vectors of width `dim` in this process."""
-    from distil_rank.data.labels import LabelSource
     from distil_rank.evaluation.evaluate import evaluate
     from distil_rank.evaluation.groups import make_groups
     from distil_rank.evaluation.representations import full_vector, variance_student
     from distil_rank.evaluation.task import make_target
+    from distil_rank.options.evaluation import LabelOptions
 
     rng = np.random.default_rng(0)
     family = np.arange(rows) // 4
@@ -37,7 +37,7 @@ def measure(rows: int, dim: int) -> str:
     x = rng.standard_normal((rows, dim), dtype=np.float32)
     for level in (family, family // 4):
         x += rng.standard_normal((level.max() + 1, dim), dtype=np.float32)[level]
-    target = make_target(labels, LabelSource())
+    target = make_target(labels, LabelOptions())
     groups = make_groups(None, target, labels)
     candidates = [full_vector(x), *(variance_student(x, rank) for rank in (16, 32, 64, 128))]
     started = time.perf_counter()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
 from distil_rank.recommendation.pipelines import Fitted
@@ -39,7 +39,9 @@ def main() -> int:
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--queries", type=int, default=1000, help="searched with when pipelines are compared")
     options = parser.parse_args()
-    source = LabelSource(options.labels, options.column, options.field, options.separator, options.names, options.level)
+    source = LabelOptions(
+        options.labels, options.column, options.field, options.separator, options.names, options.level
+    )
     try:
         problem = open_problem(options.data, source, groups=options.groups)
     except InputError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.codes.fit import copy_noise, group_noise
 from distil_rank.data.files import load_matrix
-from distil_rank.data.labels import LabelSource
 from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups, make_groups
@@ -22,6 +21,7 @@ from distil_rank.evaluation.labelled import OWN_LABELS, LabelledData, labelled_s
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target
 from distil_rank.options.codes import AugmentationOptions, CodeOptions, NoiseSource
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.origin import VectorOrigin
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ def open_proteins(options: CodeOptions) -> LabelledData:
     Raises:
         InputError: they cannot be read, or make no task.
     """
-    labels, draw = LabelSource(**asdict(options.labels)), (options.fit_fraction, options.seed)
+    labels, draw = options.labels, (options.fit_fraction, options.seed)
     source = labelled_source(options.data, labels)
-    if labels != LabelSource() or (Path(source) / OWN_LABELS).is_file():
+    if labels != LabelOptions() or (Path(source) / OWN_LABELS).is_file():
         return open_labelled(options.data, labels, options.task, options.groups, *draw)
     vectors, groups = load_matrix(source), options.groups
     names = tuple(vectors.ids)

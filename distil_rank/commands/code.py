@@ -14,7 +14,6 @@ from distil_rank.codes.store import ENCODER, load_encoder, manifest_of, own_enco
 from distil_rank.codes.train import train_encoder
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import save
-from distil_rank.data.labels import LabelSource
 from distil_rank.embedding.cluster import workers_on
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, Store
@@ -64,7 +63,7 @@ def code(options: CodeOptions) -> CodeResult:
     deciding |= {"noise": options.noise, **asdict(options.augmentation)} if options.metric == "invariant" else {}
 
     place: Location = f"{options.codes}/{ENCODER}"
-    source = labelled_source(options.data, LabelSource(**asdict(options.labels)))
+    source = labelled_source(options.data, options.labels)
     encoder, evaluation = own_encoder(options.codes), None
     if options.encoder is not None:
         own, encoder = encoder, load_encoder(options.encoder)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.labelled import own_labels
@@ -20,6 +19,7 @@ from distil_rank.evaluation.results import Estimate, FunctionRetained
 from distil_rank.evaluation.task import make_target
 from distil_rank.evaluation.trials import Trial, make_trial
 from distil_rank.measure.statistics import Statistic, resample_counts, retained
+from distil_rank.options.evaluation import LabelOptions
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _task(data: EmbeddingDataModule) -> tuple[Trial, np.ndarray, str] | None:
     group = np.unique([clusters[row] if clusters else ids[row] for row in rows], return_inverse=True)[1]
     groups = Groups(group, np.arange(len(rows)) < len(sides[0]), data.split_rows.method)
     try:
-        target = make_target([table.labels[ids[row]] for row in rows], LabelSource())
+        target = make_target([table.labels[ids[row]] for row in rows], LabelOptions())
         words = f"{target.kind} by the labels that come with the data, {len(sides[1]):,} test rows"
         return make_trial(target, groups), rows, words
     except InputError as error:

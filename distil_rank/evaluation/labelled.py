@@ -11,12 +11,13 @@ from typing import Literal
 import numpy as np
 
 from distil_rank.data.files import Embeddings, load_matrix
-from distil_rank.data.labels import LabelSource, LabelTable, read_labels
+from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.data.sources import find_source, read_clusters
 from distil_rank.embedding.layers import split_source
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups, make_groups
 from distil_rank.evaluation.task import Kind, Target, make_target
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.samples import LABELLED, sample
 
 OWN_LABELS, OWN_CLUSTERS = "labels.tsv", "clusters.tsv"  # in the folder of a store
@@ -45,7 +46,7 @@ class LabelledData:
 
 def open_labelled(
     source: str,
-    labels: LabelSource,
+    labels: LabelOptions,
     kind: Kind | Literal["auto"] = "auto",
     groups: str | None = None,
     fit_fraction: float = 0.5,
@@ -84,7 +85,7 @@ def open_labelled(
     return LabelledData(source, embeddings, Path(table.source).name, target, sides, tuple(notes))
 
 
-def labelled_source(source: str, labels: LabelSource) -> str:
+def labelled_source(source: str, labels: LabelOptions) -> str:
     """Where the vectors are: `auto` without named labels is the labelled sample that ships."""
     return sample(LABELLED) if source == "auto" and labels.source is None else find_source(source)
 
@@ -130,7 +131,7 @@ def check_ids(ids: Sequence[str], source: str) -> None:
         )
 
 
-def _table(source: str, data: Embeddings, labels: LabelSource) -> LabelTable:
+def _table(source: str, data: Embeddings, labels: LabelOptions) -> LabelTable:
     """Labels from where they are named, beside the data, or in them."""
     if labels.source is not None:
         return read_labels(labels)
@@ -143,7 +144,7 @@ def _table(source: str, data: Embeddings, labels: LabelSource) -> LabelTable:
     return table
 
 
-def own_labels(source: str, data: Embeddings, labels: LabelSource = LabelSource()) -> LabelTable | None:  # noqa: B008 - frozen
+def own_labels(source: str, data: Embeddings, labels: LabelOptions = LabelOptions()) -> LabelTable | None:  # noqa: B008 - frozen
     """The labels that come with the vectors: a table in the store's folder, or those of the data file; None without."""
     own = Path(split_source(source)[0]) / OWN_LABELS
     if own.is_file():

@@ -9,9 +9,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.evaluation.retrieval import Relevance
+from distil_rank.options.evaluation import LabelOptions
 
 Kind = Literal["retrieval", "classification", "multilabel", "regression"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -46,7 +46,7 @@ class Target:
         return Target(self.kind, relevance, None if self.y is None else self.y[rows], self.classes, levels)
 
 
-def make_target(labels: Sequence[str], source: LabelSource, kind: Kind | Literal["auto"] = "auto") -> Target:
+def make_target(labels: Sequence[str], source: LabelOptions, kind: Kind | Literal["auto"] = "auto") -> Target:
     """Turn the text of labels into numbers.
 
     Args:
@@ -58,9 +58,9 @@ def make_target(labels: Sequence[str], source: LabelSource, kind: Kind | Literal
     Raises:
         InputError: labels that do not suit the task.
 
-    >>> make_target(["a.1.1.1", "a.1.1.2", "a.1.2.1"], LabelSource()).relevance.levels.tolist()
+    >>> make_target(["a.1.1.1", "a.1.1.2", "a.1.2.1"], LabelOptions()).relevance.levels.tolist()
     [[0, 1, 2], [0, 0, 1], [0, 0, 0]]
-    >>> make_target(["1.5", "2", "-3e2"], LabelSource()).kind
+    >>> make_target(["1.5", "2", "-3e2"], LabelOptions()).kind
     'regression'
     """
     if kind == "auto":
@@ -90,7 +90,7 @@ def make_target(labels: Sequence[str], source: LabelSource, kind: Kind | Literal
     return Target(kind, y=y, classes=classes)
 
 
-def _kind_of(labels: Sequence[str], source: LabelSource) -> Kind:
+def _kind_of(labels: Sequence[str], source: LabelOptions) -> Kind:
     if any(SEVERAL in label for label in labels):
         return "multilabel"
     if source.separator or source.names or _is_scope_like(labels):
@@ -130,7 +130,7 @@ def _numbers(labels: Sequence[str]) -> np.ndarray:
     return y
 
 
-def _retrieval(labels: Sequence[str], source: LabelSource) -> Target:
+def _retrieval(labels: Sequence[str], source: LabelOptions) -> Target:
     separator = source.separator or ("." if _is_scope_like(labels) else None)
     parts = [label.split(separator) if separator else [label] for label in labels]
     depth = len(parts[0])

@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from distil_rank.codes.fit import group_noise
-from distil_rank.data.labels import LabelSource, LabelTable
+from distil_rank.data.labels import LabelTable
 from distil_rank.data.split import join_groups
 from distil_rank.evaluation.groups import make_groups
 from distil_rank.evaluation.task import Kind, make_target
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.parts import FIT, split_parts
 from distil_rank.recommendation.problem import Noise, Problem, Task, Vectors
 
 
 def labelled_problem(
     vectors: Vectors,
-    tables: Sequence[tuple[LabelSource, LabelTable]],
+    tables: Sequence[tuple[LabelOptions, LabelTable]],
     kind: Kind | str,
     groups: str | None,
     metric: str | None,
@@ -66,7 +67,7 @@ def labelled_problem(
 
 def _task(
     vectors: Vectors,
-    source: LabelSource,
+    source: LabelOptions,
     table: LabelTable,
     kind: Kind | str,
     groups: str | None,

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_rank.data.labels import LabelSource, read_labels
+from distil_rank.data.labels import read_labels
 from distil_rank.embedding.sequences import Protein, read_proteins
 from distil_rank.errors import InputError
+from distil_rank.options.evaluation import LabelOptions
 
 LARGE = 10  # a class gets at most this share of the proteins, or, where there are fewer classes, as much as others
 
 
-def subset_of(fasta: str, labels: LabelSource, proteins: int, seed: int, folder: Path) -> tuple[str, str | None]:
+def subset_of(fasta: str, labels: LabelOptions, proteins: int, seed: int, folder: Path) -> tuple[str, str | None]:
     """The file itself where it has few proteins enough, else a file of some of them, and a note that says so.
 
     Args:
@@ -45,13 +46,13 @@ def subset_of(fasta: str, labels: LabelSource, proteins: int, seed: int, folder:
     return str(path), f"FEWER PROTEINS: {len(chosen):,} of {len(everything):,}, {how} (--proteins takes more)"
 
 
-def _chosen(everything: Sequence[Protein], labels: LabelSource, proteins: int, seed: int) -> list[int]:
+def _chosen(everything: Sequence[Protein], labels: LabelOptions, proteins: int, seed: int) -> list[int]:
     """Rows in the order of the file."""
     dice = np.random.default_rng(seed)
     if labels.source is None:
         return sorted(dice.permutation(len(everything))[:proteins].tolist())
     source = labels.source.split(",")[0] if not Path(labels.source).is_file() else labels.source
-    table = read_labels(LabelSource(source, labels.column, labels.field, labels.separator)).labels
+    table = read_labels(LabelOptions(source, labels.column, labels.field, labels.separator)).labels
     rows = [row for row, one in enumerate(everything) if one.id in table]
     if not rows:
         raise InputError(f"Expected labels of the proteins in the FASTA file but {source} has none of them.")

@@ -6,13 +6,14 @@ import zipfile
 import numpy as np
 import pytest
 
-from distil_rank.data.labels import LabelSource, read_labels
+from distil_rank.data.labels import read_labels
 from distil_rank.errors import InputError
+from distil_rank.options.evaluation import LabelOptions
 
 
 def read(path, content, **options):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_labels(LabelSource(str(path), **options))
+    return read_labels(LabelOptions(str(path), **options))
 
 
 @pytest.mark.parametrize(
@@ -43,14 +44,14 @@ def test_columns_beside_the_label(tmp_path):
 
 def test_arrays(tmp_path):
     np.savez(tmp_path / "a.npz", ids=np.array(["P1"]), labels=np.array(["k"]), full=np.array(["k_a"]))
-    assert read_labels(LabelSource(str(tmp_path / "a.npz"), column="full")).labels == {"P1": "k_a"}
+    assert read_labels(LabelOptions(str(tmp_path / "a.npz"), column="full")).labels == {"P1": "k_a"}
 
 
 def test_what_is_left_out_is_counted(tmp_path):
-    table = read(tmp_path / "a.csv", "id,label\nP1,k\nP1,k\nP2,\nP3,m\n")
+    table = read(tmp_path / "a.csv", "id,label\nP1,k\nP1,k\nP2,NA\nP3,m\nP4,?\n")
     rows, labels, notes = table.aligned(["P3", "P1", "P9"])
     assert rows.tolist() == [0, 1] and labels == ["m", "k"]
-    assert "1 empty labels" in notes[0] and "(P2)" in notes[0]
+    assert "2 empty labels" in notes[0] and "(P2, P4)" in notes[0]
     assert "1 repeated lines" in notes[1]
     assert "1 of 3 proteins have no label" in notes[2] and "P9" in notes[2]
 
@@ -79,7 +80,7 @@ def test_what_is_refused(tmp_path, name, content, options, message):
 
 def test_a_missing_file_and_ids_that_do_not_match(tmp_path):
     with pytest.raises(InputError, match="there is none"):
-        read_labels(LabelSource(str(tmp_path / "absent.csv")))
+        read_labels(LabelOptions(str(tmp_path / "absent.csv")))
     table = read(tmp_path / "a.csv", "id,label\nP1,k\nP2,k\n")
     with pytest.raises(InputError, match=r"such as X1, X2, X3, \.\.\. but got 2"):
         table.aligned(["X1", "X2", "X3", "X4"])
@@ -89,4 +90,20 @@ def test_a_zip_file_is_no_table(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.tsv", "w") as archive:
         archive.writestr("sheet.xml", "")
     with pytest.raises(InputError, match="save it as CSV"):
-        read_labels(LabelSource(str(tmp_path / "a.tsv")))
+        read_labels(LabelOptions(str(tmp_path / "a.tsv")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "absent.csv"}, "absent.csv but there is none"),
+        ({"field": 0}, "--labels.field from 1"),
+        ({"field": 2, "column": "family"}, "a field for FASTA headers, a column for tables"),
+        ({"names": "fold,,family"}, "different --labels.names"),
+        ({"names": "fold,family", "level": "class"}, "--labels.level out of fold, family"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_before_any_work(options, message):
+    LabelOptions(source=f"{__file__}, {__file__}", field=2, names="fold,family", level="fold").check()
+    with pytest.raises(InputError, match=message):
+        LabelOptions(**options).check()

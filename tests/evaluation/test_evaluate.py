@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from distil_rank.data.files import load_matrix
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.evaluation.alignment import alignment_scores, has_mmseqs
 from distil_rank.evaluation.evaluate import evaluate
@@ -16,13 +15,14 @@ from distil_rank.evaluation.task import make_target
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import solve
+from distil_rank.options.evaluation import LabelOptions
 
 SAMPLE = "data/functions"
 
 
 @pytest.fixture(scope="module")
 def opened(request):
-    return open_labelled(str(request.config.rootpath / SAMPLE), LabelSource())
+    return open_labelled(str(request.config.rootpath / SAMPLE), LabelOptions())
 
 
 def test_the_sample_is_hard_but_not_hopeless(opened):
@@ -66,7 +66,7 @@ def test_a_better_rival_is_named():
     shares = rng.dirichlet(np.ones(20) * 0.2, size=40)
     labels = np.repeat(np.arange(40), 5)
     sequences = ["".join(rng.choice(letters, size=80, p=shares[k])) for k in labels]
-    target = make_target([f"c{k}" for k in labels], LabelSource(), "retrieval")
+    target = make_target([f"c{k}" for k in labels], LabelOptions(), "retrieval")
     groups = make_groups(None, target, [str(i) for i in range(200)])
     x = rng.normal(size=(200, 6)).astype(np.float32)
     done = evaluate(target, groups, [full_vector(x), composition(sequences)])
@@ -100,7 +100,7 @@ def test_fewer_queries_are_told(opened):
 
 def test_classes_on_one_side_only_are_told(opened):
     texts = [f"c{number % 3}" if fit else f"c{number % 4}" for number, fit in enumerate(opened.groups.fit)]
-    target = make_target(texts, LabelSource(), "classification")
+    target = make_target(texts, LabelOptions(), "classification")
     groups = make_groups("clusters", target, opened.embeddings.ids, clusters=opened.embeddings.clusters)
     sided = type(groups)(groups.number, opened.groups.fit, "by hand")
     done = evaluate(target, sided, [full_vector(opened.embeddings.x)])
@@ -109,7 +109,7 @@ def test_classes_on_one_side_only_are_told(opened):
 
 
 def test_nothing_to_find_is_refused(opened):
-    target = make_target(["k", "k", *(f"c{i}" for i in range(58))], LabelSource(), "retrieval")
+    target = make_target(["k", "k", *(f"c{i}" for i in range(58))], LabelOptions(), "retrieval")
     groups = make_groups(None, target, [str(i) for i in range(60)])
     fit = np.arange(60) < 30
     with pytest.raises(InputError, match="every one is alone"):
@@ -125,7 +125,7 @@ def test_labels_of_some_proteins_only(opened, tmp_path, request):
     store = request.config.rootpath / SAMPLE
     lines = (store / "labels.tsv").read_text().splitlines()
     (tmp_path / "some.tsv").write_text("\n".join(lines[:300]))
-    some = open_labelled(str(store), LabelSource(str(tmp_path / "some.tsv")))
+    some = open_labelled(str(store), LabelOptions(str(tmp_path / "some.tsv")))
     assert len(some.embeddings.ids) == len(some.embeddings.x) == 299
     assert some.embeddings.ids == [line.split("\t")[0] for line in lines[1:300]]
     np.testing.assert_array_equal(some.embeddings.x, load_matrix(store).x[:299])

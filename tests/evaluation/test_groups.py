@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import make_groups
 from distil_rank.evaluation.task import make_target
+from distil_rank.options.evaluation import LabelOptions
 
 LABELS = [f"a.{fold}.{sf}.{family}" for fold in range(30) for sf in range(2) for family in (1, 1, 2)]
 IDS = [f"p{i}" for i in range(len(LABELS))]
-SCOPE = make_target(LABELS, LabelSource())
+SCOPE = make_target(LABELS, LabelOptions())
 
 
 def sides_share(values, fit):
@@ -36,7 +36,7 @@ def test_columns_levels_and_clusters(choice):
 
 
 def test_a_finer_level_where_the_coarse_one_has_few_groups():
-    target = make_target([f"{i // 60}_{i // 20}_{i // 2}" for i in range(120)], LabelSource(separator="_"))
+    target = make_target([f"{i // 60}_{i // 20}_{i // 2}" for i in range(120)], LabelOptions(separator="_"))
     assert make_groups(None, target, [str(i) for i in range(120)]).description.startswith("level 3: ")
 
 
@@ -48,13 +48,13 @@ def test_a_file_of_groups_to_fit_on(tmp_path):
 
 
 def test_a_flat_label_is_its_own_group():
-    target = make_target(["k", "k", "m", "m", "z", "z"] * 3, LabelSource(), "retrieval")
+    target = make_target(["k", "k", "m", "m", "z", "z"] * 3, LabelOptions(), "retrieval")
     groups = make_groups(None, target, [str(i) for i in range(18)])
     assert not sides_share(target.levels[0], groups.fit)
 
 
 def test_classification_keeps_clusters_together():
-    target = make_target(["k", "m"] * 30, LabelSource(), "classification")
+    target = make_target(["k", "m"] * 30, LabelOptions(), "classification")
     clusters = [f"c{i // 4}" for i in range(60)]
     assert not sides_share(clusters, make_groups(None, target, IDS[:60], clusters=clusters).fit)
 

@@ -6,10 +6,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import StandardScaler
 
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.evaluation.probes import nearest_neighbours, probe, probe_metrics
 from distil_rank.evaluation.task import Target, make_target
+from distil_rank.options.evaluation import LabelOptions
 
 GROUPS = np.arange(400) // 10
 FIT = GROUPS < 25
@@ -23,7 +23,7 @@ def separable(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_classification_is_what_scikit_learn_gives():
     x, y = separable()
-    target = make_target([f"c{k}" for k in y], LabelSource(), "classification")
+    target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
     measured = probe(x, target, FIT, GROUPS)
     assert tuple(measured) == probe_metrics(target)
     scaler = StandardScaler().fit(x[FIT])
@@ -40,7 +40,7 @@ def test_classification_is_what_scikit_learn_gives():
 def test_the_judged_side_is_never_fitted_on():
     """Rows of the judged side that are replaced by others change nothing in the fit."""
     x, y = separable()
-    target = make_target([f"c{k}" for k in y], LabelSource(), "classification")
+    target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
     poisoned = x.copy()
     poisoned[~FIT] *= 1e3
     clean, other = probe(x, target, FIT, GROUPS), probe(poisoned, target, FIT, GROUPS)
@@ -54,7 +54,7 @@ def test_the_judged_side_is_never_fitted_on():
 
 def test_permuted_labels_score_at_chance():
     x, y = separable()
-    target = make_target([f"c{k}" for k in y], LabelSource(), "classification")
+    target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
     rng = np.random.default_rng(0)
     chance = [probe(x, target, FIT, GROUPS, y_fit=rng.permutation(target.y[FIT]))["mcc"].value for _ in range(8)]
     assert abs(np.mean(chance)) < 0.15  # three classes far apart: one permutation alone may favour the true one
@@ -80,7 +80,7 @@ def test_nearest_neighbours():
 
 def test_what_is_refused():
     x, y = separable()
-    target = make_target([f"c{k}" for k in y], LabelSource(), "classification")
+    target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
     with pytest.raises(InputError, match="two groups to fit a probe on but got 1"):
         probe(x, target, GROUPS == 0, GROUPS)
     with pytest.raises(InputError, match="two classes to fit a probe on"):

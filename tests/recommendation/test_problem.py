@@ -8,8 +8,8 @@ import pytest
 from distil_rank.codes.copies import Copies
 
 from distil_rank.data.files import load_matrix
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation import copy_problem, opening
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT, VALIDATE
@@ -23,7 +23,7 @@ SAMPLE = Path(__file__).parents[2] / "data" / "functions"
 def test_no_group_is_on_two_sides_and_proteins_without_labels_are_on_none(tmp_path):
     lines = (SAMPLE / "labels.tsv").read_text().splitlines()[:500]
     (tmp_path / "some.tsv").write_text("\n".join(lines))
-    opened = open_problem(str(SAMPLE), LabelSource(str(tmp_path / "some.tsv")))
+    opened = open_problem(str(SAMPLE), LabelOptions(str(tmp_path / "some.tsv")))
     assert (opened.part >= 0).sum() == 499 and set(opened.part) == {-1, FIT, VALIDATE, CONFIRM}
     for number in set(opened.group[opened.part >= 0]):
         assert len(set(opened.part[opened.group == number]) - {-1}) == 1
@@ -46,7 +46,7 @@ def test_without_labels_copies_look_for_their_originals(tmp_path, monkeypatch):
     bare = replace(data, labels=None)
     monkeypatch.setattr(opening, "load_matrix", lambda _: bare)
     monkeypatch.setattr(opening, "own_labels", lambda *_: None)
-    opened = open_problem(str(SAMPLE), LabelSource(), folder=tmp_path)
+    opened = open_problem(str(SAMPLE), LabelOptions(), folder=tmp_path)
     assert opened.tasks[0].name == "perturbed copies" and len(opened.part) == 706 + len(opened.part[706:])
     assert set(opened.part[706:]) == {VALIDATE, CONFIRM}
     fitted = Fitted(opened.layers, opened.part == FIT, opened.noise)
@@ -59,4 +59,4 @@ def test_without_labels_copies_look_for_their_originals(tmp_path, monkeypatch):
 def test_data_without_labels_and_sequences_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", embeddings=np.ones((40, 3), np.float32), ids=np.array([f"p{i}" for i in range(40)]))
     with pytest.raises(InputError, match="it has neither"):
-        open_problem(str(tmp_path / "a.npz"), LabelSource())
+        open_problem(str(tmp_path / "a.npz"), LabelOptions())

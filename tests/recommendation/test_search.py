@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distil_rank.data.labels import LabelSource
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.representations import full_vector
 from distil_rank.measure.statistics import Interval
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.opening import open_problem
 from distil_rank.recommendation.parts import CONFIRM, FIT
 from distil_rank.recommendation.pipelines import Fitted, grid
@@ -23,7 +23,7 @@ LIMITS = Limits(bytes=16)
 
 @pytest.fixture(scope="module")
 def problem(request):
-    return open_problem(str(request.config.rootpath / "data" / "functions"), LabelSource())
+    return open_problem(str(request.config.rootpath / "data" / "functions"), LabelOptions())
 
 
 @pytest.fixture(scope="module")

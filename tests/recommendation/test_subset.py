@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_rank.data.labels import LabelSource
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.subset import subset_of
 
 
@@ -15,7 +15,7 @@ def test_whole_classes_and_a_note(tmp_path):
         "".join(f">{name}\nMKVLA{'ACDEFGHIKL'[i % 10]}\n" for i, name in enumerate(names))
     )
     (tmp_path / "a.csv").write_text("id,label\n" + "".join(f"{name},c{i // 3}\n" for i, name in enumerate(names[:60])))
-    fasta, labels = str(tmp_path / "a.fasta"), LabelSource(str(tmp_path / "a.csv"))
+    fasta, labels = str(tmp_path / "a.fasta"), LabelOptions(str(tmp_path / "a.csv"))
     assert subset_of(fasta, labels, 90, 0, tmp_path) == (fasta, None)
     smaller, note = subset_of(fasta, labels, 30, 0, tmp_path)
     retained = [line[1:] for line in Path(smaller).read_text().splitlines() if line.startswith(">")]
@@ -24,7 +24,7 @@ def test_whole_classes_and_a_note(tmp_path):
         {f"p{3 * k}", f"p{3 * k + 1}", f"p{3 * k + 2}"} <= set(retained)
         for k in {int(one[1:]) // 3 for one in retained}
     )
-    unlabelled, note = subset_of(fasta, LabelSource(), 10, 0, tmp_path)
+    unlabelled, note = subset_of(fasta, LabelOptions(), 10, 0, tmp_path)
     assert Path(unlabelled).read_text().count(">") == 10 and "10 of 90, at random" in note
 
 
@@ -35,7 +35,7 @@ def test_few_large_classes_are_drawn_in_part(tmp_path, classes, limit, expected)
     names = [f"p{i}" for i in range(80)]
     (tmp_path / "a.fasta").write_text("".join(f">{name}\nMKVLA\n" for name in names))
     (tmp_path / "a.csv").write_text("id,label\n" + "".join(f"{name},c{i % classes}\n" for i, name in enumerate(names)))
-    smaller, _ = subset_of(str(tmp_path / "a.fasta"), LabelSource(str(tmp_path / "a.csv")), limit, 0, tmp_path)
+    smaller, _ = subset_of(str(tmp_path / "a.fasta"), LabelOptions(str(tmp_path / "a.csv")), limit, 0, tmp_path)
     retained = [int(line[2:]) % classes for line in Path(smaller).read_text().splitlines() if line.startswith(">")]
     sizes = sorted(Counter(retained).values())
     assert sizes == (expected or [2] * 15), "the same of each, or whole classes"
