@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from distil_rank.errors import InputError
+
+Kind = Literal["retrieval", "classification", "multilabel", "regression"]
+TaskKind = Literal["auto", "retrieval", "classification", "multilabel", "regression"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class LabelOptions:
             )
         if self.field is not None and (self.field < 1 or self.column is not None):
             raise InputError(
-                f"Expected --labels.field from 1, without --labels.column, but got {self.field} and {self.column}; give "
-                "a field for FASTA headers, a column for tables."
+                f"Expected --labels.field from 1, without --labels.column, but got {self.field} and {self.column}; "
+                "give a field for FASTA headers, a column for tables."
             )
         names = [name.strip() for name in (self.names or "").split(",")]
         if self.names is not None and (not all(names) or len(set(names)) < len(names)):
