@@ -70,7 +70,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
         prog=f"{PROG} {name}",
         usage=f"{PROG} {name} [OPTIONS]",
         description=COMMANDS[name].summary,
-        formatter_class=partial(DefaultHelpFormatter, width=180, max_help_position=46),  # one line an option
+        formatter_class=partial(DefaultHelpFormatter, width=180, max_help_position=46),  # type: ignore[arg-type]
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; give it again to layer another on top.")

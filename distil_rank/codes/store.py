@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distil_rank.compression.saved import MANIFEST, load, save
+from distil_rank.artefact import MANIFEST
+from distil_rank.compression.saved import load, save
 from distil_rank.embedding.cluster import Cluster, compute_elastically
 from distil_rank.embedding.location import absolute, open_storage
 from distil_rank.embedding.planning import Shard

@@ -24,9 +24,9 @@ from distil_rank.evaluation.labelled import LabelledData, labelled_source
 from distil_rank.evaluation.representations import full_vector, module_output, variance_student
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import CodeOptions
-from distil_rank.report import evaluation as evaluation_report
-from distil_rank.report import report
+from distil_rank.report.evaluation import evaluation_report
 from distil_rank.report.run_folder import publish, run_folder
+from distil_rank.report.writer import show_facts
 from distil_rank.tracking.logger import RunLogger
 from distil_rank.tracking.run import start_run
 
@@ -87,7 +87,7 @@ def code(options: CodeOptions) -> CodeResult:
         proteins = open_proteins(options)
         encoder, place, evaluation = _fitted(options, deciding, proteins)
         log.info("Encoder: %s (distil_rank.load reads it).", place)
-        evaluation_report.show(evaluation)
+        evaluation_report(evaluation).show()
         if proteins.embeddings.provenance.get("format") != "store":
             log.warning("No codes were written: %s is no store of embeddings (make one with embed).", source)
             return CodeResult(place, None, evaluation)
@@ -95,7 +95,7 @@ def code(options: CodeOptions) -> CodeResult:
 
     store = write_codes(Store.open(source), options.codes, encoder, workers)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", encoder.bytes_per_protein)
-    report.show_facts("Codes", {"encoder": place, "store": store.path})
+    show_facts("Codes", {"encoder": place, "store": store.path})
     return CodeResult(place, store.path, evaluation)
 
 
@@ -135,7 +135,8 @@ def _fitted(
         evaluation = evaluate(target, groups, candidates, proteins.labels, None, notes, seed=options.seed)
 
         folder = run_folder(place, run.id)
-        files = evaluation_report.save(evaluation, folder)
+        report = evaluation_report(evaluation)
+        files = report.save(folder / "evaluation")
         saved = save(encoder, folder / ENCODER, metrics=_metrics(evaluation), data=encoder.provenance)
         headline, entry = evaluation.headline, evaluation.entries[-1]
         metrics = {"score": entry.scores[headline].value, "full": evaluation.entries[0].scores[headline].value}
@@ -146,7 +147,7 @@ def _fitted(
         run.log_text(json.dumps(asdict(options), indent=2), "config.yaml")  # JSON is YAML
         for file in [*files, *sorted(saved.iterdir())]:
             run.log_artifact(file)
-        run.note(evaluation_report.markdown(evaluation))
+        run.note(report.markdown())
         publish(folder, place)
     return encoder, place / ENCODER, evaluation
 

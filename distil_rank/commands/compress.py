@@ -23,7 +23,6 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.metrics import energy, residual
 from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from distil_rank.options.compression import CompressOptions
-from distil_rank.report import report as reports
 from distil_rank.tracking.registry import log_student
 from distil_rank.tracking.run import start_run
 
@@ -73,6 +72,6 @@ def compress(options: CompressOptions) -> Report:
         for path in sorted(folder.iterdir()):
             run.log_artifact(path)
         log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2["value"]})
-    reports.show_markdown(str(report))
+    print(report)
     log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
     return report

@@ -13,7 +13,7 @@ from distil_rank.embedding.store import CODES, EMBEDDINGS
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.options.embed import EmbedOptions
-from distil_rank.report import report
+from distil_rank.report.writer import show_facts
 from distil_rank.tracking.run import process_rank, start_run
 
 
@@ -25,7 +25,6 @@ def embed(options: EmbedOptions) -> EmbedSummary:
     Raises:
         InputError: see `distil_rank.embedding.run.embed`; or the encoder is for another layer or pooling.
     """
-    options.check()
     settings = {**asdict(options), "store": options.store or embedding.default_store(options.fasta)}
     encoder = None
     folder = settings.pop("code")
@@ -44,7 +43,7 @@ def embed(options: EmbedOptions) -> EmbedSummary:
         StoreWriter(settings["store"], CODES).check_folder()  # before the encoder goes there
         present = own_encoder(settings["store"])
         if present is None:
-            write_encoder(encoder, settings["store"], data=about)
+            write_encoder(encoder, settings["store"])
         elif present.digest != encoder.digest:
             raise InputError(f"Expected another store than {settings['store']}, whose codes are of another encoder.")
 
@@ -64,5 +63,5 @@ def embed(options: EmbedOptions) -> EmbedSummary:
             with suppress(InputError), writer.lock():  # locked: another process is already extending the store
                 writer.record_run(run.id)
     if process_rank() == 0:
-        report.show_facts("Embeddings", facts)
+        show_facts("Embeddings", facts)
     return summary

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distil_rank.artefact import check_writable
 from distil_rank.codes.index import CodeIndex, import_faiss
 from distil_rank.codes.search import COLUMNS, Hit, decoy_scores, export_codes, search_blocks, vectors_like
 from distil_rank.codes.store import CodeStore, manifest_of
-from distil_rank.compression.saved import check_writable
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.storage import atomic_file
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.options.codes import SearchOptions
-from distil_rank.report import report
+from distil_rank.report.writer import Table
 from distil_rank.tracking.run import start_run
 
 log = logging.getLogger(__name__)
@@ -103,5 +103,5 @@ def search(options: SearchOptions) -> SearchResult:
     log.info("Hits: %s (%s of %s queries, %.2f s)", table, f"{hits:,}", f"{len(names):,}", seconds)
     rows = [[q, t, f"{score:.3f}", str(rank), f"{evalue:.1e}"] for q, t, score, rank, evalue in first]
     shown = f", the first {len(rows)} below" if hits > len(rows) else ""
-    report.show_table(f"{hits:,} hits of {len(names):,} queries{shown}: {table}", list(COLUMNS), rows)
+    Table(f"{hits:,} hits of {len(names):,} queries{shown}: {table}", list(COLUMNS), rows).show()
     return SearchResult(table, len(names), hits, seconds, tuple(first))

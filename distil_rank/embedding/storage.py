@@ -72,8 +72,8 @@ class Storage:
         with self._source(name, stream=True) as source:
             return hashlib.file_digest(source, "sha256").hexdigest()
 
-    def _source(self, name: str, stream: bool = False) -> pa.NativeFile:
-        """A file to read: from anywhere, or from beginning to end with little memory (mapped pages count as memory)."""
+    def _source(self, name: str, stream: bool = False, whole: bool = False) -> pa.NativeFile:
+        """A file to read: in parts, from beginning to end with little memory (mapped pages count as such), or all."""
         path = str(self._path(name))
         return pa.OSFile(path) if stream else pa.memory_map(path)
 
@@ -81,7 +81,7 @@ class Storage:
     def _reader(self, name: str, columns: Sequence[str] | None, stream: bool = False) -> Iterator[pa.RecordBatchReader]:
         """Reads an Arrow file, of which other columns stay unread; raises `InputError` where it is damaged."""
         try:
-            with self._source(name, stream) as source:
+            with self._source(name, stream, whole=columns is None) as source:
                 reader = pa.ipc.open_file(source)
                 if columns is not None:
                     fields = sorted(reader.schema.get_field_index(column) for column in columns)

@@ -8,9 +8,11 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,6 +23,8 @@ from distil_rank.embedding.storage import sha256_of, write_atomically
 from distil_rank.errors import InputError
 
 REMEMBERED_BYTES = 2**24  # of a file from which on its hash is kept; a smaller one is hashed in no time
+Source = Callable[[str], dict[str, Tensor]]  # maps anew the tensors whose fair-esm names begin so
+
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 _RENAMED = (  # in this order: the attention's norm before the layer's own
@@ -63,8 +67,8 @@ def hugging_face_files(folder: Path) -> list[Path]:
     raise InputError(f"Expected {' or '.join(HF_WEIGHTS)} in {folder} but there is neither; download the model again.")
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What a file of weights holds; tensors of `.pt` and `.bin` stay mapped to the file.
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """What a file of weights holds; tensors of `.pt` and `.bin` stay mapped to the file, or are not read on `meta`.
 
     Raises:
         InputError: it is missing or damaged, or holds more than tensors and `argparse.Namespace`.
@@ -73,14 +77,46 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            mapped = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read as a whole
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            mapped = device == "cpu" and zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"Expected weights in {path} but they cannot be loaded safely ({reason}).") from error
     if not isinstance(content, dict):
         raise InputError(f"Expected named weights in {path} but got {type(content).__name__}.")
     return content
+
+
+def source_of(files: Sequence[Path], rename: Callable[[str], str]) -> Source | None:
+    """What maps tensors of some files anew without reading their tables of contents again; None for old formats.
+
+    Args:
+        files: Which torch or safetensors wrote.
+        rename: From a name in a file to fair-esm's.
+    """
+    places: dict[str, Callable[[], Tensor]] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safetensors.safe_open(file, "pt") as opened:
+                places |= {rename(key): partial(_from_safetensors, file, key) for key in opened.keys()}  # noqa: SIM118
+            continue
+        content: dict[str, Any] = load_tensors(file, "meta")
+        for key, tensor in content.get("model", content).items():
+            offset = tensor.untyped_storage()._checkpoint_offset  # torch tells it of tensors on `meta`
+            if offset is None or offset % tensor.itemsize:
+                return None
+            places[rename(key)] = partial(_from_checkpoint, file, tensor, offset // tensor.itemsize)
+    return lambda prefix: {name: read() for name, read in places.items() if name.startswith(prefix)}
+
+
+def _from_safetensors(file: Path, key: str) -> Tensor:
+    with safetensors.safe_open(file, "pt") as opened:
+        return opened.get_tensor(key)
+
+
+def _from_checkpoint(file: Path, like: Tensor, start: int) -> Tensor:
+    whole = torch.from_file(str(file), False, file.stat().st_size // like.itemsize, dtype=like.dtype)
+    return whole.as_strided(like.shape, like.stride(), start + like.storage_offset())
 
 
 def cache_folder() -> Path:

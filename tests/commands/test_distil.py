@@ -284,7 +284,7 @@ def test_of_two_processes_one_speaks_and_is_remembered(tiny_esm2, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Embeddings") == 1
     (run,) = runs(tmp_path, "embed")
-    assert embedding_run(tmp_path / "store", {}) == run.info.run_id
+    assert embedding_run(Storage(tmp_path / "store")) == run.info.run_id
 
 
 def test_the_makefile_keeps_its_rank_from_lightning():

@@ -15,6 +15,7 @@ from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed
+from distil_rank.embedding.storage import Storage
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -199,7 +200,7 @@ def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert run(fasta).precision == "bf16"
     assert "computing in bf16: cosine to fp32 of at least 0.99" in caplog.text
-    assert 0.999 < read_provenance(fasta.parent / "store")["bf16_cosine"] < 1
+    assert 0.999 < read_provenance(Storage(fasta.parent / "store"))["bf16_cosine"] < 1
     assert "going on in fp32" not in caplog.text
 
 

@@ -19,6 +19,7 @@ from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import CleaningReport, Protein, read_proteins
+from distil_rank.embedding.storage import Storage
 from distil_rank.embedding.store import SETTINGS, Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -78,7 +79,7 @@ def test_several_layers_in_one_store_are_each_as_alone(run, fasta, tiny_esm2, po
         store = embed(fasta, path.with_name(f"{layer}"), str(tiny_esm2.fair_esm), pooling, layer, accelerator="cpu")
         assert np.array_equal(Store.open(f"{path}:{layer}").embeddings(), Store.open(store.store).embeddings())
     assert Store.open(path).digest == Store.open(f"{path}:2").digest != Store.open(f"{path}:1").digest
-    costs = read_provenance(path)["extractions"][0]["layer_costs"]
+    costs = read_provenance(Storage(path))["extractions"][0]["layer_costs"]
     assert [cost["layer"] for cost in costs] == [1, 2] and costs[1]["share"] == 1
 
 
@@ -97,12 +98,12 @@ def test_manifest_has_the_settings_and_provenance_the_extraction(run, fasta, tin
     assert manifest["backbone"] == str(tiny_esm2.fair_esm)
     assert manifest["weights_sha256"] == load_backbone(str(tiny_esm2.fair_esm)).sha256
     assert manifest["proteins"][0]["cleaning"]["records"] == 4
-    (extraction,) = read_provenance(fasta.parent / "store")["extractions"]
+    (extraction,) = read_provenance(Storage(fasta.parent / "store"))["extractions"]
     assert extraction["versions"]["torch"] == version("torch")  # a build of it may add +cu130
     assert (extraction["computed"], extraction["residues"]) == (3, 34)
     assert extraction["seconds"] > 0 and extraction["machine"]["device"]
     run(fasta, layer=1)
-    assert len(read_provenance(fasta.parent / "store")["extractions"]) == 1, "nothing was computed"
+    assert len(read_provenance(Storage(fasta.parent / "store"))["extractions"]) == 1, "nothing was computed"
 
 
 def test_two_extractions_of_one_file_differ_in_provenance_only(run, fasta, tmp_path):
