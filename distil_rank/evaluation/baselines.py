@@ -19,7 +19,7 @@ from distil_rank.evaluation.representations import Representation, Rows
 from distil_rank.evaluation.retrieval import Scores
 
 COMPOSITION, ALIGNMENT = "composition", "MMseqs2"
-NO_MMSEQS = f"MMseqs2 is not installed, so not compared with: {MMSEQS_INSTALLATION}."
+NO_MMSEQS = f"MMseqs2 is not installed, so not compared with it: {MMSEQS_INSTALLATION}."
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 SEARCH = ["-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
 
@@ -55,7 +55,19 @@ def alignment_scores(sequences: Sequence[str]) -> Scores:
         folder = Path(name)
         fasta, hits = folder / "sequences.fasta", folder / "hits.tsv"
         fasta.write_text("".join(f">{row}\n{sequence}\n" for row, sequence in enumerate(sequences)))
-        command = [binary, "easy-search", fasta, fasta, hits, folder / "tmp", "-v", "1", "--dbtype", "1", *SEARCH]
+        command: list[str | Path] = [
+            binary,
+            "easy-search",
+            fasta,
+            fasta,
+            hits,
+            folder / "tmp",
+            "-v",
+            "1",
+            "--dbtype",
+            "1",
+            *SEARCH,
+        ]
         command += ["--format-output", "query,target,bits"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:

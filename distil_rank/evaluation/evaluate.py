@@ -1,4 +1,4 @@
-"""Representations evaluated on one labelled task: what each retains of the full vector's function, and how sure that is.
+"""Representations on one labelled task: what each retains of the full vector's function, and how sure that is.
 
 A task is a trial that representations are put to one after the other: a search among the evaluated proteins, or a probe
 that is fitted on the others.
@@ -219,6 +219,7 @@ class RetrievalTrial(Trial):
         self.evaluated_groups = self.group.max() + 1
 
     def measure(self, rows: Rows) -> dict[str, Statistic]:
+        """From a search with all queries."""
         return self.measure_scores(inner_product(rows[0][self.rows], rows[1][self.rows]))
 
     def measure_scores(self, scores: Scores, relevance: Relevance | None = None) -> dict[str, Statistic]:
@@ -227,6 +228,7 @@ class RetrievalTrial(Trial):
         return {name: mean(values, self.group) for name, values in figures.items()}
 
     def chance(self, rows: Rows) -> dict[str, Statistic]:
+        """The queries among one another, with permuted labels."""
         order = np.random.default_rng(self.seed).permutation(len(self.rows))
         queries = rows[0][self.rows]
         return self.measure_scores(inner_product(queries, queries), self.relevance.subset(order))
@@ -253,7 +255,9 @@ class ProbeTrial(Trial):
         return set((np.flatnonzero(y.any(axis=0)) if y.ndim == 2 else np.unique(y)).tolist())
 
     def measure(self, rows: Rows, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
+        """From a probe that is fitted on the true labels, or on others."""
         return probe(rows[1].numpy(), self.target, self.groups.fit, self.groups.number, y_fit)
 
     def chance(self, rows: Rows) -> dict[str, Statistic]:
+        """From a probe that is fitted on permuted labels."""
         return self.measure(rows, np.random.default_rng(self.seed).permutation(self.y[self.groups.fit]))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class LabelledData:
     target: Target
     groups: Groups
     notes: tuple[str, ...]
-    rows: np.ndarray | None = None
+    rows: np.ndarray
 
 
 def open_labelled(
@@ -95,9 +96,11 @@ def label(
     rows, texts, notes = table.aligned(data.ids)
     target = make_target(texts, labels, kind)
     if len(rows) < len(data.ids):
-        columns = (data.sequences, data.labels, data.clusters)
-        some = (None if column is None else [column[row] for row in rows] for column in columns)
-        data = Embeddings([data.ids[row] for row in rows], data.x[rows], *some, data.provenance)
+        columns = {name: getattr(data, name) for name in ("ids", "sequences", "labels", "clusters")}
+        some: dict[str, Any] = {
+            name: [column[row] for row in rows] for name, column in columns.items() if column is not None
+        }
+        data = replace(data, x=data.x[rows], **some)
     complete = {name: cells for name, cells in table.columns.items() if all(one in cells for one in data.ids)}
     others = {name: [cells[one] for one in data.ids] for name, cells in complete.items()}
     split = make_groups(groups, target, data.ids, data.sequences, data.clusters, others, fit_fraction, seed)
@@ -115,7 +118,7 @@ def unlabelled(source: str, data: Embeddings, groups: str | None, fit_fraction: 
         groups = "clusters" if data.clusters is not None else "mmseqs" if few else "none"
     split = make_groups(groups, target, names, data.sequences, data.clusters, None, fit_fraction, seed)
     notes = (f"NOTE: {data.provenance['fallback']}",) if data.provenance.get("fallback") else ()
-    return LabelledData(source, data, UNLABELLED, target, split, notes)
+    return LabelledData(source, data, UNLABELLED, target, split, notes, np.arange(len(names)))
 
 
 def labelled_source(source: str, labels: LabelOptions) -> str:

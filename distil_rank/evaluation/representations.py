@@ -91,8 +91,8 @@ def module_output(name: str, module: nn.Module, x: np.ndarray, note: str | None 
         rows = F.normalize(output - output[torch.from_numpy(fit)].mean(0))
         return rows, rows
 
-    stored = getattr(module, "bytes_per_protein", 4 * getattr(module, "rank", x.shape[1]))
-    return Representation(name, "student", float(stored), make, note)
+    stored = float(getattr(module, "bytes_per_protein", 0)) or 4.0 * (getattr(module, "rank", None) or x.shape[1])
+    return Representation(name, "student", stored, make, note)
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:

@@ -70,9 +70,9 @@ def make_target(labels: Sequence[str], source: LabelOptions, kind: TaskKind = "a
             "multilabel": several,
             "retrieval": bool(source.separator or source.names or dotted),
             "regression": wrong is None and len(sizes) > 2,
-            "classification": np.median(sizes) >= MANY,
+            "classification": bool(np.median(sizes) >= MANY),
         }
-        kind = next((name for name, fits in guesses.items() if fits), "retrieval")
+        return make_target(labels, source, next((name for name, fits in guesses.items() if fits), "retrieval"))
     if source.level and kind != "retrieval":
         raise InputError(
             f"Expected --labels.level for labels of several levels but got {source.level!r} for a {kind}; omit it."

@@ -149,7 +149,7 @@ def open_problem(
     for grouping, task in zip(groupings, tasks, strict=True):
         grouping[task.rows] = task.groups.number
     group = join_groups(groupings.tolist())
-    labelled = np.not_equal(groupings, None).any(axis=0)
+    labelled = np.isin(np.arange(len(group)), np.concatenate([task.rows for task in tasks]))
     split = np.full(len(group), -1)
     split[labelled] = split_groups(group[labelled], SHARES, seed, least=LEAST)
     vectors = {name: one.x for name, one in layers.items()}
@@ -212,8 +212,8 @@ def _copy_problem(
         return dict(zip(deep, embed_copies(sequences, chosen, how, about, folder), strict=True))
 
     fitted = copies_of([FIT], AugmentationOptions())
-    found = copies_of([VALIDATE, CONFIRM], AugmentationOptions(proteins=JUDGED_COPIES, copies=1, seed=1))
-    owner = next(iter(found.values())).owner
+    sought = copies_of([VALIDATE, CONFIRM], AugmentationOptions(proteins=JUDGED_COPIES, copies=1, seed=1))
+    owner = next(iter(sought.values())).owner
     everybody = np.concatenate([np.arange(len(split)), owner])
     rows = np.flatnonzero(split[everybody] != FIT)
     target = Target("retrieval", Relevance(everybody[rows][None], ("protein",)), levels=(tuple(map(str, rows)),))
@@ -225,7 +225,7 @@ def _copy_problem(
 
     return Problem(
         source=source,
-        layers={name: np.concatenate([one.x, found[name].x]) for name, one in deep.items()},
+        layers={name: np.concatenate([one.x, sought[name].x]) for name, one in deep.items()},
         about={name: one.provenance for name, one in deep.items()},
         group=whole.groups.number[everybody],
         split=split[everybody],

@@ -1,4 +1,4 @@
-"""An evaluation as a report, with a picture of function against bytes and against cost."""
+"""An evaluation as a report, with a picture of function against bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROLE_COLOURS = {
 
 
 def evaluation_report(evaluation: Evaluation) -> Report:
-    """Each representation with its bytes, cost, scores and what it retains of the full vector's."""
+    """Each representation with its bytes, scores and what it retains of the full vector's."""
     e = evaluation
     data = {"schema": SCHEMA, **asdict(e)}
     return Report([table(e)], [f"Groups: {e.groups}.", *e.notes], METHOD, data=data, draw=partial(draw, e))
@@ -40,13 +40,11 @@ def evaluation_report(evaluation: Evaluation) -> Report:
 def table(evaluation: Evaluation) -> Table:
     """The table of the report."""
     headline = evaluation.headline
-    costs = any(entry.cost is not None for entry in evaluation.entries if entry.role != "baseline")
-    head = ["representation", "bytes", *(["cost"] if costs else []), headline, "95 %", "retained", "retained 95 %"]
+    head = ["representation", "bytes", headline, "95 %", "retained", "retained 95 %"]
     rows = []
     for entry in evaluation.entries:
         score, retained = entry.scores[headline], entry.retained.get(headline)
         cells = [entry.name, "–" if entry.bytes is None else f"{entry.bytes:,.0f}"]
-        cells += ["–" if entry.cost is None else f"{entry.cost:.2f}"] if costs else []
         cells += [number(score.value, 3), _ends(score)]
         if retained is None:
             cells += ["1" if entry.role == "reference" else "–", ""]
@@ -64,24 +62,19 @@ def _ends(interval: Interval) -> str:
 
 def title(evaluation: Evaluation) -> str:
     """What stands above the table."""
-    return f"{evaluation.task} by {evaluation.labels}: {evaluation.judged:,} proteins evaluated"
+    return f"{evaluation.task} by {evaluation.labels}: {evaluation.evaluated:,} proteins evaluated"
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Function against bytes, and against cost where two representations have one."""
-    costed = [entry for entry in evaluation.entries if entry.cost is not None and entry.role != "baseline"]
+    """Function against bytes."""
     with plt.rc_context(STYLE):
-        panels = 1 + (len(costed) > 1)
-        figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, 4.5), squeeze=False, sharey=True)
+        figure, ax = plt.subplots(figsize=(6.5, 4.5))
         stored = [entry for entry in evaluation.entries if entry.bytes is not None and entry.role != "baseline"]
-        _panel(axes[0, 0], evaluation, [(entry, float(entry.bytes or 0)) for entry in stored])
-        axes[0, 0].set(xlabel="bytes stored for each protein", ylabel=evaluation.headline)
-        axes[0, 0].set_xscale("log", base=2)
-        axes[0, 0].xaxis.set_major_formatter("{x:,.0f}")
-        if panels == 2:
-            _panel(axes[0, 1], evaluation, [(entry, float(entry.cost or 0)) for entry in costed])
-            axes[0, 1].set(xlabel="share of the full backbone's cost", xlim=(0, 1.05))
-        axes[0, 0].set_title(title(evaluation), loc="left")
+        _panel(ax, evaluation, [(entry, float(entry.bytes or 0)) for entry in stored])
+        ax.set(xlabel="bytes stored for each protein", ylabel=evaluation.headline)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.set_title(title(evaluation), loc="left")
         figure.savefig(path, dpi=120)
         plt.close(figure)
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from distil_rank.embedding.layers import split_source
-from distil_rank.report.choices import SCHEMA, Outcome, Recommendation
+from distil_rank.recommendation.result import SCHEMA, Outcome, Recommendation
 from distil_rank.report.figures import STYLE, label_line
 from distil_rank.report.writer import Report, Table
 
