@@ -28,7 +28,7 @@ from script import machine_line, run
 from torch import Tensor, nn
 
 from distil_rank import compress
-from distil_rank.compression.report import Report
+from distil_rank.compression.report import CompressionReport
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.measure.statistics import estimate, ratio, resample_counts
@@ -162,7 +162,7 @@ def main(
     output.write_text(json.dumps({"calibration_tokens": tokens, "rows": rows}, indent=1) + "\n")
 
 
-def compressed(model: Any, calibration: list[Any], cut: list[Any], budget: float, options: dict[str, Any]) -> Report:
+def compressed(model: Any, calibration: list[Any], cut: list[Any], budget: float, options: dict[str, Any]) -> CompressionReport:
     """The model with low rank in all its feed-forward layers, at a share of their weights."""
     return compress(
         model,

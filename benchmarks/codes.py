@@ -15,6 +15,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,39 +31,51 @@ COPIES = RESULTS / "copies"
 def labelled(data: str, fasta: str, folds: str):
     """Vectors with SCOPe's labels, the listed folds on the fit side."""
     from distil_rank.codes.sources import open_proteins
+    from distil_rank.options.codes import CodeOptions
     from distil_rank.options.evaluation import LabelOptions
 
-    return open_proteins(data, LabelOptions(source=fasta, field=2), "retrieval", folds, 0.5, 0)
+    return open_proteins(CodeOptions(data, labels=LabelOptions(fasta, field=2), task="retrieval", groups=folds))
 
 
 def fitted(proteins, metric: str, noise: str = "copies"):
     """Directions of one metric on the fit side."""
-    from distil_rank.codes.augment import Augmentation
     from distil_rank.codes.fit import fit_metric
     from distil_rank.codes.sources import noise_of
+    from distil_rank.options.codes import AugmentationOptions
 
     covariance = None
     if metric == "invariant":
-        covariance, _ = noise_of(proteins, noise, Augmentation(), COPIES)
+        covariance, _ = noise_of(proteins, noise, AugmentationOptions(), COPIES)
     return fit_metric(proteins.embeddings.x, proteins.groups.fit, metric, covariance)
 
 
 def opq_of_full_vector(x: np.ndarray, fit: np.ndarray, books: int):
     """The baseline that everyone has: faiss's OPQ of the centred vector itself, float queries."""
-    from distil_rank.codes.quantisers import train_product_quantiser
-    from distil_rank.lowrank.encoder import CodeEncoder
+    import faiss
 
-    rows = torch.from_numpy(x[fit])
-    mean = rows.mean(0)
-    rotation, centroids = train_product_quantiser(F.normalize(rows - mean, dim=1), books)
-    return CodeEncoder.of(mean, rotation, "pq", codebooks=centroids)
+    from distil_rank.evaluation.representations import Candidate, Representation
+
+    def make(_: np.ndarray) -> Representation:
+        rows = F.normalize(torch.from_numpy(x - x[fit].mean(0)), dim=1)
+        index = faiss.index_factory(x.shape[1], f"OPQ{books},PQ{books}", faiss.METRIC_INNER_PRODUCT)
+        index.train(rows[torch.from_numpy(fit)].numpy())
+        targets = torch.from_numpy(index.sa_decode(index.sa_encode(rows.numpy())))
+        return Representation(name, rows, F.normalize(targets, dim=1), books)
+
+    name = f"faiss OPQ of the full vector, {books} bytes"
+    return Candidate(name, "student", make)
+
+
+def code_candidate(name: str, encoder, x: np.ndarray):
+    """An encoder that was fitted on the fit groups of the very task; float queries against decoded targets."""
+    from distil_rank.evaluation.representations import module_output
+
+    return replace(module_output(name, encoder.eval(), x, encoder.bytes_per_protein, None), note=None)
 
 
 def encoders(proteins, name: str) -> Iterator[tuple[str, object]]:
-    """Code maps of one layer, by name."""
+    """Encoders of one layer, by name."""
     invariant = fitted(proteins, "invariant")
-    for books in (4, 8, 16):
-        yield f"{name}, invariant, pq, rank 128", invariant.encoder(128, "pq", books)
     for rank in (32, 64, 128):
         yield f"{name}, invariant, bit, rank {rank}", invariant.encoder(rank, "bit")
         yield f"{name}, invariant, trained, bit, rank {rank}", trained(proteins, invariant, rank, "bit")
@@ -78,19 +91,19 @@ def encoders(proteins, name: str) -> Iterator[tuple[str, object]]:
 
 
 def trained(proteins, fit, rank: int, dtype: str):
-    """The code map after training towards the neighbours of the full-rank code, where that clearly helps."""
-    from distil_rank.codes.train import STEPS, train_encoder
+    """The encoder after training towards the neighbours of the full-rank code, where that clearly helps."""
+    from distil_rank.codes.train import train_encoder
+    from distil_rank.options.codes import CodeOptions
 
     teacher, side = fit.encoder(len(fit.mean)), proteins.groups.fit
     x, groups = proteins.embeddings.x[side], proteins.groups.number[side]
-    done = train_encoder(fit.encoder(rank, dtype), teacher, x, groups, STEPS)
-    print(f"{dtype}, rank {rank}: {done}", flush=True)
-    return done.encoder
+    encoder = train_encoder(fit.encoder(rank, dtype), teacher, x, groups, CodeOptions().train)
+    print(f"{dtype}, rank {rank}: {encoder.provenance.get('training')}", flush=True)
+    return encoder
 
 
 def scope(options: argparse.Namespace) -> None:
     """The table and the picture of function against bytes on SCOPe."""
-    from distil_rank.codes.evaluate import code_candidate
     from distil_rank.evaluation.alignment import alignment_scores, has_mmseqs
     from distil_rank.evaluation.evaluate import evaluate
     from distil_rank.evaluation.representations import full_vector, variance_student
@@ -103,8 +116,7 @@ def scope(options: argparse.Namespace) -> None:
     candidates = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
     candidates.append(variance_student(x, 64))
     for books in (4, 8, 16, 32):
-        baseline = opq_of_full_vector(x, last.groups.fit, books)
-        candidates.append(code_candidate(f"faiss OPQ of the full vector, {books} bytes", baseline, x))
+        candidates.append(opq_of_full_vector(x, last.groups.fit, books))
     for proteins, name in ((last, "last layer"), (early, "early layer")):
         for title, encoder in encoders(proteins, name):
             full_title = f"{title}, {encoder.bytes_per_protein} bytes"
@@ -121,18 +133,18 @@ def scope(options: argparse.Namespace) -> None:
 
 def kinases(options: argparse.Namespace) -> None:
     """Whitened codes of real ESM-2 650M vectors: half of the families fitted on, five times."""
-    from distil_rank.codes.evaluate import code_candidate
     from distil_rank.codes.fit import fit_metric
     from distil_rank.codes.sources import open_proteins
     from distil_rank.evaluation.evaluate import evaluate
     from distil_rank.evaluation.representations import full_vector, variance_student
+    from distil_rank.options.codes import CodeOptions
     from distil_rank.options.evaluation import LabelOptions
 
     retained: dict[str, list[tuple[float, float, float]]] = {}
     sizes: dict[str, float] = {}
     for seed in range(5):
         labels = LabelOptions(column=options.labels, separator="_", names="group,family", level="family")
-        proteins = open_proteins(options.data, labels, "retrieval", "family", 0.5, seed)
+        proteins = open_proteins(CodeOptions(options.data, labels=labels, task="retrieval", groups="family", seed=seed))
         x, fit = proteins.embeddings.x, proteins.groups.fit
         whitened, variance = fit_metric(x, fit, "whitened"), fit_metric(x, fit, "variance")
         candidates = [full_vector(x), variance_student(x, 64)]
@@ -162,8 +174,8 @@ def evalues(options: argparse.Namespace) -> None:
     """Stated against observed false hits for each query among SCOPe's judged domains; false: another fold."""
     import matplotlib.pyplot as plt
 
-    from distil_rank.codes.evalues import Tail, reversed_decoy
-    from distil_rank.codes.search import decoy_scores, embed_like
+    from distil_rank.codes.augment import embed_like
+    from distil_rank.codes.search import DecoyScores
 
     proteins = labelled(options.data, options.fasta, options.folds)
     fit = fitted(proteins, "invariant")
@@ -171,15 +183,17 @@ def evalues(options: argparse.Namespace) -> None:
     x = torch.from_numpy(proteins.embeddings.x[judged])
     fold = proteins.target.relevance.levels[-1][judged]
     chosen = np.sort(np.random.default_rng(0).permutation(len(judged))[: options.decoys])
-    sequences = [reversed_decoy(proteins.embeddings.sequences[judged[row]]) for row in chosen]
-    vectors = embed_like(sequences, proteins.embeddings.provenance, COPIES / f"scope-decoys-{options.decoys}")
+    sequences = [proteins.embeddings.sequences[judged[row]][::-1] for row in chosen]
+    about = proteins.embeddings.provenance
+    vectors = torch.from_numpy(embed_like(sequences, about, about.get("source"), COPIES, "scope-decoys").embeddings())
     stated = np.logspace(-2, 1, 13)
     lines = ["| code | bytes | stated | observed |", "|---|---|---|---|"]
     figure, ax = plt.subplots(figsize=(5, 4.5))
-    for rank, dtype, books in ((64, "bit", None), (128, "bit", None), (64, "int8", None), (160, "pq", 8)):
-        encoder = fit.encoder(rank, dtype, books)
+    for rank, dtype in ((64, "bit"), (128, "bit"), (64, "int8")):
+        encoder = fit.encoder(rank, dtype)
         targets = F.normalize(encoder.decode(encoder.encode(x)), dim=1)
-        tail = Tail.of(decoy_scores(encoder(vectors), targets, chosen[:, None] == np.arange(len(judged))))
+        found = (encoder(vectors) @ targets.T).numpy()
+        tail = DecoyScores.of(found[chosen[:, None] != np.arange(len(judged))])
         observed = false_hits(encoder(x), targets, fold, tail, stated)
         name = f"{dtype}, rank {rank}"
         ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {encoder.bytes_per_protein} bytes")
@@ -216,7 +230,7 @@ def million(options: argparse.Namespace) -> None:
     x = resampled(source, options.rows, dice)
     queries = source[dice.integers(len(source), size=options.queries)]
     flat, wanted = flat_index(x, source.mean(0)), unit(queries - source.mean(0))
-    coded = {dtype: Coded(fit.encoder(128, dtype, books), x) for dtype, books in (("bit", None), ("pq", 16))}
+    coded = {"bit": Coded(fit.encoder(128, "bit"), x)}
     del x
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(options.rounds):
@@ -224,7 +238,7 @@ def million(options: argparse.Namespace) -> None:
         for dtype, one in coded.items():
             for kind, index in one.indexes.items():
                 found = timed(seconds[dtype, kind], lambda i=index, c=one: i.search(c.queries(queries), 10))
-                one.scores[kind] = found.scores
+                one.scores[kind] = found[0]
     full, base = 4 * source.shape[1], float(np.median(seconds["flat", ""]))
     lines = [
         f"{options.rows:,} vectors resampled from {len(source):,} real ones, {options.queries:,} queries.",
@@ -252,9 +266,9 @@ class Coded:
         self.encoder = encoder
         parts = np.array_split(x, 64)
         codes = np.concatenate([encoder.encode(torch.from_numpy(part)).numpy() for part in parts])
-        exact = CodeIndex.build(codes, encoder, exact=True)
+        exact = CodeIndex(codes, encoder, exact=True)
         started = time.perf_counter()
-        lists = CodeIndex.build(codes, encoder, exact=False)
+        lists = CodeIndex(codes, encoder, exact=False)
         self.build_seconds = time.perf_counter() - started
         self.indexes = {"exact": exact, "lists": lists}
         self.scores: dict[str, np.ndarray] = {}

@@ -19,10 +19,11 @@ import yaml
 from script import run, save_markdown
 
 from distil_rank.codes.store import CodeStore, load_encoder
-from distil_rank.commands.search import search_codes
+from distil_rank.commands.search import search
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import read_proteins
+from distil_rank.options.codes import SearchOptions
 
 TOLERANCE = 0.15
 
@@ -60,7 +61,7 @@ def main(
                 if number:
                     seconds[name].append(taken)
         codes = CodeStore.open(Path(scratch) / f"recommended {rounds}")
-        found = search_codes(str(place / "codes"), str(new), out=f"{scratch}/hits.tsv", output=scratch)
+        found = search(SearchOptions(str(place / "codes"), str(new), out=f"{scratch}/hits.tsv", output=scratch))
         stored = sum(file.stat().st_size for file in codes.path.glob("vectors-*")) / len(codes)
     report(promised, seconds, encoder.bytes_per_protein, stored, f"{found.queries:,} queries, {found.hits:,} hits")
 

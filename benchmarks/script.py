@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from distil_rank.errors import InputError
-from distil_rank.measure.machine import machine
+from distil_rank.measure.latency import machine
 
 MACHINE = "Machine: "  # begins the line that `pages.py` looks for
 

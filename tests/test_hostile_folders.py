@@ -1,5 +1,6 @@
-"""Commands leave what another command has made as it is."""
+"""Commands leave what another command has made as it is, and refuse what does not fit it."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,25 +8,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distil_rank.artefact import write_folder
 from distil_rank.cli import main
-from distil_rank.embedding.run import embed
-
-LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 
 
-@pytest.fixture
-def store(workplace, tiny_esm2) -> Path:
-    """A store of all layers of 60 proteins, and beside it a layer for its vectors and one for wider ones."""
-    rng = np.random.default_rng(0)
-    texts = ("".join(rng.choice(list(LETTERS), rng.integers(20, 40))) for _ in range(60))
-    Path("in.fasta").write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(texts)))
-    embed("in.fasta", "states", str(tiny_esm2.fair_esm), layer="all", precision="fp32")
-    embed("in.fasta", "plain", str(tiny_esm2.fair_esm), precision="fp32")
-    save_file(
-        {"a.weight": torch.randn(12, 32), "wide.weight": torch.randn(12, 48), "zero.weight": torch.zeros(12, 32)},
-        "head.safetensors",
-    )
-    return workplace
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Vectors of 60 proteins, and layers for them, for wider ones, and of zeros."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("hostile")
+    os.chdir(folder)
+    np.save("x.npy", np.random.default_rng(0).standard_normal((60, 32), dtype=np.float32))
+    layers = {"a": torch.randn(12, 32), "wide": torch.randn(12, 48), "zero": torch.zeros(12, 32)}
+    save_file({f"{name}.weight": weight for name, weight in layers.items()}, "head.safetensors")
+    write_folder("store", {"format": "distil-rank embeddings"}, {"vectors-00000.arrow": b"vectors"})
+    yield folder
+    os.chdir(before)
 
 
 def refused(capsys, *command: str) -> str:
@@ -33,43 +30,35 @@ def refused(capsys, *command: str) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def files(folder: str) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-
-
-def test_a_store_is_not_overwritten_by_what_is_saved(store, tiny_esm2, capsys):
-    before = files("states") | files("plain")
-    layer = ["compress", "--model", "head.safetensors", "--layer", "a", "--data.source", "plain", "--rank", "4"]
-    assert "states but it holds a store of vectors; name another place" in refused(capsys, *layer, "--output", "states")
-    short = ["shorten", "--layer", "1", "--data", "states", "--backbone", str(tiny_esm2.fair_esm), "--copies", "0"]
-    assert "plain but it holds a store of vectors; name another place" in refused(capsys, *short, "--output", "plain")
-    code = ["code", "--data", "plain", "--codes", "plain", "--metric", "variance", "--rank", "8"]
-    assert "Expected a store of codes at plain" in refused(capsys, *code)
-    assert files("states") | files("plain") == before
+def test_a_store_is_not_overwritten_by_a_layer(folder, capsys):
+    layer = ["compress", "--model", "head.safetensors", "--layer", "a", "--data.source", "x.npy", "--rank", "4"]
+    message = refused(capsys, *layer, "--output", "store")
+    assert "store but it holds 'distil-rank embeddings'; name another place" in message
+    assert (folder / "store" / "vectors-00000.arrow").read_bytes() == b"vectors"
 
 
 @pytest.mark.parametrize("command", [["distil", "--rank", "4"], ["train-teacher"]])
-@pytest.mark.parametrize(("layer", "told"), [("wide", "takes 48; embed with the model"), ("zero", "are all zero")])
-def test_a_layer_that_does_not_fit_the_vectors(store, capsys, command, layer, told):
-    given = ["--teacher.kind", f"head.safetensors:{layer}", "--data.source", "plain", "--data.split", "exact"]
-    assert told in refused(capsys, *command, *given)
+@pytest.mark.parametrize(("layer", "message"), [("wide", "takes 48; embed with the model"), ("zero", "are all zero")])
+def test_a_layer_that_does_not_fit_the_vectors(folder, capsys, command, layer, message):
+    data = ["--data.source", "x.npy", "--data.split", "exact"]
+    assert message in refused(capsys, *command, "--teacher.kind", f"head.safetensors:{layer}", *data)
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         (["evaluate", "--max_queries", "0"], "at least 1 but got 0"),
         (["sweep", "--ranks", "[]"], "--ranks has none"),
-        (["serve", "--model", "plain", "--port", "99999"], "ports go from 0 to 65535"),
         (["code", "--rank", "0"], "--rank of at least 1"),
-        (["embed", "--fasta", "in.fasta", "--devices", "999", "--accelerator", "cpu"], "the cores of this machine"),
+        (["compress", "--rank", "0"], "a saved model at --model"),
+        (["export", "--artefact", "store", "--rank", "0"], "--rank of at least 1 but got 0"),
     ],
 )
-def test_numbers_that_cannot_be_meant(store, capsys, command, told):
-    assert told in refused(capsys, *command)
+def test_numbers_that_cannot_be_meant(folder, capsys, command, message):
+    assert message in refused(capsys, *command)
 
 
-def test_numbers_too_large_for_float32(store, capsys):
+def test_numbers_too_large_for_float32(folder, capsys):
     x = np.ones((50, 8))
     x[7] = 1e300
     np.save("huge.npy", x)

@@ -161,8 +161,6 @@ def copy_noise(originals: np.ndarray, copies: np.ndarray, owner: np.ndarray) -> 
         copies: `(C, d)`.
         owner: which original each copy is of, `(C,)`.
     """
-    sums = WithinSums.zeros(originals.shape[1])
     used = np.unique(owner)
-    rows = torch.from_numpy(np.concatenate([originals[used], copies]))
-    sums.add_groups(rows, torch.from_numpy(np.concatenate([used, owner])))
-    return sums.covariance()
+    group = np.concatenate([used, owner])
+    return group_noise(np.concatenate([originals[used], copies]), np.ones(len(group), bool), group)

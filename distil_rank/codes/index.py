@@ -57,7 +57,7 @@ class CodeIndex:
         inverted = not exact if exact is not None else len(codes) > EXACT_BELOW
         self.lists = max(1, round(LISTS_PER_ROOT * len(codes) ** 0.5)) if inverted else 0
         self.index = _empty_index(faiss, encoder, self._centres(faiss, seed) if inverted else None)
-        for rows in self._decoded(slice(None)):
+        for rows in self._decoded(np.arange(len(codes))):
             self.index.add(rows)
         if inverted:
             self._choose_visited(seed)
@@ -88,9 +88,10 @@ class CodeIndex:
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
-    def _decoded(self, rows: np.ndarray | slice) -> Iterator[np.ndarray]:
+    def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Decoded codes, some thousands at a time: a code of them is the very same code again."""
-        for part in torch.from_numpy(self.codes[rows]).split(ROWS_AT_ONCE):
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = torch.from_numpy(self.codes[rows[start : start + ROWS_AT_ONCE]])  # a copy: a mapped one is read-only
             yield _padded(self.encoder.decode(part), self.encoder)
 
     def _centres(self, faiss: ModuleType, seed: int) -> Any:

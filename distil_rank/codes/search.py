@@ -45,13 +45,14 @@ def vectors_like(sequences: list[str], store: CodeStore, folder: Path, kind: str
     Raises:
         InputError: the backbone cannot be had or has other weights, or a sequence does not fit into memory.
     """
-    made = embed_like(sequences, store.manifest, store.path, folder, kind)
-    if made.skipped:
+    vectors = embed_like(sequences, store.manifest, store.path, folder, kind)
+    if vectors.skipped:
+        longest = len(sequences[int(vectors.skipped[0])])
         raise InputError(
-            f"Expected every sequence to fit into memory but that of {len(sequences[int(made.skipped[0])]):,} residues "
-            "did not; cut it, or use a machine with more."
+            f"Expected every sequence to fit into memory but that of {longest:,} residues did not; cut it, or use a "
+            "machine with more."
         )
-    return torch.from_numpy(np.array(made.embeddings()))
+    return torch.from_numpy(np.array(vectors.embeddings()))
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,9 @@ def decoy_scores(store: CodeStore, decoys: int, folder: Path, seed: int = 0) -> 
     chosen = np.sort(dice.permutation(len(store))[:decoys])
     reversed_sequences = [text[::-1] for text in store.proteins.take(chosen)["sequence"].to_pylist()]
     queries = store.encoder(vectors_like(reversed_sequences, store, folder, "decoys"))
-    sampled = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
-    targets = F.normalize(store.encoder.decode(torch.from_numpy(store.embeddings()[sampled])), dim=1)
-    return DecoyScores.of((queries @ targets.T).numpy()[chosen[:, None] != sampled])
+    rows = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
+    targets = F.normalize(store.encoder.decode(torch.from_numpy(store.embeddings()[rows])), dim=1)
+    return DecoyScores.of((queries @ targets.T).numpy()[chosen[:, None] != rows])
 
 
 def search_blocks(

@@ -33,7 +33,7 @@ from distil_rank.origin import VectorOrigin
 
 log = logging.getLogger(__name__)
 
-JUDGED_COPIES = 300  # of proteins that nothing was fitted on
+EVALUATION_COPIES = 300  # of proteins that nothing was fitted on
 
 
 def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,12 +58,12 @@ def open_proteins(options: CodeOptions) -> LabelledData:
     return unlabelled(source, load_matrix(source), options.groups, *draw)
 
 
-def copies_of(proteins: LabelledData, judged: bool, how: AugmentationOptions, folder: Path) -> Copies:
+def copies_of(proteins: LabelledData, fit: bool, how: AugmentationOptions, folder: Path) -> Copies:
     """Augmented copies of the proteins in one split.
 
     Args:
         proteins: all of them.
-        judged: whether of the judged ones, one copy each, or of those that may be fitted on.
+        fit: whether of those that may be fitted on, or of the others, one copy each.
         how: rates; `proteins` of them at most.
         folder: where stores of copies are kept.
 
@@ -76,10 +76,10 @@ def copies_of(proteins: LabelledData, judged: bool, how: AugmentationOptions, fo
             f"Expected sequences in {proteins.source} to make augmented copies of but it has none; give a store made "
             "by embed, or another source of noise (--noise labels or clusters), or --metric whitened."
         )
-    split = np.flatnonzero(~proteins.groups.fit if judged else proteins.groups.fit)
-    how = replace(how, proteins=JUDGED_COPIES, copies=1, seed=how.seed + 1) if judged else how
+    split = np.flatnonzero(proteins.groups.fit == fit)
+    how = how if fit else replace(how, proteins=EVALUATION_COPIES, copies=1, seed=how.seed + 1)
     chosen = np.sort(np.random.default_rng(how.seed).permutation(split)[: how.proteins])
-    if not judged and how.copies * len(chosen) < vectors.x.shape[1]:
+    if fit and how.copies * len(chosen) < vectors.x.shape[1]:
         log.warning(
             "FEW COPIES: %s of %s proteins for %s dimensions; the result depends strongly on --regularisation",
             *(f"{number:,}" for number in (how.copies * len(chosen), len(chosen), vectors.x.shape[1])),
@@ -89,12 +89,12 @@ def copies_of(proteins: LabelledData, judged: bool, how: AugmentationOptions, fo
 
 
 def copy_task(x: np.ndarray, groups: Groups, copies: Copies) -> tuple[np.ndarray, Target, Groups]:
-    """The task that needs no label: a protein and its augmented copy are to find each other among all judged proteins.
+    """The task without labels: a protein and its augmented copy are to find each other among all evaluated proteins.
 
     Args:
         x: vectors of all proteins, `(N, d)`.
         groups: of the proteins.
-        copies: of judged proteins.
+        copies: of proteins that may not be fitted on.
 
     Returns:
         Vectors with the copies behind the proteins, `(N + C, d)`, and the task on them.
@@ -113,7 +113,7 @@ def noise_of(proteins: LabelledData, source: NoiseSource, how: AugmentationOptio
     """
     vectors, fit = proteins.embeddings, proteins.groups.fit
     if source == "copies":
-        copies = copies_of(proteins, False, how, folder)
+        copies = copies_of(proteins, True, how, folder)
         words = f"{len(copies.x):,} augmented copies of {len(np.unique(copies.owner)):,} proteins"
         return copy_noise(vectors.x, copies.x, copies.owner), words
     if source == "labels":

@@ -77,11 +77,10 @@ def own_encoder(store: Location) -> CodeEncoder | None:
         return load_encoder(folder) if (folder / MANIFEST).exists() else None
 
 
-def write_encoder(encoder: CodeEncoder, store: Location, metrics: dict[str, Any] | None = None) -> None:
-    """Puts an encoder into a store of codes, with its metrics."""
+def write_encoder(encoder: CodeEncoder, store: Location, **about: Any) -> None:
+    """Puts an encoder into a store of codes; `about` is what `save` takes of its data and its metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        saved = save(encoder, folder, metrics=metrics, data=encoder.provenance)
-        open_storage(store).write_folder(ENCODER, saved, MANIFEST)
+        open_storage(store).write_folder(ENCODER, save(encoder, folder, **about), MANIFEST)
 
 
 def manifest_of(source: Store) -> dict[str, Any]:

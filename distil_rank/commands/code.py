@@ -69,7 +69,7 @@ def code(options: CodeOptions) -> CodeResult:
         own, encoder = encoder, load_encoder(options.encoder)
         if own is None:
             encoder.check_origin(manifest_of(Store.open(source)), source)
-            write_encoder(encoder, options.codes)
+            write_encoder(encoder, options.codes, data=encoder.provenance)
         elif own.digest != encoder.digest:
             raise InputError(
                 f"Expected codes of this encoder in {options.codes} but they are of another; name another folder."
@@ -91,7 +91,7 @@ def code(options: CodeOptions) -> CodeResult:
         if proteins.embeddings.provenance.get("format") != "store":
             log.warning("No codes were written: %s is no store of embeddings (make one with embed).", source)
             return CodeResult(place, None, evaluation)
-        write_encoder(encoder, options.codes, _metrics(evaluation))
+        write_encoder(encoder, options.codes, metrics=_metrics(evaluation), data=encoder.provenance)
 
     store = write_codes(Store.open(source), options.codes, encoder, workers)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", encoder.bytes_per_protein)
@@ -125,7 +125,7 @@ def _fitted(
 
         target, notes = proteins.target, list(proteins.notes)
         if proteins.labels == UNLABELLED:
-            x, target, groups = copy_task(x, groups, copies_of(proteins, True, options.augmentation, copies))
+            x, target, groups = copy_task(x, groups, copies_of(proteins, False, options.augmentation, copies))
             notes.append(
                 "No labels: a protein and its augmented copy are to find each other among the evaluated proteins."
             )
@@ -142,7 +142,7 @@ def _fitted(
         metrics = {"score": entry.scores[headline].value, "full": evaluation.entries[0].scores[headline].value}
         if share := entry.retained.get(headline):
             metrics |= {"retained": share.value, "retained_low": share.low, "retained_high": share.high}
-        run.log_params({"metric_judged": headline, "encoder": encoder.digest})
+        run.log_params({"headline": headline, "encoder": encoder.digest})
         run.log_metrics({**metrics, "bytes": encoder.bytes_per_protein})
         run.log_text(json.dumps(asdict(options), indent=2), "config.yaml")  # JSON is YAML
         for file in [*files, *sorted(saved.iterdir())]:

@@ -15,7 +15,7 @@ from torch import nn
 from distil_rank.commands.lineage import lineage
 from distil_rank.compression.compress import compress as compress_model
 from distil_rank.compression.own_layer import load_linear
-from distil_rank.compression.report import Report
+from distil_rank.compression.report import HEAD, CompressionReport
 from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
@@ -23,13 +23,14 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.metrics import energy, residual
 from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from distil_rank.options.compression import CompressOptions
+from distil_rank.report.writer import Report, Table
 from distil_rank.tracking.registry import log_student
 from distil_rank.tracking.run import start_run
 
 log = logging.getLogger(__name__)
 
 
-def compress(options: CompressOptions) -> Report:
+def compress(options: CompressOptions) -> CompressionReport:
     """Compress one layer of a saved model into a folder that deploys."""
     o = options
     dense = load_linear(o.model if o.layer is None else f"{o.model}:{o.layer}").requires_grad_(False)
@@ -51,7 +52,7 @@ def compress(options: CompressOptions) -> Report:
         model = nn.Sequential(OrderedDict(layer=dense))
         report = compress_model(model, {"layer": o.rank}, fit, held_out=test)
         row, student = replace(report.layers[0], name=o.layer or Path(o.model).stem), model.get_submodule("layer")
-        report = replace(report, layers=[row])
+        report = replace(report, layers=[row], outputs=None)  # there is no model behind the layer
         if not isinstance(student, LowRankLinear) or student.input_mean is None:
             raise InputError(f"Expected a rank that saves something but {row.note}; ask for a lower one.")
         assert row.predicted_r2 is not None and row.dense_us is not None and row.student_us is not None
@@ -72,6 +73,6 @@ def compress(options: CompressOptions) -> Report:
         for path in sorted(folder.iterdir()):
             run.log_artifact(path)
         log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2["value"]})
-    print(report)
+    Report([Table("", HEAD, report.cells())], report.notes()).show()
     log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
     return report

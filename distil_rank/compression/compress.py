@@ -26,7 +26,7 @@ from distil_rank.compression.capture import (
     output_rows,
     with_held_out,
 )
-from distil_rank.compression.report import LayerRow, OutputFidelity, Report
+from distil_rank.compression.report import CompressionReport, LayerRow, OutputFidelity
 from distil_rank.compression.saved import install
 from distil_rank.errors import InputError
 from distil_rank.lowrank.fidelity import nested_r2
@@ -52,7 +52,7 @@ def compress(
     forward: Forward = call_model,
     mask: Mask = attention_mask,
     inplace: bool = True,
-) -> Report:
+) -> CompressionReport:
     """Replace linear layers inside a model by the best low-rank students for your data, in one pass over it.
 
     Each layer is solved for what it is given in the original model. To train a student through what stands behind its
@@ -124,18 +124,20 @@ def compress(
     before = {path: model.get_submodule(path) for path in students}
     install(model, students)
     if not originals:
-        told = "The model's output is not compared: nothing was held out (fewer than 5 batches), or it is no rows."
         log.warning(
-            "%s Give `held_out`, or `forward=lambda model, batch: …` that returns the tensor that matters.", told
+            "The model's output is not compared: nothing was held out (give `held_out`, or 5 batches at least), or it"
+            " is no rows (give `forward=lambda model, batch: …` that returns the tensor that matters)."
         )
-        return Report(model, rows)
+        return CompressionReport(model, rows)
     try:
         with evaluating(model):
             output = torch.cat([cast(Tensor, output_rows(forward(model, x), as_mask(mask(x)))) for x, _ in originals])
     except BaseException:
         install(model, before)  # never leave a model that does not run
         raise
-    return Report(model, rows, _compared(output.double(), torch.cat([target for _, target in originals]).double()))
+    return CompressionReport(
+        model, rows, _compared(output.double(), torch.cat([target for _, target in originals]).double())
+    )
 
 
 def _requested_ranks(
@@ -143,9 +145,7 @@ def _requested_ranks(
 ) -> dict[str, Any]:
     """The rank requested of each linear layer that a pattern fits; None with a budget."""
     if isinstance(layers, Mapping) == (parameters is not None):
-        what = (
-            "a rank for each pattern, or `parameters`" if parameters is None else "patterns alone beside `parameters`"
-        )
+        what = "a rank for each pattern, or `parameters`," if parameters is None else "patterns alone with `parameters`"
         raise InputError(f"Expected {what} but got {layers!r}.")
     if parameters is not None and not (isinstance(parameters, int | float) and 0 < parameters <= 1):
         raise InputError(f"Expected `parameters` in (0, 1], the share of the weights to keep, but got {parameters!r}.")

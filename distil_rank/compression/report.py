@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+HEAD = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", "µs for 32 rows"]
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -56,7 +58,7 @@ class OutputFidelity:
 
 
 @dataclass(frozen=True)
-class Report:
+class CompressionReport:
     """What `compress` did.
 
     Attributes:
@@ -74,32 +76,36 @@ class Report:
         """Of these layers, before and after."""
         return sum(row.dense_parameters for row in self.layers), sum(row.parameters for row in self.layers)
 
+    def cells(self) -> list[list[str]]:
+        """A line of the table under `HEAD` for each layer."""
+        lines = []
+        for row in self.layers:
+            line = [row.name, f"{row.in_features} → {row.out_features}"]
+            if row.rank is None:
+                lines.append([*line, f"dense: {row.note}", f"{row.parameters:,}", "", "", ""])
+                continue
+            line += [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", f"{row.predicted_r2:.4f}"]
+            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
+            lines.append([*line, held_out, f"{row.dense_us:.0f} → {row.student_us:.0f}"])
+        return lines
+
+    def notes(self) -> list[str]:
+        """What the table does not say."""
+        before, after = self.parameters
+        notes = [f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
+        if (o := self.outputs) is not None:
+            figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
+            notes.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
+        return notes
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values: everything but the model."""
         outputs = None if self.outputs is None else asdict(self.outputs)
         return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
 
     def __str__(self) -> str:
-        """A Markdown table."""
-        lines = [
-            "| layer | shape | rank | parameters | predicted R² | held-out R² | µs for 32 rows |",
-            "|---" * 7 + "|",
-        ]
-        for row in self.layers:
-            start = f"| {row.name} | {row.in_features} → {row.out_features}"
-            if row.rank is None:
-                lines.append(f"{start} | dense: {row.note} | {row.parameters:,} | | | |")
-                continue
-            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
-            lines.append(
-                f"{start} | {row.rank} | {row.dense_parameters:,} → {row.parameters:,} "
-                f"| {row.predicted_r2:.4f} | {held_out} | {row.dense_us:.0f} → {row.student_us:.0f} |"
-            )
-        before, after = self.parameters
-        lines += ["", f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
-        if (o := self.outputs) is not None:
-            figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
-            lines.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
-        return "\n".join(lines)
+        """A Markdown table and the notes."""
+        table = [HEAD, ["---"] * len(HEAD), *self.cells()]
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in table), "", *self.notes()])
 
     _repr_markdown_ = __str__  # a table in a notebook

@@ -6,7 +6,6 @@ Nothing here unpickles: `.pt` files load with `weights_only=True`, NumPy files w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import pickle
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.location import is_remote
@@ -30,6 +28,12 @@ from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
 FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larger than memory
+COLUMNS = ("ids", "sequences", "labels", "clusters")
+FAIR_ESM_KEYS = ("mean_representations", "bos_representations", "representations")
+DAMAGE = (  # what readers raise on a file that is cut short or no such file at all
+    *(OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError),
+    *(zipfile.BadZipFile, SafetensorError, pickle.UnpicklingError),
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,8 @@ def load_matrix(path: str | Path) -> Embeddings:
     `.npy`, `.npz`, `.safetensors`, `.pt` (a tensor, or a mapping with the key `embeddings`), `.h5`/`.hdf5` (one data
     set per protein, UniProt's convention), a folder of fair-esm's per-protein `.pt` files, a folder with
     `embeddings_train.pt` and `embeddings_val.pt`, or a store made by `distil-rank embed` (`STORE:LAYER` for one of
-    several layers). In `.npz`, `.pt` and
-    `.safetensors` the matrix is `embeddings`, or the only 2-d array; `ids`, `sequences`, `labels` and `clusters` are
-    optional.
+    several layers). In `.npz`, `.pt` and `.safetensors` the matrix is `embeddings`, or the only 2-d array; `ids`,
+    `sequences`, `labels` and `clusters` are optional.
 
     Raises:
         InputError: the path is missing, damaged, of an unknown format, or holds no finite (N, d) matrix.
@@ -75,33 +78,25 @@ def load_matrix(path: str | Path) -> Embeddings:
     """
     if is_remote(path):
         return _validated(_read_store(path), path)
-    given, (source, layer) = path, split_source(path)
-    path = Path(source)
-    if not path.exists():
-        raise InputError(f"Expected embeddings at {given} but it does not exist; make them with `distil-rank embed`.")
-    reader = _folder_reader(path) if path.is_dir() else READERS.get(path.suffix.lower())
-    if layer is not None:
-        if reader is not _read_store:
-            raise InputError(f"Expected a store of embeddings before :{layer} but {path} is none; name the file alone.")
-        path = Path(given)
+    source, layer = split_source(path)
+    file = Path(source)
+    if not file.exists():
+        raise InputError(f"Expected embeddings at {path} but it does not exist; make them with `distil-rank embed`.")
+    reader = _folder_reader(file) if file.is_dir() else READERS.get(file.suffix.lower())
+    if layer is not None and reader is not _read_store:
+        raise InputError(f"Expected a store of embeddings before :{layer} but {file} is none; name the file alone.")
     if reader is None:
         raise InputError(
-            f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {path.name}; convert it first."
+            f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {file.name}; convert it first."
         )
     try:
-        embeddings = reader(path)
+        embeddings = reader(file if layer is None else Path(path))
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
-    except (SafetensorError, pickle.UnpicklingError) as error:
-        raise _damaged(path, error) from error
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.") from error
     return _validated(embeddings, path)
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:160]
-    return InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.")
 
 
 def _validated(embeddings: Embeddings, path: Location) -> Embeddings:
@@ -109,7 +104,7 @@ def _validated(embeddings: Embeddings, path: Location) -> Embeddings:
     x = embeddings.x
     if x.ndim != 2 or 0 in x.shape or x.dtype.kind != "f":
         raise InputError(f"Expected a float matrix (N, d) in {path} but got {x.dtype} {x.shape}; convert it first.")
-    for name in ("ids", "sequences", "labels", "clusters"):
+    for name in COLUMNS:
         column = getattr(embeddings, name)
         if column is not None and len(column) != len(x):
             raise InputError(f"Expected {len(x)} {name} in {path}, one for each row, but got {len(column)}.")
@@ -121,8 +116,7 @@ def _validated(embeddings: Embeddings, path: Location) -> Embeddings:
             raise InputError(
                 f"Expected finite float32 numbers in {path} but row {row} ({embeddings.ids[row]}) holds NaN or inf."
             )
-    if x.dtype != np.float32:
-        x = x.astype(np.float32)
+    x = x if x.dtype == np.float32 else x.astype(np.float32)  # a memory-mapped matrix stays one
     return replace(embeddings, x=x, provenance={"source": str(path), **embeddings.provenance})
 
 
@@ -136,18 +130,13 @@ def _from_mapping(arrays: dict[str, Any], path: Path, kind: str) -> Embeddings:
             "them `embeddings`."
         )
     x = np.asarray(arrays[name])
-    columns = {
-        key: [str(value) for value in arrays[key]]
-        for key in ("ids", "sequences", "labels", "clusters")
-        if arrays.get(key) is not None
-    }
+    columns = {key: [str(value) for value in arrays[key]] for key in COLUMNS if arrays.get(key) is not None}
     ids = columns.pop("ids", None) or [str(row) for row in range(len(x) if x.ndim else 0)]
     return Embeddings(ids, x, provenance={"format": kind}, **columns)
 
 
 def _read_npy(path: Path) -> Embeddings:
-    x = np.load(path, mmap_mode="r", allow_pickle=False)
-    return _from_mapping({"embeddings": x}, path, "npy")
+    return _from_mapping({"embeddings": np.load(path, mmap_mode="r", allow_pickle=False)}, path, "npy")
 
 
 def _read_npz(path: Path) -> Embeddings:
@@ -170,54 +159,41 @@ def _read_safetensors(path: Path) -> Embeddings:
     return _from_mapping(arrays, path, "safetensors")
 
 
-def _torch_load(path: Path) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def _read_pt(path: Path) -> Embeddings:
-    content = _torch_load(path)
+    """A tensor, a mapping with `embeddings`, or what fair-esm writes: vectors by layer, of which the last is taken."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, torch.Tensor):
         content = {"embeddings": content}
     if not isinstance(content, dict):
         raise InputError(f"Expected a tensor or a mapping in {path} but got {type(content).__name__}.")
-    if any(key in content for key in FAIR_ESM_KEYS):
-        return _read_fair_esm_file(path)
-    return _from_mapping({key: _to_numpy(value) for key, value in content.items()}, path, "pt")
-
-
-FAIR_ESM_KEYS = ("mean_representations", "bos_representations", "representations")
-COLUMNS = ("ids", "sequences", "labels", "clusters")
-
-
-def _read_fair_esm_file(path: Path) -> Embeddings:
-    content = _torch_load(path)
-    kind = next((key for key in FAIR_ESM_KEYS if isinstance(content, dict) and content.get(key)), None)
+    kind = next((key for key in FAIR_ESM_KEYS if content.get(key)), None)
     if kind is None:
-        raise InputError(f"Expected one of {', '.join(FAIR_ESM_KEYS)} in {path}, as fair-esm writes them.")
-    layers = content[kind]
-    vectors = _to_numpy(layers[max(layers)])
-    x = vectors if vectors.ndim == 2 else vectors[None]
-    label = str(content.get("label", path.stem))
-    provenance = {"format": "fair-esm", "layer": int(max(layers)), "pooling": kind.partition("_")[0]}
-    return Embeddings([label] * len(x), x, provenance=provenance)
+        return _from_mapping({key: _to_numpy(value) for key, value in content.items()}, path, "pt")
+    last = max(content[kind])
+    x = np.atleast_2d(_to_numpy(content[kind][last]))
+    provenance = {"format": "fair-esm", "layer": int(last), "pooling": kind.partition("_")[0]}
+    return Embeddings([str(content.get("label", path.stem))] * len(x), x, provenance=provenance)
 
 
 def _concatenated(parts: list[Embeddings], provenance: dict[str, Any], path: Path) -> Embeddings:
     widths = {part.x.shape[-1] for part in parts}
     if len(widths) > 1:
         raise InputError(f"Expected vectors of one width in {path} but got {sorted(widths)}; separate them.")
-    columns: dict[str, list[str]] = {}
-    for name in ("sequences", "labels", "clusters"):
-        if all(getattr(part, name) is not None for part in parts):
-            columns[name] = [value for part in parts for value in getattr(part, name)]
-    ids = [name for part in parts for name in part.ids]
-    return Embeddings(ids, np.concatenate([part.x for part in parts]), provenance=provenance, **columns)
+    columns = {
+        name: [value for part in parts for value in getattr(part, name)]
+        for name in COLUMNS
+        if all(getattr(part, name) is not None for part in parts)
+    }
+    return Embeddings(x=np.concatenate([part.x for part in parts]), provenance=provenance, **columns)
 
 
 def _read_fair_esm_folder(path: Path) -> Embeddings:
     files = sorted(path.glob("**/*.pt"))  # fair-esm makes sub-folders of a label with slashes
-    parts = [_read_fair_esm_file(file) for file in files]
+    parts = [_read_pt(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if part.provenance["format"] != "fair-esm":
+            raise InputError(f"Expected {', '.join(FAIR_ESM_KEYS)} in {file}, as fair-esm writes them; separate it.")
     kinds = [f"{part.provenance['pooling']} of layer {part.provenance['layer']}" for part in parts]
     for file, kind in zip(files, kinds, strict=True):
         if kind != kinds[0]:
@@ -230,36 +206,27 @@ def _read_fair_esm_folder(path: Path) -> Embeddings:
 
 def _read_pair(path: Path) -> Embeddings:
     """`embeddings_train.pt` followed by `embeddings_val.pt`; prefixes of the rows' names distinguish them."""
-    halves = {part: _read_pt(path / f"embeddings_{part}.pt") for part in ("train", "val")}
-    named = [
-        Embeddings([f"{part}:{name}" for name in half.ids], half.x, half.sequences, half.labels, half.clusters)
-        for part, half in halves.items()
-    ]
-    counts = {f"rows_{part}": len(half.ids) for part, half in halves.items()}
+    halves = {half: _read_pt(path / f"embeddings_{half}.pt") for half in ("train", "val")}
+    named = [replace(one, ids=[f"{half}:{name}" for name in one.ids]) for half, one in halves.items()]
+    counts = {f"rows_{half}": len(one.ids) for half, one in halves.items()}
     return _concatenated(named, {"format": "pt pair", **counts}, path)
 
 
 def _read_hdf5(path: Path) -> Embeddings:
     """One data set per protein, (d,) pooled or (L, d) per residue, named by its `original_id` attribute or its key."""
     h5py = _h5py()
-    ids: list[str] = []
-    rows: list[np.ndarray] = []
-    with h5py.File(path, "r") as file:
+    proteins: list[Embeddings] = []
 
-        def collect(name: str, node: Any) -> None:
-            if not isinstance(node, h5py.Dataset):
-                return
+    def collect(name: str, node: Any) -> None:
+        if isinstance(node, h5py.Dataset):
             vectors = np.atleast_2d(node[()])
-            label = str(node.attrs.get("original_id", name))
-            ids.extend([label] * len(vectors))
-            rows.append(vectors)
+            proteins.append(Embeddings([str(node.attrs.get("original_id", name))] * len(vectors), vectors))
 
+    with h5py.File(path, "r") as file:
         file.visititems(collect)
-    if not rows:
+    if not proteins:
         raise InputError(f"Expected one data set for each protein in {path} but it holds none.")
-    if len({vectors.shape[-1] for vectors in rows}) > 1:
-        raise InputError(f"Expected data sets of one width in {path}; separate the models first.")
-    return Embeddings(ids, np.concatenate(rows), provenance={"format": "hdf5"})
+    return _concatenated(proteins, {"format": "hdf5"}, path)
 
 
 def _h5py() -> Any:
@@ -307,29 +274,24 @@ READERS: dict[str, Callable[[Path], Embeddings]] = {
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_matrix(embeddings: Embeddings, path: str | Path, val_fraction: float = 0.2) -> None:
-    """Writes embeddings in the format of the path's suffix; without one, as the original project's folder.
+def save_matrix(embeddings: Embeddings, path: str | Path) -> None:
+    """Writes embeddings in the format of the path's suffix.
 
-    `.npz` and `.safetensors` hold ids, sequences, labels and clusters, `.npz` the sequences as one text with the end of
-    each; `.npy` holds the matrix only; `.h5` one data set for each protein, (d,) or per residue (L, d). A folder gets
-    `embeddings_train.pt` and `embeddings_val.pt`, tensors (N, d), with no sequence in both.
+    `.npz` holds ids, sequences (as one text with the end of each), labels and clusters; `.npy` the matrix only; `.h5`
+    one data set for each protein, (d,) or per residue (L, d).
 
     Args:
         embeddings: What to write.
         path: Destination; overwritten if it exists.
-        val_fraction: Share of the proteins in `embeddings_val.pt`.
 
     Raises:
         InputError: the suffix is unknown, or a name is not unique (`.h5`).
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in WRITERS and suffix:
-        raise InputError(f"Expected a path that ends in {', '.join(WRITERS)} or a folder but got {path.name}.")
+    if suffix not in WRITERS:
+        raise InputError(f"Expected a path that ends in {', '.join(WRITERS)} but got {path.name}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not suffix:
-        _write_pair(embeddings, path, val_fraction)
-        return
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         WRITERS[suffix](embeddings, temporary)
@@ -338,12 +300,8 @@ def save_matrix(embeddings: Embeddings, path: str | Path, val_fraction: float = 
         temporary.unlink(missing_ok=True)  # after a failure the old file stays
 
 
-def _columns(embeddings: Embeddings) -> dict[str, list[str]]:
-    return {name: getattr(embeddings, name) for name in COLUMNS if getattr(embeddings, name) is not None}
-
-
 def _write_npz(embeddings: Embeddings, path: Path) -> None:
-    texts = _columns(embeddings)
+    texts = {name: getattr(embeddings, name) for name in COLUMNS if getattr(embeddings, name) is not None}
     sequences = texts.pop("sequences", None)
     columns = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
     if sequences is not None:  # an array of strings would pad each to the longest
@@ -355,11 +313,6 @@ def _write_npz(embeddings: Embeddings, path: Path) -> None:
 
 def _write_npy(embeddings: Embeddings, path: Path) -> None:
     np.save(path, embeddings.x, allow_pickle=False)
-
-
-def _write_safetensors(embeddings: Embeddings, path: Path) -> None:
-    metadata = {name: json.dumps(values) for name, values in _columns(embeddings).items()}
-    save_file({"embeddings": np.ascontiguousarray(embeddings.x)}, path, metadata=metadata)
 
 
 def _write_hdf5(embeddings: Embeddings, path: Path) -> None:
@@ -380,19 +333,9 @@ def _write_hdf5(embeddings: Embeddings, path: Path) -> None:
             data.attrs["original_id"] = name
 
 
-def _write_pair(embeddings: Embeddings, folder: Path, val_fraction: float) -> None:
-    keys = embeddings.sequences or embeddings.ids
-    share = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 for key in keys]
-    held_out = np.array(share) < val_fraction
-    folder.mkdir(exist_ok=True)
-    for part, rows in (("train", ~held_out), ("val", held_out)):
-        torch.save(torch.from_numpy(embeddings.x[rows]), folder / f"embeddings_{part}.pt")
-
-
 WRITERS: dict[str, Callable[[Embeddings, Path], None]] = {
     ".npz": _write_npz,
     ".npy": _write_npy,
-    ".safetensors": _write_safetensors,
     ".h5": _write_hdf5,
     ".hdf5": _write_hdf5,
 }

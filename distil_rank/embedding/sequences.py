@@ -81,13 +81,13 @@ class CleaningReport:
         for kind, number in (("repeated", repeated), ("renamed", renamed)):
             if number:
                 self.counts[kind] += int(number)
-        self.counts["retained"] -= int(repeated)
+        self.counts["kept"] -= int(repeated)
 
     def __str__(self) -> str:
         changes = [
             f"{self.counts[key]:,} {description}" for key, description in _DESCRIPTIONS.items() if self.counts[key]
         ]
-        return ", ".join([f"{self.counts['retained']:,} of {self.counts['records']:,} records kept", *changes])
+        return ", ".join([f"{self.counts['kept']:,} of {self.counts['records']:,} records kept", *changes])
 
 
 class _Record(NamedTuple):
@@ -144,9 +144,9 @@ def iter_records(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
             if not sequence:
                 report.counts["empty"] += 1
                 continue
-            report.counts["retained"] += 1
+            report.counts["kept"] += 1
             yield Protein(name, sequence)
-    if not report.counts["retained"]:
+    if not report.counts["kept"]:
         raise InputError(
             f"Expected protein sequences in {report.source} but none is left of {report.counts['records']} records; "
             "give a FASTA file, or a table with a sequence column."

@@ -10,13 +10,15 @@ import warnings
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.task import Target
@@ -93,3 +95,24 @@ def _model(target: Target, y: np.ndarray, number: np.ndarray) -> GridSearchCV:
         pipeline = make_pipeline(StandardScaler(), OneVsRestClassifier(logistic))
         return GridSearchCV(pipeline, {"onevsrestclassifier__estimator__C": STRENGTHS}, scoring="f1_macro", **options)
     return GridSearchCV(make_pipeline(StandardScaler(), logistic), {"logisticregression__C": STRENGTHS}, **options)
+
+
+def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
+    """Class of each test row by scikit-learn's ridge classifier on standardised features, solved exactly.
+
+    Args:
+        train_x: features, `(N, m)`.
+        train_labels: class of each training row, integers, `(N,)`.
+        test_x: features, `(M, m)`.
+        ridge: strength of the penalty for each row, relative to features of unit variance.
+
+    Returns:
+        Predicted classes, `(M,)`.
+
+    >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
+    >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))
+    tensor([0, 1])
+    """
+    probe = make_pipeline(StandardScaler(), RidgeClassifier(ridge * len(train_x), solver="cholesky"))
+    probe.fit(train_x.double().cpu().numpy(), train_labels.cpu().numpy())
+    return torch.from_numpy(probe.predict(test_x.double().cpu().numpy()))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.codes.fit import copy_noise, group_noise
-from distil_rank.codes.sources import JUDGED_COPIES
+from distil_rank.codes.sources import EVALUATION_COPIES
 from distil_rank.data.files import Embeddings
 from distil_rank.data.labels import read_labels
 from distil_rank.data.split import join_groups, split_groups
@@ -212,7 +212,7 @@ def _copy_problem(
         return dict(zip(deep, embed_copies(sequences, chosen, how, about, folder), strict=True))
 
     fitted = copies_of([FIT], AugmentationOptions())
-    sought = copies_of([VALIDATE, CONFIRM], AugmentationOptions(proteins=JUDGED_COPIES, copies=1, seed=1))
+    sought = copies_of([VALIDATE, CONFIRM], AugmentationOptions(proteins=EVALUATION_COPIES, copies=1, seed=1))
     owner = next(iter(sought.values())).owner
     everybody = np.concatenate([np.arange(len(split)), owner])
     rows = np.flatnonzero(split[everybody] != FIT)

@@ -1,35 +1,37 @@
-"""Perturbed copies: their rates, their seeds, and what substitutions look like."""
+"""Augmented copies: their rates, their seeds, and what substitutions look like."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from distil_rank.codes.augment import AMINO_ACIDS, BACKGROUND, Augmentation, substitution_probabilities
-from distil_rank.errors import InputError
+from distil_rank.codes.augment import AMINO_ACIDS, BACKGROUND, augmented, substitution_probabilities
+from distil_rank.options.codes import AugmentationOptions
 
 PROTEIN = "".join(np.random.default_rng(0).choice(list(AMINO_ACIDS), 400))
 
 
 def test_windows_and_substitutions_at_their_rates():
-    [window] = Augmentation(copies=1, window=0.6, substitutions=0).of(PROTEIN)
+    [window] = augmented(PROTEIN, AugmentationOptions(copies=1, window=0.6, substitutions=0))
     assert len(window) == 240 and window in PROTEIN
-    [mutant] = Augmentation(copies=1, window=1, substitutions=0.25).of(PROTEIN)
+    [mutant] = augmented(PROTEIN, AugmentationOptions(copies=1, window=1, substitutions=0.25))
     assert len(mutant) == 400 and sum(a != b for a, b in zip(mutant, PROTEIN, strict=True)) == 100
-    assert {len(copy) for copy in Augmentation(copies=5).of(PROTEIN)} == {280}
+    assert {len(copy) for copy in augmented(PROTEIN, AugmentationOptions(copies=5))} == {280}
 
 
 def test_the_same_protein_gets_the_same_copies():
-    assert Augmentation(copies=4).of(PROTEIN)[:2] == Augmentation(copies=2).of(PROTEIN)
-    assert Augmentation(seed=1).of(PROTEIN) != Augmentation(seed=2).of(PROTEIN)
-    assert len(set(Augmentation(copies=8).of(PROTEIN))) == 8
+    assert augmented(PROTEIN, AugmentationOptions(copies=4))[:2] == augmented(PROTEIN, AugmentationOptions(copies=2))
+    assert augmented(PROTEIN, AugmentationOptions(seed=1)) != augmented(PROTEIN, AugmentationOptions(seed=2))
+    assert len(set(augmented(PROTEIN, AugmentationOptions(copies=8)))) == 8
 
 
 def test_substitutions_follow_blosum():
     counts = Counter(
         (a, b)
         for seed in range(60)
-        for a, b in zip(PROTEIN, Augmentation(window=1, substitutions=1, seed=seed).of(PROTEIN)[0], strict=True)
+        for a, b in zip(
+            PROTEIN, augmented(PROTEIN, AugmentationOptions(window=1, substitutions=1, seed=seed))[0], strict=True
+        )
     )
     seen = np.array([[counts[a, b] for b in AMINO_ACIDS] for a in AMINO_ACIDS], dtype=float)
     assert not seen.diagonal().any()
@@ -48,18 +50,5 @@ def test_the_table_is_blosum62():
 
 @pytest.mark.parametrize("sequence", ["M", "MK", "XXXXXXXX", "ACDXU"])
 def test_short_and_odd_sequences(sequence):
-    for copy in Augmentation(copies=4).of(sequence):
+    for copy in augmented(sequence, AugmentationOptions(copies=4)):
         assert copy
-
-
-def test_what_is_refused():
-    for options in (
-        {"window": 0.0},
-        {"window": 1.5},
-        {"substitutions": -0.1},
-        {"window": 1.0, "substitutions": 0.0},
-        {"copies": 0},
-        {"proteins": 0},
-    ):
-        with pytest.raises(InputError):
-            Augmentation(**options)

@@ -77,17 +77,9 @@ def test_a_map_is_saved_and_loaded_bit_for_bit(tmp_path, dtype):
     rows = torch.from_numpy(x)
     assert torch.equal(found.encode(rows), again.encode(rows)) and torch.equal(found(rows), again(rows))
     assert again.digest == found.digest and again.provenance == found.provenance
-    assert torch.equal(again.guard(rows), found.guard(rows))
     assert read_manifest(tmp_path / "map")["layers"][""]["kind"] == "encoder"
     if dtype == "bit":
         assert load(tmp_path / "map", rank=4).rank == 4
-
-
-def test_the_guard_tells_what_is_unlike_the_rows():
-    x, group = families()
-    guard = fit_metric(x, group < 30, "whitened").encoder(8).guard
-    assert guard.flags(torch.from_numpy(x[group >= 30])).float().mean() < 0.1
-    assert guard.flags(torch.from_numpy(x[group >= 30] * 10)).float().mean() > 0.9
 
 
 def test_what_is_refused():
@@ -101,8 +93,6 @@ def test_what_is_refused():
         (lambda: fit_metric(x, fit, "euclidean"), "euclidean"),
         (lambda: fit_metric(x, fit, "invariant", torch.zeros(24, 24)), "differ"),
         (lambda: fit_metric(x, fit, "invariant", noise, 0.0).encoder(25), "[1, 24]"),
-        (lambda: fit_metric(x, fit, "variance").encoder(8, "bit", 4), "follow from the rank"),
-        (lambda: fit_metric(x, fit, "variance").encoder(8, "pq"), "at least 256"),
         (lambda: group_noise(x, fit, np.arange(len(x))), "alone"),
         (lambda: fit_metric(x, fit, "invariant", copy_noise(x[:2], x[2:4], np.arange(2)), 0.0), "fewer pairs"),
     ]:

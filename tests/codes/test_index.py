@@ -15,7 +15,7 @@ def made(dtype, rank=12, count=900):
     dice = np.random.default_rng(0)
     centres = dice.normal(size=(count // 6, 20))
     x = (np.repeat(centres, 6, axis=0) + dice.normal(size=(count, 20)) * 0.4).astype(np.float32)
-    encoder = fit_metric(x, np.ones(count, bool), "whitened").encoder(rank, dtype, rank // 4 if dtype == "pq" else None)
+    encoder = fit_metric(x, np.ones(count, bool), "whitened").encoder(rank, dtype)
     rows = torch.from_numpy(x)
     return encoder, encoder.encode(rows), encoder(rows[:50])
 
@@ -29,30 +29,30 @@ def in_full(encoder, codes, queries, k):
 @pytest.mark.parametrize("dtype", CODE_TYPES)
 def test_every_code_is_looked_at(dtype, rank):
     encoder, codes, queries = made(dtype, rank)
-    found = CodeIndex.build(codes.numpy(), encoder).search(queries, 10)
+    scores, rows = CodeIndex(codes.numpy(), encoder).search(queries, 10)
     expected = in_full(encoder, codes, queries, 10)
-    assert np.allclose(found.scores, expected.values, atol=1e-5)
-    own = F.normalize(encoder.decode(codes), dim=1)[torch.from_numpy(found.rows)]
-    assert np.allclose(found.scores, torch.einsum("qr,qkr->qk", queries, own), atol=1e-5)
-    assert all(len(set(rows)) == 10 for rows in found.rows.tolist())
+    assert np.allclose(scores, expected.values, atol=1e-5)
+    own = F.normalize(encoder.decode(codes), dim=1)[torch.from_numpy(rows)]
+    assert np.allclose(scores, torch.einsum("qr,qkr->qk", queries, own), atol=1e-5)
+    assert all(len(set(one)) == 10 for one in rows.tolist())
 
 
 @pytest.mark.parametrize("rank", [12, 16])
 @pytest.mark.parametrize("dtype", CODE_TYPES)
 def test_inverted_lists_find_most(dtype, rank):
     encoder, codes, queries = made(dtype, rank)
-    index = CodeIndex.build(codes.numpy(), encoder, exact=False)
+    index = CodeIndex(codes.numpy(), encoder, exact=False)
     assert 1 <= index.visited <= index.lists and index.recall >= index_module.RECALL
-    found, expected = index.search(queries, 5), in_full(encoder, codes, queries, 5)
-    assert (found.scores >= expected.values[:, -1:].numpy() - 1e-5).mean() > 0.8
-    again = CodeIndex.build(codes.numpy(), encoder, exact=False).search(queries, 5)
-    assert np.array_equal(found.rows, again.rows)
+    (scores, rows), expected = index.search(queries, 5), in_full(encoder, codes, queries, 5)
+    assert (scores >= expected.values[:, -1:].numpy() - 1e-5).mean() > 0.8
+    again = CodeIndex(codes.numpy(), encoder, exact=False).search(queries, 5)
+    assert np.array_equal(rows, again[1])
 
 
 def test_more_hits_than_codes():
     encoder, codes, queries = made("bit")
-    found = CodeIndex.build(codes[:4].numpy(), encoder).search(queries, 10)
-    assert found.rows.shape == (50, 4) and set(found.rows[0]) == {0, 1, 2, 3}
+    _, rows = CodeIndex(codes[:4].numpy(), encoder).search(queries, 10)
+    assert rows.shape == (50, 4) and set(rows[0]) == {0, 1, 2, 3}
 
 
 def test_faiss_is_missing(monkeypatch):
@@ -63,4 +63,4 @@ def test_faiss_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     encoder, codes, _ = made("bit")
     with pytest.raises(InputError, match="pip install faiss-cpu"):
-        CodeIndex.build(codes.numpy(), encoder)
+        CodeIndex(codes.numpy(), encoder)

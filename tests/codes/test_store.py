@@ -13,7 +13,7 @@ import torch
 
 from distil_rank.codes import store as code_store
 from distil_rank.codes.fit import fit_metric
-from distil_rank.codes.store import MAP, CodeStore, load_encoder, write_codes
+from distil_rank.codes.store import ENCODER, CodeStore, load_encoder, write_codes
 from distil_rank.compression.saved import save
 from distil_rank.embedding import planning
 from distil_rank.embedding.embedder import Embedder
@@ -53,7 +53,7 @@ def fitted(source, dtype="bit"):
 @pytest.mark.parametrize("dtype", CODE_TYPES)
 def test_codes_in_the_order_of_the_proteins(source, tmp_path, dtype):
     encoder = fitted(source, dtype)
-    save(encoder, tmp_path / "codes" / MAP)
+    save(encoder, tmp_path / "codes" / ENCODER)
     found = write_codes(source, tmp_path / "codes", encoder)
     assert found.ids == source.ids and found.sequences == source.sequences
     expected = encoder.encode(torch.from_numpy(source.embeddings().copy())).numpy()
@@ -158,7 +158,7 @@ def test_what_does_not_belong_together(source, tmp_path):
         Store.open(tmp_path / "codes")
     with pytest.raises(InputError, match="holds embeddings"):
         CodeStore.open(source.path)
-    save(fitted(source, "int8"), tmp_path / "codes" / MAP)
+    save(fitted(source, "int8"), tmp_path / "codes" / ENCODER)
     with pytest.raises(InputError, match="missing or another"):
         _ = CodeStore.open(tmp_path / "codes").encoder
     save(LowRankLinear(4, 4, 2), tmp_path / "student")
@@ -168,7 +168,7 @@ def test_what_does_not_belong_together(source, tmp_path):
 
 def test_damage_is_told(source, tmp_path):
     encoder = fitted(source)
-    save(encoder, tmp_path / "codes" / MAP)
+    save(encoder, tmp_path / "codes" / ENCODER)
     write_codes(source, tmp_path / "codes", encoder)
     shard = tmp_path / "codes" / "vectors-00000.arrow"
     whole = shard.read_bytes()
@@ -179,10 +179,10 @@ def test_damage_is_told(source, tmp_path):
     with pytest.raises(InputError, match="changed"):
         CodeStore.open(tmp_path / "codes").verify()
     shard.write_bytes(whole)
-    manifest = tmp_path / "codes" / MAP / "manifest.json"
+    manifest = tmp_path / "codes" / ENCODER / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "licence": "another"}))
     with pytest.raises(InputError, match="hash differs"):
         _ = CodeStore.open(tmp_path / "codes").encoder
-    shutil.rmtree(tmp_path / "codes" / MAP)
+    shutil.rmtree(tmp_path / "codes" / ENCODER)
     with pytest.raises(InputError, match="missing or another"):
         _ = CodeStore.open(tmp_path / "codes").encoder

@@ -26,6 +26,7 @@ from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
+from distil_rank.options.codes import CodeOptions
 from tests.stores import content
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the ray extra)")
@@ -108,8 +109,9 @@ def test_one_worker_killed_and_one_that_joins_late(tiny_esm2, tmp_path, cluster,
     encoder = fit_metric(x, np.ones(len(x), bool), "whitened", provenance=about).encoder(8, "bit")
     write_encoder(encoder, tmp_path / "codes", data=about)
     write_codes(store, tmp_path / "codes", encoder)
+    saved = str(save(encoder, tmp_path / "encoder", data=about))
     options = {"engine": "ray", "ray_address": cluster.address, "ray_cores": 1, "codes": str(tmp_path / "workers")}
-    code(str(two), encoder=str(save(encoder, tmp_path / "map", data=about)), **options)
+    code(CodeOptions(str(two), encoder=saved, **options))
     assert content(tmp_path / "workers") == content(tmp_path / "codes")
     CodeStore.open(tmp_path / "workers").verify()
 

@@ -36,6 +36,16 @@ def test_half_precision_in_files_is_widened(tiny_esm2, tmp_path):
     assert torch.equal(FusedEncoder(backbone.streamed)(*packed), FusedEncoder(backbone.model)(*packed))
 
 
+def test_a_checkpoint_of_before_torch_1_6_is_read_as_a_whole(tiny_esm2, tmp_path):
+    content = torch.load(tiny_esm2.bin / "pytorch_model.bin", weights_only=True)
+    torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "config.json").write_text((tiny_esm2.bin / "config.json").read_text())
+    backbone = load_backbone(str(tmp_path))
+    packed = tokenise(PACKED, backbone.alphabet)
+    assert backbone.source is None and backbone.streamed is backbone.model
+    assert torch.equal(FusedEncoder(backbone.model)(*packed), FusedEncoder(tiny_esm2.model)(*packed))
+
+
 def resident(file: Path) -> int:
     """Bytes of a mapped file that this process holds in memory."""
     held, inside = 0, False

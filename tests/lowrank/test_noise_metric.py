@@ -3,18 +3,24 @@
 import pytest
 import scipy.linalg
 import torch
-from distil_rank.lowrank.pair_moments import WithinSums
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.noise_metric import noise_closed_form, noise_directions, whitening_directions
-from distil_rank.lowrank.solvers import solve
+from distil_rank.lowrank.noise_metric import WithinSums, noise_directions, whitening_directions
+from distil_rank.lowrank.solvers import Factors, solve
 
 
 def spd(size: int, seed: int) -> torch.Tensor:
     root = torch.randn(size, size + 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return root @ root.T / size
+
+
+def projection(W, bias, rank, moments, N, V) -> Factors:
+    """The rank-r map of a layer that projects its outputs on the first directions and comes back by their duals."""
+    A, B = V[:, :rank].T @ W, N @ V[:, :rank]
+    mean = W @ moments.mean.double()
+    return Factors(A, B, bias + mean - B @ (V[:, :rank].T @ mean))
 
 
 def weighted_error(factors, W, bias, x, N) -> torch.Tensor:
@@ -29,14 +35,15 @@ def test_the_same_as_scipy():
     assert torch.allclose(found.values, torch.from_numpy(values.copy()))
     assert torch.allclose(S @ found.V, N @ found.V * found.values, atol=1e-9)
     assert torch.allclose(found.V.T @ N @ found.V, torch.eye(12, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(found.dual, N @ found.V)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (8, 8)])
 def test_noise_of_identity_is_the_closed_form(shape):
     W, bias = torch.randn(*shape).double(), torch.randn(shape[0]).double()
     moments = Moments.of(torch.randn(200, shape[1]) @ torch.randn(shape[1], shape[1]) + 3)
-    ours = noise_closed_form(W, bias, 4, moments, torch.eye(shape[0]))
+    identity = torch.eye(shape[0]).double()
+    V = noise_directions(W @ moments.covariance @ W.T, identity, 0.0).V
+    ours = projection(W, bias, 4, moments, identity, V)
     theirs = solve(W, bias, 4, "closed_form", moments)
     assert torch.allclose(ours.B @ ours.A, theirs.B @ theirs.A, atol=1e-8)
     assert torch.allclose(ours.c, theirs.c, atol=1e-8)
@@ -45,9 +52,8 @@ def test_noise_of_identity_is_the_closed_form(shape):
 def test_no_other_map_of_the_rank_has_less_weighted_error():
     torch.manual_seed(0)
     x, W, bias, N = torch.randn(300, 7).double() @ spd(7, 2) + 1, torch.randn(6, 7).double(), torch.zeros(6), spd(6, 3)
-    ours = noise_closed_form(W, None, 2, Moments.of(x), N)
-    least = weighted_error(ours, W, bias, x, N)
-    dropped = noise_directions(W @ Moments.of(x).covariance @ W.T, N).values[2:].sum()
+    values, V = noise_directions(W @ Moments.of(x).covariance @ W.T, N)
+    least, dropped = weighted_error(projection(W, bias, 2, Moments.of(x), N, V), W, bias, x, N), values[2:].sum()
     assert torch.allclose(least, dropped)
     start = solve(W, None, 2, "closed_form", Moments.of(x))
     trained = [part.clone(memory_format=torch.contiguous_format).requires_grad_() for part in start]
@@ -88,12 +94,6 @@ def test_whitening_is_a_noise_of_the_outputs_own_covariance(power):
         assert torch.allclose(found.values, noise_directions(S, N).values)
 
 
-def test_ranks_are_nested():
-    W, moments, N = torch.randn(6, 6), Moments.of(torch.randn(50, 6)), spd(6, 6)
-    small, large = (noise_closed_form(W, None, rank, moments, N) for rank in (2, 5))
-    assert torch.equal(large.A[:2], small.A) and torch.equal(large.B[:, :2], small.B)
-
-
 def test_what_is_refused():
     few = torch.zeros(5, 5)
     few[0, 0] = 1
@@ -109,3 +109,26 @@ def test_what_is_refused():
         assert message in str(caught.value)
     assert noise_directions(spd(5, 0), few, 0.01).values.isfinite().all()
     assert whitening_directions(few, 1.0, 0.01).values.isfinite().all()
+
+
+def test_groups_in_any_order_and_in_any_number_of_calls():
+    torch.manual_seed(0)
+    x, group = torch.randn(60, 5), torch.randint(0, 9, (60,))
+    expected, freedom = torch.zeros(5, 5).double(), 0
+    for number in group.unique():
+        rows = x[group == number].double()
+        expected += torch.cov(rows.T, correction=0).reshape(5, 5) * len(rows)
+        freedom += len(rows) - 1
+    at_once, streamed = WithinSums.zeros(5), WithinSums.zeros(5)
+    at_once.add_groups(x, group)
+    for number in group.unique():
+        streamed.add_groups(x[group == number], group[group == number])
+    assert at_once.freedom == streamed.freedom == freedom
+    assert torch.allclose(at_once.covariance(), expected / freedom)
+    assert torch.allclose(streamed.covariance(), at_once.covariance())
+
+
+def test_rows_that_are_alone_say_nothing():
+    sums = WithinSums.zeros(3)
+    sums.add_groups(torch.randn(4, 3), torch.arange(4))
+    assert sums.freedom == 0 and not sums.covariance().any()
