@@ -47,7 +47,8 @@ def table(evaluation: Evaluation) -> Table:
         if retained is None:
             cells += ["1" if entry.role == "reference" else "–", ""]
         else:
-            cells += [f"{retained.value:.3f}" + " ≈" * entry.ties(headline), _ends(retained)]
+            tie = " ≈" if retained.low <= 1 <= retained.high else ""
+            cells += [f"{retained.value:.3f}{tie}", _ends(retained)]
         rows.append(cells + [number(entry.scores[metric].value, 3) for metric in evaluation.metrics[1:]])
     narrow = (*evaluation.metrics[:0:-1], "95 %", "retained 95 %")
     return Table(title(evaluation), [*head, *evaluation.metrics[1:]], rows, narrow)
@@ -59,7 +60,7 @@ def _ends(interval: Interval) -> str:
 
 def title(evaluation: Evaluation) -> str:
     """What stands above the table."""
-    return f"{evaluation.task} by {evaluation.labels}: {evaluation.judged:,} proteins evaluated"
+    return f"{evaluation.task} by {evaluation.labels}: {evaluation.evaluated:,} proteins evaluated"
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from distil_rank.embedding.layers import split_source
-from distil_rank.report.choices import SCHEMA, Pipeline, Recommendation
+from distil_rank.recommendation.result import SCHEMA, Pipeline, Recommendation
 from distil_rank.report.figures import bytes_axis, picture, reference_line
 from distil_rank.report.writer import Report, Table
 
