@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from distil_rank.report.writer import Report, Table, number
+HEAD = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", "µs for 32 rows"]
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,27 @@ class CompressionReport:
         """Of these layers, before and after."""
         return sum(row.dense_parameters for row in self.layers), sum(row.parameters for row in self.layers)
 
-    def report(self) -> Report:
-        """A line for each layer, and what became of the whole model."""
-        head = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", "µs for 32 rows"]
-        rows, notes = [], []
+    def cells(self) -> list[list[str]]:
+        """A line of the table under `HEAD` for each layer."""
+        lines = []
         for row in self.layers:
-            cells = [row.name, f"{row.in_features} → {row.out_features}"]
+            line = [row.name, f"{row.in_features} → {row.out_features}"]
             if row.rank is None:
-                rows.append([*cells, "dense", f"{row.parameters:,}", "", "", ""])
-                notes.append(f"{row.name} stays dense: {row.note}.")
+                lines.append([*line, f"dense: {row.note}", f"{row.parameters:,}", "", "", ""])
                 continue
-            cells += [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", number(row.predicted_r2)]
-            rows.append([*cells, number(row.held_out_r2), f"{row.dense_us:.0f} → {row.student_us:.0f}"])
+            line += [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", f"{row.predicted_r2:.4f}"]
+            held_out = "" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"
+            lines.append([*line, held_out, f"{row.dense_us:.0f} → {row.student_us:.0f}"])
+        return lines
+
+    def notes(self) -> list[str]:
+        """What the table does not say."""
         before, after = self.parameters
-        notes.append(f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%}).")
+        notes = [f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
         if (o := self.outputs) is not None:
             figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
             notes.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
-        return Report([Table("", head, rows)], notes)
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: everything but the model."""
@@ -102,6 +105,7 @@ class CompressionReport:
 
     def __str__(self) -> str:
         """A Markdown table and the notes."""
-        return self.report().markdown()
+        table = [HEAD, ["---"] * len(HEAD), *self.cells()]
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in table), "", *self.notes()])
 
     _repr_markdown_ = __str__  # a table in a notebook

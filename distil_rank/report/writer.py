@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
 
 from distil_rank.artefact import json_text
-
-if TYPE_CHECKING:  # Markdown and JSON need no rich, which a small install lacks
-    from rich.console import Console
-    from rich.table import Table as RichTable
 
 log = logging.getLogger(__name__)
 
@@ -154,15 +154,10 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def _console() -> Console:
-    from rich.console import Console  # noqa: PLC0415
-
     return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
 def _rich(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
-    from rich import box  # noqa: PLC0415
-    from rich.table import Table as RichTable  # noqa: PLC0415
-
     table = RichTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(head):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
