@@ -15,7 +15,6 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,24 +52,17 @@ def opq_of_full_vector(x: np.ndarray, fit: np.ndarray, books: int):
     """The baseline that everyone has: faiss's OPQ of the centred vector itself, float queries."""
     import faiss
 
-    from distil_rank.evaluation.representations import Candidate, Representation
+    from distil_rank.evaluation.representations import Representation
 
-    def make(_: np.ndarray) -> Representation:
+    def make(_: np.ndarray):
         rows = F.normalize(torch.from_numpy(x - x[fit].mean(0)), dim=1)
         index = faiss.index_factory(x.shape[1], f"OPQ{books},PQ{books}", faiss.METRIC_INNER_PRODUCT)
         index.train(rows[torch.from_numpy(fit)].numpy())
         targets = torch.from_numpy(index.sa_decode(index.sa_encode(rows.numpy())))
-        return Representation(name, rows, F.normalize(targets, dim=1), books)
+        return rows, F.normalize(targets, dim=1)
 
     name = f"faiss OPQ of the full vector, {books} bytes"
-    return Candidate(name, "student", make)
-
-
-def code_candidate(name: str, encoder, x: np.ndarray):
-    """An encoder that was fitted on the fit groups of the very task; float queries against decoded targets."""
-    from distil_rank.evaluation.representations import module_output
-
-    return replace(module_output(name, encoder.eval(), x, encoder.bytes_per_protein, None), note=None)
+    return Representation(name, "student", books, make)
 
 
 def encoders(proteins, name: str) -> Iterator[tuple[str, object]]:
@@ -104,10 +96,11 @@ def trained(proteins, fit, rank: int, dtype: str):
 
 def scope(options: argparse.Namespace) -> None:
     """The table and the picture of function against bytes on SCOPe."""
-    from distil_rank.evaluation.alignment import alignment_scores, has_mmseqs
+    from distil_rank.data.mmseqs import mmseqs_binary
+    from distil_rank.evaluation.baselines import alignment_scores
     from distil_rank.evaluation.evaluate import evaluate
-    from distil_rank.evaluation.representations import full_vector, variance_student
-    from distil_rank.report import evaluation as report
+    from distil_rank.evaluation.representations import full_vector, module_output, variance_student
+    from distil_rank.report.evaluation import evaluation_report
 
     last = labelled(options.data, options.fasta, options.folds)
     early = labelled(options.early, options.fasta, options.folds)
@@ -120,15 +113,15 @@ def scope(options: argparse.Namespace) -> None:
     for proteins, name in ((last, "last layer"), (early, "early layer")):
         for title, encoder in encoders(proteins, name):
             full_title = f"{title}, {encoder.bytes_per_protein} bytes"
-            candidates.append(code_candidate(full_title, encoder, proteins.embeddings.x))
+            candidates.append(module_output(full_title, encoder, proteins.embeddings.x))
     scores = None
-    if has_mmseqs() and last.embeddings.sequences is not None:
+    if mmseqs_binary() is not None and last.embeddings.sequences is not None:
         sequences = last.embeddings.sequences
-        scores = lambda: alignment_scores([sequences[row] for row in last.groups.judged])  # noqa: E731
+        scores = lambda: alignment_scores([sequences[row] for row in last.groups.evaluated])  # noqa: E731
     done = evaluate(last.target, last.groups, candidates, last.labels, scores, last.notes)
-    folder = RESULTS / "codes" / "scope"
-    report.save(done, folder)
-    report.show(done)
+    report = evaluation_report(done)
+    report.save(RESULTS / "codes" / "scope" / "evaluation")
+    report.show()
 
 
 def kinases(options: argparse.Namespace) -> None:
@@ -136,7 +129,7 @@ def kinases(options: argparse.Namespace) -> None:
     from distil_rank.codes.fit import fit_metric
     from distil_rank.codes.sources import open_proteins
     from distil_rank.evaluation.evaluate import evaluate
-    from distil_rank.evaluation.representations import full_vector, variance_student
+    from distil_rank.evaluation.representations import full_vector, module_output, variance_student
     from distil_rank.options.codes import CodeOptions
     from distil_rank.options.evaluation import LabelOptions
 
@@ -149,9 +142,9 @@ def kinases(options: argparse.Namespace) -> None:
         whitened, variance = fit_metric(x, fit, "whitened"), fit_metric(x, fit, "variance")
         candidates = [full_vector(x), variance_student(x, 64)]
         for rank in (64, 128):
-            candidates.append(code_candidate(f"whitened, bit, rank {rank}", whitened.encoder(rank, "bit"), x))
-        candidates.append(code_candidate("whitened, int8, rank 64", whitened.encoder(64, "int8"), x))
-        candidates.append(code_candidate("variance, int8, rank 64", variance.encoder(64, "int8"), x))
+            candidates.append(module_output(f"whitened, bit, rank {rank}", whitened.encoder(rank, "bit"), x))
+        candidates.append(module_output("whitened, int8, rank 64", whitened.encoder(64, "int8"), x))
+        candidates.append(module_output("variance, int8, rank 64", variance.encoder(64, "int8"), x))
         for entry in evaluate(proteins.target, proteins.groups, candidates, seed=seed).entries:
             if entry.bytes is not None:
                 score = entry.scores["mAP"].value
@@ -171,7 +164,7 @@ def kinases(options: argparse.Namespace) -> None:
 
 
 def evalues(options: argparse.Namespace) -> None:
-    """Stated against observed false hits for each query among SCOPe's judged domains; false: another fold."""
+    """Stated against observed false hits for each query among SCOPe's evaluated domains; false: another fold."""
     import matplotlib.pyplot as plt
 
     from distil_rank.codes.augment import embed_like
@@ -179,11 +172,11 @@ def evalues(options: argparse.Namespace) -> None:
 
     proteins = labelled(options.data, options.fasta, options.folds)
     fit = fitted(proteins, "invariant")
-    judged = proteins.groups.judged
-    x = torch.from_numpy(proteins.embeddings.x[judged])
-    fold = proteins.target.relevance.levels[-1][judged]
-    chosen = np.sort(np.random.default_rng(0).permutation(len(judged))[: options.decoys])
-    sequences = [proteins.embeddings.sequences[judged[row]][::-1] for row in chosen]
+    evaluated = proteins.groups.evaluated
+    x = torch.from_numpy(proteins.embeddings.x[evaluated])
+    fold = proteins.target.relevance.levels[-1][evaluated]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(evaluated))[: options.decoys])
+    sequences = [proteins.embeddings.sequences[evaluated[row]][::-1] for row in chosen]
     about = proteins.embeddings.provenance
     vectors = torch.from_numpy(embed_like(sequences, about, about.get("source"), COPIES, "scope-decoys").embeddings())
     stated = np.logspace(-2, 1, 13)
@@ -193,7 +186,7 @@ def evalues(options: argparse.Namespace) -> None:
         encoder = fit.encoder(rank, dtype)
         targets = F.normalize(encoder.decode(encoder.encode(x)), dim=1)
         found = (encoder(vectors) @ targets.T).numpy()
-        tail = DecoyScores.of(found[chosen[:, None] != np.arange(len(judged))])
+        tail = DecoyScores.of(found[chosen[:, None] != np.arange(len(evaluated))])
         observed = false_hits(encoder(x), targets, fold, tail, stated)
         name = f"{dtype}, rank {rank}"
         ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {encoder.bytes_per_protein} bytes")

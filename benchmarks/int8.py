@@ -15,7 +15,6 @@ the rest with and without migration. `function` judges two stores of all layers,
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,12 +23,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from baselines import read_fasta
-from distil_rank.exits.candidates import in_metric
 from esm.model.esm2 import ESM2
 from script import interleaved, machine_line, run
 from torch import Tensor
 
-from distil_rank.data.files import load_matrix
+from distil_rank.codes.fit import fit_metric, group_noise
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
@@ -45,8 +43,8 @@ from distil_rank.embedding.precision import calibrate
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
-from distil_rank.evaluation.labelled import matching_rows, open_labelled
-from distil_rank.evaluation.representations import full_vector
+from distil_rank.evaluation.labelled import load_matching, open_labelled
+from distil_rank.evaluation.representations import full_vector, module_output
 from distil_rank.options.evaluation import LabelOptions
 
 SHAPES = ((1280, 5120), (5120, 1280), (1280, 1280), (320, 1280))
@@ -270,20 +268,21 @@ def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
     print("| layer | as it is | invariant |\n|---|---|---|")
     for layer in layers:
         opened = open_labelled(f"{exact}:{layer}", LabelOptions(source=str(labels), field=2), "auto", str(groups))
-        families, ids = opened.target.levels[0], opened.embeddings.ids
-        found = load_matrix(f"{int8}:{layer}")
-        rounded = found.x[matching_rows(found, ids, "int8")]
+        families, ids, fit = opened.target.relevance.levels[0], opened.embeddings.ids, opened.groups.fit
+        rounded = load_matching(f"{int8}:{layer}", ids)
         pairs = (
             [full_vector(opened.embeddings.x), full_vector(rounded, "int8", "matrix")],
             [
-                in_metric(x, "invariant", families, name)
+                module_output(
+                    name, fit_metric(x, fit, "invariant", group_noise(x, fit, families)).encoder(x.shape[1]), x
+                )
                 for x, name in ((opened.embeddings.x, "fp32"), (rounded, "int8"))
             ],
         )
         cells = []
         for pair in pairs:
-            judged = evaluate(opened.target, opened.groups, pair, labels.name)
-            retained = judged.entry("int8").retained[judged.headline]
+            evaluation = evaluate(opened.target, opened.groups, pair, labels.name)
+            retained = evaluation.entry("int8").retained[evaluation.headline]
             cells.append(f"{retained.value:.4f} ({retained.low:.4f} to {retained.high:.4f})")
         print(f"| {layer} | {' | '.join(cells)} |", flush=True)
 

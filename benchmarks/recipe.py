@@ -27,7 +27,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.solvers import closed_form_from_rows, solve
 from distil_rank.measure import metrics
-from distil_rank.report.report import markdown_table
+from distil_rank.report.writer import Table
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     print(machine_line())
     print(f"{about.source}, rank {options.rank}, {options.seeds} seeds, {about.rows.test} held-out rows")
     print(f"split by {about.split}; {torch.get_num_threads()} threads\n")
-    print(markdown_table(head, lines))
+    print(Table("", head, lines).markdown())
 
 
 if __name__ == "__main__":

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from distil_rank.data.split import split_groups
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions
-from distil_rank.recommendation.opening import open_problem
-from distil_rank.recommendation.parts import CONFIRM, FIT
-from distil_rank.recommendation.pipelines import Fitted
+from distil_rank.recommendation.pipelines import Fitted, grid
+from distil_rank.recommendation.problem import CONFIRM, LEAST, open_problem
 from distil_rank.recommendation.search import Evaluator, cheapest, search_pipelines
 
 PARTS = (0.25, 0.25, 0.25, 0.25)
@@ -53,11 +54,12 @@ def main() -> int:
         ["| split | chosen | claimed (95 %) | kept on unseen groups | holds |", "|---|---|---|---|---|"],
     )
     for seed in tqdm(range(options.splits), desc="splits", disable=None):
-        split = problem.parted(PARTS, seed)
-        fitted = Fitted(split.layers, split.part == FIT, split.noise)
-        outcomes = search_pipelines(split, fitted, {}, max_queries=options.queries, progress=False)
+        split, labelled = problem.split.copy(), problem.split >= 0
+        split[labelled] = split_groups(problem.group[labelled], PARTS, seed, least=LEAST)
+        fitted = Fitted(replace(problem, split=split))
+        outcomes = search_pipelines(fitted, grid(problem), {}, max_queries=options.queries)
         chosen = cheapest(outcomes, options.keep, "bytes")[0].pipeline
-        claim, unseen = (Evaluator(split, fitted, part).outcome(chosen, {}) for part in (CONFIRM, UNSEEN))
+        claim, unseen = (Evaluator(fitted, part).outcome(chosen, {}) for part in (CONFIRM, UNSEEN))
         holds = unseen.worst >= claim.at_least
         held += holds
         confirmed += claim.at_least >= options.keep
