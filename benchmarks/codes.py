@@ -55,11 +55,11 @@ def open_scope(data: str, fasta: str, folds: str) -> LabelledData:
     return open_proteins(CodeOptions(data, labels=LabelOptions(fasta, field=2), task="retrieval", groups=folds))
 
 
-def fitted(proteins: LabelledData, metric: Literal["variance", "whitened", "invariant"]) -> FittedMetric:
-    """Directions of one metric; the noise of the invariant one is that of augmented copies."""
+def fitted(proteins: LabelledData, metric: str, source: Literal["copies", "labels"] = "copies") -> FittedMetric:
+    """Directions of one metric; `source` is that of the invariant one's noise."""
     noise = None
     if metric == "invariant":
-        noise, _ = noise_of(proteins, "copies", AugmentationOptions(), COPIES)
+        noise, _ = noise_of(proteins, source, AugmentationOptions(), COPIES)
     return fit_metric(proteins.embeddings.x, proteins.groups.fit, metric, noise)
 
 
@@ -103,6 +103,7 @@ def encoders(proteins: LabelledData, name: str) -> Iterator[Candidate]:
     for metric in ("whitened", "variance"):
         for dtype in ("bit", "int8"):
             yield candidate(f"{name}, {metric}, {dtype}, rank 64", fits[metric].encoder(64, dtype), x)
+    yield candidate(f"{name}, labels, int8, rank 64", fitted(proteins, "invariant", "labels").encoder(64, "int8"), x)
 
 
 def scope(last: LabelledData, early: LabelledData) -> None:
@@ -252,7 +253,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def main(
     table: Literal["scope", "kinases", "evalues", "million"],
-    data: str,
+    data: str = "data/sample",
     early: str = "",
     fasta: str = "",
     folds: str = "",
