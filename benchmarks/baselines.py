@@ -235,10 +235,9 @@ def onnxruntime(model: torch.nn.Module, sequences: list[str]) -> Callable[[], li
 
 def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable[[], list[torch.Tensor]]:
     """Ours, as `embed` calls it; `PRECISION@LAYER` stops after that layer."""
-    from distil_rank.embedding.layers import State
-
     from distil_rank.embedding.backbone import load_backbone
     from distil_rank.embedding.embedder import Embedder
+    from distil_rank.embedding.layers import State
 
     backbone = load_backbone(str(weights))
     precision, _, exit_layer = precision.partition("@")

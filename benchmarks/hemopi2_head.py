@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from lightning import Trainer, seed_everything
 from script import run, save_markdown
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import solve
 from distil_rank.measure import metrics
+from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from distil_rank.training.distil import DistilModule
 
 STEPS, BATCH, LEARNING_RATE = 1500, 256, 1e-3

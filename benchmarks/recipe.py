@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from distil_rank.options.training import TeacherOptions
 from lightning import seed_everything
 from script import run, save_markdown
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import solve
 from distil_rank.measure import metrics
+from distil_rank.options.training import TeacherOptions
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule
 
 

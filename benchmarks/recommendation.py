@@ -9,15 +9,16 @@ is as small as the third and as uncertain, so that a perfect 95 % interval would
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from distil_rank.options.evaluation import LabelOptions
 from script import run, save_markdown
 from tqdm import tqdm
 
-from distil_rank.recommendation.opening import open_problem
-from distil_rank.recommendation.parts import CONFIRM, FIT
-from distil_rank.recommendation.pipelines import Fitted
+from distil_rank.data.split import split_groups
+from distil_rank.options.evaluation import LabelOptions
+from distil_rank.recommendation.pipelines import Fitted, grid
+from distil_rank.recommendation.problem import CONFIRM, LEAST, open_problem
 from distil_rank.recommendation.search import Evaluator, cheapest, search_pipelines
 
 PARTS = (0.25, 0.25, 0.25, 0.25)
@@ -43,14 +44,16 @@ def main(
         queries: Searched with when pipelines are compared.
     """
     problem = open_problem(data, labels, groups=groups)
+    labelled = problem.split >= 0
     held = confirmed = 0
     lines = ["| split | chosen | claimed (95 %) | retained on unseen groups | holds |", "|---|---|---|---|---|"]
     for seed in tqdm(range(splits), desc="splits", disable=None):
-        split = problem.parted(PARTS, seed)
-        fitted = Fitted(split.layers, split.part == FIT, split.noise)
-        outcomes = search_pipelines(split, fitted, {}, max_queries=queries, progress=False)
+        split = problem.split.copy()
+        split[labelled] = split_groups(problem.group[labelled], PARTS, seed, least=LEAST)
+        fitted = Fitted(replace(problem, split=split))
+        outcomes = search_pipelines(fitted, grid(problem), {}, max_queries=queries)
         chosen = cheapest(outcomes, keep, "bytes")[0].pipeline
-        claim, unseen = (Evaluator(split, fitted, part).outcome(chosen, {}) for part in (CONFIRM, UNSEEN))
+        claim, unseen = (Evaluator(fitted, part).outcome(chosen, {}) for part in (CONFIRM, UNSEEN))
         holds = unseen.worst >= claim.at_least
         held += holds
         confirmed += claim.at_least >= keep

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import yaml
-from distil_rank.options.codes import SearchOptions
 from script import run, save_markdown
 
 from distil_rank.codes.store import CodeStore, load_encoder
@@ -24,6 +23,7 @@ from distil_rank.commands.search import search
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import read_proteins
+from distil_rank.options.codes import SearchOptions
 
 TOLERANCE = 0.15
 
