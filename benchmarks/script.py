@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from distil_rank.cli import configure_output
 from distil_rank.errors import InputError
 from distil_rank.measure.latency import machine
 
@@ -47,6 +48,7 @@ def run(main: Callable[..., Any], parse: bool = True) -> None:
         main: the script's work.
         parse: make its signature the command line.
     """
+    configure_output(0)
     try:
         if parse:
             auto_cli(main)

@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.probes import linear_probe, nearest_neighbours, probe, probe_metrics
+from distil_rank.evaluation.probes import linear_probe, probe, probe_metrics
 from distil_rank.evaluation.task import Target, make_target
 from distil_rank.options.evaluation import LabelOptions
 
@@ -38,8 +38,8 @@ def test_classification_is_what_scikit_learn_gives():
     assert measured["accuracy"].value > 0.8 and measured["mcc"].value > 0.7 and measured["accuracy 1nn"].value > 0.7
 
 
-def test_the_judged_side_is_never_fitted_on():
-    """Rows of the judged side that are replaced by others change nothing in the fit."""
+def test_evaluated_rows_are_never_fitted_on():
+    """Evaluated rows that are replaced by others change nothing in the fit."""
     x, y = separable()
     target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
     poisoned = x.copy()
@@ -50,7 +50,7 @@ def test_the_judged_side_is_never_fitted_on():
     same = Target("classification", y=both[1], classes=target.classes)
     sides = np.repeat([True, False], FIT.sum())
     again = probe(both[0], same, sides, np.concatenate([GROUPS[FIT], 100 + GROUPS[FIT]]))
-    assert again["accuracy 1nn"].value == 1.0  # each judged row is there among those that were fitted on
+    assert again["accuracy 1nn"].value == 1.0  # each evaluated row is there among those that were fitted on
 
 
 def test_permuted_labels_score_at_chance():
@@ -70,13 +70,6 @@ def test_several_labels_and_numbers():
     value = x @ rng.normal(size=8) + 0.1 * rng.normal(size=400)
     measured = probe(x, Target("regression", y=value), FIT, GROUPS)
     assert measured["r2"].value > 0.95 and measured["spearman"].value > 0.95
-
-
-def test_nearest_neighbours():
-    rng = np.random.default_rng(0)
-    x, among = rng.normal(size=(30, 5)), rng.normal(size=(40, 5))
-    cosine = (x @ among.T) / np.linalg.norm(among, axis=1)
-    assert nearest_neighbours(x, among).tolist() == cosine.argmax(1).tolist()
 
 
 def test_what_is_refused():
