@@ -113,13 +113,9 @@ class FusedEncoder:
         head_dim = module.fc1.in_features // self.heads
         adjacent = torch.arange(head_dim).view(2, -1).t().flatten()  # interleaves the two halves of each rotary pair
 
-        def paired(affine: Affine) -> Affine:
-            """Reorders the outputs of a query or key projection; attention is invariant to the order within a head."""
-            weight, bias = (part.unflatten(0, (self.heads, head_dim))[:, adjacent].flatten(0, 1) for part in affine)
-            return weight, bias
-
-        def joined(*affines: Affine) -> Affine:
-            return torch.cat([weight for weight, _ in affines]), torch.cat([bias for _, bias in affines])
+        def paired(both: tuple[Tensor, Tensor]) -> Tensor:
+            """Joins and reorders outputs of queries and keys; attention is invariant to the order within a head."""
+            return torch.cat(both).unflatten(0, (2 * self.heads, head_dim))[:, adjacent].flatten(0, 1)
 
         def rounded(affine: Affine, dtype: torch.dtype) -> Affine:
             weight, bias = affine  # a view of the bias would keep the float32 weights beside it in memory
@@ -128,7 +124,7 @@ class FusedEncoder:
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, module.fc1, module.fc2]
         q, k, v, out, fc1, fc2 = map(self._parameters, projections)
         norm1, norm2 = self._parameters(module.self_attn_layer_norm), self._parameters(module.final_layer_norm)
-        norm1, (qk, v) = folded(norm1, joined(paired(q), paired(k)), v)
+        norm1, (qk, v) = folded(norm1, (paired((q[0], k[0])), paired((q[1], k[1]))), v)
         if dtype != torch.float32:  # in float32 the model's own parameters are shared
             norm2, (fc1,) = folded(norm2, fc1)
         return _Layer(

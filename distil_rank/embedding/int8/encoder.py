@@ -124,7 +124,11 @@ class Int8Encoder(FusedEncoder):
         parts = qkv.unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)  # (3, H, T + padding, D)
         attended = torch.empty(sum(lengths), self.heads, parts.shape[3], dtype=qkv.dtype)
         function = attend if qkv.dtype == torch.bfloat16 else _attend_in_fp32
-        self._each(lambda part: function(parts, *part, attended), self._attention_parts(lengths))
+
+        def attend_to(part: tuple[int, int, slice]) -> None:
+            function(parts, *part, attended)
+
+        self._each(attend_to, self._attention_parts(lengths))
         self._each(lambda rows: self._finish(x[rows], layer, attended[rows].flatten(1)), self._blocks(len(x)))
 
     def _project_rows(self, x: Tensor, layer: Int8Layer, rotations: Tensor, qkv: Tensor) -> None:
