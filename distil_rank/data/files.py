@@ -21,9 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.location import is_remote
 from distil_rank.embedding.provenance import embedding_run
-from distil_rank.embedding.storage import Location
+from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 

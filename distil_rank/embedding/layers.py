@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distil_rank.embedding.location import is_remote
-from distil_rank.embedding.storage import Location
+from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.errors import InputError
 from distil_rank.options.embed import check_layers
 

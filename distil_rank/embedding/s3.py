@@ -31,7 +31,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from distil_rank.embedding.storage import LOCK, S3, Storage, sha256_of
+from distil_rank.artefact import sha256_of
+from distil_rank.embedding.storage import LOCK, S3, Storage
 from distil_rank.errors import InputError
 
 try:

@@ -31,8 +31,7 @@ import pyarrow as pa
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from distil_rank.embedding.layers import STATE, State, split_source
-from distil_rank.embedding.location import open_storage
-from distil_rank.embedding.storage import Location, Storage
+from distil_rank.embedding.storage import Location, Storage, open_storage
 from distil_rank.errors import InputError
 from distil_rank.origin import VectorOrigin
 

@@ -26,11 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
 from distil_rank.embedding.provenance import read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import Location, Storage
+from distil_rank.embedding.storage import Location, Storage, open_storage
 from distil_rank.embedding.store import (
     EMBEDDINGS,
     VERSION,

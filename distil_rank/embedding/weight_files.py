@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distil_rank.embedding.storage import sha256_of, write_atomically
+from distil_rank.artefact import sha256_of, write_atomically
 from distil_rank.errors import InputError
 
 REMEMBERED_BYTES = 2**24  # of a file from which on its hash is kept; a smaller one is hashed in no time

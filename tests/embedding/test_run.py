@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distil_rank.embedding import backbone as backbones
-from distil_rank.embedding import extraction, precision
+from distil_rank.embedding import precision
+from distil_rank.embedding import run as extraction
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.provenance import read_provenance

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import write_atomically
+from distil_rank.embedding.storage import Storage
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -163,14 +163,14 @@ def test_a_changed_byte_is_detected(tmp_path, file):
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_atomically(path, b"old")
+    Storage(tmp_path).write("file", b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match=f"Expected to write {path} but got: No space left .*; free space"):
-        write_atomically(path, b"new")
+        Storage(tmp_path).write("file", b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
