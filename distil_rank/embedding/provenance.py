@@ -1,9 +1,7 @@
 """How a store was made: versions, machine, MLflow run, time. Kept beside the store's content, not in its digest.
 
-    store/provenance.json   {"extractions": [{"versions", "machine", "computed", "residues", "seconds", "run"}, ...],
-                             further facts by name}
-
-There is one entry for each run that computed something, in order.
+store/provenance.json   {"extractions": [{"versions", "machine", "computed", "residues", "seconds", "run"}, ...],
+                         further facts by name}
 """
 
 from __future__ import annotations
@@ -27,10 +25,7 @@ PACKAGES = ("distil-rank", "torch", "fair-esm", "pyarrow")
 
 
 def read_provenance(storage: Storage) -> dict[str, Any]:
-    """What is recorded of how a store was made; `extractions` is always there, and empty where nothing is recorded.
-
-    A file that cannot be read is reported in a warning: the store's content does not depend on it.
-    """
+    """What is recorded, with `extractions` in order; a file that cannot be read is warned of, and taken as empty."""
     try:
         content = json.loads(storage.read_bytes(FILE))
         if isinstance(content["extractions"], list) and all(isinstance(one, dict) for one in content["extractions"]):
@@ -42,16 +37,6 @@ def read_provenance(storage: Storage) -> dict[str, Any]:
         reason = str(error)
     logger.warning("%s cannot be read (%s): going on without what it records", storage.where(FILE), reason)
     return {"extractions": []}
-
-
-def write_provenance(storage: Storage, content: dict[str, Any]) -> None:
-    """Replaces the record atomically, if it changed; the caller holds the store's lock.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    if content != read_provenance(storage):
-        storage.write(FILE, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def embedding_run(storage: Storage) -> str | None:

@@ -57,63 +57,35 @@ MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a batch: fits a CPU's caches, ke
 
 @dataclass(frozen=True)
 class Request(EmbedOptions):
-    """What to embed, and how, with what other commands hand over.
-
-    Attributes:
-        store: By now it has a name.
-        encoder: Writes codes in place of the vectors.
-        like: Store of the same backbone whose int8 calibration, and comparison with fp32, to take over.
-    """
+    """What to embed, and how, with what other commands hand over."""
 
     store: str | Path = ""
-    encoder: CodeEncoder | None = None
-    like: Location | None = None
+    encoder: CodeEncoder | None = None  # writes codes in place of the vectors
+    like: Location | None = None  # store of the same backbone whose int8 calibration and comparison to take over
 
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """Result of one run of `embed`.
-
-    Attributes:
-        store: The folder.
-        proteins: Proteins with embeddings in the store now.
-        added: Proteins that this run added.
-        computed: Distinct sequences that this run computed.
-        residues: Their residues.
-        seconds: Time for computing them.
-        skipped: Proteins without embeddings because they did not fit into memory.
-        skipped_ids: Their names; None where there are none.
-        long: Proteins above `max_length`, computed in windows or truncated.
-        cleaning: What cleaning changed in the input.
-        backbone: Name of the model.
-        precision: `fp32`, `bf16` or `int8`.
-        precision_note: How closely int8 followed fp32, or why it is not used though asked for.
-        pooling: `mean`, `bos` or `residue`.
-        dim: Width of the vectors.
-        layers: Whose hidden states the store holds.
-        layer_cost: What stopping behind each layer costs, measured in this run; None where it computed nothing.
-        fallback: The warning, where the default backbone was not available.
-        digest: Of the store's content.
-    """
+    """Result of one run of `embed`, as it is shown and logged."""
 
     store: str
-    proteins: int
-    added: int
-    computed: int
-    residues: int
+    proteins: int  # with embeddings in the store now
+    added: int  # by this run, as are those that follow
+    computed: int  # distinct sequences
+    residues: int  # of them
     seconds: float
-    skipped: int
+    skipped: int  # without embeddings because they did not fit into memory
     skipped_ids: str | None
-    long: int
+    long: int  # above `max_length`, computed in windows or truncated
     cleaning: str
     backbone: str
     precision: str
-    precision_note: str | None
+    precision_note: str | None  # how closely int8 followed fp32, or why it is not used though asked for
     pooling: str
     dim: int
     layers: str
-    layer_cost: str | None
-    fallback: str | None
+    layer_cost: str | None  # what stopping behind each layer costs; None where nothing was computed
+    fallback: str | None  # the warning, where the default backbone was not available
     digest: str
 
     @property
@@ -132,13 +104,7 @@ def embed(
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store lacks.
 
-    Args:
-        fasta: As all that follows, of `EmbedOptions`.
-        store: Folder or address; embeddings/NAME by default.
-        backbone: The model.
-        pooling: mean, bos or residue.
-        layer: One or several.
-        **options: Others of `EmbedOptions`, and `encoder` and `like` of `Request`.
+    Arguments are those of `EmbedOptions`, and `encoder` and `like` of `Request`; by default into embeddings/NAME.
 
     Raises:
         InputError: an option, the input, the store or the backbone cannot be used.
@@ -307,11 +273,7 @@ class Extraction:
         return self._embedder(self.writer.manifest["precision"])
 
     def plan(self) -> tuple[int, CleaningReport]:
-        """Adds new proteins, decides on the precision and writes the shards to compute; the caller holds the lock.
-
-        Returns:
-            The number of added proteins, and what cleaning changed.
-        """
+        """Adds new proteins, decides on the precision and writes the shards to compute; the caller holds the lock."""
         request, writer = self.request, self.writer
         writer.check_folder()
         report = CleaningReport(str(request.fasta))
@@ -425,8 +387,7 @@ class Extraction:
     def compute(self, shards: list[Shard], progress: bool = True) -> tuple[int, int]:
         """Computes what is missing of some shards; a thread writes each batch while the next is computed.
 
-        Returns:
-            Number of distinct sequences computed, and of their residues.
+        Returns the number of distinct sequences computed, and of their residues.
         """
         computed = residues = 0
         total = sum(shard.residues for shard in shards)

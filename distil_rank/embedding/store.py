@@ -1,19 +1,14 @@
-"""Embeddings on disk: Arrow shards and a manifest that lists them.
+"""Embeddings on disk: Arrow shards, memory-mapped, and a manifest that lists them.
 
     store/
       manifest.json           settings, counts, and each file's size and SHA-256
       provenance.json         when and where it was computed (see `provenance.py`); not part of the content
       proteins-00000.arrow    id, sequence, sha256, length, row, notes; in input order
-      vectors-00000.arrow     row, embedding; the rows of one shard in order
-
-A store of several layers has a column `embedding_LAYER` for each of them instead, and `layers` in its manifest.
+      vectors-00000.arrow     row, embedding (embedding_LAYER, where there are several); the rows of one shard in order
 
 A *row* numbers the distinct sequences in the order of their first appearance; proteins with the same sequence share
 one. A pooled store has one vector for each row, a per-residue store as many as the sequence has residues. A row without
 a vector was skipped.
-
-Arrow IPC rather than safetensors because one format then holds both the vectors and the table of proteins, including
-strings; both kinds of file are memory-mapped, so that opening a store reads almost nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -47,27 +41,21 @@ _Layer = Annotated[str, BeforeValidator(str), Field(pattern=f"^{STATE.pattern}$"
 
 
 class _Table(BaseModel, strict=True):
-    """A table of proteins in a manifest."""
-
     file: str
     bytes: int
     sha256: str
 
 
 class _Shard(BaseModel, strict=True):
-    """A shard in a manifest; size and hash are there when it is finished."""
-
     file: str
     rows: tuple[int, int]
     proteins: tuple[str, int, int]
     residues: int
-    bytes: int | None = None
+    bytes: int | None = None  # size and hash are there when it is finished
     sha256: str | None = None
 
 
 class _Code(BaseModel, strict=True):
-    """What a manifest tells of codes."""
-
     sha256: str
     rank: int
     dtype: str
@@ -116,8 +104,6 @@ class Store:
 
     Attributes:
         content: What it holds, `EMBEDDINGS` or `CODES`.
-        storage: Its files.
-        manifest: Backbone, weights' SHA-256, layer, pooling, precision, counts, files.
         digest: SHA-256 over what the vectors depend on and every file's SHA-256: equal digests mean equal content.
         dim: Width of the vectors.
         layers: The layers of a store that holds several, ascending; empty for a store of one.
@@ -137,7 +123,6 @@ class Store:
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _pick(self, layer: str | None) -> State | None:
-        """The layer to read of a store that holds several; None for a store of one."""
         names = ", ".join(map(str, self.layers))
         if not self.layers:
             if layer not in (None, str(self.manifest.get("layer"))):
@@ -162,13 +147,11 @@ class Store:
         """Opens a finished store.
 
         Args:
-            path: The folder or address; `FOLDER:LAYER` picks one of several layers, the last of which is taken
-                otherwise.
+            path: The folder or address; `FOLDER:LAYER` picks one of several layers, by default the last.
             content: What it must hold; by default what this class is for.
 
         Raises:
-            InputError: the folder is not a store, is unfinished, lacks the layer, or a file is missing or has another
-                size.
+            InputError: it is no store, is unfinished, lacks the layer, or a file is missing or has another size.
         """
         path, layer = split_source(path)
         return cls.read(open_storage(path), content, layer)
@@ -221,14 +204,12 @@ class Store:
     @cached_property
     def _vector_rows(self) -> np.ndarray:
         """The row of each stored vector, (vectors,), ascending."""
-        return np.concatenate([self._shard(shard, "row")["row"].to_numpy() for shard in self.manifest["shards"]])
-
-    def _shard(self, shard: dict[str, Any], *columns: str) -> pa.Table:
-        return self.storage.table(shard["file"], columns)
+        return np.concatenate(
+            [self.storage.table(shard["file"], ["row"])["row"].to_numpy() for shard in self.manifest["shards"]]
+        )
 
     @cached_property
     def _has_vectors(self) -> np.ndarray:
-        """Which of the proteins have vectors, (proteins,) bool."""
         return np.isin(self._all_proteins["row"].to_numpy(), self._vector_rows)
 
     @cached_property
@@ -245,11 +226,6 @@ class Store:
     def sequences(self) -> list[str]:
         """The cleaned sequences, in input order."""
         return self.proteins["sequence"].to_pylist()
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Residues of each cleaned sequence, (proteins,)."""
-        return self.proteins["length"].to_numpy()
 
     @property
     def skipped(self) -> list[str]:
@@ -273,10 +249,9 @@ class Store:
     def embeddings(self) -> np.ndarray:
         """All vectors in the order of `ids`, (lines, dim) float32.
 
-        Memory-mapped and read-only when the store is one shard without repeated sequences; otherwise a copy (see
-        `shards` for what does not fit into memory).
+        Memory-mapped and read-only when the store is one shard without repeated sequences; otherwise a copy.
         """
-        parts = [vectors for _, vectors in self.shards()]
+        parts = [self.vectors(shard)[1] for shard in self.manifest["shards"]]
         vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
         first, count = self._extents
         starts = np.cumsum(count) - count
@@ -285,14 +260,10 @@ class Store:
         within = np.arange(count.sum()) - np.repeat(starts, count)
         return vectors[np.repeat(first, count) + within]
 
-    def shards(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each shard's row numbers, (vectors,), and memory-mapped vectors, (vectors, dim), in order of the rows."""
-        return map(self.vectors, self.manifest["shards"])
-
     def vectors(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers and vectors of one shard, an entry of the manifest."""
+        """Row numbers, (vectors,), and memory-mapped vectors, (vectors, dim), of an entry of the manifest's shards."""
         column = column_of(self.layer)
-        table = self._shard(shard, "row", column)
+        table = self.storage.table(shard["file"], ["row", column])
         return table["row"].to_numpy(), vectors_of(table, column)
 
 
@@ -314,23 +285,14 @@ def stores_in(folder: str | Path) -> list[Path]:
 
 
 def settings_of(manifest: dict[str, Any]) -> list[Any]:
-    """The values of all settings that the stored rows depend on: also of `layers` where there are several, and for
-    codes the hash of their code map."""
+    """The values of all settings that the stored rows depend on; of codes also their encoder's hash."""
     optional = [key for key in ("layers", "calibration_sha256") if key in manifest]
     values = [manifest.get(key) for key in (*SETTINGS, *optional)]
     return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
 
 
 def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any] | None:
-    """The manifest of a store, finished or not; None where there is none.
-
-    Args:
-        storage: The store's files.
-        content: What the store must hold, `EMBEDDINGS` or `CODES`.
-
-    Raises:
-        InputError: it cannot be read, is not a store's, or belongs to a store of something else.
-    """
+    """The manifest of a store, finished or not, or None; `InputError` where it is damaged, or of another content."""
     noun = content.removeprefix("distil-rank ")
     file = storage.where("manifest.json")
     try:

@@ -71,7 +71,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """What a file of weights holds; tensors of `.pt` and `.bin` stay mapped to the file, or are not read on `meta`.
 
     Raises:
-        InputError: it is missing or damaged, or holds more than tensors and `argparse.Namespace`.
+        InputError: it is damaged, or holds more than tensors and `argparse.Namespace`.
     """
     try:
         if path.suffix == ".safetensors":
@@ -88,39 +88,33 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def source_of(files: Sequence[Path], rename: Callable[[str], str]) -> Source | None:
-    """What maps tensors of some files anew without reading their tables of contents again; None for old formats.
+    """What maps tensors anew, by fair-esm's names, without reading tables of contents again; None for old formats."""
 
-    Args:
-        files: Which torch or safetensors wrote.
-        rename: From a name in a file to fair-esm's.
-    """
+    def from_safetensors(file: Path, key: str) -> Tensor:
+        with safetensors.safe_open(file, "pt") as opened:
+            return opened.get_tensor(key)
+
+    def from_checkpoint(file: Path, like: Tensor, start: int) -> Tensor:
+        whole = torch.from_file(str(file), False, file.stat().st_size // like.itemsize, dtype=like.dtype)
+        return whole.as_strided(like.shape, like.stride(), start + like.storage_offset())
+
     places: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         if file.suffix == ".safetensors":
             with safetensors.safe_open(file, "pt") as opened:
-                places |= {rename(key): partial(_from_safetensors, file, key) for key in opened.keys()}  # noqa: SIM118
+                places |= {rename(key): partial(from_safetensors, file, key) for key in opened.keys()}  # noqa: SIM118
             continue
         content: dict[str, Any] = load_tensors(file, "meta")
         for key, tensor in content.get("model", content).items():
             offset = tensor.untyped_storage()._checkpoint_offset  # torch tells it of tensors on `meta`
             if offset is None or offset % tensor.itemsize:
                 return None
-            places[rename(key)] = partial(_from_checkpoint, file, tensor, offset // tensor.itemsize)
+            places[rename(key)] = partial(from_checkpoint, file, tensor, offset // tensor.itemsize)
     return lambda prefix: {name: read() for name, read in places.items() if name.startswith(prefix)}
 
 
-def _from_safetensors(file: Path, key: str) -> Tensor:
-    with safetensors.safe_open(file, "pt") as opened:
-        return opened.get_tensor(key)
-
-
-def _from_checkpoint(file: Path, like: Tensor, start: int) -> Tensor:
-    whole = torch.from_file(str(file), False, file.stat().st_size // like.itemsize, dtype=like.dtype)
-    return whole.as_strided(like.shape, like.stride(), start + like.storage_offset())
-
-
 def cache_folder() -> Path:
-    """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
+    """Folder for fetched weights."""
     return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
 
 

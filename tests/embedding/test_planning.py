@@ -24,7 +24,7 @@ records = st.lists(st.tuples(names, st.text("AC", min_size=1, max_size=4)), min_
 
 def plan(store, proteins, manifest=MANIFEST):
     report = CleaningReport("in.fasta")
-    report.counts["retained"] = len(proteins)
+    report.counts["kept"] = len(proteins)
     name = f"proteins-{len(manifest['proteins']):05d}.arrow"
     storage = Storage(store)
     added = write_new_proteins(storage, name, proteins, manifest, report)
@@ -72,7 +72,7 @@ def test_names_and_rows_are_those_of_dictionaries(tmp_path_factory, first, secon
                 return
             report, manifest = plan(store, proteins, manifest)
             assert stored(store, manifest) == before + lines
-            assert report.counts["retained"] + report.counts["repeated"] == len(proteins)
+            assert report.counts["kept"] + report.counts["repeated"] == len(proteins)
             sizes = {
                 len(part)
                 for file in manifest["proteins"]
@@ -126,7 +126,7 @@ def test_more_than_the_memory_limit_goes_to_disk(tmp_path, monkeypatch):
     )
     table = Storage(tmp_path).table("proteins-00000.arrow")
     assert table["row"].to_pylist() == [*range(number - 5), *range(5)] and table["sequence"].to_pylist() == texts
-    assert report.counts["retained"] == number and manifest["shards"][-1]["rows"][1] == number - 5
+    assert report.counts["kept"] == number and manifest["shards"][-1]["rows"][1] == number - 5
 
 
 def test_what_duckdb_cannot_do_is_one_line(tmp_path, monkeypatch):

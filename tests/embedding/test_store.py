@@ -42,10 +42,10 @@ def test_content_in_the_order_of_the_input(tmp_path):
     store = make(tmp_path / "store")
     assert (len(store), store.dim, store.ids) == (4, 4, ["a", "b", "c", "d"])
     assert store.sequences == ["MK", "MKV", "MK", "M"]
-    assert store.lengths.tolist() == [2, 3, 2, 1]
+    assert store.proteins["length"].to_pylist() == [2, 3, 2, 1]
     assert store.embeddings()[:, 0].tolist() == [1, 2, 1, 3], "c shares the vector of a"
     assert store.protein_of_row().tolist() == [0, 1, 2, 3]
-    assert sum(len(vectors) for _, vectors in store.shards()) == 3, "which is stored once"
+    assert sum(len(store.vectors(shard)[1]) for shard in store.manifest["shards"]) == 3, "which is stored once"
     store.verify()
 
 
