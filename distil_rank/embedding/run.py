@@ -7,12 +7,16 @@ cluster compute whole shards, and the first process records them. The next run c
 from __future__ import annotations
 
 import logging
+import os
+import platform
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +42,9 @@ from distil_rank.embedding.precision import (
     int8_encoder,
     store_calibration,
 )
-from distil_rank.embedding.provenance import environment, memory_of, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein, iter_records, uncompressed_name
 from distil_rank.embedding.storage import Location, absolute
-from distil_rank.embedding.store import CODES, EMBEDDINGS, Store, layers_of
+from distil_rank.embedding.store import CODES, EMBEDDINGS, Store, layers_of, read_provenance
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
@@ -52,6 +55,7 @@ logger = logging.getLogger(__name__)
 STORES = Path("embeddings")  # where stores are created by default
 OPTIONS = ("pooling", "layer", "precision", "long", "max_length")  # that vectors depend on
 MAX_NAMED = 20  # skipped proteins in the warning; the summary lists all
+PACKAGES = ("distil-rank", "torch", "fair-esm", "pyarrow")  # whose versions are recorded
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a batch: fits a CPU's caches, keeps a GPU busy
 
 
@@ -459,3 +463,27 @@ def default_store(fasta: str | Path) -> Path:
     ('embeddings/sample', 'embeddings/my.proteins')
     """
     return STORES / (Path(uncompressed_name(fasta)).stem.lstrip(".") or "proteins")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of the machine up to this process's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return installed if limit == resource.RLIM_INFINITY else min(installed, limit)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions of what the vectors are computed with, and the machine."""
+    cuda = device.type == "cuda"
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": {
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": memory_of(device),
+        },
+    }

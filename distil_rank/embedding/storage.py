@@ -46,15 +46,6 @@ def absolute(location: Location) -> Location:
     return location if is_remote(location) else Path(location).absolute()
 
 
-def open_storage(location: Location) -> Storage:
-    """The files at a location, which need not exist; raises `InputError` where a package for it is missing."""
-    if not is_remote(location):
-        return Storage(Path(location))
-    from distil_rank.embedding.s3 import S3Storage  # noqa: PLC0415  (optional: the s3 extra)
-
-    return S3Storage(str(location))
-
-
 class Storage:
     """Files in a folder by name, as in `parts/vectors-00000/7.arrow`; `lock` or the first file creates it."""
 

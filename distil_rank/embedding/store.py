@@ -2,7 +2,7 @@
 
     store/
       manifest.json           settings, counts, and each file's size and SHA-256
-      provenance.json         when and where it was computed (see `provenance.py`); not part of the content
+      provenance.json         when and where it was computed; not part of the content
       proteins-00000.arrow    id, sequence, sha256, length, row, notes; in input order
       vectors-00000.arrow     row, embedding (embedding_LAYER, where there are several); the rows of one shard in order
 
@@ -25,7 +25,7 @@ import pyarrow as pa
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from distil_rank.embedding.layers import STATE, State, split_source
-from distil_rank.embedding.storage import Location, Storage, open_storage
+from distil_rank.embedding.storage import Location, Storage, is_remote
 from distil_rank.errors import InputError
 from distil_rank.origin import VectorOrigin
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # a manifest's `format`: what the shards hold
 VERSION = 1
+PROVENANCE = "provenance.json"  # {"extractions": [{"versions", "machine", "computed", "seconds", "run", …}, …], …}
 # the fields of `VectorOrigin` that stored rows depend on, in the order in which digests take them
 SETTINGS = ("weights_sha256", "dim", "layer", "pooling", "precision", "long", "max_length")
 
@@ -277,6 +278,15 @@ def column_of(layer: State | None) -> str:
     return "embedding" if layer is None else f"embedding_{layer}"
 
 
+def open_storage(location: Location) -> Storage:
+    """The files at a location, which need not exist; raises `InputError` where a package for it is missing."""
+    if not is_remote(location):
+        return Storage(Path(location))
+    from distil_rank.embedding.s3 import S3Storage  # noqa: PLC0415  (optional: the s3 extra)
+
+    return S3Storage(str(location))
+
+
 def stores_in(folder: str | Path) -> list[Path]:
     """The stores in a folder and the folder itself, if it is one (finished or not); the last changed first."""
     folder = Path(folder)
@@ -319,3 +329,24 @@ def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any]
             "choose another store."
         ) from error
     return manifest
+
+
+def read_provenance(storage: Storage) -> dict[str, Any]:
+    """What is recorded, with `extractions` in order; a file that cannot be read is warned of, and taken as empty."""
+    try:
+        content = json.loads(storage.read_bytes(PROVENANCE))
+        if isinstance(content["extractions"], list) and all(isinstance(one, dict) for one in content["extractions"]):
+            return dict(content)
+        reason = "it has no list of extractions"
+    except FileNotFoundError:
+        return {"extractions": []}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    logger.warning("%s cannot be read (%s): going on without what it records", storage.where(PROVENANCE), reason)
+    return {"extractions": []}
+
+
+def embedding_run(storage: Storage) -> str | None:
+    """The MLflow run of the last extraction; None where none is recorded."""
+    runs = [one["run"] for one in read_provenance(storage)["extractions"] if one.get("run")]
+    return runs[-1] if runs else None

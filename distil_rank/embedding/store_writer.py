@@ -27,16 +27,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
-from distil_rank.embedding.provenance import FILE as PROVENANCE
-from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import Location, Storage, open_storage
+from distil_rank.embedding.storage import Location, Storage
 from distil_rank.embedding.store import (
     EMBEDDINGS,
+    PROVENANCE,
     VERSION,
     column_of,
     layers_of,
+    open_storage,
     read_manifest,
+    read_provenance,
     vectors_of,
 )
 from distil_rank.errors import InputError

@@ -8,8 +8,8 @@ from pathlib import Path
 from distil_rank.data.files import load_matrix
 from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.storage import is_remote, open_storage
-from distil_rank.embedding.store import layers_of, read_manifest
+from distil_rank.embedding.storage import is_remote
+from distil_rank.embedding.store import layers_of, open_storage, read_manifest
 from distil_rank.evaluation.labelled import check_ids, labelled_source, own_labels, with_clusters
 from distil_rank.evaluation.task import Kind
 from distil_rank.options.codes import AugmentationOptions

@@ -12,10 +12,9 @@ import torch
 from distil_rank.embedding import precision
 from distil_rank.embedding import run as extraction
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.storage import Storage
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.store import Store, read_provenance
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 

@@ -17,11 +17,10 @@ from distil_rank.embedding import precision
 from distil_rank.embedding import run as extraction
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import CleaningReport, Protein, read_proteins
 from distil_rank.embedding.storage import Storage
-from distil_rank.embedding.store import SETTINGS, Store
+from distil_rank.embedding.store import SETTINGS, Store, read_provenance
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
