@@ -1,37 +1,39 @@
 # Every target sets itself up: .venv is made on first use, and again when the pins change.
 .DEFAULT_GOAL := help
-PYTHON ?= python3
+PYTHON := python3
 BIN := .venv/bin
-RUN := $(BIN)/distil-rank
+RUN := exec $(BIN)/distil-rank
 
-# What users set: make distil TEACHER=spectral RANK=0.95 DATA=my.npz ARGS="--distil.lr 1e-4"
-FASTA ?= data/sample.fasta.gz
-STORE ?=
-BACKBONE ?= auto
-POOLING ?= mean
-PRECISION ?= auto
-LAYERS ?=
-CODE ?=
-DATA ?= auto
-SPLIT ?= auto
-TEACHER ?= denoising
-RANK ?= 64
-OUT ?= compressed
-LABELS ?=
-GROUPS ?=
-TASK ?= auto
-KEEP ?= 0.99
-METRIC ?= invariant
-DTYPE ?= bit
-BYTES ?=
-MAP ?=
-CODES ?= codes
-ARGS ?=
+# What each target takes, as in: make distil TEACHER=spectral RANK=0.95 DATA=my.npz ARGS="--distil.lr 1e-4". Only the command
+# line counts: DATA or RANK in somebody's environment mean something else. Defaults are the commands' own.
+USES_embed := FASTA STORE BACKBONE POOLING PRECISION LAYERS CODE
+USES_train-teacher := TEACHER DATA SPLIT
+USES_distil := TEACHER RANK DATA SPLIT
+USES_benchmark := RANK DATA SPLIT
+USES_sweep := TEACHER DATA SPLIT
+USES_compress := MODEL LAYER RANK DATA SPLIT OUT
+USES_export := MODEL RANK OUT
+USES_evaluate := DATA TASK LABELS GROUPS FASTA BACKBONE PRECISION
+USES_judge := $(USES_evaluate)
+USES_code := DATA METRIC RANK DTYPE CODES ENCODER TASK LABELS GROUPS
+USES_search := CODES FASTA
+USES_recommend := DATA KEEP TASK LABELS GROUPS FASTA BACKBONE PRECISION
+
+TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+UNUSED := $(filter-out ARGS PYTHON $(foreach goal,$(MAKECMDGOALS),$(USES_$(goal))),$(TYPED))
+ifneq ($(UNUSED),)
+$(error Expected variables out of $(strip ARGS $(foreach goal,$(MAKECMDGOALS),$(USES_$(goal)))) for make $(MAKECMDGOALS) but got $(UNUSED))
+endif
+option = $(if $(filter command,$(origin $(1))),$(if $($(1)),$(2) "$($(1))"))
+override ARGS := $(if $(filter command,$(origin ARGS)),$(ARGS))
 
 # Lightning takes RANK in its environment for the number of a process among many; make would put it there.
 unexport RANK
 
-DATA_ARGS = --data.source "$(DATA)" --data.split "$(SPLIT)"
+DATA_OPTIONS = $(call option,DATA,--data.source) $(call option,SPLIT,--data.split)
+TASK_OPTIONS = $(call option,DATA,--data) $(call option,TASK,--task) $(call option,LABELS,--labels.source) \
+  $(call option,GROUPS,--groups)
+EMBED_OPTIONS = $(call option,FASTA,--fasta) $(call option,BACKBONE,--backbone) $(call option,PRECISION,--precision)
 
 help: ## What there is, in one line each
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -51,44 +53,45 @@ help: ## What there is, in one line each
 
 setup: .venv/installed ## Install into .venv, with exact versions
 
-embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME|s3://BUCKET/NAME BACKBONE= POOLING=mean|bos|residue PRECISION=auto|fp32|bf16|int8|auto-int8 LAYERS=4|3,4,5|all CODE=FOLDER of a code map)
-	@$(RUN) embed --fasta "$(FASTA)" $(if $(STORE),--store "$(STORE)") --backbone "$(BACKBONE)" --pooling "$(POOLING)" \
-	  --precision "$(PRECISION)" $(if $(CODE),--code "$(CODE)") \
-	  $(if $(LAYERS),--layer "$(LAYERS)") $(ARGS)
+embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAME|s3://BUCKET/NAME BACKBONE= POOLING=mean|bos|residue PRECISION=auto|fp32|bf16|int8|auto-int8 LAYERS=4|3,4,5|all CODE=FOLDER of an encoder)
+	@$(RUN) embed $(EMBED_OPTIONS) $(call option,STORE,--store) $(call option,POOLING,--pooling) \
+	  $(call option,LAYERS,--layer) $(call option,CODE,--code) $(ARGS)
 
-train-teacher: .venv/installed ## Make the dense layer (TEACHER=denoising|random|spectral|FILE:KEY DATA=)
-	@$(RUN) train-teacher --teacher.kind "$(TEACHER)" $(DATA_ARGS) $(ARGS)
+train-teacher: .venv/installed ## Make the dense layer (TEACHER=denoising|random|spectral|FILE:KEY DATA= SPLIT=)
+	@$(RUN) train-teacher $(call option,TEACHER,--teacher.kind) $(DATA_OPTIONS) $(ARGS)
 
-distil: .venv/installed ## Distil it and report what survived (TEACHER= RANK=64|0.95|auto DATA= SPLIT=)
-	@$(RUN) distil --teacher.kind "$(TEACHER)" --rank "$(RANK)" $(DATA_ARGS) $(ARGS)
+distil: .venv/installed ## Distil it and report what is retained (TEACHER= RANK=64|0.95|auto DATA= SPLIT=)
+	@$(RUN) distil $(call option,TEACHER,--teacher.kind) $(call option,RANK,--rank) $(DATA_OPTIONS) $(ARGS)
 
 benchmark: .venv/installed ## The three teachers of the original, one table (DATA= RANK= SPLIT=)
-	@$(RUN) benchmark --rank "$(RANK)" $(DATA_ARGS) $(ARGS)
+	@$(RUN) benchmark $(call option,RANK,--rank) $(DATA_OPTIONS) $(ARGS)
 
-sweep: .venv/installed ## One teacher at many ranks, with the Pareto figure (TEACHER= DATA=)
-	@$(RUN) sweep --teacher.kind "$(TEACHER)" $(DATA_ARGS) $(ARGS)
+sweep: .venv/installed ## One teacher at many ranks, with the Pareto figure (TEACHER= DATA= SPLIT=)
+	@$(RUN) sweep $(call option,TEACHER,--teacher.kind) $(DATA_OPTIONS) $(ARGS)
 
 compress: .venv/installed ## A layer of your own model, to a folder that deploys (MODEL=FILE LAYER= DATA= RANK= OUT=)
-	@test -n "$(MODEL)" || { echo "Expected MODEL=FILE, a saved model, but got none." >&2; exit 2; }
-	@$(RUN) compress --model "$(MODEL)" $(if $(LAYER),--layer "$(LAYER)") \
-	  $(if $(filter file,$(origin RANK)),,--rank "$(RANK)") --output "$(OUT)" $(DATA_ARGS) $(ARGS)
+	@$(RUN) compress $(call option,MODEL,--model) $(call option,LAYER,--layer) $(call option,RANK,--rank) \
+	  $(call option,OUT,--output) $(DATA_OPTIONS) $(ARGS)
+
+export: .venv/installed ## That folder for another runtime (MODEL=FOLDER RANK= OUT=FILE; ARGS="--to onnx|torch|dense")
+	@$(RUN) export $(call option,MODEL,--artefact) $(call option,RANK,--rank) $(call option,OUT,--output) $(ARGS)
 
 evaluate: .venv/installed ## Representations on a labelled task (DATA= LABELS= GROUPS= TASK=; alone: on the labelled sample)
-	@$(RUN) evaluate --data "$(DATA)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
-	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") \
-	  --precision "$(PRECISION)" $(ARGS)
+	@$(RUN) evaluate $(TASK_OPTIONS) $(EMBED_OPTIONS) $(ARGS)
 
-code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whitened|invariant RANK= DTYPE=float32|int8|bit|pq BYTES= CODES= LABELS=; MAP=FOLDER of a code map that is there)
-	@$(RUN) code --data "$(DATA)" $(if $(MAP),--encoder "$(MAP)") --metric "$(METRIC)" --rank "$(RANK)" --dtype "$(DTYPE)" $(if $(BYTES),--bytes "$(BYTES)") \
-	  --codes "$(CODES)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") $(if $(GROUPS),--groups "$(GROUPS)") $(ARGS)
+judge: .venv/installed # evaluate's old name, for one release
+	@$(RUN) judge $(TASK_OPTIONS) $(EMBED_OPTIONS) $(ARGS)
 
-search: .venv/installed ## Proteins against codes, with E-values (CODES= FASTA=; ARGS=--self for all against all)
-	@$(RUN) search --codes "$(CODES)" $(if $(findstring --self,$(ARGS)),,--fasta "$(FASTA)") $(ARGS)
+code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whitened|invariant RANK= DTYPE=float32|int8|bit CODES= LABELS=; ENCODER=FOLDER of one that is there)
+	@$(RUN) code $(TASK_OPTIONS) $(call option,METRIC,--metric) $(call option,RANK,--rank) $(call option,DTYPE,--dtype) \
+	  $(call option,CODES,--codes) $(call option,ENCODER,--encoder) $(ARGS)
 
-recommend: .venv/installed ## The cheapest pipeline that keeps your function (FASTA= LABELS= DATA= KEEP=0.99; alone: the labelled sample)
-	@$(RUN) recommend --data "$(DATA)" --keep "$(KEEP)" --task "$(TASK)" $(if $(LABELS),--labels.source "$(LABELS)") \
-	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(filter command environment,$(origin FASTA)),--fasta "$(FASTA)" --backbone "$(BACKBONE)") \
-	  --precision "$(PRECISION)" $(ARGS)
+search: .venv/installed ## Proteins against codes, with E-values (CODES= FASTA=; ARGS="--self true" for all against all)
+	@$(RUN) search $(call option,CODES,--codes) $(call option,FASTA,--fasta) \
+	  $(if $(filter FASTA ARGS,$(TYPED)),,--fasta data/sample.fasta.gz) $(ARGS)
+
+recommend: .venv/installed ## The cheapest pipeline that retains your function (FASTA= LABELS= DATA= KEEP=0.99; alone: the labelled sample)
+	@$(RUN) recommend $(TASK_OPTIONS) $(EMBED_OPTIONS) $(call option,KEEP,--keep) $(ARGS)
 
 ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
@@ -117,4 +120,4 @@ clean: ## Remove .venv, results and caches; runs in mlruns/ and embeddings stay
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # All that `help` lists.
-.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\#.*/\1/p' $(MAKEFILE_LIST))
+.PHONY: judge $(shell sed -n 's/^\([a-z-]*\):.*\#\#.*/\1/p' $(MAKEFILE_LIST))

@@ -1,4 +1,4 @@
-"""What codes keep of function, what they cost, and whether E-values hold: the tables and pictures of docs/codes.md.
+"""What codes retain of function, what they cost, and whether E-values hold: the tables of docs/codes.md.
 
     python benchmarks/codes.py scope --data STORE --early STORE:4 --fasta scope40.fa --folds folds.txt
     python benchmarks/codes.py kinases --data kinases.npz
@@ -11,12 +11,11 @@ layer in STORE, and a layer before it in the other. Everything is fitted on the 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,177 +23,149 @@ import torch.nn.functional as F
 from script import run, save_markdown
 from torch import Tensor
 
-RESULTS = Path("results")
-COPIES = RESULTS / "copies"
+from distil_rank.codes.augment import embed_like
+from distil_rank.codes.fit import FittedMetric, fit_metric
+from distil_rank.codes.index import CodeIndex, import_faiss
+from distil_rank.codes.search import DecoyScores
+from distil_rank.codes.sources import noise_of, open_proteins
+from distil_rank.codes.train import train_encoder
+from distil_rank.data.files import load_matrix
+from distil_rank.data.mmseqs import mmseqs_binary
+from distil_rank.evaluation.baselines import alignment_scores
+from distil_rank.evaluation.evaluate import evaluate
+from distil_rank.evaluation.labelled import LabelledData
+from distil_rank.evaluation.representations import (
+    Representation,
+    full_vector,
+    module_output,
+    variance_student,
+)
+from distil_rank.lowrank.encoder import CodeEncoder
+from distil_rank.options.codes import AugmentationOptions, CodeOptions
+from distil_rank.options.evaluation import LabelOptions
+from distil_rank.report.evaluation import evaluation_report
+
+RESULTS = Path("results/codes")
+COPIES = Path("results/copies")
 
 
-def labelled(data: str, fasta: str, folds: str):
-    """Vectors with SCOPe's labels, the listed folds on the fit side."""
-    from distil_rank.codes.sources import open_proteins
-    from distil_rank.options.codes import CodeOptions
-    from distil_rank.options.evaluation import LabelOptions
-
+def open_scope(data: str, fasta: str, folds: str) -> LabelledData:
+    """Vectors with SCOPe's labels; the listed folds are fitted on."""
     return open_proteins(CodeOptions(data, labels=LabelOptions(fasta, field=2), task="retrieval", groups=folds))
 
 
-def fitted(proteins, metric: str, noise: str = "copies"):
-    """Directions of one metric on the fit side."""
-    from distil_rank.codes.fit import fit_metric
-    from distil_rank.codes.sources import noise_of
-    from distil_rank.options.codes import AugmentationOptions
-
-    covariance = None
+def fitted(proteins: LabelledData, metric: str, source: Literal["copies", "labels"] = "copies") -> FittedMetric:
+    """Directions of one metric; `source` is that of the invariant one's noise."""
+    noise = None
     if metric == "invariant":
-        covariance, _ = noise_of(proteins, noise, AugmentationOptions(), COPIES)
-    return fit_metric(proteins.embeddings.x, proteins.groups.fit, metric, covariance)
+        noise, _ = noise_of(proteins, source, AugmentationOptions(), COPIES)
+    return fit_metric(proteins.embeddings.x, proteins.groups.fit, metric, noise)
 
 
-def opq_of_full_vector(x: np.ndarray, fit: np.ndarray, books: int):
-    """The baseline that everyone has: faiss's OPQ of the centred vector itself, float queries."""
-    import faiss
-
-    from distil_rank.evaluation.representations import Candidate, Representation
-
-    def make(_: np.ndarray) -> Representation:
-        rows = F.normalize(torch.from_numpy(x - x[fit].mean(0)), dim=1)
-        index = faiss.index_factory(x.shape[1], f"OPQ{books},PQ{books}", faiss.METRIC_INNER_PRODUCT)
-        index.train(rows[torch.from_numpy(fit)].numpy())
-        targets = torch.from_numpy(index.sa_decode(index.sa_encode(rows.numpy())))
-        return Representation(name, rows, F.normalize(targets, dim=1), books)
-
-    name = f"faiss OPQ of the full vector, {books} bytes"
-    return Candidate(name, "student", make)
-
-
-def code_candidate(name: str, encoder, x: np.ndarray):
-    """An encoder that was fitted on the fit groups of the very task; float queries against decoded targets."""
-    from distil_rank.evaluation.representations import module_output
-
-    return replace(module_output(name, encoder.eval(), x, encoder.bytes_per_protein, None), note=None)
-
-
-def encoders(proteins, name: str) -> Iterator[tuple[str, object]]:
-    """Encoders of one layer, by name."""
-    invariant = fitted(proteins, "invariant")
-    for rank in (32, 64, 128):
-        yield f"{name}, invariant, bit, rank {rank}", invariant.encoder(rank, "bit")
-        yield f"{name}, invariant, trained, bit, rank {rank}", trained(proteins, invariant, rank, "bit")
-    yield f"{name}, invariant, int8, rank 64", invariant.encoder(64, "int8")
-    yield f"{name}, invariant, trained, int8, rank 64", trained(proteins, invariant, 64, "int8")
-    whitened = fitted(proteins, "whitened")
-    yield f"{name}, whitened, bit, rank 64", whitened.encoder(64, "bit")
-    yield f"{name}, whitened, int8, rank 64", whitened.encoder(64, "int8")
-    variance = fitted(proteins, "variance")
-    yield f"{name}, variance, bit, rank 64", variance.encoder(64, "bit")
-    yield f"{name}, variance, int8, rank 64", variance.encoder(64, "int8")
-    yield f"{name}, labels, int8, rank 64", fitted(proteins, "invariant", "labels").encoder(64, "int8")
-
-
-def trained(proteins, fit, rank: int, dtype: str):
+def trained(proteins: LabelledData, fit: FittedMetric, rank: int, dtype: Any) -> CodeEncoder:
     """The encoder after training towards the neighbours of the full-rank code, where that clearly helps."""
-    from distil_rank.codes.train import train_encoder
-    from distil_rank.options.codes import CodeOptions
-
-    teacher, side = fit.encoder(len(fit.mean)), proteins.groups.fit
-    x, groups = proteins.embeddings.x[side], proteins.groups.number[side]
-    encoder = train_encoder(fit.encoder(rank, dtype), teacher, x, groups, CodeOptions().train)
-    print(f"{dtype}, rank {rank}: {encoder.provenance.get('training')}", flush=True)
-    return encoder
+    rows = proteins.groups.fit
+    x, groups = proteins.embeddings.x[rows], proteins.groups.number[rows]
+    return train_encoder(fit.encoder(rank, dtype), fit.encoder(len(fit.mean)), x, groups, CodeOptions().train)
 
 
-def scope(options: argparse.Namespace) -> None:
+def coded(name: str, encoder: CodeEncoder, x: np.ndarray) -> Representation:
+    """Codes of the vectors; nothing that is evaluated was fitted on."""
+    return module_output(f"{name}, {encoder.bytes_per_protein} bytes", encoder.eval(), x)
+
+
+def opq_of_full_vector(x: np.ndarray, books: int) -> Representation:
+    """The baseline that everyone has: faiss's OPQ of the centred vector itself, float queries."""
+    faiss, name = import_faiss(), f"faiss OPQ of the full vector, {books} bytes"
+
+    def make(fit: np.ndarray) -> tuple[Tensor, Tensor]:
+        rows = np.ascontiguousarray(unit(x - x[fit].mean(0)), np.float32)
+        index = faiss.index_factory(x.shape[1], f"OPQ{books},PQ{books}x8", faiss.METRIC_INNER_PRODUCT)
+        index.train(rows[fit])
+        decoded = index.sa_decode(index.sa_encode(rows))
+        return torch.from_numpy(rows), torch.from_numpy(unit(decoded))
+
+    return Representation(name, "matrix", books, make)
+
+
+def encoders(proteins: LabelledData, name: str) -> Iterator[Representation]:
+    """Codes of one layer."""
+    x, fits = (
+        proteins.embeddings.x,
+        {metric: fitted(proteins, metric) for metric in ("invariant", "whitened", "variance")},
+    )
+    for rank, dtype in ((32, "bit"), (64, "bit"), (128, "bit"), (64, "int8")):
+        title = f"{name}, invariant, {{}}{dtype}, rank {rank}"
+        yield coded(title.format(""), fits["invariant"].encoder(rank, dtype), x)
+        yield coded(title.format("trained, "), trained(proteins, fits["invariant"], rank, dtype), x)
+    for metric in ("whitened", "variance"):
+        for dtype in ("bit", "int8"):
+            yield coded(f"{name}, {metric}, {dtype}, rank 64", fits[metric].encoder(64, dtype), x)
+    yield coded(f"{name}, labels, int8, rank 64", fitted(proteins, "invariant", "labels").encoder(64, "int8"), x)
+
+
+def scope(last: LabelledData, early: LabelledData) -> None:
     """The table and the picture of function against bytes on SCOPe."""
-    from distil_rank.evaluation.alignment import alignment_scores, has_mmseqs
-    from distil_rank.evaluation.evaluate import evaluate
-    from distil_rank.evaluation.representations import full_vector, variance_student
-    from distil_rank.report import evaluation as report
-
-    last = labelled(options.data, options.fasta, options.folds)
-    early = labelled(options.early, options.fasta, options.folds)
-    assert last.embeddings.ids == early.embeddings.ids
-    x = last.embeddings.x
-    candidates = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
-    candidates.append(variance_student(x, 64))
-    for books in (4, 8, 16, 32):
-        candidates.append(opq_of_full_vector(x, last.groups.fit, books))
-    for proteins, name in ((last, "last layer"), (early, "early layer")):
-        for title, encoder in encoders(proteins, name):
-            full_title = f"{title}, {encoder.bytes_per_protein} bytes"
-            candidates.append(code_candidate(full_title, encoder, proteins.embeddings.x))
+    x, sequences = last.embeddings.x, last.embeddings.sequences
+    representations = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
+    representations += [variance_student(x, 64), *(opq_of_full_vector(x, books) for books in (4, 8, 16, 32))]
+    representations += [*encoders(last, "last layer"), *encoders(early, "early layer")]
     scores = None
-    if has_mmseqs() and last.embeddings.sequences is not None:
-        sequences = last.embeddings.sequences
-        scores = lambda: alignment_scores([sequences[row] for row in last.groups.judged])  # noqa: E731
-    done = evaluate(last.target, last.groups, candidates, last.labels, scores, last.notes)
-    folder = RESULTS / "codes" / "scope"
-    report.save(done, folder)
-    report.show(done)
+    if mmseqs_binary() is not None and sequences is not None:
+        scores = lambda: alignment_scores([sequences[row] for row in last.groups.evaluated])  # noqa: E731
+    report = evaluation_report(evaluate(last.target, last.groups, representations, last.labels, scores, last.notes))
+    report.save(RESULTS / "scope" / "evaluation")
+    report.show()
 
 
-def kinases(options: argparse.Namespace) -> None:
+def kinases(data: str, labels: str) -> None:
     """Whitened codes of real ESM-2 650M vectors: half of the families fitted on, five times."""
-    from distil_rank.codes.fit import fit_metric
-    from distil_rank.codes.sources import open_proteins
-    from distil_rank.evaluation.evaluate import evaluate
-    from distil_rank.evaluation.representations import full_vector, variance_student
-    from distil_rank.options.codes import CodeOptions
-    from distil_rank.options.evaluation import LabelOptions
-
-    retained: dict[str, list[tuple[float, float, float]]] = {}
-    sizes: dict[str, float] = {}
+    source = LabelOptions(column=labels, separator="_", names="group,family", level="family")
+    rows: dict[tuple[str, float], list[tuple[float, float, float]]] = defaultdict(list)
     for seed in range(5):
-        labels = LabelOptions(column=options.labels, separator="_", names="group,family", level="family")
-        proteins = open_proteins(CodeOptions(options.data, labels=labels, task="retrieval", groups="family", seed=seed))
-        x, fit = proteins.embeddings.x, proteins.groups.fit
-        whitened, variance = fit_metric(x, fit, "whitened"), fit_metric(x, fit, "variance")
-        candidates = [full_vector(x), variance_student(x, 64)]
-        for rank in (64, 128):
-            candidates.append(code_candidate(f"whitened, bit, rank {rank}", whitened.encoder(rank, "bit"), x))
-        candidates.append(code_candidate("whitened, int8, rank 64", whitened.encoder(64, "int8"), x))
-        candidates.append(code_candidate("variance, int8, rank 64", variance.encoder(64, "int8"), x))
-        for entry in evaluate(proteins.target, proteins.groups, candidates, seed=seed).entries:
+        proteins = open_proteins(CodeOptions(data, labels=source, task="retrieval", groups="family", seed=seed))
+        x = proteins.embeddings.x
+        whitened, variance = fitted(proteins, "whitened"), fitted(proteins, "variance")
+        representations = [full_vector(x), variance_student(x, 64)]
+        for rank, dtype in ((64, "bit"), (128, "bit"), (64, "int8")):
+            representations.append(coded(f"whitened, {dtype}, rank {rank}", whitened.encoder(rank, dtype), x))
+        representations.append(coded("variance, int8, rank 64", variance.encoder(64, "int8"), x))
+        for entry in evaluate(proteins.target, proteins.groups, representations, seed=seed).entries:
             if entry.bytes is not None:
-                score = entry.scores["mAP"].value
-                ratio = entry.retained["mAP"] if entry.retained else None
-                retained.setdefault(entry.name, []).append(
-                    (score, 1.0, 1.0) if ratio is None else (score, ratio.value, ratio.low)
-                )
-                sizes[entry.name] = entry.bytes
+                share = entry.retained.get("mAP")
+                figures = (1.0, 1.0) if share is None else (share.value, share.low)
+                rows[entry.name, entry.bytes].append((entry.scores["mAP"].value, *figures))
     lines = [
-        "| representation | bytes | mAP | kept (mean of 5 splits) | lowest end of an interval |",
+        "| representation | bytes | mAP | retained (mean of 5 splits) | lowest end of an interval |",
         "|---|---|---|---|---|",
     ]
-    for name, values in retained.items():
-        score, ratio, low = np.array(values).T
-        lines.append(f"| {name} | {sizes[name]:,.0f} | {score.mean():.3f} | {ratio.mean():.3f} | {low.min():.3f} |")
-    write("codes/kinases.md", lines)
+    for (name, size), values in rows.items():
+        score, share, low = np.array(values).T
+        title = name.rpartition(",")[0] if name.endswith("bytes") else name
+        lines.append(f"| {title} | {size:,.0f} | {score.mean():.3f} | {share.mean():.3f} | {low.min():.3f} |")
+    save_markdown(RESULTS / "kinases.md", lines)
 
 
-def evalues(options: argparse.Namespace) -> None:
-    """Stated against observed false hits for each query among SCOPe's judged domains; false: another fold."""
+def evalues(proteins: LabelledData, decoys: int) -> None:
+    """Stated against observed false hits for each query among SCOPe's evaluated domains; false: another fold."""
     import matplotlib.pyplot as plt
 
-    from distil_rank.codes.augment import embed_like
-    from distil_rank.codes.search import DecoyScores
-
-    proteins = labelled(options.data, options.fasta, options.folds)
-    fit = fitted(proteins, "invariant")
-    judged = proteins.groups.judged
-    x = torch.from_numpy(proteins.embeddings.x[judged])
-    fold = proteins.target.relevance.levels[-1][judged]
-    chosen = np.sort(np.random.default_rng(0).permutation(len(judged))[: options.decoys])
-    sequences = [proteins.embeddings.sequences[judged[row]][::-1] for row in chosen]
-    about = proteins.embeddings.provenance
-    vectors = torch.from_numpy(embed_like(sequences, about, about.get("source"), COPIES, "scope-decoys").embeddings())
+    fit, evaluated = fitted(proteins, "invariant"), proteins.groups.evaluated
+    x, about = torch.from_numpy(proteins.embeddings.x[evaluated]), proteins.embeddings.provenance
+    fold = proteins.target.relevance.levels[-1][evaluated]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(evaluated))[:decoys])
+    backwards = [proteins.embeddings.sequences[evaluated[row]][::-1] for row in chosen]
+    vectors = torch.from_numpy(
+        np.array(embed_like(backwards, about, about["source"], COPIES, "scope-decoys").embeddings())
+    )
     stated = np.logspace(-2, 1, 13)
     lines = ["| code | bytes | stated | observed |", "|---|---|---|---|"]
-    figure, ax = plt.subplots(figsize=(5, 4.5))
+    figure, ax = plt.subplots(figsize=(5, 4.5), layout="constrained")
     for rank, dtype in ((64, "bit"), (128, "bit"), (64, "int8")):
         encoder = fit.encoder(rank, dtype)
         targets = F.normalize(encoder.decode(encoder.encode(x)), dim=1)
-        found = (encoder(vectors) @ targets.T).numpy()
-        tail = DecoyScores.of(found[chosen[:, None] != np.arange(len(judged))])
-        observed = false_hits(encoder(x), targets, fold, tail, stated)
+        scores = (encoder(vectors) @ targets.T).numpy()[chosen[:, None] != np.arange(len(evaluated))]
+        observed = false_hits(encoder(x), targets, fold, DecoyScores.of(scores), stated)
         name = f"{dtype}, rank {rank}"
         ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {encoder.bytes_per_protein} bytes")
         for place in (0, 4, 8, 12):
@@ -202,99 +173,65 @@ def evalues(options: argparse.Namespace) -> None:
     ax.plot(stated, stated, "k--", lw=1, label="as stated")
     ax.set(xscale="log", yscale="log", xlabel="stated false hits for each query", ylabel="observed (another fold)")
     ax.legend(fontsize=8)
-    figure.tight_layout()
-    (RESULTS / "codes").mkdir(parents=True, exist_ok=True)
-    figure.savefig(RESULTS / "codes" / "evalues.png", dpi=120)
-    write("codes/evalues.md", lines)
+    save_markdown(RESULTS / "evalues.md", lines)
+    figure.savefig(RESULTS / "evalues.png", dpi=120)
 
 
-def false_hits(queries: Tensor, targets: Tensor, fold: np.ndarray, tail, stated: np.ndarray) -> np.ndarray:
+def false_hits(
+    queries: Tensor, targets: Tensor, fold: np.ndarray, decoys: DecoyScores, stated: np.ndarray
+) -> np.ndarray:
     """Hits of another fold with an E-value up to each stated one, for each query."""
     counts = np.zeros(len(stated))
     for start in range(0, len(queries), 500):
         part = slice(start, start + 500)
-        expected = tail.evalues((queries[part] @ targets.T).numpy().astype(np.float64), len(targets) - 1)
+        expected = decoys.evalues((queries[part] @ targets.T).numpy().astype(np.float64), len(targets) - 1)
         expected = np.sort(expected[fold[part, None] != fold[None]])
         counts += np.searchsorted(expected, stated, "right")
     return counts / len(queries)
 
 
-def million(options: argparse.Namespace) -> None:
+def million(data: str, rows: int, queries: int, rounds: int) -> None:
     """A million codes of 16 bytes beside faiss's flat float32 index of the full vectors, in one process by turns."""
-    from distil_rank.codes.fit import fit_metric
-    from distil_rank.data.files import load_matrix
-
-    source = load_matrix(options.data).x
-    dice = np.random.default_rng(0)
-    fit = fit_metric(source, np.ones(len(source), bool), "whitened")
-    x = resampled(source, options.rows, dice)
-    queries = source[dice.integers(len(source), size=options.queries)]
-    flat, wanted = flat_index(x, source.mean(0)), unit(queries - source.mean(0))
-    coded = {"bit": Coded(fit.encoder(128, "bit"), x)}
-    del x
-    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _ in range(options.rounds):
-        timed(seconds["flat", ""], lambda: flat.search(wanted, 10))
-        for dtype, one in coded.items():
-            for kind, index in one.indexes.items():
-                found = timed(seconds[dtype, kind], lambda i=index, c=one: i.search(c.queries(queries), 10))
-                one.scores[kind] = found[0]
-    full, base = 4 * source.shape[1], float(np.median(seconds["flat", ""]))
-    lines = [
-        f"{options.rows:,} vectors resampled from {len(source):,} real ones, {options.queries:,} queries.",
-        "",
-        "| index | bytes a vector | bytes ÷ | s for all queries | time ÷ | recall@10 of its own exact neighbours |",
-        "|---|---|---|---|---|---|",
-        f"| faiss flat float32, full vectors | {full} | 1 | {base:.2f} | 1 | 1 |",
-    ]
-    for dtype, one in coded.items():
-        for kind in one.indexes:
-            taken, size = float(np.median(seconds[dtype, kind])), one.encoder.bytes_per_protein
-            lines.append(
-                f"| {dtype}, {one.described(kind)} | {size} | {full / size:.0f} | {taken:.3f} | {base / taken:.1f} | "
-                f"{one.recall(kind):.3f} |"
-            )
-    write("codes/million.md", lines)
-
-
-class Coded:
-    """The codes of one type, searched through one by one and by lists."""
-
-    def __init__(self, encoder, x: np.ndarray) -> None:
-        from distil_rank.codes.index import CodeIndex
-
-        self.encoder = encoder
-        parts = np.array_split(x, 64)
-        codes = np.concatenate([encoder.encode(torch.from_numpy(part)).numpy() for part in parts])
-        exact = CodeIndex(codes, encoder, exact=True)
-        started = time.perf_counter()
-        lists = CodeIndex(codes, encoder, exact=False)
-        self.build_seconds = time.perf_counter() - started
-        self.indexes = {"exact": exact, "lists": lists}
-        self.scores: dict[str, np.ndarray] = {}
-
-    def queries(self, x: np.ndarray) -> Tensor:
-        """Float queries."""
-        return self.encoder(torch.from_numpy(x))
-
-    def described(self, kind: str) -> str:
-        """How an index searches."""
-        lists = self.indexes["lists"]
-        if kind == "exact":
-            return "every code"
-        return f"{lists.visited} of {lists.lists} lists, built in {self.build_seconds:.0f} s"
-
-    def recall(self, kind: str) -> float:
-        """Share of hits that score at least as the tenth of the exact ones does."""
-        return float((self.scores[kind] >= self.scores["exact"][:, -1:] - 1e-6).mean())
-
-
-def timed(seconds: list[float], call):
-    """Call, and note the time."""
+    source, dice = load_matrix(data).x, np.random.default_rng(0)
+    x, mean = resampled(source, rows, dice), source.mean(0)
+    wanted = source[dice.integers(len(source), size=queries)]
+    encoder = fit_metric(source, np.ones(len(source), bool), "whitened").encoder(128, "bit")
+    flat = import_faiss().IndexFlatIP(source.shape[1])
+    parts = []
+    for part in np.array_split(x, 64):
+        flat.add(unit(part - mean))
+        parts.append(encoder.encode(torch.from_numpy(part)).numpy())
+    codes, floats, queried = np.concatenate(parts), unit(wanted - mean), encoder(torch.from_numpy(wanted))
+    del x, parts
+    exact = CodeIndex(codes, encoder, exact=True)
     started = time.perf_counter()
-    found = call()
-    seconds.append(time.perf_counter() - started)
-    return found
+    inverted = CodeIndex(codes, encoder, exact=False)
+    built = time.perf_counter() - started
+    calls = {
+        "faiss flat float32, full vectors": lambda: flat.search(floats, 10),
+        "bit, every code": lambda: exact.search(queried, 10),
+        f"bit, {inverted.visited} of {inverted.lists} lists, built in {built:.0f} s": lambda: inverted.search(
+            coded, 10
+        ),
+    }
+    seconds, scores = defaultdict(list), {}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            scores[name] = call()[0]
+            seconds[name].append(time.perf_counter() - started)
+    (base, best, _), full = calls, 4 * source.shape[1]
+    lines = [f"{rows:,} vectors resampled from {len(source):,} real ones, {queries:,} queries.", ""]
+    lines += [
+        "| index | bytes a vector | bytes ÷ | s for all queries | time ÷ | recall@10 of its own exact neighbours |"
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for name in calls:
+        size = full if name == base else encoder.bytes_per_protein
+        recall = 1.0 if name == base else float((scores[name] >= scores[best][:, -1:] - 1e-6).mean())
+        taken, slow = float(np.median(seconds[name])), float(np.median(seconds[base]))
+        lines.append(f"| {name} | {size} | {full / size:.0f} | {taken:.3f} | {slow / taken:.1f} | {recall:.3f} |")
+    save_markdown(RESULTS / "million.md", lines)
 
 
 def resampled(source: np.ndarray, rows: int, dice: np.random.Generator) -> np.ndarray:
@@ -312,37 +249,41 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def flat_index(x: np.ndarray, mean: np.ndarray):
-    """faiss's flat index of the centred rows at unit length."""
-    import faiss
+def main(
+    table: Literal["scope", "kinases", "evalues", "million"],
+    data: str = "data/sample",
+    early: str = "",
+    fasta: str = "",
+    folds: str = "",
+    labels: str = "labels_full",
+    decoys: int = 500,
+    rows: int = 1_000_000,
+    queries: int = 1000,
+    rounds: int = 3,
+) -> None:
+    """Make one table.
 
-    flat = faiss.IndexFlatIP(x.shape[1])
-    for part in np.array_split(x, 64):
-        flat.add(unit(part - mean))
-    return flat
-
-
-def write(name: str, lines: list[str]) -> None:
-    """Print a table and keep it in `results/`."""
-    save_markdown(RESULTS / name, lines)
-
-
-def main() -> None:
-    """One table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["scope", "kinases", "evalues", "million"])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--early")
-    parser.add_argument("--fasta")
-    parser.add_argument("--folds")
-    parser.add_argument("--labels", default="labels_full", help="array of the .npz with group_family")
-    parser.add_argument("--decoys", type=int, default=500)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    {"scope": scope, "kinases": kinases, "evalues": evalues, "million": million}[options.table](options)
+    Args:
+        table: Which.
+        data: Store or file of the vectors.
+        early: Store of an earlier layer.
+        fasta: SCOPe's domains with their labels.
+        folds: File of the folds to fit on.
+        labels: Array of the .npz with group_family.
+        decoys: Domains read backwards.
+        rows: Codes to search among.
+        queries: To search with.
+        rounds: Of the searches that take turns.
+    """
+    if table == "scope":
+        scope(open_scope(data, fasta, folds), open_scope(early, fasta, folds))
+    elif table == "kinases":
+        kinases(data, labels)
+    elif table == "evalues":
+        evalues(open_scope(data, fasta, folds), decoys)
+    else:
+        million(data, rows, queries, rounds)
 
 
 if __name__ == "__main__":
-    run(main, parse=False)
+    run(main)

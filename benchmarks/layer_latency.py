@@ -1,15 +1,13 @@
-"""Time a dense 1280 → 1280 layer beside its students in every runtime: eager, compiled, ONNX Runtime; float32 and int8.
+"""Time a dense 1280 → 1280 layer beside its student in every runtime: eager, compiled, ONNX Runtime.
 
 All candidates of one batch size and thread count take turns in one process, so that a busy moment slows them all; the
-figures are medians. ONNX Runtime's inputs and outputs are bound once (`io_binding`), as a server would have them. Where
-a CUDA device is there, it is timed too, with the launches captured in a graph.
+figures are medians. ONNX Runtime's inputs and outputs are bound once (`io_binding`), as a server would have them.
 
     python benchmarks/layer_latency.py
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -19,29 +17,24 @@ from typing import Any
 import matplotlib.pyplot as plt
 import onnxruntime
 import torch
-from distil_rank.compression.int8 import Int8LowRankLinear
-from distil_rank.compression.integer_onnx import to_integer_onnx
 from script import run, save_markdown
 from torch import Tensor, nn
 
 from distil_rank import LowRankLinear
 from distil_rank.compression.export import to_onnx
 from distil_rank.lowrank.low_rank import break_even_rank
-from distil_rank.lowrank.moments import Moments
 from distil_rank.measure.latency import Timing, paired_ratio, time_interleaved, torch_threads
 
 Call = Callable[[], object]
 
 
 def sessions(layers: dict[str, Any], threads: int, folder: Path) -> dict[str, Any]:
-    """Each layer in ONNX Runtime; the student in its integer kernels too."""
+    """Each layer in ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow the others
     results = {}
     paths = {name: to_onnx(layer, folder / f"{name}.onnx") for name, layer in layers.items()}
-    x = torch.randn(4096, layers["dense"].in_features)
-    paths["integers"] = to_integer_onnx(layers["student"], folder / "integers.onnx", Moments.of(x), x, tolerance=1.0)
     for name, path in paths.items():
         results[name] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return results
@@ -53,16 +46,6 @@ def bound(session: Any, x: Tensor, width: int) -> Call:
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x.numpy()))
     binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(torch.empty(len(x), width).numpy()))
     return partial(session.run_with_iobinding, binding)
-
-
-def captured(layer: nn.Module, x: Tensor) -> Call:
-    """One replay of the layer's launches on a CUDA device."""
-    layer(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        layer(x)
-    return graph.replay
 
 
 def timings(layers: dict[str, Any], batch: int, threads: int, repeats: int, compiled: bool) -> dict[str, Timing]:
@@ -77,13 +60,6 @@ def timings(layers: dict[str, Any], batch: int, threads: int, repeats: int, comp
     width = layers["dense"].out_features
     candidates |= {f"ONNX Runtime {name}": bound(one, x, width) for name, one in runtime.items()}
     return time_interleaved(candidates, repeats=repeats)
-
-
-def on_gpu(layers: dict[str, Any], batch: int, repeats: int) -> dict[str, Timing]:
-    """Dense layer and student in captured graphs."""
-    x = torch.randn(batch, layers["dense"].in_features, device="cuda")
-    calls = {f"CUDA graph {name}": captured(layers[name].cuda(), x) for name in ("dense", "student")}
-    return time_interleaved(calls, repeats=repeats, device="cuda")
 
 
 def break_even(dense: nn.Linear, ranks: tuple[int, ...], repeats: int) -> list[dict[str, float]]:
@@ -108,7 +84,7 @@ def main(
     ranks: tuple[int, ...] = (16, 64, 128, 256, 384, 512, 640, 768),
     repeats: int = 100,
     compiled: bool = True,
-    output: Path = Path("results/layer_latency.json"),
+    output: Path = Path("results/layer_latency.md"),
 ) -> None:
     """Run the benchmark, print its table and draw its figure.
 
@@ -120,23 +96,18 @@ def main(
         ranks: For the break-even rank.
         repeats: Turns of each candidate.
         compiled: Also through torch.compile, which needs a C++ compiler.
-        output: Where the figures go; the drawing lies beside it.
+        output: Where the tables go; the drawing lies beside them.
     """
     torch.manual_seed(0)
     dense = nn.Linear(width, width)
     student = LowRankLinear.from_linear(dense, rank, solver="svd")
-    layers = {"dense": dense, "student": student, "int8": Int8LowRankLinear.from_low_rank(student)}
+    layers = {"dense": dense, "student": student}
     rows: list[dict[str, Any]] = []
     for count in threads:
         with torch_threads(count):
             for batch in batches:
                 results = timings(layers, batch, count, repeats, compiled)
                 rows += [_row(name, one, results, batch, str(count)) for name, one in results.items()]
-    if torch.cuda.is_available():
-        for batch in batches:
-            results = on_gpu(layers, batch, repeats)
-            rows += [_row(name, one, results, batch, "GPU") for name, one in results.items()]
-        layers["dense"].cpu()
     with torch_threads(1):
         curve = break_even(layers["dense"], ranks, repeats)
     even = break_even_rank(width, width)
@@ -147,23 +118,13 @@ def main(
         "| rank | eager, dense over student | ONNX Runtime |\n|---|---|---|",
         *(f"| {row['rank']} | {row['eager']:.2f}x | {row['ONNX Runtime']:.2f}x |" for row in curve),
     ]
-    save_markdown(output.with_suffix(".md"), text)
-    output.write_text(json.dumps({"width": width, "rank": rank, "rows": rows, "break_even": curve}, indent=1) + "\n")
+    save_markdown(output, text)
     draw(rows, curve, even, output.with_suffix(".png"))
 
 
 def _row(name: str, timing: Timing, results: dict[str, Timing], batch: int, threads: str) -> dict[str, Any]:
-    base = results.get("eager dense") or next(iter(results.values()))
-    runtime = name.rpartition(" ")[0]
-    return {
-        "runtime": name,
-        "threads": threads,
-        "batch": batch,
-        "median_us": 1e6 * timing.median_s,
-        "p95_us": 1e6 * timing.p95_s,
-        "against_eager_dense": paired_ratio(base, timing),
-        "against_own_dense": paired_ratio(results[f"{runtime} dense"], timing),
-    }
+    ratio = paired_ratio(results["eager dense"], timing)
+    return {"runtime": name, "threads": threads, "batch": batch, "median_us": 1e6 * timing.median_s, "ratio": ratio}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -174,7 +135,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---|---|" + "---|" * len(batches))
     for threads, name in dict.fromkeys((row["threads"], row["runtime"]) for row in rows):
         columns = [cells[threads, name, batch] for batch in batches]
-        results = [f"{row['median_us']:,.0f} ({row['against_eager_dense']:.1f}x)" for row in columns]
+        results = [f"{row['median_us']:,.0f} ({row['ratio']:.1f}x)" for row in columns]
         lines.append(f"| {threads} | {name} | " + " | ".join(results) + " |")
     return "\n".join(lines)
 
@@ -184,7 +145,7 @@ def draw(rows: list[dict[str, Any]], curve: list[dict[str, float]], even: float,
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     one = [row for row in rows if row["threads"] == "1"]
     colours = {"eager": "tab:blue", "compiled": "tab:green", "ONNX Runtime": "tab:orange"}
-    dashes = {"dense": "-", "student": "--", "int8": ":", "integers": "-."}
+    dashes = {"dense": "-", "student": "--"}
     for name in dict.fromkeys(row["runtime"] for row in one):
         runtime, _, kind = name.rpartition(" ")
         points = [(row["batch"], row["median_us"]) for row in one if row["runtime"] == name]

@@ -66,14 +66,14 @@ def unknown_names(text: str) -> list[str]:
     """What a page names that does not exist."""
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    variables = set(re.findall(r"^([A-Z]+) \?=|\$\((?:if \$\()?([A-Z]+)\)", makefile, re.MULTILINE))
-    names = {name for pair in variables for name in pair}
+    uses = {match[1]: match[2].split() for match in re.finditer(r"^USES_([a-z-]+) := (.*)$", makefile, re.MULTILINE)}
     wrong = []
     for line in code(text):
         if match := re.match(r"make ([a-z-]+)(.*)", line):
             wrong += [f"make {match[1]}"] if match[1] not in targets else []
             quoted = re.sub(r'"[^"]*"', "", match[2])
-            wrong += [f"make {match[1]} {name}=" for name in re.findall(r"\b([A-Z]+)=", quoted) if name not in names]
+            known = ["ARGS", "PYTHON", *uses.get(match[1], [])]
+            wrong += [f"make {match[1]} {name}=" for name in re.findall(r"\b([A-Z]+)=", quoted) if name not in known]
         elif match := re.match(r"distil-rank ([a-z-]+)(.*)", line):
             if match[1] not in COMMANDS:
                 wrong.append(f"distil-rank {match[1]}")

@@ -4,8 +4,8 @@
     python benchmarks/planning.py --proteins '[65000000]' --dictionaries 0
 
 Proteins are synthetic: 30 to 129 residues of a random sequence, and its number in 7 more; one in twenty repeats the
-sequence of an earlier one. Each measurement is a process of its own, and the engines take turns. The baseline keeps names
-and digests in Python dictionaries and writes the same table.
+sequence of an earlier one. Each measurement is a process of its own, and the engines take turns. The baseline keeps
+names and digests in Python dictionaries and writes the same table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pyarrow as pa
 from script import machine_line, run
 
 from distil_rank.embedding.planning import BATCH_ROWS, PROTEINS
-from distil_rank.embedding.sequences import CleaningReport, iter_records, read_proteins
+from distil_rank.embedding.sequences import CleaningReport, iter_records
 from distil_rank.embedding.store_writer import StoreWriter
 
 SETTINGS = {"dim": 320, "pooling": "mean", "long": "window", "max_length": 1022}
@@ -51,7 +51,7 @@ def with_dictionaries(fasta: Path, store: Path) -> None:
     row_of: dict[bytes, int] = {}
 
     def lines() -> Iterator[tuple[object, ...]]:
-        for protein in read_proteins(fasta)[0]:
+        for protein in iter_records(fasta, CleaningReport(str(fasta))):
             digest = hashlib.sha256(protein.sequence.encode()).digest()
             row = row_of.setdefault(digest[:16], len(row_of))
             yield protein.id, protein.sequence, digest, len(protein.sequence), row, ""

@@ -61,9 +61,9 @@ def main(
                 if number:
                     seconds[name].append(taken)
         codes = CodeStore.open(Path(scratch) / f"recommended {rounds}")
-        found = search(SearchOptions(str(place / "codes"), str(new), out=f"{scratch}/hits.tsv", output=scratch))
+        hits = search(SearchOptions(str(place / "codes"), str(new), out=f"{scratch}/hits.tsv", output=scratch))
         stored = sum(file.stat().st_size for file in codes.path.glob("vectors-*")) / len(codes)
-    report(promised, seconds, encoder.bytes_per_protein, stored, f"{found.queries:,} queries, {found.hits:,} hits")
+    report(promised, seconds, encoder.bytes_per_protein, stored, f"{hits.queries:,} queries, {hits.hits:,} hits")
 
 
 def loading_seconds(backbone: str) -> float:
@@ -73,7 +73,7 @@ def loading_seconds(backbone: str) -> float:
     return time.perf_counter() - started
 
 
-def report(promised: dict, seconds: dict[str, list[float]], width: int, stored: float, found: str) -> None:
+def report(promised: dict, seconds: dict[str, list[float]], width: int, stored: float, searched: str) -> None:
     """The table, and whether both promises hold."""
     ratios = [one / full for one, full in zip(seconds["recommended"], seconds["full"], strict=True)]
     share = statistics.median(ratios)
@@ -85,7 +85,7 @@ def report(promised: dict, seconds: dict[str, list[float]], width: int, stored: 
         f"| bytes of a code | {promised['bytes']} | {width} | {width / promised['bytes'] - 1:+.1%} |",
         f"| bytes of a code's shard on disk, for each protein | | {stored:.1f} | |",
         "",
-        f"`search` with these proteins among the codes: {found}.",
+        f"`search` with these proteins among the codes: {searched}.",
         f"Within {TOLERANCE:.0%}: "
         + ("yes." if abs(share / promised["time"] - 1) <= TOLERANCE and width == promised["bytes"] else "NO."),
     ]

@@ -10,8 +10,9 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from distil_rank.cli import configure_output
 from distil_rank.errors import InputError
-from distil_rank.measure.machine import machine
+from distil_rank.measure.latency import machine
 
 MACHINE = "Machine: "  # begins the line that `pages.py` looks for
 
@@ -47,6 +48,7 @@ def run(main: Callable[..., Any], parse: bool = True) -> None:
         main: the script's work.
         parse: make its signature the command line.
     """
+    configure_output(0)
     try:
         if parse:
             auto_cli(main)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jsonargparse
 
 from distil_rank.errors import InputError
 
@@ -23,36 +26,30 @@ QUIET = (
 
 
 class Command(NamedTuple):
-    """One command: its options, `module:class`, the function that takes them, `module:function`, and a summary."""
+    """One command. The function that runs it, `distil_rank.commands.<name>.<name>`, takes its options.
+
+    Attributes:
+        options: `module:class` in `distil_rank.options`.
+        summary: one line for the help.
+    """
 
     options: str
-    run: str
     summary: str
 
 
 COMMANDS = {
-    "embed": Command("embed:EmbedOptions", "embed:embed", "protein sequences through ESM-2 into a store"),
-    "train-teacher": Command(
-        "training:TrainTeacherOptions", "train_teacher:train_teacher", "train or make the dense layer to be distilled"
-    ),
-    "distil": Command("training:DistilOptions", "distil:distil", "distil one teacher and report what is retained"),
-    "benchmark": Command(
-        "training:BenchmarkOptions", "benchmark:benchmark", "the three teachers of the original, one table"
-    ),
-    "sweep": Command("training:SweepOptions", "sweep:sweep", "one teacher at several ranks"),
-    "compress": Command(
-        "compression:CompressOptions", "compress:compress", "one layer of your own model, to a folder that deploys"
-    ),
-    "export": Command("compression:ExportOptions", "export:export", "a saved layer to ONNX, torch.export or dense"),
-    "evaluate": Command(
-        "evaluation:EvaluateOptions", "evaluate:evaluate", "representations of the same proteins on a labelled task"
-    ),
-    "code": Command("codes:CodeOptions", "code:code", "a few bytes for each protein of a store, fitted and evaluated"),
-    "search": Command("codes:SearchOptions", "search:search", "proteins against a store of codes: hits with E-values"),
-    "recommend": Command(
-        "evaluation:RecommendOptions", "recommend:recommend", "the cheapest pipeline that retains your function"
-    ),
-    "ui": Command("ui:UiOptions", "ui:ui", "browse the runs in MLflow's own pages"),
+    "embed": Command("embed:EmbedOptions", "protein sequences through ESM-2 into a store"),
+    "train-teacher": Command("training:TrainTeacherOptions", "train or make the dense layer to be distilled"),
+    "distil": Command("training:DistilOptions", "distil one teacher and report what is retained"),
+    "benchmark": Command("training:BenchmarkOptions", "the three teachers of the original, one table"),
+    "sweep": Command("training:SweepOptions", "one teacher at several ranks"),
+    "compress": Command("compression:CompressOptions", "one layer of your own model, to a folder that deploys"),
+    "export": Command("compression:ExportOptions", "a saved layer to ONNX, torch.export or one dense layer"),
+    "evaluate": Command("evaluation:EvaluateOptions", "representations of the same proteins on a labelled task"),
+    "code": Command("codes:CodeOptions", "a few bytes for each protein of a store, fitted and evaluated"),
+    "search": Command("codes:SearchOptions", "proteins against a store of codes: hits with E-values"),
+    "recommend": Command("evaluation:RecommendOptions", "the cheapest pipeline that retains your function"),
+    "ui": Command("ui:UiOptions", "browse the runs in MLflow's own pages"),
 }
 ALIASES = {"judge": "evaluate"}  # for one release
 
@@ -63,28 +60,47 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     Raises:
         InputError: options that there are not, of another type, out of range, or that contradict each other.
     """
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter  # noqa: PLC0415
-
-    options_class = _load("options", COMMANDS[name].options)
-    parser = ArgumentParser(
+    module, _, class_name = COMMANDS[name].options.partition(":")
+    options_class = getattr(import_module(f"distil_rank.options.{module}"), class_name)
+    parser = jsonargparse.ArgumentParser(
         prog=f"{PROG} {name}",
         usage=f"{PROG} {name} [OPTIONS]",
         description=COMMANDS[name].summary,
-        formatter_class=partial(DefaultHelpFormatter, width=180, max_help_position=46),  # type: ignore[arg-type]
+        formatter_class=_CompactHelp,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; give it again to layer another on top.")
+    config_help = "YAML file; give it again to layer another on top."
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help=config_help)
     parser.add_class_arguments(options_class, as_group=False)
+    # A switch alone is on: --self, or --self=false.
+    flags = {f"--{field.name}" for field in fields(options_class) if field.type == "bool"}
+    pairs = zip(argv, [*argv[1:], "--"], strict=True)
+    argv = [f"{one}=true" if one in flags and after[:2] == "--" else one for one, after in pairs]
     try:
-        values = parser.instantiate(parser.parse_args(list(argv)))
-    except ArgumentError as error:
+        values = parser.instantiate(parser.parse_args(argv))
+    except jsonargparse.ArgumentError as error:
         raise InputError(f"{' '.join(str(error).split())} (see `{parser.prog} --help`)") from error
-    options = options_class(**{key: getattr(values, key) for key in options_class.__dataclass_fields__})
-    trainer = getattr(options, "trainer", {})
-    if unknown := [key for key in trainer if key not in trainer_options()]:
-        raise InputError(f"Expected an option of Lightning's Trainer but got --trainer.{unknown[0]} (--trainer.help).")
+    options = options_class(**{field.name: getattr(values, field.name) for field in fields(options_class)})
+    if unknown := getattr(options, "trainer", {}).keys() - trainer_options():
+        wrong = f"--trainer.{min(unknown)}"
+        raise InputError(f"Expected options of Lightning's Trainer but got {wrong}; --trainer.help lists them.")
     options.check()
     return options
+
+
+class _CompactHelp(jsonargparse.DefaultHelpFormatter):
+    """Help with choices and defaults where there are any, and without Python's types."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=140, max_help_position=28)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return action.option_strings[0]
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        choices = f" {action.metavar}" if str(action.metavar).startswith("{") else ""
+        default = " (%(default)s)" if action.default not in (None, argparse.SUPPRESS, {}, "") else ""
+        return f"{action.help or ''}{choices}{default}"
 
 
 def trainer_options() -> dict[str, str]:
@@ -97,11 +113,6 @@ def trainer_options() -> dict[str, str]:
     defaults = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
     fixed = {"logger", "callbacks", "default_root_dir", "enable_checkpointing", "enable_progress_bar"}
     return {name.arg: ast.unparse(value) for name, value in defaults if value is not None and name.arg not in fixed}
-
-
-def _load(room: str, name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(f"distil_rank.{room}.{module}"), attribute)
 
 
 def _usage() -> str:
@@ -153,17 +164,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"{PROG}: Expected a command out of {', '.join(COMMANDS)} but got {name!r}.", file=sys.stderr)
         return 2
-    if "--trainer.help" in arguments:
+    if "--trainer.help" in arguments and COMMANDS[name].options.startswith("training:"):
         print("\n".join(f"--trainer.{key} (default: {value})" for key, value in trainer_options().items()))
         return 0
     try:
         configure_output(verbosity)
         options = parse(name, arguments)
-        _load("commands", COMMANDS[name].run)(options)
+        function = name.replace("-", "_")
+        getattr(import_module(f"distil_rank.commands.{function}"), function)(options)
         return 0
     except InputError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{PROG}: stopped; what was finished is kept.", file=sys.stderr)
+        print(f"{PROG}: stopped; what was finished stays.", file=sys.stderr)
         return 130

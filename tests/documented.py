@@ -22,6 +22,7 @@ TYPED = re.compile(r"(?:make|distil-rank|cp|pip|mlflow|srun|(?:\.venv/bin/)?(?:p
 RECORDER = "#!/bin/sh\n{{ printf '%s\\0' {name} \"$@\"; printf '\\n\\0'; }} >> \"$CALLS\"\n"
 RECORDED = (
     "distil-rank",
+    "mlflow",
     "python",
     "pip",
     "pytest",
@@ -32,8 +33,6 @@ RECORDED = (
     "git",
     "pre-commit",
     "ray",
-    "curl",
-    "podman",
 )
 
 
@@ -119,12 +118,7 @@ class Checkout:
 
 def reader_environment() -> dict[str, str]:
     """This process's environment without what `make test ARGS=...` puts there for the programs that it starts."""
-    ours = {*re.findall(r"^([A-Z]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)} - {"PYTHON"}
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ours and not name.startswith(("MAKE", "MFLAGS"))
-    }
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
 
 
 class Parsed(BaseException):

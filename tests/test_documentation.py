@@ -14,7 +14,6 @@ import torch
 from esm.model.esm2 import ESM2
 
 from distil_rank.cli import main
-from distil_rank.embedding.hardware import has_int8_units
 from tests.documented import IN_TEXT, PAGES, SHELL, Checkout, code_of, commands_of, parses, run_script
 from tests.esm2_files import hugging_face_folder
 from tests.reader_files import BROUGHT, shortest_proteins, write_head, write_samples, write_sequences, write_vectors
@@ -31,7 +30,6 @@ QUICKER = {
     "distil": "--teacher.steps 20 --trainer.max_steps 10",
     "evaluate": "--alignment false",
     "recommend": "--alignment false --max_bytes 8",
-    "shorten": "--copies 1 --split exact",
     "sweep": "--teacher.steps 20 --trainer.max_steps 10 --ranks [8,16]",
     "train-teacher": "--teacher.steps 20",
 }
@@ -45,14 +43,10 @@ PLAIN_SCRIPTS = {
 PARSED_ONLY = {
     r"srun |--devices 8|--accelerator cuda": "needs GPUs",
     r"python benchmarks/": "takes minutes; the page shows what it wrote",
-    r"--to onnx-int8": "refused for so few vectors; tests/deployment/test_integer_onnx.py exports",
-    r"MAP=results": "the layer that is recommended differs with the proteins",
-    r"--engine ray": "starts a cluster each time; tests/embedding/test_cluster.py has one",
-    r"make ui": "serves until it is stopped; tests/runs/test_ui.py opens it",
-    r"make serve": "serves until it is stopped; tests/test_serving.py asks it",
+    r"ENCODER=results": "the layer that is recommended differs with the proteins",
+    r"--engine ray": "starts a cluster each time; tests/embedding/test_elastic.py has one",
+    r"make ui": "serves until it is stopped; tests/tracking/test_ui.py opens it",
 }
-if not has_int8_units():
-    PARSED_ONLY[r"make quantise|BACKBONE=int8"] = "needs a processor with int8 units"
 
 # Programs whose start is recorded and no more, and why.
 RECORDED_ONLY = {
@@ -62,9 +56,8 @@ RECORDED_ONLY = {
     "pytest": "the suite would run itself",
     "ruff": "`make lint` runs it",
     "mypy": "`make lint` runs it",
-    "ray": "tests/embedding/test_cluster.py starts clusters",
-    "curl": "tests/test_serving.py asks the server",
-    "podman": "needs a container engine; tests/test_containerfile.py reads the file",
+    "ray": "tests/embedding/test_elastic.py starts clusters",
+    "mlflow": "serves until it is stopped",
     "zensical": "tests/test_site.py builds the site",
 }
 
@@ -73,7 +66,7 @@ TEXT_IS_RUN = ("README.md", "recommend.md")
 
 # What is true when the Python of a page has run, in its own names.
 HOLDS = {
-    "README.md": "layer.rank == 32 and report.layers[0].held_out_r2 > 0.98",
+    "README.md": "student.layer.rank == 64 and layer.rank == 32 and report.layers[0].held_out_r2 > 0.98",
     "your_own_layer.md": "small.rank == 8 and report.layers[0].held_out_r2 > 0.98",
 }
 
@@ -81,7 +74,7 @@ HOLDS = {
 BUILT_ON = {"evaluate.md": ["make distil DATA=my_store"]}
 
 # What `my_store` is when a page begins: by default a store of all layers.
-MY_STORE = {"depth.md": None, "evaluate.md": "last_layer"}
+MY_STORE = {"evaluate.md": "last_layer"}
 
 # What a page leaves to the reader, by how it is written there.
 LEFT_TO_THE_READER = {"git clone … && cd distil-rank": "git clone ADDRESS"}
@@ -176,14 +169,12 @@ def test_every_block_says_what_it_is():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands(page, checkout, backbone, request, monkeypatch):
-    monkeypatch.setattr("distil_rank.training.distil.ORIGINAL_STEPS", 50)  # of 1,000
-    monkeypatch.setattr("distil_rank.training.seeds.ORIGINAL_STEPS", 50)
+    monkeypatch.setattr("distil_rank.training.experiment.ORIGINAL_STEPS", 50)  # of 1,000
     commands = commands_of(page)
     earlier = {command for other in PAGES[: PAGES.index(page)] for command in commands_of(other)}
     if any("s3://" in command for command in commands):
         request.getfixturevalue("bucket")
-    if my_store := MY_STORE.get(page.name, "all_layers"):
-        shutil.copytree(my_store, "my_store")
+    shutil.copytree(MY_STORE.get(page.name, "all_layers"), "my_store")
     for command, in_block in {**dict.fromkeys(BUILT_ON.get(page.name, []), True), **commands}.items():
         listed = any(re.search(pattern, command) for pattern in PARSED_ONLY)
         runs = (in_block or page.name in TEXT_IS_RUN) and not listed and command not in earlier
@@ -201,13 +192,17 @@ def test_python_blocks_on_pages_without_a_claim_are_missed():
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch.export's own, about its own file
 @pytest.mark.parametrize("name", HOLDS)
-def test_python(name, tmp_path, monkeypatch):
+def test_python(name, prepared, backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copy(prepared / "my.fasta", tmp_path)
     [page] = [page for page in PAGES if page.name == name]
+    text = "\n".join(code.text for code in code_of(page) if code.language == "python")
+    for large, small in ((FETCHED[-1], str(backbone)), ("max_steps=500", "max_steps=20")):
+        text = text.replace(large, small)
     torch.manual_seed(0)
     names: dict[str, object] = {}
     exec(BROUGHT.get(name, ""), names)
-    exec("\n".join(code.text for code in code_of(page) if code.language == "python"), names)
+    exec(text, names)
     assert eval(HOLDS[name], names)
 
 
@@ -216,7 +211,7 @@ def test_what_cannot_be_typed_is_found(checkout, backbone):
         started(checkout, "make nonsense")
     with pytest.raises(AssertionError, match="neither run nor named"):
         started(checkout, "pytest; jupyter-execute x.ipynb")
-    for wrong in (["distil-rank", "evaluate", "--nonsense", "1"], ["python", "benchmarks/exits.py", "nonsense"]):
+    for wrong in (["distil-rank", "evaluate", "--nonsense", "1"], ["python", "benchmarks/int8.py", "nonsense"]):
         with pytest.raises(AssertionError):
             parse("", wrong)
     with pytest.raises(AssertionError):

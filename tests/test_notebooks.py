@@ -19,26 +19,24 @@ CACHE = cache_folder()
 CLAIMS = {
     "01_quickstart": """
 assert vectors.shape == (5, 320) and torch.allclose(vectors, shipped, atol=1e-4)
-found = {row.method: row.metrics["r2"].value for row in rows}
-assert found["svd"] < 0 < found["svd_bias"] < found["closed_form"] and abs(found["constant"]) < 0.01
-assert abs(found["closed_form"] - 0.90) < 0.01 and abs(after / before - 0.4) < 0.01
+r2 = {row.method: row.metrics["r2"].value for row in rows}
+assert r2["svd"] < r2["closed_form"] <= r2["Distil-Rank"] + 1e-3 and abs(r2["constant"]) < 0.01
+assert 1 - r2["closed_form"] < (1 - r2["svd"]) / 4 and abs(after / before - 0.4) < 0.01
+assert isinstance(layer, dr.LowRankLinear) and layer.rank == 64 and len(latency.rows) == 3
 """,
     "02_your_own_layer": """
-closed, tuned = (results[method][0] for method in ("closed_form", "tuned"))
-assert tuned.outputs.predictions_retained > closed.outputs.predictions_retained
-assert tuned.layers[0].held_out_r2 < closed.layers[0].held_out_r2
-assert len(table) == 3 and sizes["int8"] < sizes["layer"] / 3
-flagged = [layer.guard.flags(rows).float().mean() for rows in inputs.values()]
-assert flagged[0] < 0.02 and min(flagged[1:]) > 0.9
-assert r2["before"] - r2["after"] < 0.001 and (OUT / "layer.pt2").exists() and (OUT / "layer.onnx").exists()
+assert same["trained"][0] > same["closed_form"][0] and layer_r2["trained"][0] < layer_r2["closed_form"][0]
+assert report.layers[0].held_out_r2 > 0.9 and dr.load(OUT / "layer", rank=8).rank == 8
+assert (OUT / "layer.pt2").exists() and (OUT / "layer.onnx").exists()
+assert torch.allclose(plain(x_test), layer(x_test), atol=1e-5)
 """,
     "03_reading_the_report": """
 known = {row.method: {key: value.value for key, value in row.metrics.items()} for row in rows}
 assert known["constant"]["cosine"] > known["svd"]["cosine"] and known["constant"]["centred_cosine"] < 0.01
 assert known["svd"]["knn_overlap"] > 0.7 > 0.1 > known["constant"]["knn_overlap"]
 assert all(abs(each.predicted_r2 - each.r2) < 0.03 for each in points)
-retained = (places <= 10).double().mean(0)
-assert abs(kept.mean() - point.knn_overlap) < 0.001 and kept[0] > 0.99 > kept[9]
+share = (places <= 10).double().mean(0)
+assert abs(share.mean() - point.knn_overlap) < 0.001 and share[0] > 0.99 > share[9]
 assert (places[query] <= 10).sum() == 9
 """,
 }
@@ -88,7 +86,7 @@ def test_every_notebook_has_its_claims():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_kept_without_outputs(path):
+def test_stored_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}
@@ -103,7 +101,8 @@ def test_runs_from_its_own_folder(path, execute, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTIL_RANK_CACHE", str(tmp_path / "no weights"))
     outputs = execute(path, path.parent)
     assert figures(outputs)
-    assert not [output for output in outputs if output.get("name") == "stderr"]  # warnings that a reader cannot act on
+    said = "".join(output.text for output in outputs if output.get("name") == "stderr").splitlines()
+    assert [line for line in said if "below the 0.95 that was asked for" not in line] == []  # no one can act on others
     if path.stem == "01_quickstart":
         assert "NOT EMBEDDED HERE" in texts(outputs)
 

@@ -14,10 +14,17 @@ from torch import Tensor
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.codes.fit import copy_noise, group_noise
 from distil_rank.data.files import load_matrix
-from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
+from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_clusters
 from distil_rank.errors import InputError
-from distil_rank.evaluation.groups import Groups, make_groups
-from distil_rank.evaluation.labelled import OWN_LABELS, LabelledData, labelled_source, open_labelled
+from distil_rank.evaluation.groups import Groups
+from distil_rank.evaluation.labelled import (
+    OWN_LABELS,
+    UNLABELLED,
+    LabelledData,
+    labelled_source,
+    open_labelled,
+    unlabelled,
+)
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target
 from distil_rank.options.codes import AugmentationOptions, CodeOptions, NoiseSource
@@ -26,9 +33,7 @@ from distil_rank.origin import VectorOrigin
 
 log = logging.getLogger(__name__)
 
-MOST_CLUSTERED = 20_000  # proteins that are set apart by MMseqs2 clusters where nobody asked for them
 EVALUATION_COPIES = 300  # of proteins that nothing was fitted on
-UNLABELLED = "augmented copies"  # in place of labels
 
 
 def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,16 +55,7 @@ def open_proteins(options: CodeOptions) -> LabelledData:
     source = labelled_source(options.data, labels)
     if labels != LabelOptions() or (Path(source) / OWN_LABELS).is_file():
         return open_labelled(options.data, labels, options.task, options.groups, *draw)
-    vectors, groups = load_matrix(source), options.groups
-    names = tuple(vectors.ids)
-    target = Target("retrieval", Relevance(np.arange(len(names))[None], ("protein",)), levels=(names,))
-    if groups is None and vectors.clusters is not None:
-        groups = "clusters"
-    elif groups is None and vectors.sequences is not None and mmseqs_binary() and len(names) <= MOST_CLUSTERED:
-        groups = "mmseqs"
-    split = make_groups(groups, target, names, vectors.sequences, vectors.clusters, None, *draw)
-    notes = (f"NOTE: {vectors.provenance['fallback']}",) if vectors.provenance.get("fallback") else ()
-    return LabelledData(source, vectors, UNLABELLED, target, split, notes)
+    return unlabelled(source, load_matrix(source), options.groups, *draw)
 
 
 def copies_of(proteins: LabelledData, fit: bool, how: AugmentationOptions, folder: Path) -> Copies:

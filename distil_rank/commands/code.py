@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from distil_rank.evaluation.representations import full_vector, module_output, v
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import CodeOptions
 from distil_rank.report.evaluation import evaluation_report
-from distil_rank.report.run_folder import publish, run_folder
-from distil_rank.report.writer import show_facts
+from distil_rank.report.writer import publish, run_folder, show_facts
 from distil_rank.tracking.logger import RunLogger
 from distil_rank.tracking.run import start_run
 
@@ -130,9 +129,9 @@ def _fitted(
                 "No labels: a protein and its augmented copy are to find each other among the evaluated proteins."
             )
         title = f"codes, {options.metric}, rank {options.rank}, {options.dtype}"
-        codes = replace(module_output(title, encoder.eval(), x, encoder.bytes_per_protein, None), note=None)
-        candidates = [full_vector(x), variance_student(x, options.rank), codes]
-        evaluation = evaluate(target, groups, candidates, proteins.labels, None, notes, seed=options.seed)
+        codes = module_output(title, encoder.eval(), x)
+        representations = [full_vector(x), variance_student(x, options.rank), codes]
+        evaluation = evaluate(target, groups, representations, proteins.labels, None, notes, seed=options.seed)
 
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)

@@ -18,7 +18,7 @@ from distil_rank.evaluation.results import OURS, Result, TeacherResult
 from distil_rank.lowrank.digests import tensor_digest
 from distil_rank.options.training import DistilOptions
 from distil_rank.report.comparison import comparison_report
-from distil_rank.report.run_folder import run_folder, set_latest
+from distil_rank.report.writer import run_folder, set_latest
 from distil_rank.tracking.logger import RunLogger
 from distil_rank.tracking.registry import log_student, promote_champion
 from distil_rank.tracking.run import Run, start_run

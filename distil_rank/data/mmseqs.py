@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from distil_rank.artefact import write_atomically
 from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,11 @@ def mmseqs_clusters(sequences: Sequence[str], ids: Sequence[str], cache: Path | 
     if representative is None:
         representative = _run_mmseqs(binary, unique)
         if file is not None:
-            _write_cache(file, representative)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, "".join(f"{index}\n" for index in representative).encode())
+            except OSError as error:
+                log.warning("Clusters cannot be kept in %s: %s.", file, error.strerror)
     name: dict[str, str] = {}
     for sequence, identifier in zip(residues, ids, strict=True):
         name[sequence] = min(identifier, name.get(sequence, identifier))
@@ -118,14 +123,3 @@ def _read_cache(file: Path, length: int) -> list[int] | None:
         return None
     log.info("Using the MMseqs2 clusters in %s.", file)
     return representative
-
-
-def _write_cache(file: Path, representative: Sequence[int]) -> None:
-    """Completely or not at all; a folder that cannot be written is a warning."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            new.write("".join(f"{index}\n" for index in representative))
-        Path(new.name).replace(file)
-    except OSError as error:
-        log.warning("Clusters cannot be kept in %s: %s.", file, error.strerror)

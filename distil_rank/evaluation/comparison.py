@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.evaluation.probes import linear_probe
 from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, Estimate, FunctionRetained
 from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
 from distil_rank.lowrank.moments import Moments
@@ -172,7 +173,7 @@ class _Reference:
         """Train a linear probe on a module's outputs for the training rows; its classes for the held-out rows."""
         h = self.held_out
         assert h.train_x is not None and h.train_labels is not None
-        return metrics.linear_probe(module(h.train_x), h.train_labels, module(h.x))
+        return linear_probe(module(h.train_x), h.train_labels, module(h.x))
 
     def measure(self, module: nn.Module) -> _PerProtein:
         """Figures of one replacement."""

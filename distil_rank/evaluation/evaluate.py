@@ -1,20 +1,29 @@
-"""Representations judged on one labelled task: what each keeps of the full vector's function, and how sure that is."""
+"""Representations on one labelled task: what each retains of the full vector's function, and how sure that is.
+
+A task is a trial that representations are put to one after the other: a search among the evaluated proteins, or a probe
+that is fitted on the others.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 from tqdm import tqdm
 
 from distil_rank.errors import InputError
+from distil_rank.evaluation.baselines import ALIGNMENT, COMPOSITION
 from distil_rank.evaluation.groups import Groups
-from distil_rank.evaluation.representations import ALIGNMENT, CHANCE, COMPOSITION, Candidate, Role
-from distil_rank.evaluation.retrieval import CUTOFF, Scores
+from distil_rank.evaluation.probes import probe, probe_metrics
+from distil_rank.evaluation.representations import Representation, Role, Rows
+from distil_rank.evaluation.retrieval import Relevance, Scores, inner_product, retrieve
 from distil_rank.evaluation.task import Target
-from distil_rank.evaluation.trials import MAX_QUERIES, RetrievalTrial, make_trial
-from distil_rank.measure.statistics import Interval, Statistic, estimate, resample_counts, retained
+from distil_rank.measure.statistics import Interval, Statistic, estimate, mean, resample_counts, retained
+
+MAX_QUERIES = 10_000  # evaluated proteins that are searched with at most; every one is a target
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,6 @@ class Entry:
         name: of the representation.
         role: what it is in the comparison.
         bytes: stored for each protein; None where nothing is.
-        cost: of computing it, as a share of the full backbone's; None where it is not known.
         scores: by metric, with 95 % intervals over groups.
         retained: by metric, the score over the full vector's, with the paired interval; empty for the full vector.
         seconds: to make and evaluate it.
@@ -34,15 +42,9 @@ class Entry:
     name: str
     role: Role
     bytes: float | None
-    cost: float | None
     scores: dict[str, Interval]
     retained: dict[str, Interval] = field(default_factory=dict)
     seconds: float = 0.0
-
-    def ties(self, metric: str) -> bool:
-        """Whether the interval of what it keeps holds 1: no worse and no better than the full vector."""
-        interval = self.retained.get(metric)
-        return interval is not None and interval.low <= 1 <= interval.high
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Evaluation:
     Attributes:
         task: its kind.
         labels: where they come from.
-        groups: how fit and judged groups were set apart, in words.
+        groups: how groups were set apart, in words.
         fitted: proteins that were fitted on.
-        judged: proteins that were judged.
+        evaluated: proteins that were not.
         metrics: names, the first being the headline.
         entries: one for each representation, the full vector first.
         notes: what a reader must know.
@@ -64,14 +66,14 @@ class Evaluation:
     labels: str
     groups: str
     fitted: int
-    judged: int
+    evaluated: int
     metrics: tuple[str, ...]
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
-        """The metric that function kept is about."""
+        """The metric that is reported first."""
         return self.metrics[0]
 
     def entry(self, name: str) -> Entry:
@@ -79,111 +81,183 @@ class Evaluation:
         return next(entry for entry in self.entries if entry.name == name)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    name: str
-    role: Role
-    bytes: float | None
-    cost: float | None
-    statistics: dict[str, Statistic]
-    seconds: float
-
-
 def evaluate(
     target: Target,
     groups: Groups,
-    candidates: Sequence[Candidate],
+    representations: Sequence[Representation],
     labels: str = "",
     alignment: Callable[[], Scores] | None = None,
     notes: Sequence[str] = (),
     max_queries: int = MAX_QUERIES,
-    cutoff: int = CUTOFF,
     metric: str | None = None,
     seed: int = 0,
-    progress: bool = True,
 ) -> Evaluation:
-    """Judge representations of the same proteins on the same rows.
+    """Evaluate representations of the same proteins on the same rows, beside chance.
 
     Args:
         target: labels of all `N` proteins.
         groups: which may be fitted on.
-        candidates: the first is the reference, the full vector.
+        representations: the first is the reference, the full vector.
         labels: where the labels come from, in words.
-        alignment: makes the scores among the *judged* proteins, in their order, by alignment (retrieval only).
+        alignment: makes the scores among the *evaluated* proteins, in their order, by alignment (retrieval only).
         notes: to pass on to the reader.
-        max_queries: judged proteins to search with at most.
-        cutoff: neighbours that average precision looks at.
+        max_queries: evaluated proteins to search with at most.
         metric: the headline; by default the first that the task has.
         seed: of draws and permutations.
-        progress: whether to show it, on a terminal.
 
     Raises:
-        InputError: nothing to evaluate on the judged side, nothing to fit on, or a metric that the task does not have.
+        InputError: nothing to evaluate on, nothing to fit on, or a metric that the task does not have.
     """
-    trial = make_trial(target, groups, max_queries, cutoff, seed)
-    metrics = _metrics(trial.metrics, metric)
-    steps = len(candidates) + 1 + (alignment is not None)
-    measured: list[_Measured] = []
-    with tqdm(total=steps, desc="evaluate", disable=None if progress else True) as bar:
-        for candidate in candidates:
-            bar.set_postfix_str(candidate.name)
+    trial = make_trial(target, groups, max_queries, seed)
+    headline = trial.headline(metric)
+    measured: list[tuple[str, Role, float | None, dict[str, Statistic], float]] = []
+    with tqdm(total=len(representations) + (alignment is not None), desc="evaluate", disable=None) as bar:
+        for one in representations:
+            bar.set_postfix_str(one.name)
             started = time.perf_counter()
-            one = candidate.make(groups.fit)
-            statistics = trial.measure(one)
-            seconds = time.perf_counter() - started
-            measured.append(_Measured(candidate.name, candidate.role, one.bytes, one.cost, statistics, seconds))
+            rows = one.make(groups.fit)
+            statistics = trial.measure(rows)
+            measured.append((one.name, one.role, one.bytes, statistics, time.perf_counter() - started))
             if len(measured) == 1:
-                measured.append(_Measured(CHANCE, "chance", None, None, trial.chance(one), 0.0))
-                bar.update()
+                measured.append(("chance", "chance", None, trial.chance(rows), 0.0))
             bar.update()
         if alignment is not None and isinstance(trial, RetrievalTrial):
             bar.set_postfix_str(ALIGNMENT)
             started = time.perf_counter()
             statistics = trial.measure_scores(alignment())
-            measured.append(_Measured(ALIGNMENT, "baseline", None, None, statistics, time.perf_counter() - started))
+            measured.append((ALIGNMENT, "baseline", None, statistics, time.perf_counter() - started))
             bar.update()
-    entries = _entries(measured, trial.judged_groups)
-    every_note = [*notes, *trial.notes, *filter(None, (candidate.note for candidate in candidates))]
-    every_note += _verdicts(entries, metrics[0])
-    return Evaluation(
-        target.kind,
-        labels,
-        groups.description,
-        int(groups.fit.sum()),
-        int((~groups.fit).sum()),
-        metrics,
-        tuple(entries),
-        tuple(every_note),
-    )
-
-
-def _metrics(names: tuple[str, ...], headline: str | None) -> tuple[str, ...]:
-    """All metrics, the headline first."""
-    if headline is None:
-        return names
-    if headline not in names:
-        raise InputError(f"Expected --metric out of {', '.join(names)} but got {headline!r}.")
-    return (headline, *(name for name in names if name != headline))
-
-
-def _entries(measured: Sequence[_Measured], groups: int) -> list[Entry]:
-    counts = resample_counts(groups)
-    reference = measured[0].statistics
+    counts, reference = resample_counts(trial.evaluated_groups), measured[0][3]
     entries = []
-    for one in measured:
-        scores = {name: estimate(statistic, counts) for name, statistic in one.statistics.items()}
-        shares = {name: retained(statistic, reference[name], counts) for name, statistic in one.statistics.items()}
-        share = {} if one is measured[0] else {name: value for name, value in shares.items() if value is not None}
-        entries.append(Entry(one.name, one.role, one.bytes, one.cost, scores, share, one.seconds))
-    return entries
-
-
-def _verdicts(entries: Sequence[Entry], headline: str) -> list[str]:
-    """Rivals that do no worse than the full vector."""
+    for name, role, size, statistics, seconds in measured:
+        scores = {key: estimate(statistic, counts) for key, statistic in statistics.items()}
+        shares = {key: retained(statistic, reference[key], counts) for key, statistic in statistics.items()}
+        share = {key: value for key, value in shares.items() if value is not None and statistics is not reference}
+        entries.append(Entry(name, role, size, scores, share, seconds))
+    lines = [*notes, *trial.notes, *(one.note for one in representations if one.note)]
     full = entries[0].scores[headline].value
-    for entry in entries[1:]:
+    for entry in entries:
         score = entry.scores[headline].value
         if entry.role == "baseline" and score >= full:
             words = "amino-acid composition and length alone" if entry.name == COMPOSITION else f"{entry.name} search"
-            return [f"WARNING: {words} reaches {score:.3f} {headline}, no less than the full vector's {full:.3f}."]
-    return []
+            lines.append(f"WARNING: {words} reaches {score:.3f} {headline}, no less than the full vector's {full:.3f}.")
+    metrics = (headline, *(name for name in trial.metrics if name != headline))
+    fitted = int(groups.fit.sum())
+    evaluated = len(groups.fit) - fitted
+    return Evaluation(target.kind, labels, groups.description, fitted, evaluated, metrics, tuple(entries), tuple(lines))
+
+
+class Trial(Protocol):
+    """A task that representations of the same proteins are put to, one after the other.
+
+    Attributes:
+        metrics: names, the headline first.
+        notes: what a reader must know.
+        evaluated_groups: number of groups that intervals are taken over.
+    """
+
+    metrics: tuple[str, ...]
+    notes: list[str]
+    evaluated_groups: int
+
+    def headline(self, metric: str | None) -> str:
+        """The metric of this name, or the first.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        if metric is not None and metric not in self.metrics:
+            raise InputError(f"Expected --metric out of {', '.join(self.metrics)} but got {metric!r}.")
+        return metric or self.metrics[0]
+
+    def measure(self, rows: Rows) -> dict[str, Statistic]:
+        """By metric, sums over the evaluated groups."""
+
+    def chance(self, rows: Rows) -> dict[str, Statistic]:
+        """The same with permuted labels."""
+
+
+def make_trial(target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0) -> Trial:
+    """The trial that a target asks for.
+
+    Args:
+        target: labels of all `N` proteins.
+        groups: which may be fitted on; the others are evaluated.
+        max_queries: evaluated proteins to search with at most (retrieval).
+        seed: of draws and permutations.
+
+    Raises:
+        InputError: nothing to evaluate on.
+    """
+    if target.relevance is not None:
+        return RetrievalTrial(target.relevance, groups, max_queries, seed)
+    return ProbeTrial(target, groups, seed)
+
+
+class RetrievalTrial(Trial):
+    """Search among the evaluated proteins."""
+
+    def __init__(self, relevance: Relevance, groups: Groups, max_queries: int, seed: int) -> None:
+        self.rows, self.seed, self.notes = groups.evaluated, seed, []
+        self.relevance = relevance.subset(self.rows)
+        self.metrics = self.relevance.metrics
+        level, name = self.relevance.levels[self.relevance.level], self.relevance.names[self.relevance.level]
+        count, sizes = len(level), np.bincount(level)[level]
+        if sizes.max(initial=0) < 2:
+            raise InputError(
+                f"Expected a {name} with at least two evaluated proteins but every one is alone; choose other --groups."
+            )
+        if alone := np.count_nonzero(sizes < 2):
+            self.notes.append(f"{alone:,} of {count:,} evaluated proteins are alone in their {name}: targets only")
+        self.queries = np.arange(count)
+        if count > max_queries:
+            self.queries = np.sort(np.random.default_rng(seed).permutation(count)[:max_queries])
+            self.notes.append(
+                f"FEWER QUERIES: {max_queries:,} of {count:,} evaluated proteins, each searched among all"
+            )
+        self.group = np.unique(groups.number[self.rows][self.queries], return_inverse=True)[1]
+        self.evaluated_groups = self.group.max() + 1
+
+    def measure(self, rows: Rows) -> dict[str, Statistic]:
+        """From a search with all queries."""
+        return self.measure_scores(inner_product(rows[0][self.rows], rows[1][self.rows]))
+
+    def measure_scores(self, scores: Scores, relevance: Relevance | None = None) -> dict[str, Statistic]:
+        """The same from scores among the evaluated proteins, with other labels if given."""
+        figures = retrieve(scores, relevance or self.relevance, self.queries, seed=self.seed)
+        return {name: mean(values, self.group) for name, values in figures.items()}
+
+    def chance(self, rows: Rows) -> dict[str, Statistic]:
+        """The queries among one another, with permuted labels."""
+        order = np.random.default_rng(self.seed).permutation(len(self.rows))
+        queries = rows[0][self.rows]
+        return self.measure_scores(inner_product(queries, queries), self.relevance.subset(order))
+
+
+class ProbeTrial(Trial):
+    """A linear model on top of the vectors."""
+
+    def __init__(self, target: Target, groups: Groups, seed: int) -> None:
+        assert target.y is not None
+        self.target, self.y, self.groups, self.seed, self.notes = target, target.y, groups, seed, []
+        self.metrics = probe_metrics(target)
+        self.evaluated_groups = len(np.unique(groups.number[~groups.fit]))
+        if target.kind == "regression":
+            return
+        fit, evaluated = (self._classes(rows) for rows in (groups.fit, ~groups.fit))
+        for only, split in ((fit - evaluated, "fitted on"), (evaluated - fit, "evaluated")):
+            names = ", ".join(target.classes[k] for k in sorted(only)[:3]) + (", ..." if len(only) > 3 else "")
+            if only:
+                self.notes.append(f"{len(only):,} of {len(target.classes):,} classes are only {split} ({names})")
+
+    def _classes(self, rows: np.ndarray) -> set[int]:
+        y = self.y[rows]
+        return set((np.flatnonzero(y.any(axis=0)) if y.ndim == 2 else np.unique(y)).tolist())
+
+    def measure(self, rows: Rows, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
+        """From a probe that is fitted on the true labels, or on others."""
+        return probe(rows[1].numpy(), self.target, self.groups.fit, self.groups.number, y_fit)
+
+    def chance(self, rows: Rows) -> dict[str, Statistic]:
+        """From a probe that is fitted on permuted labels."""
+        return self.measure(rows, np.random.default_rng(self.seed).permutation(self.y[self.groups.fit]))

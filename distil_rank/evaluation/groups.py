@@ -1,4 +1,4 @@
-"""Which proteins may be fitted on and which are judged: whole groups of related ones on either side."""
+"""Which proteins may be fitted on and which are evaluated: whole groups of related ones in either split."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ USUAL = ("group", "groups", "cluster", "clusters", "mmseqs", "none")  # what is 
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of proteins and the side of each.
+    """Groups of proteins and the split of each.
 
     Attributes:
         number: of the group of each protein, `(N,)` integers.
-        fit: which proteins may be fitted on, `(N,)` bool; the others are judged.
+        fit: which proteins may be fitted on, `(N,)` bool; the others are evaluated.
         description: in words.
     """
 
@@ -32,8 +32,8 @@ class Groups:
     description: str
 
     @property
-    def judged(self) -> np.ndarray:
-        """Indices of the judged proteins."""
+    def evaluated(self) -> np.ndarray:
+        """Indices of the proteins that nothing is fitted on."""
         return np.flatnonzero(~self.fit)
 
 
@@ -47,7 +47,7 @@ def make_groups(
     fit_fraction: float = 0.5,
     seed: int = 0,
 ) -> Groups:
-    """Put whole groups on the fit side or on the judged side, by `split_groups`.
+    """Put whole groups into either split, to fit on or to evaluate on, by `split_groups`.
 
     Args:
         choice: name of a column of the label table or of a level of the label, `clusters` (given with the data),
@@ -64,7 +64,7 @@ def make_groups(
         seed: of the draw of groups.
 
     Raises:
-        InputError: an unknown choice, fewer than two groups, or a side without groups.
+        InputError: an unknown choice, fewer than two groups, or a split without groups.
     """
     available: dict[str, Sequence[str]] = dict(columns or {})
     if target.relevance is not None:
@@ -100,12 +100,12 @@ def make_groups(
     if listed:
         fit = np.isin(values, sorted(listed))
         if fit.all():
-            raise InputError(f"Expected groups on both sides but {choice} names all of them; leave some to judge on.")
+            raise InputError(f"Expected groups in both splits but {choice} names all of them; leave some out.")
     else:
         fit = split_groups(values, (fit_fraction, 1 - fit_fraction), seed) == 0
     number = np.unique(values, return_inverse=True)[1]
-    inside, judged = len(np.unique(number[fit])), len(np.unique(number[~fit]))
-    few = f"; FEWER THAN {FEW} GROUPS JUDGED: INTERVALS ARE TOO NARROW" if judged < FEW else ""
+    inside, evaluated = len(np.unique(number[fit])), len(np.unique(number[~fit]))
+    few = f"; FEWER THAN {FEW} GROUPS EVALUATED: INTERVALS ARE TOO NARROW" if evaluated < FEW else ""
     source = f"{name} (as {Path(choice).name} lists)" if choice and listed else name
-    sizes = f"fitted on {fit.sum():,} proteins of {inside:,} groups, judged on {(~fit).sum():,} of {judged:,}"
+    sizes = f"fitted on {fit.sum():,} proteins of {inside:,} groups, evaluated on {(~fit).sum():,} of {evaluated:,}"
     return Groups(number, fit, f"{source}: {sizes}{few}")

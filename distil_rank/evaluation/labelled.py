@@ -6,20 +6,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from distil_rank.data.files import Embeddings, load_matrix
 from distil_rank.data.labels import LabelTable, read_labels
+from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.data.sources import find_source, read_clusters
 from distil_rank.embedding.layers import split_source
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups, make_groups
-from distil_rank.evaluation.task import Kind, Target, make_target
-from distil_rank.options.evaluation import LabelOptions
+from distil_rank.evaluation.retrieval import Relevance
+from distil_rank.evaluation.task import Target, make_target
+from distil_rank.options.evaluation import LabelOptions, TaskKind
 from distil_rank.samples import LABELLED, sample
 
+MOST_CLUSTERED = 20_000  # proteins that are set apart by MMseqs2 clusters where nobody asks for them
+UNLABELLED = "augmented copies"  # in place of labels
 OWN_LABELS, OWN_CLUSTERS = "labels.tsv", "clusters.tsv"  # in the folder of a store
 
 
@@ -32,8 +36,9 @@ class LabelledData:
         embeddings: of the labelled proteins, one row each, in the order of the data.
         labels: where the labels come from.
         target: the labels as numbers.
-        groups: fit and judged groups.
+        groups: which proteins may be fitted on.
         notes: what was left out.
+        rows: of the labelled proteins in the data.
     """
 
     source: str
@@ -42,12 +47,13 @@ class LabelledData:
     target: Target
     groups: Groups
     notes: tuple[str, ...]
+    rows: np.ndarray
 
 
 def open_labelled(
     source: str,
     labels: LabelOptions,
-    kind: Kind | Literal["auto"] = "auto",
+    kind: TaskKind = "auto",
     groups: str | None = None,
     fit_fraction: float = 0.5,
     seed: int = 0,
@@ -66,23 +72,53 @@ def open_labelled(
         InputError: either cannot be read, they do not match, or they make no task.
     """
     source = labelled_source(source, labels)
-    data = load_matrix(source)
-    check_ids(data.ids, source)
-    table = _table(source, data, labels)
+    data = load_vectors(source)
+    table = read_labels(labels) if labels.source is not None else own_labels(source, data, labels)
+    if table is None:
+        raise InputError(
+            f"Expected labels of the proteins in {source} but it has none; give --labels.source, a CSV, TSV, FASTA or "
+            ".npz file."
+        )
+    return label(source, data, table, labels, kind, groups, fit_fraction, seed)
+
+
+def label(
+    source: str,
+    data: Embeddings,
+    table: LabelTable,
+    labels: LabelOptions,
+    kind: TaskKind,
+    groups: str | None,
+    fit_fraction: float,
+    seed: int,
+) -> LabelledData:
+    """The proteins of some vectors that a table has labels of, with groups set apart; see `open_labelled`."""
     rows, texts, notes = table.aligned(data.ids)
-    embeddings = take(with_clusters(data, source), rows)
     target = make_target(texts, labels, kind)
-    columns = {
-        name: [cells[one] for one in embeddings.ids]
-        for name, cells in table.columns.items()
-        if all(one in cells for one in embeddings.ids)
-    }
-    sides = make_groups(
-        groups, target, embeddings.ids, embeddings.sequences, embeddings.clusters, columns, fit_fraction, seed
-    )
+    if len(rows) < len(data.ids):
+        columns = {name: getattr(data, name) for name in ("ids", "sequences", "labels", "clusters")}
+        some: dict[str, Any] = {
+            name: [column[row] for row in rows] for name, column in columns.items() if column is not None
+        }
+        data = replace(data, x=data.x[rows], **some)
+    complete = {name: cells for name, cells in table.columns.items() if all(one in cells for one in data.ids)}
+    others = {name: [cells[one] for one in data.ids] for name, cells in complete.items()}
+    split = make_groups(groups, target, data.ids, data.sequences, data.clusters, others, fit_fraction, seed)
     if data.provenance.get("fallback"):
         notes.append(f"NOTE: {data.provenance['fallback']}")
-    return LabelledData(source, embeddings, Path(table.source).name, target, sides, tuple(notes))
+    return LabelledData(source, data, Path(table.source).name, target, split, tuple(notes), rows)
+
+
+def unlabelled(source: str, data: Embeddings, groups: str | None, fit_fraction: float, seed: int) -> LabelledData:
+    """Vectors without labels, each protein its own class, with groups set apart: by clusters unless told otherwise."""
+    names = tuple(data.ids)
+    target = Target("retrieval", Relevance(np.arange(len(names))[None], ("protein",)), levels=(names,))
+    if groups is None:
+        few = data.sequences is not None and mmseqs_binary() is not None and len(names) <= MOST_CLUSTERED
+        groups = "clusters" if data.clusters is not None else "mmseqs" if few else "none"
+    split = make_groups(groups, target, names, data.sequences, data.clusters, None, fit_fraction, seed)
+    notes = (f"NOTE: {data.provenance['fallback']}",) if data.provenance.get("fallback") else ()
+    return LabelledData(source, data, UNLABELLED, target, split, notes, np.arange(len(names)))
 
 
 def labelled_source(source: str, labels: LabelOptions) -> str:
@@ -90,61 +126,40 @@ def labelled_source(source: str, labels: LabelOptions) -> str:
     return sample(LABELLED) if source == "auto" and labels.source is None else find_source(source)
 
 
-def take(data: Embeddings, rows: np.ndarray) -> Embeddings:
-    """Some rows of a matrix with their columns."""
-    if len(rows) == len(data.ids) and np.array_equal(rows, np.arange(len(rows))):
-        return data
-
-    def chosen(column: list[str] | None) -> list[str] | None:
-        return None if column is None else [column[row] for row in rows]
-
-    ids = [data.ids[row] for row in rows]
-    return Embeddings(
-        ids, data.x[rows], chosen(data.sequences), chosen(data.labels), chosen(data.clusters), data.provenance
-    )
-
-
-def matching_rows(data: Embeddings, ids: Sequence[str], name: str) -> np.ndarray:
-    """The rows of another matrix for these proteins, `(len(ids),)`.
+def load_vectors(source: str) -> Embeddings:
+    """One vector for each protein, with the clusters in the store's folder, where there are some.
 
     Raises:
-        InputError: some are missing.
+        InputError: they cannot be read, or an id comes twice: per-residue vectors, or a damaged file.
     """
-    check_ids(data.ids, name)
-    row_of = {one: row for row, one in enumerate(data.ids)}
-    missing = [one for one in ids if one not in row_of]
-    if missing:
-        raise InputError(
-            f"Expected vectors of all {len(ids):,} labelled proteins in {name} but {len(missing):,} are missing "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); give a matrix of the same proteins."
-        )
-    return np.array([row_of[one] for one in ids])
-
-
-def check_ids(ids: Sequence[str], source: str) -> None:
-    """Refuse ids that come twice: per-residue vectors, or a damaged file."""
-    if len(set(ids)) < len(ids):
-        name, times = Counter(ids).most_common(1)[0]
+    data = load_matrix(source)
+    if len(set(data.ids)) < len(data.ids):
+        name, times = Counter(data.ids).most_common(1)[0]
         raise InputError(
             f"Expected one vector for each protein in {source} but {name} has {times:,}; give pooled vectors (mean or "
             "bos) with different ids."
         )
+    own = Path(split_source(source)[0]) / OWN_CLUSTERS
+    return replace(data, clusters=read_clusters(own, data.ids)) if own.is_file() else data
 
 
-def _table(source: str, data: Embeddings, labels: LabelOptions) -> LabelTable:
-    """Labels from where they are named, beside the data, or in them."""
-    if labels.source is not None:
-        return read_labels(labels)
-    table = own_labels(source, data, labels)
-    if table is None:
+def load_matching(path: str, ids: Sequence[str]) -> np.ndarray:
+    """Another matrix's vectors of these proteins, `(len(ids), d)`.
+
+    Raises:
+        InputError: some are missing.
+    """
+    data = load_vectors(path)
+    row_of = {one: row for row, one in enumerate(data.ids)}
+    if missing := [one for one in ids if one not in row_of]:
         raise InputError(
-            f"Expected labels of the proteins in {source} but it has none; give --labels.source, a CSV, TSV, FASTA or "
-            ".npz file."
+            f"Expected vectors of all {len(ids):,} labelled proteins in {path} but {len(missing):,} are missing "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); give a matrix of the same proteins."
         )
-    return table
+    return data.x[[row_of[one] for one in ids]]
 
 
-def own_labels(source: str, data: Embeddings, labels: LabelOptions = LabelOptions()) -> LabelTable | None:  # noqa: B008 - frozen
+def own_labels(source: str, data: Embeddings, labels: LabelOptions = LabelOptions()) -> LabelTable | None:  # noqa: B008
     """The labels that come with the vectors: a table in the store's folder, or those of the data file; None without."""
     own = Path(split_source(source)[0]) / OWN_LABELS
     if own.is_file():
@@ -153,11 +168,4 @@ def own_labels(source: str, data: Embeddings, labels: LabelOptions = LabelOption
         return read_labels(replace(labels, source=source))
     if data.labels is None or not any(data.labels):
         return None
-    given = {one: label for one, label in zip(data.ids, data.labels, strict=True) if label}
-    return LabelTable(source, given)
-
-
-def with_clusters(data: Embeddings, source: str) -> Embeddings:
-    """The same with the clusters in the store's folder, where there are some."""
-    own = Path(split_source(source)[0]) / OWN_CLUSTERS
-    return replace(data, clusters=read_clusters(own, data.ids)) if own.is_file() else data
+    return LabelTable(source, {one: text for one, text in zip(data.ids, data.labels, strict=True) if text})

@@ -1,7 +1,7 @@
 """Probes: a linear model on top of a representation, fitted and regularised on the fit groups only.
 
 scikit-learn's models do the fitting. The strength of the regularisation is chosen by cross-validation over whole groups
-of the fit side.
+of those to fit on.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.task import Target
@@ -25,7 +27,6 @@ from distil_rank.measure.statistics import Statistic, macro_f1, matthews, mean, 
 FOLDS = 3
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of logistic regression
 PENALTIES = (1e0, 1e1, 1e2, 1e3, 1e4)  # of ridge regression
-NEIGHBOUR_BLOCK = 4096
 
 
 def probe_metrics(target: Target) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ def probe(
         y_fit: labels to fit on in place of the true ones, for the chance level.
 
     Returns:
-        By metric, sums over the judged groups.
+        By metric, sums over the evaluated groups.
 
     Raises:
         InputError: fewer than two groups to fit on, or one class among them.
@@ -68,14 +69,14 @@ def probe(
     predicted = model.predict(x)
     if target.kind == "regression":
         return {"spearman": spearman(predicted, y, group), "r2": r2(predicted, y, group)}
-    nearest = y_fit[nearest_neighbours(x, x_fit)]
+    nearest = KNeighborsClassifier(1, metric="cosine").fit(x_fit, y_fit).predict(x)
     if target.kind == "multilabel":
         return {"macro_f1": macro_f1(predicted, y, group), "macro_f1 1nn": macro_f1(nearest, y, group)}
     classes = len(target.classes)
     return {
         "accuracy": mean((predicted == y).astype(float), group),
         "mcc": matthews(predicted, y, group, classes),
-        "macro_f1": macro_f1(_one_hot(predicted, classes), _one_hot(y, classes), group),
+        "macro_f1": macro_f1(np.eye(classes)[predicted], np.eye(classes)[y], group),
         "accuracy 1nn": mean((nearest == y).astype(float), group),
     }
 
@@ -96,12 +97,22 @@ def _model(target: Target, y: np.ndarray, number: np.ndarray) -> GridSearchCV:
     return GridSearchCV(make_pipeline(StandardScaler(), logistic), {"logisticregression__C": STRENGTHS}, **options)
 
 
-def nearest_neighbours(x: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Index of the row of `among (M, d)` with the highest cosine to each row of `x (N, d)`; `(N,)`."""
-    rows, others = (torch.nn.functional.normalize(torch.from_numpy(np.asarray(part)).float()) for part in (x, among))
-    blocks = [(block @ others.T).argmax(1) for block in rows.split(NEIGHBOUR_BLOCK)]
-    return torch.cat(blocks).numpy()
+def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
+    """Class of each test row by scikit-learn's ridge classifier on standardised features, solved exactly.
 
+    Args:
+        train_x: features, `(N, m)`.
+        train_labels: class of each training row, integers, `(N,)`.
+        test_x: features, `(M, m)`.
+        ridge: strength of the penalty for each row, relative to features of unit variance.
 
-def _one_hot(y: np.ndarray, classes: int) -> np.ndarray:
-    return np.eye(classes)[y]
+    Returns:
+        Predicted classes, `(M,)`.
+
+    >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
+    >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))
+    tensor([0, 1])
+    """
+    probe = make_pipeline(StandardScaler(), RidgeClassifier(ridge * len(train_x), solver="cholesky"))
+    probe.fit(train_x.double().cpu().numpy(), train_labels.cpu().numpy())
+    return torch.from_numpy(probe.predict(test_x.double().cpu().numpy()))

@@ -15,8 +15,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from distil_rank.data.description import DataDescription
 from distil_rank.errors import InputError
-from distil_rank.measure.latency import LayerLatency
-from distil_rank.measure.machine import machine
+from distil_rank.measure.latency import LayerLatency, machine
 
 SCHEMA = 2
 RECIPE = "original recipe"

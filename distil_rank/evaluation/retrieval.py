@@ -8,13 +8,12 @@ would flatter a representation with many of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 CUTOFF = 200  # neighbours that average precision looks at
 NEAREST = 256  # targets that are looked at first; more where average precision looks at more
@@ -60,7 +59,6 @@ def retrieve(
     queries: np.ndarray | None = None,
     cutoff: int = CUTOFF,
     seed: int = 0,
-    progress: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Search every query among all other proteins.
 
@@ -83,7 +81,6 @@ def retrieve(
         queries: indices of the proteins to search with; all by default.
         cutoff: neighbours that average precision looks at.
         seed: of the order in which ties are broken.
-        progress: what a progress bar is called; none by default.
 
     Returns:
         By metric, one figure for each query, `(Q,)` float64; NaN where the query has nothing to find.
@@ -98,68 +95,52 @@ def retrieve(
     targets = np.random.default_rng(seed).permutation(count)
     column_of = np.argsort(targets)  # of each protein in a block of scores
     size = max(1, BLOCK_SCORES // max(count, 1))
-    blocks = range(0, len(queries), size)
+    nearest = min(max(NEAREST, cutoff), count)
     results: dict[str, list[np.ndarray]] = {name: [] for name in relevance.metrics}
-    for start in tqdm(blocks, desc=progress, disable=None if progress else True, leave=False):
+    for start in range(0, len(queries), size):
         block = queries[start : start + size]
         similarity = scores(block, targets)
         similarity[torch.arange(len(block)), torch.from_numpy(column_of[block])] = -torch.inf
-        for name, values in _block(similarity, block, targets, relevance, cutoff).items():
+        for name, values in _figures(similarity, nearest, block, targets, relevance, cutoff).items():
             results[name].append(values)
     return {name: np.concatenate(values) for name, values in results.items()}
 
 
-def _block(
-    scores: Tensor, queries: np.ndarray, targets: np.ndarray, relevance: Relevance, cutoff: int
-) -> dict[str, np.ndarray]:
-    """Every figure for some queries, from their nearest targets; all targets where these do not decide."""
-    nearest = min(max(NEAREST, cutoff), scores.shape[1])
-    values, undecided = _figures(scores, nearest, queries, targets, relevance, cutoff)
-    if undecided.any():
-        rest = torch.from_numpy(undecided)
-        whole, _ = _figures(scores[rest], scores.shape[1], queries[undecided], targets, relevance, cutoff)
-        for name, figures in whole.items():
-            values[name][undecided] = figures
-    return values
-
-
 def _figures(
     scores: Tensor, nearest: int, queries: np.ndarray, targets: np.ndarray, relevance: Relevance, cutoff: int
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Figures from the `nearest` targets of each query, and for which queries they are too few, `(Q,)`."""
+) -> dict[str, np.ndarray]:
+    """Every figure from the `nearest` targets of each query; of all targets for the queries that these leave open."""
     best, column = (part.numpy() for part in scores.topk(nearest))  # (Q, K), nearest first
-    found = best > -np.inf
-    neighbours = targets[column]
-    same = [(level[neighbours] == level[queries, None]) & found for level in relevance.levels]
+    scored = best > -np.inf
+    neighbours, names = targets[column], relevance.names
+    same = [(level[neighbours] == level[queries, None]) & scored for level in relevance.levels]
     sizes = [np.bincount(level)[level[queries]] - 1 for level in relevance.levels]  # right answers of each query
-    names = relevance.names
     values = {
         "mAP": average_precision(same[relevance.level][:, :cutoff], sizes[relevance.level]),
         f"{names[0]}@1": np.where(sizes[0] > 0, same[0][:, 0], np.nan),
     }
     if len(names) > 1:
-        others = found & ~same[0]
+        others = scored & ~same[0]
         first = others.argmax(axis=1)[:, None]
         right = np.take_along_axis(same[1] & others, first, axis=1)[:, 0]
         values[f"{names[1]}@1 remote"] = np.where(sizes[1] > sizes[0], right, np.nan)
-    false = found & ~same[-1]
-    undecided = ~false.any(axis=1) & found[:, -1] & (nearest < scores.shape[1])
-    return values | _sensitivities(best, same, sizes, false, names), undecided
 
-
-def _sensitivities(
-    best: np.ndarray, same: list[np.ndarray], sizes: list[np.ndarray], false: np.ndarray, names: tuple[str, ...]
-) -> dict[str, np.ndarray]:
-    """Sensitivity up to the first false positive at each level."""
+    false = scored & ~same[-1]
     limit = np.where(false, best, -np.inf).max(axis=1, keepdims=True)
     above = [(level & (best > limit)).sum(axis=1) for level in same]
-    counts, wholes = (
-        np.diff(np.stack(one, axis=1), prepend=0) for one in (above, sizes)
-    )  # (Q, levels), at no finer one
+    counts, wholes = (np.diff(np.stack(one, axis=1), prepend=0) for one in (above, sizes))  # at no finer level
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = counts / wholes
-    undefined = ~np.isfinite(shares).all(axis=1)
-    return {f"sens1fp {name}": np.where(undefined, np.nan, share) for name, share in zip(names, shares.T, strict=True)}
+        shares = counts / wholes  # (Q, levels)
+    shares[~np.isfinite(shares).all(axis=1)] = np.nan
+    values |= {f"sens1fp {name}": share for name, share in zip(names, shares.T, strict=True)}
+
+    undecided = ~false.any(axis=1) & scored[:, -1] & (nearest < scores.shape[1])
+    if undecided.any():
+        rest = scores[torch.from_numpy(undecided)]
+        whole = _figures(rest, scores.shape[1], queries[undecided], targets, relevance, cutoff)
+        for name, figures in whole.items():
+            values[name][undecided] = figures
+    return values
 
 
 def average_precision(right: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -179,8 +160,3 @@ def average_precision(right: np.ndarray, total: np.ndarray) -> np.ndarray:
     precision = np.where(right, np.cumsum(right, axis=1) / ranks, 0.0).sum(axis=1)
     possible = np.minimum(total, right.shape[1]).astype(float)
     return precision / np.where(possible > 0, possible, np.nan)
-
-
-def group_by(values: Sequence[str]) -> np.ndarray:
-    """Classes as integers in order of their names, `(N,)`."""
-    return np.unique(np.asarray(values), return_inverse=True)[1]

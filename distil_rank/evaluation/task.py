@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.retrieval import Relevance
-from distil_rank.options.evaluation import LabelOptions
+from distil_rank.options.evaluation import Kind, LabelOptions, TaskKind
 
-Kind = Literal["retrieval", "classification", "multilabel", "regression"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 MANY = 20  # median class size below which a flat label reads as a retrieval task, if there is a choice
 SEVERAL = "|"  # between the labels of one protein
 DOTTED = re.compile(r"[^.\s]+(\.[^.\s]+)+")
@@ -27,7 +24,7 @@ class Target:
 
     Attributes:
         kind: of the task.
-        relevance: what counts as found (retrieval).
+        relevance: what counts as a right answer (retrieval).
         y: class numbers `(N,)` (classification), 0/1 `(N, L)` (multilabel) or values `(N,)` (regression).
         classes: names of the classes or labels.
         levels: names of each level's classes, finest first, `(N,)` each (retrieval); what groups may be made of.
@@ -46,7 +43,7 @@ class Target:
         return Target(self.kind, relevance, None if self.y is None else self.y[rows], self.classes, levels)
 
 
-def make_target(labels: Sequence[str], source: LabelOptions, kind: Kind | Literal["auto"] = "auto") -> Target:
+def make_target(labels: Sequence[str], source: LabelOptions, kind: TaskKind = "auto") -> Target:
     """Turn the text of labels into numbers.
 
     Args:
@@ -63,42 +60,36 @@ def make_target(labels: Sequence[str], source: LabelOptions, kind: Kind | Litera
     >>> make_target(["1.5", "2", "-3e2"], LabelOptions()).kind
     'regression'
     """
+    several = any(SEVERAL in label for label in labels)
+    depth = labels[0].count(".")  # above 1 for labels such as a.1.1.1, so that 1.5 is a number
+    dotted = depth > 1 and all(label.count(".") == depth and DOTTED.fullmatch(label) for label in labels)
+    wrong = next((label for label in labels if not _is_number(label)), None)
+    sizes = np.unique(np.asarray(labels), return_counts=True)[1]
     if kind == "auto":
-        kind = _kind_of(labels, source)
+        guesses: dict[Kind, bool] = {
+            "multilabel": several,
+            "retrieval": bool(source.separator or source.names or dotted),
+            "regression": wrong is None and len(sizes) > 2,
+            "classification": bool(np.median(sizes) >= MANY),
+        }
+        return make_target(labels, source, next((name for name, fits in guesses.items() if fits), "retrieval"))
     if source.level and kind != "retrieval":
         raise InputError(
             f"Expected --labels.level for labels of several levels but got {source.level!r} for a {kind}; omit it."
         )
     if kind == "regression":
-        return Target(kind, y=_numbers(labels))
-    if len(set(labels)) < 2:
+        return Target(kind, y=_numbers(labels, wrong))
+    if len(sizes) < 2:
         raise InputError(f"Expected at least two classes but every label is {labels[0]!r}; choose another column.")
     if kind == "retrieval":
-        return _retrieval(labels, source)
-    sets = [set(label.split(SEVERAL)) for label in labels]
+        return _retrieval(labels, source, source.separator or ("." if dotted else None))
+    sets = [label.split(SEVERAL) for label in labels]
+    if kind == "classification" and several:
+        first = next(label for label in labels if SEVERAL in label)
+        raise InputError(f"Expected one class for each protein but got {first!r}; use --task multilabel for several.")
     classes = tuple(sorted(set().union(*sets)))
-    number = {name: index for index, name in enumerate(classes)}
-    if kind == "classification":
-        if several := next((label for label, one in zip(labels, sets, strict=True) if len(one) > 1), None):
-            raise InputError(
-                f"Expected one class for each protein but got {several!r}; use --task multilabel for several."
-            )
-        return Target(kind, y=np.array([number[label] for label in labels]), classes=classes)
-    y = np.zeros((len(labels), len(classes)), dtype=np.int64)
-    for row, names in enumerate(sets):
-        y[row, [number[name] for name in names]] = 1
-    return Target(kind, y=y, classes=classes)
-
-
-def _kind_of(labels: Sequence[str], source: LabelOptions) -> Kind:
-    if any(SEVERAL in label for label in labels):
-        return "multilabel"
-    if source.separator or source.names or _is_scope_like(labels):
-        return "retrieval"
-    if all(_is_number(label) for label in labels) and len(set(labels)) > 2:
-        return "regression"
-    sizes = np.unique(np.asarray(labels), return_counts=True)[1]
-    return "retrieval" if np.median(sizes) < MANY else "classification"
+    member = np.array([[name in names for name in classes] for names in sets], dtype=np.int64)
+    return Target(kind, y=member.argmax(axis=1) if kind == "classification" else member, classes=classes)
 
 
 def _is_number(text: str) -> bool:
@@ -109,29 +100,19 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _is_scope_like(labels: Sequence[str]) -> bool:
-    """Labels such as a.1.1.1: all of the same number of parts, and that number above two, so that 1.5 is a number."""
-    depth = labels[0].count(".")
-    return depth > 1 and all(label.count(".") == depth and DOTTED.fullmatch(label) for label in labels)
-
-
-def _numbers(labels: Sequence[str]) -> np.ndarray:
-    wrong = next((label for label in labels if not _is_number(label)), None)
+def _numbers(labels: Sequence[str], wrong: str | None) -> np.ndarray:
     if wrong is not None:
         raise InputError(f"Expected a number for each protein for a regression but got {wrong!r}; correct it.")
-    y = np.array([float(label) for label in labels])
-    if not np.isfinite(y).all():
-        raise InputError(
-            f"Expected finite targets but got {np.count_nonzero(~np.isfinite(y)):,} that are NaN or infinite; remove "
-            "those lines."
-        )
-    if y.min() == y.max():
-        raise InputError(f"Expected targets that differ but every one is {y[0]:g}; choose another column.")
-    return y
+    values = np.array([float(label) for label in labels])
+    if bad := np.count_nonzero(~np.isfinite(values)):
+        raise InputError(f"Expected finite targets but got {bad:,} that are NaN or infinite; remove those lines.")
+    if values.min() == values.max():
+        raise InputError(f"Expected targets that differ but every one is {values[0]:g}; choose another column.")
+    return values
 
 
-def _retrieval(labels: Sequence[str], source: LabelOptions) -> Target:
-    separator = source.separator or ("." if _is_scope_like(labels) else None)
+def _retrieval(labels: Sequence[str], source: LabelOptions, separator: str | None) -> Target:
+    """Levels of a hierarchy, or one level."""
     parts = [label.split(separator) if separator else [label] for label in labels]
     depth = len(parts[0])
     if wrong := next((label for label, one in zip(labels, parts, strict=True) if len(one) != depth), None):
@@ -153,19 +134,19 @@ def _retrieval(labels: Sequence[str], source: LabelOptions) -> Target:
     return Target("retrieval", Relevance(numbers, names, level), levels=tuple(levels))
 
 
-def _level_names(given: str | None, depth: int) -> tuple[str, ...]:
-    """Names of the levels that are judged, finest first.
+def _level_names(chosen: str | None, depth: int) -> tuple[str, ...]:
+    """Names of the levels that are evaluated, finest first.
 
-    A name for each of the finest levels may be given; coarser ones are then not judged. By default the coarsest of
+    A name for each of the finest levels may be given; coarser ones are then left out. By default the coarsest of
     four or more is not: SCOPe's class says nothing of descent.
 
     >>> _level_names(None, 4), _level_names("group,family", 3), _level_names(None, 1)
     (('family', 'superfamily', 'fold'), ('family', 'group'), ('class',))
     """
-    if given:
-        names = tuple(name.strip() for name in given.split(","))[::-1]
+    if chosen:
+        names = tuple(name.strip() for name in chosen.split(","))[::-1]
         if not all(names) or len(names) > depth or len(set(names)) != len(names):
-            raise InputError(f"Expected up to {depth} different names of levels, coarse to fine, but got {given!r}.")
+            raise InputError(f"Expected up to {depth} different names of levels, coarse to fine, but got {chosen!r}.")
         return names
     if depth == 1:
         return ("class",)

@@ -6,12 +6,17 @@ what counts is the median, with the 95th percentile beside it. Autograd is off: 
 (`torch.utils.benchmark` times one candidate after another: a busy minute would be charged to whichever was running.)
 """
 
+from __future__ import annotations
+
 import math
+import os
+import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -76,14 +81,14 @@ def time_interleaved(
     Every other round goes through the candidates backwards, so that none always runs in another's cache.
 
     Args:
-        candidates: Callables without arguments, by name.
-        repeats: Rounds, each with one turn of each candidate.
-        warmup: Calls of each before anything counts.
-        min_time: Seconds that a turn lasts at least: a call shorter than this is repeated within it.
-        device: Where the work runs; on CUDA the clock is read only once the device is idle.
+        candidates: callables without arguments, by name.
+        repeats: rounds, each with one turn of each candidate.
+        warmup: calls of each before anything counts.
+        min_time: seconds that a turn lasts at least: a call shorter than this is repeated within it.
+        device: where the work runs; on CUDA the clock is read only once the device is idle.
 
     Raises:
-        ValueError: If there is no candidate or no repeat.
+        ValueError: there is no candidate or no repeat.
 
     >>> timings = time_interleaved({"one": lambda: sum(range(10)), "two": lambda: sum(range(20))}, repeats=3, warmup=1)
     >>> [(timing.name, timing.repeats, timing.median_s > 0) for timing in timings.values()]
@@ -112,43 +117,41 @@ def time_interleaved(
 
 
 def compare_layers(
-    dense: nn.Linear,
-    student: nn.Module,
-    batches: Sequence[int] = (1, 32, 256),
-    threads: int = 1,
-    *,
-    repeats: int = 50,
-    warmup: int = 5,
-    min_time: float = 1e-3,
+    dense: nn.Linear, student: nn.Module, batches: Sequence[int] = (1, 32, 256), threads: int = 1, repeats: int = 50
 ) -> list[LayerLatency]:
     """Time a dense layer beside its replacement on Gaussian rows, on the device and in the type of the dense layer.
 
     Args:
-        dense: The layer replaced.
-        student: Its replacement.
-        batches: Rows in a call.
-        threads: Of the processor, while timing; what was set before is restored.
-        repeats: Turns of each.
-        warmup: Calls of each before anything counts.
-        min_time: Seconds that a turn lasts at least.
+        dense: the layer replaced.
+        student: its replacement.
+        batches: rows in a call.
+        threads: of the processor, while timing; what was set before is restored.
+        repeats: turns of each.
 
     Returns:
         One row for each batch size.
     """
-    weight = dense.weight
     generator = torch.Generator().manual_seed(0)
     rows = []
     with torch_threads(threads):
         for batch in batches:
-            x = torch.randn(batch, dense.in_features, generator=generator).to(weight)
-            timings = time_interleaved(
-                {"dense": partial(dense, x), "student": partial(student, x)},
-                repeats=repeats,
-                warmup=warmup,
-                min_time=min_time,
-                device=weight.device,
+            x = torch.randn(batch, dense.in_features, generator=generator).to(dense.weight)
+            calls = {"dense": partial(dense, x), "student": partial(student, x)}
+            slow, fast = time_interleaved(calls, repeats=repeats, device=x.device).values()
+            rows.append(
+                LayerLatency(
+                    batch=batch,
+                    threads=slow.threads,
+                    device=slow.device,
+                    repeats=slow.repeats,
+                    dense_us=1e6 * slow.median_s,
+                    dense_p95_us=1e6 * slow.p95_s,
+                    student_us=1e6 * fast.median_s,
+                    student_p95_us=1e6 * fast.p95_s,
+                    ratio=slow.median_s / fast.median_s,
+                    paired_ratio=paired_ratio(slow, fast),
+                )
             )
-            rows.append(_row(batch, timings["dense"], timings["student"]))
     return rows
 
 
@@ -181,32 +184,26 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def machine() -> str:
+    """Processor, cores, GPU if there is one, and the version of torch, on one line: what figures were measured on.
+
+    >>> "torch" in machine()
+    True
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
+    parts = [", ".join(sorted(names)) or platform.processor() or platform.machine(), f"{os.cpu_count()} cores"]
+    parts += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([*parts, f"torch {torch.__version__}"])
+
+
 def _seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds per call, over `calls` of them."""
-    _wait(device)
+    """Seconds per call, over `calls` of them; calls on a CUDA device return before their work is done."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else int
+    wait()
     start = perf_counter()
     for _ in range(calls):
         call()
-    _wait(device)
+    wait()
     return (perf_counter() - start) / calls
-
-
-def _wait(device: torch.device) -> None:
-    """Let a CUDA device finish: calls return before their work is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _row(batch: int, dense: Timing, student: Timing) -> LayerLatency:
-    return LayerLatency(
-        batch=batch,
-        threads=dense.threads,
-        device=dense.device,
-        repeats=dense.repeats,
-        dense_us=1e6 * dense.median_s,
-        dense_p95_us=1e6 * dense.p95_s,
-        student_us=1e6 * student.median_s,
-        student_p95_us=1e6 * student.p95_s,
-        ratio=dense.median_s / student.median_s,
-        paired_ratio=paired_ratio(dense, student),
-    )

@@ -46,7 +46,7 @@ def centred_cosine(student: Tensor, teacher: Tensor, mean: Tensor) -> Tensor:
 
 
 def residual(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of each row, ``‖s − t‖²``, shape (N,), float64; what `relative_mse` and `r2` sum up.
+    """Squared error of each row, ``‖s − t‖²``, shape (N,), float64; what relative MSE and R² sum up.
 
     >>> residual(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
     tensor([5.], dtype=torch.float64)
@@ -62,15 +62,6 @@ def energy(teacher: Tensor, mean: Tensor | None = None) -> Tensor:
     (tensor([25.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     return (teacher.double() if mean is None else teacher.double() - mean).square().sum(-1)
-
-
-def relative_mse(student: Tensor, teacher: Tensor) -> float:
-    """Squared error relative to the teacher's energy, ``Σ ‖s − t‖² / Σ ‖t‖²``.
-
-    >>> relative_mse(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
-    0.25
-    """
-    return (residual(student, teacher).sum() / energy(teacher).sum()).item()
 
 
 def r2(student: Tensor, teacher: Tensor, mean: Tensor) -> float:
@@ -117,12 +108,11 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
     k = min(k, rows - 1)
     # Without the large mean that all rows share, float32 has digits enough, at half the time
     student, teacher = _centred(student).float(), _centred(teacher).float()
-    retained = []
+    blocks = []
     for start in range(0, rows, chunk):
-        near_student, near_teacher = (_neighbours(outputs, start, start + chunk, k) for outputs in (student, teacher))
-        of_teacher = torch.zeros(len(near_teacher), rows, dtype=torch.bool, device=teacher.device)
-        retained.append(of_teacher.scatter_(1, near_teacher, True).gather(1, near_student).double().mean(1))
-    return torch.cat(retained)
+        near = [_neighbours(outputs, start, start + chunk, k) for outputs in (student, teacher)]
+        blocks.append((near[0][:, :, None] == near[1][:, None]).any(2).double().mean(1))
+    return torch.cat(blocks)
 
 
 def linear_cka(student: Tensor, teacher: Tensor) -> float:
@@ -162,49 +152,6 @@ def effective_rank(eigenvalues: Tensor) -> float:
     return torch.special.entr(spectrum / spectrum.sum()).sum().exp().item()
 
 
-def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
-    """Class of each test row by ridge regression on one-hot labels, the largest output winning.
-
-    ``min ‖Y − X W‖² / N + ridge ‖W‖²`` with `X` standardised and `Y` centred on the training rows. One solve through
-    the smaller of the Gram matrices, (m, m) or (N, N): the same answer every time, and no step size to tune.
-
-    Args:
-        train_x: Features, shape (N, m).
-        train_labels: Class of each training row, integers from 0, shape (N,).
-        test_x: Features, shape (M, m).
-        ridge: Strength of the penalty, relative to features of unit variance.
-
-    Returns:
-        Predicted classes, shape (M,).
-
-    >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
-    >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))
-    tensor([0, 1])
-    """
-    mean, scale = train_x.double().mean(0), train_x.double().std(0)
-    scale = torch.where(scale > 0, scale, 1.0)
-    x, unseen = ((features.double() - mean) / scale for features in (train_x, test_x))
-    one_hot = F.one_hot(train_labels).double()  # (N, classes)
-    share = one_hot.mean(0)
-    rows, columns = x.shape
-    damping = ridge * rows * torch.eye(min(rows, columns), dtype=x.dtype, device=x.device)
-    if rows < columns:
-        weight = x.T @ torch.linalg.solve(x @ x.T + damping, one_hot - share)
-    else:
-        weight = torch.linalg.solve(x.T @ x + damping, x.T @ (one_hot - share))
-    return (unseen @ weight + share).argmax(1)
-
-
-def probe_agreement(student_classes: Tensor, teacher_classes: Tensor) -> float:
-    """Share of rows to which the probe on the student and the probe on the teacher give the same class.
-
-    >>> probe_agreement(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
-    0.75
-    """
-    _same_shape(student_classes, teacher_classes)
-    return (student_classes == teacher_classes).double().mean().item()
-
-
 class Fidelity(Metric):
     """Cosine, centred cosine, relative MSE and R² of a student over batches and processes, in float64.
 
@@ -220,36 +167,28 @@ class Fidelity(Metric):
 
     full_state_update = False
     mean: Tensor
-    rows: Tensor
-    cosine: Tensor
-    centred_cosine: Tensor
-    residual: Tensor
-    energy: Tensor
-    variance: Tensor
+    sums: Tensor  # rows, cosine, centred cosine, residual, energy, variance
 
     def __init__(self, mean: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean.detach().double(), persistent=False)
-        for name in ("rows", "cosine", "centred_cosine", "residual", "energy", "variance"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, student: Tensor, teacher: Tensor) -> None:
         """Add the rows of a batch, both of shape (N, m)."""
-        student, teacher = student.detach(), teacher.detach()
-        self.rows += len(teacher)
-        self.cosine += cosine(student, teacher).sum()
-        self.centred_cosine += centred_cosine(student, teacher, self.mean).sum()
-        self.residual += residual(student, teacher).sum()
-        self.energy += energy(teacher).sum()
-        self.variance += energy(teacher, self.mean).sum()
+        s, t = student.detach(), teacher.detach()
+        cosines = cosine(s, t), centred_cosine(s, t, self.mean)
+        figures = torch.stack([torch.ones_like(cosines[0]), *cosines, residual(s, t), energy(t), energy(t, self.mean)])
+        self.sums += figures.sum(1)
 
     def compute(self) -> dict[str, Tensor]:
         """The means over all rows so far, as float64 scalars."""
+        rows, plain, centred, lost, total, variance = self.sums
         return {
-            "cosine": self.cosine / self.rows,
-            "centred_cosine": self.centred_cosine / self.rows,
-            "relative_mse": self.residual / self.energy,
-            "r2": 1 - self.residual / self.variance,
+            "cosine": plain / rows,
+            "centred_cosine": centred / rows,
+            "relative_mse": lost / total,
+            "r2": 1 - lost / variance,
         }
 
 

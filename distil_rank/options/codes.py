@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from distil_rank.errors import InputError
-from distil_rank.options.evaluation import LabelOptions
+from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 Metric = Literal["variance", "whitened", "invariant"]
 CodeType = Literal["float32", "int8", "bit"]
 NoiseSource = Literal["copies", "labels", "clusters"]
-TaskKind = Literal["auto", "retrieval", "classification", "multilabel", "regression"]
 FITTING = ("metric", "rank", "dtype", "noise", "regularisation", "augmentation", "train", "groups", "fit_fraction")
 FORMATS = (".faiss", ".npy", ".npz", ".h5", ".hdf5")  # that codes are exported to
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from distil_rank.errors import InputError
+from distil_rank.options.embed import Precision, check_backbone
+
+Kind = Literal["retrieval", "classification", "multilabel", "regression"]
+TaskKind = Literal["auto", "retrieval", "classification", "multilabel", "regression"]
+Weigh = Literal["time", "bytes", "both"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +53,131 @@ class LabelOptions:
             raise InputError(f"Expected different --labels.names, coarse to fine, but got {self.names!r}.")
         if self.names is not None and self.level is not None and self.level not in names:
             raise InputError(f"Expected --labels.level out of {', '.join(names)} but got {self.level!r}.")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluate what representations of the same proteins retain of a labelled task.
+
+    Attributes:
+        data: The vectors: a store or any file that distil reads; auto is the labelled sample where no labels are named.
+        labels: Where labels come from.
+        task: Kind of the task; auto decides by the labels.
+        groups: What stays in one split: a column of the table, a level of the label, clusters, mmseqs, none, or a file
+            of the groups to fit on.
+        fasta: Sequences to embed into `data` first (only what is missing there).
+        backbone: ESM-2 model for that.
+        precision: For that; see embed.
+        ranks: Of the students that are fitted here; by default 16, 32, 64 and 128, as far as the vectors are wide.
+        students: Folders of saved students or encoders; FOLDER:RANK takes a lower rank.
+        others: Further matrices of the same proteins, NAME=PATH.
+        alignment: Search with MMseqs2 too, where it is installed (retrieval only).
+        metric: That is reported first; by default mAP (retrieval), accuracy, macro_f1 or spearman.
+        fit_fraction: Share of the proteins to fit on.
+        max_queries: Evaluated proteins to search with at most.
+        seed: Of the draw of groups.
+        output: Folder for results.
+    """
+
+    data: str = "auto"
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    task: TaskKind = "auto"
+    groups: str | None = None
+    fasta: str | None = None
+    backbone: str = "auto"
+    precision: Precision = "auto"
+    ranks: list[int] | None = None
+    students: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    alignment: bool = True
+    metric: str | None = None
+    fit_fraction: float = 0.5
+    max_queries: int = 10_000
+    seed: int = 0
+    output: str = "results"
+
+    def check(self) -> None:
+        """Raises `InputError` for values out of range, files that are not there and options that contradict."""
+        _check_vectors(self)
+        if self.max_queries < 1 or min(self.ranks or [1]) < 1:
+            raise InputError(
+                f"Expected --max_queries and --ranks of at least 1 but got {self.max_queries} and {self.ranks}."
+            )
+        if not 0 < self.fit_fraction < 1:
+            raise InputError(f"Expected --fit_fraction between 0 and 1 but got {self.fit_fraction}.")
+        for folder in self.students:
+            if not any(Path(path, "manifest.json").is_file() for path in (folder, folder.rpartition(":")[0])):
+                raise InputError(f"Expected the folder of a saved student but got {folder}; distil and code make some.")
+
+
+@dataclass(frozen=True)
+class RecommendOptions:
+    """Recommend the cheapest pipeline that retains a function.
+
+    Attributes:
+        data: A store of one or several layers, or any file that distil reads; auto embeds the labelled sample.
+        labels: Where labels come from; several tables, separated by commas, are several tasks that all must be
+            retained. Without labels proteins are to be found by their augmented copies.
+        keep: Share of the full vector's score that must be retained.
+        weigh: What is to be cheap: time, bytes, or both (their product).
+        max_bytes: For each protein at most.
+        max_time: Share of the full backbone's time at most.
+        fasta: Sequences to embed into `data` first, all layers in one pass (only what is missing there).
+        backbone: ESM-2 model for that.
+        precision: For that; see embed.
+        proteins: At most so many of a larger FASTA file: whole classes, the largest in part.
+        task: Kind of the task; auto decides by the labels.
+        groups: What stays in one split; see evaluate.
+        metric: The score to be retained; by default mAP (retrieval), accuracy, macro_f1 or spearman.
+        alignment: Search with MMseqs2 too, where it is installed.
+        seed: Of all draws.
+        output: Folder for results.
+    """
+
+    data: str = "auto"
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    keep: float = 0.99
+    weigh: Weigh = "both"
+    max_bytes: float | None = None
+    max_time: float | None = None
+    fasta: str | None = None
+    backbone: str = "auto"
+    precision: Precision = "auto"
+    proteins: int = 20_000
+    task: TaskKind = "auto"
+    groups: str | None = None
+    metric: str | None = None
+    alignment: bool = True
+    seed: int = 0
+    output: str = "results"
+
+    def check(self) -> None:
+        """Raises `InputError` for values out of range, files that are not there and options that contradict."""
+        embeds = self.fasta is not None or (self.data == "auto" and self.labels.source is None)
+        _check_vectors(self, embeds)
+        if not 0 < self.keep <= 2:
+            raise InputError(f"Expected --keep in (0, 2], a share of the full vector's score, but got {self.keep}.")
+        for name in ("max_bytes", "max_time"):
+            if (limit := getattr(self, name)) is not None and not limit > 0:
+                raise InputError(f"Expected --{name} above 0 but got {limit}.")
+        if self.proteins < 1:
+            raise InputError(f"Expected --proteins of at least 1 but got {self.proteins}.")
+
+
+def _check_vectors(options: EvaluateOptions | RecommendOptions, embeds: bool | None = None) -> None:
+    """What both commands can be told of vectors and labels."""
+    options.labels.check()
+    data = options.data
+    named = data == "auto" or "://" in data or options.fasta is not None
+    if not named and not any(Path(path).exists() for path in (data, data.rpartition(":")[0] or data)):  # STORE:LAYER
+        raise InputError(f"Expected embeddings at {data} but it does not exist; make them with embed.")
+    if options.fasta is not None and options.fasta != "-" and not Path(options.fasta).is_file():
+        raise InputError(f"Expected sequences at {options.fasta} but there is no such file; give a FASTA file.")
+    embeds = options.fasta is not None if embeds is None else embeds
+    if embeds:
+        check_backbone(options.backbone)
+    elif options.precision != "auto" or options.backbone != "auto":
+        raise InputError(
+            f"Expected --fasta, whose proteins are to be embedded by {options.backbone} in {options.precision}, but "
+            "got none; vectors that are there have their own."
+        )

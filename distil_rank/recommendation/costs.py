@@ -1,8 +1,7 @@
-"""What a pipeline costs, measured on this machine: seconds at each exit of the backbone, seconds of a query."""
+"""What a pipeline costs, measured on this machine: seconds up to each layer of the backbone, seconds of a query."""
 
 from __future__ import annotations
 
-import logging
 import statistics
 import tempfile
 import time
@@ -19,9 +18,7 @@ from distil_rank.embedding.run import embed, options_like
 from distil_rank.embedding.store import open_storage, read_provenance
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
-from distil_rank.report.choices import Cost
-
-log = logging.getLogger(__name__)
+from distil_rank.recommendation.result import Cost
 
 TIMED, TIMED_WIDE, WIDE = 256, 16, 640  # proteins that are timed; fewer where the vectors are at least this wide
 QUERIES = 100
@@ -64,30 +61,26 @@ def measure_costs(
     return costs, f"Time was measured on {len(chosen):,} of the proteins, of all lengths alike, {about['precision']}."
 
 
-def query_seconds(maps: Sequence[CodeEncoder], x: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """Median time of one query among all proteins, of two code maps in turn; None without faiss.
+def query_seconds(encoders: Sequence[CodeEncoder], x: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """Median time of one query among all proteins, of two encoders in turn; None without faiss.
 
     Args:
-        maps: of two pipelines.
+        encoders: of two pipelines.
         x: vectors of all proteins for each, `(N, d)`.
     """
     if not has_faiss():
         return None
     rows = np.random.default_rng(0).permutation(len(x[0]))[:QUERIES]
     indices, queries = [], []
-    for encoder, vectors in zip(maps, x, strict=True):
-        codes = torch.cat(
-            [
-                encoder.encode(torch.from_numpy(np.array(part)))
-                for part in np.array_split(vectors, max(1, len(vectors) // 8192))
-            ]
-        )
+    for encoder, vectors in zip(encoders, x, strict=True):
+        blocks = np.array_split(vectors, max(1, len(vectors) // 8192))
+        codes = torch.cat([encoder.encode(torch.from_numpy(np.array(block))) for block in blocks])
         indices.append(CodeIndex(codes.numpy(), encoder))
         queries.append(encoder(torch.from_numpy(vectors[rows])))
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(len(rows)):
-        for side, (index, some) in enumerate(zip(indices, queries, strict=True)):
+        for one, (index, some) in enumerate(zip(indices, queries, strict=True)):
             started = time.perf_counter()
             index.search(some[number : number + 1], 10)
-            times[side].append(time.perf_counter() - started)
+            times[one].append(time.perf_counter() - started)
     return statistics.median(times[0]), statistics.median(times[1])

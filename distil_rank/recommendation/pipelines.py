@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
-from distil_rank.codes.fit import FittedMetric, Metric, fit_metric
-from distil_rank.evaluation.representations import Representation
+from distil_rank.codes.fit import FittedMetric, fit_metric
+from distil_rank.codes.sources import origin_of
+from distil_rank.evaluation.representations import Rows
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType
-from distil_rank.report.choices import Pipeline
+from distil_rank.options.codes import Metric
+from distil_rank.recommendation.problem import FIT, Problem
+from distil_rank.recommendation.result import Pipeline
 
-KEPT = 4  # fits in memory: all metrics of a layer, and one more
+IN_MEMORY = 4  # fits: all metrics of a layer, and one more
 RANKS = (16, 32, 64, 128, 256)
 TYPES: Mapping[Metric, tuple[CodeType, ...]] = {
     "variance": ("float32", "int8"),  # the signs of principal components say next to nothing
@@ -23,61 +25,48 @@ TYPES: Mapping[Metric, tuple[CodeType, ...]] = {
 }
 
 
-def grid(layers: Sequence[str | None], widths: Sequence[int], metrics: Sequence[Metric]) -> list[Pipeline]:
-    """Every pipeline: layers × metrics × ranks up to the width × types.
-
-    >>> len(grid(["5", "6"], [320, 320], ["variance", "whitened"]))
-    60
-    """
+def grid(problem: Problem) -> list[Pipeline]:
+    """Every pipeline: layers × metrics × ranks up to the width × types."""
     return [
         Pipeline(layer, metric, rank, dtype)
-        for layer, width in zip(layers, widths, strict=True)
-        for metric in metrics
-        for rank in (*(rank for rank in RANKS if rank < width), width)
+        for layer, x in problem.layers.items()
+        for metric in problem.metrics
+        for rank in (*(rank for rank in RANKS if rank < x.shape[1]), x.shape[1])
         for dtype in TYPES[metric]
     ]
+
+
+def full_pipeline(problem: Problem) -> Pipeline:
+    """The last layer's centred vector in float32: a rotation changes no distance."""
+    return Pipeline(problem.last, "variance", problem.layers[problem.last].shape[1], "float32")
 
 
 class Fitted:
     """Closed forms of every layer and metric, each fitted when it is wanted; all ranks and types follow from one.
 
-    The last few are retained: pipelines come layer by layer, and a fit has its rows and matrices of the vectors' width.
-
-    Args:
-        layers: vectors by layer, `(N, d)` each.
-        fit: rows to fit on, `(N,)` bool.
-        noise: makes the noise covariance of a layer from the rows to fit on, for the invariant metric; None without.
-        provenance: of the vectors of each layer.
+    The last few stay in memory: pipelines come layer by layer, and a fit has its rows and matrices of the vectors'
+    width.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str | None, np.ndarray],
-        fit: np.ndarray,
-        noise: Callable[[str | None, np.ndarray], Tensor] | None,
-        provenance: Mapping[str | None, Mapping[str, Any]] | None = None,
-    ) -> None:
-        self.layers, self.fit = layers, fit
-        self._noise, self._provenance = noise, provenance or {}
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self._fits: dict[tuple[str | None, Metric], FittedMetric] = {}
 
     def encoder(self, pipeline: Pipeline) -> CodeEncoder:
         """The encoder of one pipeline."""
-        key = (pipeline.layer, pipeline.metric)
-        if key not in self._fits:
-            noise = self._noise(pipeline.layer, self.fit) if self._noise and pipeline.metric == "invariant" else None
-            about = dict(self._provenance.get(pipeline.layer, {}))
-            while len(self._fits) >= KEPT:
+        layer, metric, problem = pipeline.layer, pipeline.metric, self.problem
+        if (layer, metric) not in self._fits:
+            while len(self._fits) >= IN_MEMORY:
                 del self._fits[next(iter(self._fits))]
-            self._fits[key] = fit_metric(
-                self.layers[pipeline.layer], self.fit, pipeline.metric, noise, provenance=about
-            )
-        return self._fits[key].encoder(pipeline.rank, pipeline.dtype)
+            fit = problem.split == FIT
+            noise = problem.noise(layer, fit) if problem.noise and metric == "invariant" else None
+            origin = origin_of(problem.about[layer])
+            self._fits[layer, metric] = fit_metric(problem.layers[layer], fit, metric, noise, provenance=origin)
+        return self._fits[layer, metric].encoder(pipeline.rank, pipeline.dtype)
 
     @torch.no_grad()
-    def represent(self, pipeline: Pipeline, rows: np.ndarray) -> Representation:
-        """Some rows as the pipeline stores and searches them."""
+    def represent(self, pipeline: Pipeline, rows: np.ndarray) -> Rows:
+        """Some rows as the pipeline searches with them, and as it stores them."""
         encoder = self.encoder(pipeline)
-        x = torch.from_numpy(np.ascontiguousarray(self.layers[pipeline.layer][rows]))
-        queries, targets = encoder(x), encoder.decode(encoder.encode(x))
-        return Representation(str(pipeline), queries, torch.nn.functional.normalize(targets, dim=1), pipeline.bytes)
+        x = torch.from_numpy(np.ascontiguousarray(self.problem.layers[pipeline.layer][rows]))
+        return encoder(x), F.normalize(encoder.decode(encoder.encode(x)))

@@ -1,54 +1,62 @@
-"""What a recommendation is made for: the vectors of several layers, the tasks, and which proteins do what."""
+"""What a recommendation is made for: the vectors of several layers, the tasks, and which proteins do what.
+
+With labels every labelled task is to be retained. Without, a protein and its augmented copy are to find each other.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from distil_rank.codes.fit import Metric
+from distil_rank.codes.augment import Copies, embed_copies
+from distil_rank.codes.fit import copy_noise, group_noise
+from distil_rank.codes.sources import EVALUATION_COPIES
 from distil_rank.data.files import Embeddings
+from distil_rank.data.labels import read_labels
+from distil_rank.data.split import join_groups, split_groups
+from distil_rank.embedding.layers import split_source
+from distil_rank.embedding.sequences import read_proteins
+from distil_rank.embedding.storage import is_remote
+from distil_rank.embedding.store import layers_of, open_storage, read_manifest
+from distil_rank.errors import InputError
+from distil_rank.evaluation.labelled import (
+    UNLABELLED,
+    LabelledData,
+    label,
+    labelled_source,
+    load_vectors,
+    own_labels,
+    unlabelled,
+)
+from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target
-from distil_rank.recommendation.parts import split_parts
+from distil_rank.options.codes import AugmentationOptions, Metric
+from distil_rank.options.evaluation import LabelOptions, TaskKind
 
+FIT, VALIDATE, CONFIRM = range(3)
+SHARES = (0.5, 0.25, 0.25)  # of the proteins that go to each
+LEAST = 10  # groups in each: an interval over fewer says nothing
+LARGE = 10  # a class gets at most this share of a subset, or, where there are fewer classes, as much as others
+COPIES_NOTE = (
+    "No labels: a protein and its augmented copy are to find each other. Copies share their composition, which early "
+    "layers see best: layers before the middle are left out."
+)
 Noise = Callable[[str | None, np.ndarray], Tensor]  # layer, rows to fit on (N,) bool -> (d, d)
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """The vectors of several layers of the same proteins.
-
-    Attributes:
-        source: where they come from.
-        layers: vectors by layer in order of depth, `(N, d)` each.
-        about: of each layer's vectors: backbone, weights, layer, precision.
-        proteins: the last layer's vectors with names, sequences and clusters.
-    """
-
-    source: str
-    layers: Mapping[str | None, np.ndarray]
-    about: Mapping[str | None, Mapping[str, Any]]
-    proteins: Embeddings
-
-
-@dataclass(frozen=True)
 class Task:
-    """One labelled task.
-
-    Attributes:
-        name: of its labels.
-        target: the labels of `rows` as numbers.
-        rows: of the vectors, `(n,)`.
-        metric: the score that is to be kept; the task's first by default.
-    """
+    """One task: the name of its labels, and the labels of `rows` of the vectors, `(n,)`, as numbers."""
 
     name: str
     target: Target
     rows: np.ndarray
-    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,28 +66,28 @@ class Problem:
     Attributes:
         source: of the vectors.
         layers: vectors by layer in order of depth, `(N, d)` each; the last one is the full vector.
-        group: of each row, `(N,)` integers: no group is on two sides.
-        part: of each row, `(N,)`; see `parts`.
-        tasks: what must keep working.
         about: of each layer's vectors: backbone, weights, layer, precision.
+        group: of each row, `(N,)` integers: no group is in two splits.
+        split: of each row, `(N,)`: FIT, VALIDATE or CONFIRM; -1 for rows without a label.
+        tasks: what must keep working.
+        groups: how groups were made, in words.
         sequences: of the rows.
         noise: makes the noise covariance of a layer from some rows, for the invariant metric; None without a source.
         noise_source: in words.
-        groups: how groups were made, in words.
         notes: what a reader must know.
     """
 
     source: str
     layers: Mapping[str | None, np.ndarray]
-    group: np.ndarray
-    part: np.ndarray
-    tasks: tuple[Task, ...]
     about: Mapping[str | None, Mapping[str, Any]]
+    group: np.ndarray
+    split: np.ndarray
+    tasks: tuple[Task, ...]
+    groups: str
     sequences: Sequence[str] | None = None
     noise: Noise | None = None
     noise_source: str = "none"
-    groups: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def last(self) -> str | None:
@@ -88,12 +96,186 @@ class Problem:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Metrics of code maps that can be fitted here."""
+        """Metrics of encoders that can be fitted here."""
         return ("variance", "whitened") if self.noise is None else ("variance", "whitened", "invariant")
 
-    def parted(self, shares: Sequence[float], seed: int) -> Problem:
-        """The same with the groups of a labelled task drawn into other parts."""
-        used = self.part >= 0
-        part = self.part.copy()
-        part[used] = split_parts(np.unique(self.group[used], return_inverse=True)[1], shares, seed)
-        return replace(self, part=part)
+
+def open_problem(
+    data: str,
+    labels: LabelOptions,
+    kind: TaskKind = "auto",
+    groups: str | None = None,
+    seed: int = 0,
+    folder: Path = Path("results"),
+) -> Problem:
+    """Read vectors of all layers and labels, and set groups apart that no task cuts in two.
+
+    Args:
+        data: a store of one or several layers, or any file that distil reads.
+        labels: where labels come from; several tables separated by commas are several tasks. Without any, and without
+            labels in the data, the task is to find proteins by their augmented copies.
+        kind: of the task.
+        groups: see `make_groups`.
+        seed: of the draw of groups.
+        folder: for embedded copies.
+
+    Raises:
+        InputError: nothing to read, no task, or too few groups.
+    """
+    source = labelled_source(data, labels)
+    path, wanted = split_source(source)
+    names: list[str] = []
+    if wanted is None and (is_remote(path) or (Path(path) / "manifest.json").is_file()):
+        names = [str(layer) for layer in layers_of(read_manifest(open_storage(path)) or {})]
+    if names:
+        layers: dict[str | None, Embeddings] = {name: load_vectors(f"{path}:{name}") for name in names}
+    else:
+        one = load_vectors(source)
+        layer = one.provenance.get("layer")
+        layers = {None if layer is None else str(layer): one}
+    proteins = list(layers.values())[-1]
+
+    several = labels.source is not None and not Path(labels.source).is_file()
+    sources = [replace(labels, source=part.strip()) for part in (labels.source or "").split(",")]
+    tables = [
+        (one, read_labels(one) if one.source is not None else own_labels(source, proteins, one))
+        for one in (sources if several else [labels])
+    ]
+    tasks = [label(source, proteins, table, one, kind, groups, 0.5, seed) for one, table in tables if table is not None]
+    if not tasks:
+        return _copy_problem(source, layers, groups, seed, folder / "copies")
+
+    groupings = np.full((len(tasks), len(proteins.ids)), None, dtype=object)
+    for grouping, task in zip(groupings, tasks, strict=True):
+        grouping[task.rows] = task.groups.number
+    group = join_groups(groupings.tolist())
+    labelled = np.isin(np.arange(len(group)), np.concatenate([task.rows for task in tasks]))
+    split = np.full(len(group), -1)
+    split[labelled] = split_groups(group[labelled], SHARES, seed, least=LEAST)
+    vectors = {name: one.x for name, one in layers.items()}
+    noise, noise_source = _label_noise(vectors, split, tasks)
+    words = dict.fromkeys(task.groups.description.partition(":")[0] for task in tasks)
+    return Problem(
+        source=source,
+        layers=vectors,
+        about={name: one.provenance for name, one in layers.items()},
+        group=group,
+        split=split,
+        tasks=tuple(Task(task.labels, task.target, task.rows) for task in tasks),
+        groups=" and ".join(words) + (", joined where they overlap" if len(tasks) > 1 else ""),
+        sequences=proteins.sequences,
+        noise=noise,
+        noise_source=noise_source,
+        notes=tuple(dict.fromkeys(note for task in tasks for note in task.notes)),
+    )
+
+
+def _label_noise(
+    layers: Mapping[str | None, np.ndarray], split: np.ndarray, tasks: Sequence[LabelledData]
+) -> tuple[Noise | None, str]:
+    """The covariance within the classes of the first task that has classes with several proteins to fit on."""
+    for task in tasks:
+        if task.target.relevance is not None:
+            classes, level = task.target.relevance.levels[0], task.target.relevance.names[0]
+        elif task.target.kind == "classification" and task.target.y is not None:
+            classes, level = task.target.y, "class"
+        else:
+            continue
+        group = np.full(len(split), -1)
+        group[task.rows] = classes
+        fitted = group[(split == FIT) & (group >= 0)]
+        if len(fitted) and np.bincount(fitted).max() > 1:
+            words = f"labels of the proteins to fit on: each {level}"
+            return lambda layer, fit, group=group: group_noise(layers[layer], fit, group), words
+    return None, "none"
+
+
+def _copy_problem(
+    source: str, layers: Mapping[str | None, Embeddings], groups: str | None, seed: int, folder: Path
+) -> Problem:
+    """The problem without labels: copies of the proteins to fit on for the noise, and of the others for the task."""
+    deep = dict(list(layers.items())[(len(layers) - 1) // 2 :])
+    proteins = list(layers.values())[-1]
+    sequences = proteins.sequences
+    if sequences is None:
+        raise InputError(
+            f"Expected labels, or sequences whose augmented copies are to be found, in {source} but it has neither; "
+            "give --labels.source, a CSV, TSV, FASTA or .npz file."
+        )
+    whole = unlabelled(source, proteins, groups, 0.5, seed)
+    split = split_groups(whole.groups.number, SHARES, seed, least=LEAST)
+
+    def copies_of(splits: Sequence[int], how: AugmentationOptions) -> dict[str | None, Copies]:
+        draws = [np.random.default_rng([seed, one]).permutation(np.flatnonzero(split == one)) for one in splits]
+        chosen = np.sort(np.concatenate([draw[: how.proteins] for draw in draws]))
+        about = [one.provenance for one in deep.values()]
+        return dict(zip(deep, embed_copies(sequences, chosen, how, about, folder), strict=True))
+
+    fitted = copies_of([FIT], AugmentationOptions())
+    sought = copies_of([VALIDATE, CONFIRM], AugmentationOptions(proteins=EVALUATION_COPIES, copies=1, seed=1))
+    owner = next(iter(sought.values())).owner
+    everybody = np.concatenate([np.arange(len(split)), owner])
+    rows = np.flatnonzero(split[everybody] != FIT)
+    target = Target("retrieval", Relevance(everybody[rows][None], ("protein",)), levels=(tuple(map(str, rows)),))
+
+    def noise(layer: str | None, fit: np.ndarray) -> Tensor:
+        copies = fitted[layer]
+        inside = fit[copies.owner]
+        return copy_noise(deep[layer].x, copies.x[inside], copies.owner[inside])
+
+    return Problem(
+        source=source,
+        layers={name: np.concatenate([one.x, sought[name].x]) for name, one in deep.items()},
+        about={name: one.provenance for name, one in deep.items()},
+        group=whole.groups.number[everybody],
+        split=split[everybody],
+        tasks=(Task(UNLABELLED, target, rows),),
+        groups=whole.groups.description.partition(":")[0],
+        sequences=[sequences[row] for row in everybody],
+        noise=noise,
+        noise_source=f"augmented copies of {len(np.unique(next(iter(fitted.values())).owner)):,} proteins",
+        notes=(COPIES_NOTE, *whole.notes),
+    )
+
+
+def subset_of(fasta: str, labels: LabelOptions, proteins: int, seed: int, folder: Path) -> tuple[str, str | None]:
+    """The file itself where it has few proteins enough, else a file of some of them, and a note that says so.
+
+    With labels these are whole classes, so that there is something to find, and a part of classes too large for that.
+
+    Args:
+        fasta: FASTA or a table of sequences.
+        labels: where labels come from.
+        proteins: at most so many.
+        seed: of the draw.
+        folder: where the smaller file goes.
+
+    Raises:
+        InputError: the files cannot be read.
+    """
+    everything, _ = read_proteins(fasta)
+    if len(everything) <= proteins:
+        return fasta, None
+    dice = np.random.default_rng(seed)
+    chosen = dice.permutation(len(everything))[:proteins].tolist()
+    if labels.source is not None:
+        first = labels.source if Path(labels.source).is_file() else labels.source.split(",")[0]
+        table = read_labels(replace(labels, source=first)).labels
+        rows = [row for row, one in enumerate(everything) if one.id in table]
+        if not rows:
+            raise InputError(f"Expected labels of the proteins in the FASTA file but {first} has none of them.")
+        classes = np.unique([table[everything[row].id] for row in rows], return_inverse=True)[1]
+        most = max(proteins // (classes.max() + 1), proteins // LARGE, 1)
+        members: dict[int, list[int]] = {}
+        for index in dice.permutation(len(rows)):
+            members.setdefault(int(classes[index]), []).append(rows[index])
+        chosen = []
+        for number in dice.permutation(list(members)):
+            some = members[number][:most]
+            chosen += some if len(chosen) + len(some) <= proteins else []
+    text = "".join(f">{everything[row].id}\n{everything[row].sequence}\n" for row in sorted(chosen))
+    path = folder / f"subset-{hashlib.sha256(text.encode()).hexdigest()[:12]}.fasta"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    how = "classes at random, the largest in part" if labels.source is not None else "at random"
+    return str(path), f"FEWER PROTEINS: {len(chosen):,} of {len(everything):,}, {how} (--proteins takes more)"

@@ -1,4 +1,4 @@
-"""An evaluation as a report, with a picture of function against bytes and against cost."""
+"""An evaluation as a report, with a picture of function against bytes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-
-from distil_rank.evaluation.evaluate import Entry, Evaluation
+from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.measure.statistics import Interval
-from distil_rank.report.figures import STYLE, label_line
+from distil_rank.report.figures import bytes_axis, picture, reference_line
 from distil_rank.report.writer import Report, Table, number
 
 SCHEMA = 1
@@ -31,7 +29,7 @@ ROLE_COLOURS = {
 
 
 def evaluation_report(evaluation: Evaluation) -> Report:
-    """Each representation with its bytes, cost, scores and what it retains of the full vector's."""
+    """Each representation with its bytes, scores and what it retains of the full vector's."""
     e = evaluation
     data = {"schema": SCHEMA, **asdict(e)}
     return Report([table(e)], [f"Groups: {e.groups}.", *e.notes], METHOD, data=data, draw=partial(draw, e))
@@ -40,13 +38,11 @@ def evaluation_report(evaluation: Evaluation) -> Report:
 def table(evaluation: Evaluation) -> Table:
     """The table of the report."""
     headline = evaluation.headline
-    costs = any(entry.cost is not None for entry in evaluation.entries if entry.role != "baseline")
-    head = ["representation", "bytes", *(["cost"] if costs else []), headline, "95 %", "retained", "retained 95 %"]
+    head = ["representation", "bytes", headline, "95 %", "retained", "retained 95 %"]
     rows = []
     for entry in evaluation.entries:
         score, retained = entry.scores[headline], entry.retained.get(headline)
         cells = [entry.name, "–" if entry.bytes is None else f"{entry.bytes:,.0f}"]
-        cells += ["–" if entry.cost is None else f"{entry.cost:.2f}"] if costs else []
         cells += [number(score.value, 3), _ends(score)]
         if retained is None:
             cells += ["1" if entry.role == "reference" else "–", ""]
@@ -64,40 +60,27 @@ def _ends(interval: Interval) -> str:
 
 def title(evaluation: Evaluation) -> str:
     """What stands above the table."""
-    return f"{evaluation.task} by {evaluation.labels}: {evaluation.judged:,} proteins evaluated"
+    return f"{evaluation.task} by {evaluation.labels}: {evaluation.evaluated:,} proteins evaluated"
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Function against bytes, and against cost where two representations have one."""
-    costed = [entry for entry in evaluation.entries if entry.cost is not None and entry.role != "baseline"]
-    with plt.rc_context(STYLE):
-        panels = 1 + (len(costed) > 1)
-        figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, 4.5), squeeze=False, sharey=True)
-        stored = [entry for entry in evaluation.entries if entry.bytes is not None and entry.role != "baseline"]
-        _panel(axes[0, 0], evaluation, [(entry, float(entry.bytes or 0)) for entry in stored])
-        axes[0, 0].set(xlabel="bytes stored for each protein", ylabel=evaluation.headline)
-        axes[0, 0].set_xscale("log", base=2)
-        axes[0, 0].xaxis.set_major_formatter("{x:,.0f}")
-        if panels == 2:
-            _panel(axes[0, 1], evaluation, [(entry, float(entry.cost or 0)) for entry in costed])
-            axes[0, 1].set(xlabel="share of the full backbone's cost", xlim=(0, 1.05))
-        axes[0, 0].set_title(title(evaluation), loc="left")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-
-
-def _panel(ax: Axes, evaluation: Evaluation, points: list[tuple[Entry, float]]) -> None:
-    for place, (entry, x) in enumerate(sorted(points, key=lambda point: point[1])):
-        score, colour = entry.scores[evaluation.headline], ROLE_COLOURS[entry.role]
-        ax.errorbar(
-            x, score.value, ([score.value - score.low], [score.high - score.value]), fmt="o", color=colour, capsize=2
-        )
-        end, offset = (score.low, (0, -10)) if place % 2 else (score.high, (0, 4))  # in turn, so that names have room
-        ax.annotate(entry.name, (x, end), offset, textcoords="offset points", fontsize=7, color=colour, ha="center")
-    for entry in evaluation.entries:
-        if entry.role in ("baseline", "chance"):
-            value = entry.scores[evaluation.headline].value
-            ax.axhline(value, color=ROLE_COLOURS[entry.role], ls="--" if entry.role == "baseline" else ":", lw=1)
-            label_line(ax, entry.name, value, ROLE_COLOURS[entry.role])
-    ax.set_ylim(bottom=0)
-    ax.margins(x=0.12)
+    """Function against bytes, with lines for what needs no embedding and for chance."""
+    headline = evaluation.headline
+    stored = [entry for entry in evaluation.entries if entry.bytes is not None and entry.role != "baseline"]
+    widest = max(entry.bytes or 0 for entry in stored)
+    with picture(path, 1, 1, (6.5, 4.5)) as axes:
+        ax = axes[0, 0]
+        for entry in stored:
+            score, colour, x = entry.scores[headline], ROLE_COLOURS[entry.role], entry.bytes or 0
+            spread = ([score.value - score.low], [score.high - score.value])
+            ax.errorbar(x, score.value, spread, fmt="o", color=colour, capsize=2)
+            place: Any = {"xytext": (-6, 3), "ha": "right"} if x == widest else {"xytext": (6, 3), "ha": "left"}
+            ax.annotate(entry.name, (x, score.value), textcoords="offset points", fontsize=7, color=colour, **place)
+        for entry in evaluation.entries:
+            if style := {"baseline": "--", "chance": ":"}.get(entry.role):
+                reference_line(ax, entry.name, entry.scores[headline].value, ROLE_COLOURS[entry.role], style)
+        bytes_axis(ax)
+        ax.set_title(title(evaluation), loc="left")
+        ax.set_ylabel(headline)
+        ax.set_ylim(bottom=0)
+        ax.margins(x=0.12)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from distil_rank.evaluation.results import (
-    OURS,
-    RECIPE,
-    ComparisonRow,
-    Estimate,
-    ParetoPoint,
-    Result,
-    Spectrum,
-    TeacherResult,
-)
+from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, ParetoPoint, Result, Spectrum, TeacherResult
 
 # Okabe and Ito's palette: told apart by the colour-blind, and the same for a method in every figure.
 COLOURS = {
@@ -48,54 +40,69 @@ STYLE: Any = {
 }
 
 
-def final_report(result: Result, path: Path) -> Path:
-    """One row of panels per teacher: training, comparison, spectrum, and fidelity against rank."""
-    teachers = result.teachers
+@contextmanager
+def picture(path: Path, rows: int, columns: int, size: tuple[float, float], **options: Any) -> Iterator[Any]:
+    """Panels to draw in, as an array `(rows, columns)` of axes; saved as PNG when the context ends.
+
+    Args:
+        path: of the picture; its folder is made.
+        rows: of panels.
+        columns: of panels.
+        size: width and height of one panel, in inches.
+        options: of `plt.subplots`.
+    """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(len(teachers), 4, figsize=(16, 3.6 * len(teachers)), squeeze=False)
-        for row, teacher in zip(axes, teachers, strict=True):
+        whole = (columns * size[0], rows * size[1])
+        figure, axes = plt.subplots(rows, columns, figsize=whole, squeeze=False, **options)
+        try:
+            yield axes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=120)
+        finally:
+            plt.close(figure)
+
+
+def final_report(result: Result, path: Path) -> None:
+    """One row of panels per teacher: training, comparison, spectrum, and fidelity against rank."""
+    data = result.data
+    title = f"{data.source} ({data.backbone}), {data.rows.test} held-out rows, split by {data.split}"
+    with picture(path, len(result.teachers), 4, (4, 3.6)) as axes:
+        for row, teacher in zip(axes, result.teachers, strict=True):
             draw_training(row[0], teacher)
             draw_comparison(row[1], teacher.comparison)
             draw_spectrum(row[2], teacher.spectrum, teacher.rank)
             draw_pareto(row[3], teacher.pareto, teacher.rank)
-        data = result.data
-        title = f"{data.backbone}, {data.rows.test} held-out rows, {data.split}"
-        if data.fallback:
-            title += f"\n{data.fallback}"
-        figure.suptitle(title, fontsize=10)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-    return path
+        axes[0, 0].figure.suptitle(f"{title}\n{data.fallback}" if data.fallback else title, fontsize=10)
 
 
-def label_line(ax: Axes, text: str, y: float, colour: str = "#000000") -> None:
-    """Name a horizontal line, at its right end."""
+def reference_line(ax: Axes, name: str, y: float, colour: str = "#000000", style: str = "-") -> None:
+    """A horizontal line for what the marks are compared with, its name at the right end."""
+    ax.axhline(y, color=colour, ls=style, lw=1)
     place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
-    ax.annotate(text, (1, y), (-4, 3), fontsize=7, color=colour, **place)
+    ax.annotate(name, (1, y), (-4, 3), fontsize=7, color=colour, **place)
+
+
+def bytes_axis(ax: Axes) -> None:
+    """What a protein takes, by powers of two."""
+    ax.set_xlabel("bytes stored for each protein")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def draw_training(ax: Axes, teacher: TeacherResult) -> None:
     """Share of variance lost on validation while training, against the closed form's as a line."""
     ax.set_title(f"{teacher.teacher} teacher, rank {teacher.rank}: training")
     for method, curve in teacher.curves.items():
-        ax.plot(
-            curve.step,
-            curve.val_residual,
-            label=NAMES.get(method, method),
-            color=COLOURS[method],
-            marker=".",
-            ms=3,
-        )
-    optimum = teacher.validation_optimum
-    ax.axhline(optimum, color=COLOURS["closed_form"], ls="--", lw=1, label="closed form")
+        name, colour = NAMES.get(method, method), COLOURS[method]
+        ax.plot(curve.step, curve.val_residual, label=name, color=colour, marker=".", ms=3)
+    ax.axhline(teacher.validation_optimum, color=COLOURS["closed_form"], ls="--", lw=1, label="closed form")
     ax.set(xlabel="optimiser step", ylabel="1 − R² on validation rows", yscale="log")
     ax.legend()
 
 
 def draw_comparison(ax: Axes, comparison: Sequence[ComparisonRow]) -> None:
     """What every method loses: of the variance, with its 95 % interval, and of raw cosine as a hollow mark."""
-    ax.set_title("lost on held-out rows: variance (● 95 %), raw cosine (○)")
+    ax.set_title("lost on held-out rows")
     for y, row in enumerate(reversed(comparison)):
         r2, cosine, colour = row.metrics["r2"], row.metrics["cosine"].value, COLOURS[row.method]
         interval = [max(1 - bound, SMALLEST) for bound in r2.interval]
@@ -103,7 +110,7 @@ def draw_comparison(ax: Axes, comparison: Sequence[ComparisonRow]) -> None:
         ax.plot(max(1 - r2.value, SMALLEST), y, "o", color=colour)
         ax.plot(max(1 - cosine, SMALLEST), y, "o", mfc="white", mec=colour, ms=5)
     ax.set_yticks(range(len(comparison)), [NAMES.get(row.method, row.method) for row in reversed(comparison)])
-    ax.set(xscale="log", xlabel="1 − R² (●) and 1 − cosine (○); left is better")
+    ax.set(xscale="log", xlabel="1 − R² (●, 95 %) and 1 − cosine (○)")
 
 
 def draw_spectrum(ax: Axes, spectrum: Spectrum, rank: int) -> None:
@@ -135,31 +142,21 @@ def draw_pareto(ax: Axes, curve: Sequence[ParetoPoint], rank: int) -> None:
 
 
 def sweep(result: Result, path: Path) -> Path:
-    """Distil-Rank's held-out R² and neighbours at each rank of a sweep, beside the plain SVD's."""
+    """Distil-Rank's held-out R² and neighbours at each rank of a sweep, beside the plain SVD's; returns `path`."""
     teachers = result.teachers
     ranks = [teacher.rank for teacher in teachers]
-
-    def metric(method: str, name: str) -> list[Estimate]:
-        return [teacher.row(method).metrics[name] for teacher in teachers]
-
-    with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(6, 4))
+    with picture(path, 1, 1, (6, 4)) as axes:
+        ax = axes[0, 0]
         for method, marker in ((OURS, "o"), (RECIPE, "^"), ("svd", "v")):
-            r2 = metric(method, "r2")
-            below = [estimate.value - estimate.interval[0] for estimate in r2]
-            above = [estimate.interval[1] - estimate.value for estimate in r2]
-            values = [estimate.value for estimate in r2]
-            name = f"{NAMES.get(method, method)}, R²"
-            ax.errorbar(
-                ranks, values, (below, above), label=name, color=COLOURS[method], marker=marker, ms=4, capsize=2
-            )
-        knn = [estimate.value for estimate in metric(OURS, "knn_overlap")]
+            r2 = [teacher.row(method).metrics["r2"] for teacher in teachers]
+            spread = list(zip(*((one.value - one.interval[0], one.interval[1] - one.value) for one in r2), strict=True))
+            marks: Any = {"color": COLOURS[method], "marker": marker, "ms": 4, "capsize": 2}
+            ax.errorbar(ranks, [one.value for one in r2], spread, label=f"{NAMES.get(method, method)}, R²", **marks)
+        knn = [teacher.row(OURS).metrics["knn_overlap"].value for teacher in teachers]
         ax.plot(ranks, knn, label=f"{OURS}, kNN@10 overlap", color="#56B4E9", marker="s", ms=4, ls="--")
         ax.set(xlabel="rank", ylabel="held-out fidelity", xscale="log", ylim=(LOWEST_R2, 1.03))
         ax.set_xticks(ranks, [str(rank) for rank in ranks])
-        ax.set_title(f"{teachers[0].teacher} teacher, {result.data.backbone}")
+        ax.minorticks_off()
+        ax.set_title(f"{teachers[0].teacher} teacher, {result.data.source} ({result.data.backbone})")
         ax.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
     return path

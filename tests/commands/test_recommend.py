@@ -20,7 +20,7 @@ QUICK = ["--max_bytes", "16", "--alignment", "false"]
 
 def untimed(monkeypatch):
     """As on a machine that lacks the backbone."""
-    monkeypatch.setattr("distil_rank.commands.recommending.measure_costs", lambda *_: ({}, "Time was not measured."))
+    monkeypatch.setattr("distil_rank.commands.recommend.measure_costs", lambda *_: ({}, "Time was not measured."))
 
 
 def test_the_sample(workplace, capsys, monkeypatch):
@@ -31,7 +31,7 @@ def test_the_sample(workplace, capsys, monkeypatch):
     content = json.loads((folder / "recommendation.json").read_text())
     assert content["schema"] == 1 and content["verdict"] == "confirmed"
     choice, retained = content["chosen"]["pipeline"], content["confirmed"]["retained"][0]
-    assert retained["low"] >= 0.99 and f"It keeps {retained['value']:.3f}" in printed
+    assert retained["low"] >= 0.99 and f"It retains {retained['value']:.3f}" in printed
     assert f"{choice['rank']} x {choice['dtype']} ←" in (folder / "recommendation.md").read_text()
     assert (folder / "recommendation.png").read_bytes().startswith(b"\x89PNG")
     assert "Use layer 6" in (folder / "recommended.yaml").read_text()
@@ -49,7 +49,7 @@ def test_the_sample(workplace, capsys, monkeypatch):
     assert parent.data.params["verdict"] == "confirmed"
     assert (
         parent.info.run_name
-        == f"{parent.data.params['choice']}, {store.encoder.bytes_per_protein} bytes: keeps "
+        == f"{parent.data.params['choice']}, {store.encoder.bytes_per_protein} bytes: retains "
         + (f"{retained['value']:.3f}, confirmed")
     )
     assert parent.data.metrics["retained_low"] == pytest.approx(retained["low"], rel=1e-4)
@@ -71,7 +71,7 @@ def test_several_tasks_must_all_be_retained(workplace, monkeypatch, capsys):
 def test_nothing_keeps_it(workplace, monkeypatch, capsys):
     untimed(monkeypatch)
     assert main(["recommend", "--data", SAMPLE, "--keep", "1.9", *QUICK]) == 0
-    assert "NOTHING KEEPS 1.9" in " ".join(capsys.readouterr().out.split())
+    assert "NOTHING RETAINS 1.9" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_faiss_a_query_has_no_time(workplace, monkeypatch, capsys):
@@ -86,21 +86,17 @@ def test_without_faiss_a_query_has_no_time(workplace, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep", "0"], "--keep in (0, 2]"),
         (["--max_bytes", "1"], "from 2 bytes"),
         (["--metric", "accuracy"], "--metric out of mAP"),
         (["--groups", "nothing"], "--groups out of"),
         (["--labels.source", "few.csv"], "at least 30 groups"),
-        (["--labels.source", "absent.csv"], "there is none"),
         (["--data", "bare.npz"], "it has neither"),
-        (["--fasta", "few.fasta", "--proteins", "0"], "--proteins of at least 1"),
     ],
 )
 def test_what_is_refused(workplace, monkeypatch, capsys, options, message):
     untimed(monkeypatch)
     ids = [line.split("\t")[0] for line in Path(SAMPLE, "labels.tsv").read_text().splitlines()[1:]]
     (workplace / "few.csv").write_text("id,label\n" + "\n".join(f"{name},c{i % 9}" for i, name in enumerate(ids[:60])))
-    (workplace / "few.fasta").write_text(">a\nMKV\n")
     np.savez(workplace / "bare.npz", embeddings=torch.randn(80, 8).numpy(), ids=np.array([f"p{i}" for i in range(80)]))
     data = [] if "--data" in options else ["--data", SAMPLE]
     assert main(["recommend", *data, *options, "--alignment", "false"]) == 2

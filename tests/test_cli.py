@@ -1,0 +1,91 @@
+import subprocess
+import sys
+
+import pytest
+
+from distil_rank.cli import COMMANDS, main, parse, trainer_options
+from distil_rank.errors import InputError
+
+# One refusal a command: a value out of range, a contradiction, an unknown option, or a file that is not there.
+REFUSED = {
+    "embed": "--max_length 0",
+    "train-teacher": "--teacher.steps 0",
+    "distil": "--trainer.max_stpes 5",
+    "benchmark": "--rank 0",
+    "sweep": "--data.val_fraction 1.5",
+    "compress": "--model missing.safetensors",
+    "export": "--artefact missing",
+    "evaluate": "--task colouring",
+    "code": "--dtype bits",
+    "search": "--self true --fasta proteins.fasta",
+    "recommend": "--keep 7",
+    "ui": "--port -1",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_at_most_sixty_lines(name, capsys):
+    with pytest.raises(SystemExit):
+        parse(name, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 140
+    assert all("None" not in line and "type:" not in line for line in lines)
+
+
+def test_refusals_are_one_line_within_two_seconds_and_without_torch(tmp_path):
+    program = f"""
+import contextlib, io, sys, time
+from distil_rank.cli import main
+for name, options in {REFUSED}.items():
+    started, error = time.perf_counter(), io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = main([name, *options.split()])
+    lines = error.getvalue().splitlines()
+    assert code == 2 and len(lines) == 1, (name, code, lines)
+    assert time.perf_counter() - started < 2, name
+heavy = {{"torch", "lightning", "mlflow", "pandas"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    assert set(REFUSED) == set(COMMANDS)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+
+
+def test_options_are_layered_from_files_and_the_command_line(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("rank: 8\ntrainer:\n  max_steps: 7\n")
+    second.write_text("rank: 16\nteacher:\n  kind: random\n")
+    options = parse("distil", ["--config", str(first), "--config", str(second), "--data.source", "synthetic"])
+    assert (options.rank, options.teacher.kind, options.data.source) == (16, "random", "synthetic")
+    assert options.trainer == {"max_steps": 7}
+
+
+def test_trainer_options_are_those_of_the_installed_lightning():
+    import inspect
+
+    from lightning import Trainer
+
+    assert set(trainer_options()) < set(inspect.signature(Trainer.__init__).parameters)
+    assert "max_steps" in trainer_options()
+    with pytest.raises(InputError, match="max_stpes"):
+        parse("distil", ["--data.source", "synthetic", "--trainer.max_stpes", "5"])
+
+
+def test_trainer_help_needs_no_lightning(capsys):
+    assert main(["distil", "--trainer.help"]) == 0
+    assert "--trainer.max_steps (default: -1)" in capsys.readouterr().out
+
+
+def test_judge_is_evaluate_for_one_release_and_says_so(capsys):
+    assert main(["judge", "--task", "colouring"]) == 2
+    assert "judge is called evaluate now" in capsys.readouterr().err
+
+
+def test_unknown_commands_and_interrupts(capsys, monkeypatch):
+    assert main(["distill"]) == 2
+    assert "distil, benchmark" in capsys.readouterr().err
+
+    def interrupted(name, argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distil_rank.cli.parse", interrupted)
+    assert main(["distil"]) == 130
