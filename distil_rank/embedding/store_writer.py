@@ -1,16 +1,13 @@
 """Filling a store so that being killed at any moment loses nothing but the batch in progress.
 
-Three steps, each of which writes files atomically:
-
-1. *Plan* (one process, under a lock): new proteins go into a table, and distinct sequences are cut into shards of
-   about equal work. The manifest names the shards before the first is computed.
+1. *Plan* (one process, under a lock): new proteins go into a table, and distinct sequences are cut into shards. The
+   manifest names the shards before the first is computed.
 2. *Compute* (any number of processes): each batch becomes a part file; when a shard has all its parts they are merged
-   in order of the rows and removed. The batches of a shard follow from its sequences alone, so that a resumed run
-   computes the same ones, and results do not depend on interruptions or on the number of processes.
+   in order of the rows and removed. The batches of a shard follow from its sequences alone, so that results do not
+   depend on interruptions or on the number of processes.
 3. *Finish* (one process): the shards' sizes and hashes go into the manifest.
 
-Parts and shards carry the key of what they were computed from. A file with another key, or one that cannot be read, is
-deleted and computed again.
+Parts and shards carry the key of what they were computed from; one with another key, or damaged, is computed again.
 """
 
 from __future__ import annotations
