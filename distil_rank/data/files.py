@@ -21,10 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.location import is_remote
-from distil_rank.embedding.provenance import embedding_run
-from distil_rank.embedding.storage import Location
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.storage import Location, is_remote
+from distil_rank.embedding.store import Store, embedding_run
 from distil_rank.errors import InputError
 
 FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larger than memory

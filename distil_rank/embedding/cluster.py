@@ -1,9 +1,7 @@
 """Shards computed by the workers of a Ray cluster, which come and go: one worker a device, one shard at a time.
 
-One worker more than there is room for is always asked for. Ray starts it as soon as a device is free, so that machines
-that join the cluster are used without being told, and a cluster that scales itself sees what is wanted. When a worker
-dies, or its machine leaves, its shard goes back to the front of the queue; what it had finished of it stays in the
-store.
+One worker more than there is room for is always asked for, so that machines that join the cluster are used without
+being told. When a worker dies, its shard goes back to the front of the queue; what was finished of it stays.
 """
 
 from __future__ import annotations
@@ -14,22 +12,16 @@ import platform
 import signal
 import socket
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from tqdm import tqdm
 
-from distil_rank.embedding.extraction import Extraction, Filled, Request
-from distil_rank.embedding.location import absolute
 from distil_rank.embedding.planning import Shard
-from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -44,25 +36,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where workers run, and what each takes.
+    """Where workers run, and what each takes."""
 
-    Attributes:
-        address: HOST:PORT of a Ray cluster; None starts one on this machine for as long as it is needed.
-        cores: CPU cores of each worker.
-        gpus: GPUs of each worker, 0 or 1.
-    """
-
-    address: str | None = None
+    address: str | None = None  # HOST:PORT; None starts a cluster on this machine for as long as it is needed
     cores: int = 1
-    gpus: int = 0
+    gpus: int = 0  # or 1
 
 
 def workers_on(address: str | None, cores: int | None = None, gpus: int = 0) -> Cluster:
-    """What to ask a cluster for, after a check that there is one; by default one core beside a GPU, otherwise all.
-
-    Raises:
-        InputError: Ray is missing, or nothing answers at the address.
-    """
+    """What to ask a cluster for, by default one core beside a GPU, otherwise all; `InputError` if there is none."""
     if find_spec("ray") is None:
         raise InputError("Expected Ray for --engine ray but it is missing; pip install 'distil-rank[ray]'.")
     if address is not None:
@@ -119,14 +101,8 @@ def compute_elastically(
 ) -> list[Result]:
     """Computes shards on all devices of a cluster, whichever are there at the time.
 
-    Args:
-        shards: To compute, in any order.
-        make: Called in each worker; returns what computes a shard. It and the results travel between processes.
-        cluster: Where.
-        progress: What the progress bar calls the work; it counts residues.
-
-    Returns:
-        The results, in the order in which they came.
+    `make` is called in each worker, and returns what computes a shard; `progress` is what the bar calls the work. The
+    results are in the order in which they came.
 
     Raises:
         InputError: raised by a worker, or several died on the same shard.
@@ -154,8 +130,8 @@ def compute_elastically(
                 continue
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=WAIT_SECONDS)
             if not ready:
-                if len(starting) == len(busy):
-                    logger.warning("no device of the cluster is free: waiting (Ray: %s)", ray.cluster_resources())
+                level = logging.WARNING if len(starting) == len(busy) else logging.DEBUG
+                logger.log(level, "no device of the cluster is free: waiting (Ray: %s)", ray.cluster_resources())
                 continue
             worker, shard = busy.pop(ready[0])
             try:
@@ -163,7 +139,15 @@ def compute_elastically(
             except ray.exceptions.RayTaskError as error:  # raised in the worker
                 raise InputError(str(error.cause)) if isinstance(error.cause, InputError) else error from error
             except ray.exceptions.RayError as error:  # the worker is no more
-                _count_death(deaths, shard, error)
+                doing = "starting" if shard is None else f"computing {shard.file}"
+                deaths[doing] += 1
+                if deaths[doing] >= DEATHS:
+                    raise InputError(
+                        f"Expected workers to live but {DEATHS} died {doing}, for lack of memory perhaps: "
+                        f"{' '.join(str(error).split())[:300]}; lower --max_tokens, or give each more memory, and run "
+                        "the same command again."
+                    ) from error
+                logger.warning("a worker died: %s again", doing if shard is None else shard.file)
                 waiting.extendleft([] if shard is None else [shard])
                 continue
             if shard is None:
@@ -177,50 +161,3 @@ def compute_elastically(
             else:
                 ray.kill(worker)
     return results
-
-
-def _count_death(deaths: Counter[str], shard: Shard | None, error: Exception) -> None:
-    """Raises `InputError` where a shard, or the start of a worker, has cost several workers."""
-    doing = "starting" if shard is None else f"computing {shard.file}"
-    deaths[doing] += 1
-    if deaths[doing] >= DEATHS:
-        raise InputError(
-            f"Expected workers to live but {DEATHS} died {doing}, for lack of memory perhaps: "
-            f"{' '.join(str(error).split())[:300]}; lower --max_tokens, or give each more memory, and run the same "
-            "command again."
-        ) from error
-    if shard is not None:
-        logger.warning("a worker died: %s goes to another", shard.file)
-
-
-def extract_on_cluster(request: Request, device: torch.device, cluster: Cluster) -> Filled:
-    """Fills the store with whatever devices the cluster has while it lasts.
-
-    Args:
-        request: What to embed, and how. Store and backbone must mean the same on every machine.
-        device: Of this process, for planning: the precision is decided on it.
-        cluster: Where to compute.
-
-    Raises:
-        InputError: the cluster does not answer, its workers die, or the request cannot be met.
-    """
-    extraction = Extraction(request, device)
-    writer, backbone = extraction.writer, Path(request.backbone)
-    name = str(backbone.absolute()) if backbone.exists() else request.backbone
-    everywhere = replace(request, store=absolute(request.store), backbone=name)
-    kind = "cuda" if cluster.gpus else "cpu"
-
-    def make() -> Callable[[Shard], tuple[int, int]]:  # in a worker: what computes a shard, and counts
-        if kind == "cpu":
-            torch.set_num_threads(cluster.cores)
-        worker = Extraction(everywhere, torch.device(kind))
-        return lambda shard: worker.compute([shard], progress=False)
-
-    with writer.lock():
-        added, report = extraction.plan()
-        start = time.perf_counter()
-        counts = compute_elastically(writer.pending(), make, cluster, "embed")
-        computed, residues = (sum(column) for column in zip((0, 0), *counts, strict=True))
-        seconds = time.perf_counter() - start
-        extraction.finish(computed, residues, seconds)
-        return Filled(Store.read(writer.storage, writer.content), added, report, computed, residues, seconds)

@@ -15,26 +15,17 @@ MALLOC_OPTIONS = {-3: 32, -1: 1024, -2: 64}
 
 def has_int8_units() -> bool:
     """Whether this processor has units for int8 (VNNI or AMX); without them oneDNN's sums can saturate."""
-    return _has("avx512_vnni", "avx_vnni", "amx_int8")
+    return any(map(torch.cpu.get_capabilities().get, ("avx512_vnni", "avx_vnni", "amx_int8")))
 
 
 def has_bf16_units() -> bool:
     """Whether this processor has units for bfloat16 (AVX512-BF16 or AMX)."""
-    return _has("avx512_bf16", "amx_bf16")
-
-
-def _has(*names: str) -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in names)
+    return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
 
 
 @cache
 def keep_freed_memory() -> None:
-    """Tells glibc to keep the memory of freed tensors for the next ones, for the whole process.
-
-    By default it returns most of it to the kernel after every batch and requests it again for the next. Without glibc
-    nothing happens.
-    """
+    """Tells glibc to keep the memory of freed tensors for the next ones, instead of returning it after every batch."""
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         for option, mebibytes in MALLOC_OPTIONS.items():

@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distil_rank.embedding.location import is_remote
-from distil_rank.embedding.storage import Location
+from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.errors import InputError
 from distil_rank.options.embed import check_layers
 
@@ -26,22 +25,14 @@ SAMPLED = 20  # batches that are timed on a GPU, each of whose layers then waits
 
 
 class State(NamedTuple):
-    """The hidden states behind one layer.
+    """The hidden states behind one layer."""
 
-    Attributes:
-        layer: Counted from 1.
-        normed: Whether the final norm is applied although the layer is not the last.
-    """
-
-    layer: int
-    normed: bool = False
+    layer: int  # from 1
+    normed: bool = False  # by the final norm, although the layer is not the last
 
     @classmethod
     def parse(cls, text: object) -> State:
-        """Reads `4` or `4n`.
-
-        Raises:
-            InputError: anything else.
+        """Reads `4` or `4n`, or raises `InputError`.
 
         >>> State.parse(4), str(State.parse("4n"))
         (State(layer=4, normed=False), '4n')
@@ -61,15 +52,7 @@ class State(NamedTuple):
 
 
 def parse_layers(layers: int | str | None, depth: int, model: str = "the model") -> list[State]:
-    """The states that are asked for, in ascending order.
-
-    Args:
-        layers: `None` for the last layer, `all` for every layer from 1, else one or several.
-        depth: The model's layers.
-        model: Its name, for errors.
-
-    Raises:
-        InputError: a layer that the model lacks, or one that comes twice.
+    """The states that are asked for, ascending: None is the last layer; `InputError` for one that the model lacks.
 
     >>> [str(state) for state in parse_layers("6,4n,4", 6)], len(parse_layers("all", 33))
     (['4', '4n', '6'], 33)
@@ -107,18 +90,10 @@ class LayerClock:
     """Adds up the seconds of each layer over batches and threads.
 
     On a CPU every batch counts. On a GPU, whose kernels run on their own, only the first `SAMPLED` do.
-
-    Args:
-        layers: Their number.
-        device: Where they run.
-
-    Attributes:
-        seconds: (layers + 1,); the first entry is what comes before layer 1.
-        samples: Whether only some batches are timed.
     """
 
     def __init__(self, layers: int, device: torch.device):
-        self.seconds = np.zeros(layers + 1)
+        self.seconds = np.zeros(layers + 1)  # the first entry is what comes before layer 1
         self.samples = device.type == "cuda"
         self._device, self._batches, self._lock = device, 0, threading.Lock()
 
@@ -144,22 +119,13 @@ class LayerClock:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """The cost of a backbone that stops behind a layer.
-
-    Attributes:
-        layer: The layer.
-        seconds_per_1000: Seconds for 1,000 proteins of those that were measured.
-        residues_per_second: Throughput.
-        share: Of the time of the full depth.
-        measured: Whether the full depth was measured; otherwise every layer that was not run is taken to cost what an
-            average one of those behind the first did.
-    """
+    """The cost of a backbone that stops behind a layer."""
 
     layer: int
-    seconds_per_1000: float
+    seconds_per_1000: float  # of the proteins that were measured
     residues_per_second: float
-    share: float
-    measured: bool
+    share: float  # of the time of the full depth
+    measured: bool  # the full depth; otherwise a layer that was not run is taken to cost what the average one did
 
     def __str__(self) -> str:
         about = "" if self.measured else "about "
@@ -169,16 +135,9 @@ class LayerCost:
 def layer_costs(
     clock: LayerClock, depth: int, seconds: float, sequences: int, residues: int, threads: int = 1
 ) -> list[LayerCost]:
-    """The cost of stopping behind each layer that was run; nothing where nothing was computed.
+    """The cost of stopping behind each layer that was run, in a model of some depth; nothing if nothing was computed.
 
-    Args:
-        clock: Of the layers that were run.
-        depth: Layers of the whole model.
-        seconds: Wall-clock time of the extraction; what no layer accounts for (tokenising, pooling, writing) is part of
-            the cost at any depth.
-        sequences: How many were computed.
-        residues: How many were computed.
-        threads: Batches that were computed at once.
+    Wall-clock time that no layer accounts for (tokenising, pooling, writing) is part of the cost at any depth.
 
     >>> clock = LayerClock(3, torch.device("cpu"))
     >>> clock.seconds[:] = 0.5, 1, 1, 1

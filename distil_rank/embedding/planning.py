@@ -1,7 +1,7 @@
 """Planning a store: which proteins are new, which sequences are distinct, and how they are cut into shards.
 
-Out of core: proteins go into DuckDB, an embedded database, while they are read. It groups and joins names and digests;
-what exceeds its memory limit goes to temporary files, so that memory does not grow with the number of proteins."""
+Out of core: proteins go into DuckDB, which groups and joins names and digests within a memory limit, on disk beyond it.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +38,13 @@ PROTEINS = pa.schema(
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive distinct sequences that are computed and stored together.
-
-    Attributes:
-        file: Name of its Arrow file in the store.
-        rows: First row and the one behind the last.
-        proteins: Where in the table of proteins these rows first appear: file, first line, line behind the last.
-        residues: Residues to compute.
-        key: Digest of what determines its vectors: the settings, and its lines of a table of proteins.
-    """
+    """Consecutive distinct sequences that are computed and stored together."""
 
     file: str
-    rows: tuple[int, int]
-    proteins: tuple[str, int, int]
+    rows: tuple[int, int]  # the first, and the one behind the last
+    proteins: tuple[str, int, int]  # the table and its lines where these rows first appear
     residues: int
-    key: str
+    key: str  # digest of what determines its vectors: the settings, and its lines
 
     @classmethod
     def of(cls, entry: dict[str, Any], manifest: dict[str, Any]) -> Shard:
@@ -71,13 +63,13 @@ class Shard:
 def write_new_proteins(
     store: Storage, name: str, proteins: Iterable[Protein], manifest: dict[str, Any], report: CleaningReport
 ) -> int:
-    """Writes the table of the proteins that the store lacks; writes nothing if there is none.
+    """Writes the table of the proteins that the store lacks, if there are any.
 
     Args:
         store: Where its files are.
         name: File name of the table.
         proteins: Names, which may repeat, and cleaned sequences.
-        manifest: The store's manifest.
+        manifest: The store's.
         report: Gets the counts of repeated and renamed proteins.
 
     Returns:
@@ -101,7 +93,26 @@ def write_new_proteins(
                     f"Expected {conflict[0][0]} with the sequence that {store.location} has for it but got another; "
                     "rename it, or choose another store."
                 )
-            return _write_table(database, store, name, _number_rows(database))
+            database.execute(  # `added`: new proteins in order; new sequences are numbered by their first appearance
+                """create table unstored as from named anti join stored using (id);
+                create table row_of as select sha256, min(row) as row from stored group by sha256;
+                insert into row_of
+                select sha256, (select count(*) from row_of) - 1 + row_number() over (order by first) from
+                (select sha256, min(number) as first from unstored anti join row_of using (sha256) group by sha256);
+                create table added as
+                select number, id, row from unstored join row_of using (sha256) order by number"""
+            )
+            count = _number(database, "select count(*) from added")
+            if count:
+                with store.writing(name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
+                    for start in range(0, count, BATCH_ROWS):
+                        page = database.sql(
+                            f"""select added.id, sequence, sha256, length, row, notes
+                            from added join new using (number)
+                            where added.rowid >= {start} and added.rowid < {start + BATCH_ROWS} order by number"""
+                        )
+                        writer.write_table(page.to_arrow_table().cast(PROTEINS).combine_chunks(), BATCH_ROWS)
+            return count
     except (duckdb.Error, OSError) as error:
         raise InputError(
             f"Expected to plan the store {store.location} but got: {' '.join(str(error).split())[:160]}; free disk "
@@ -110,7 +121,6 @@ def write_new_proteins(
 
 
 def _number(database: duckdb.DuckDBPyConnection, query: str) -> int:
-    """The first value of a query's result."""
     return int(database.execute(query).fetchall()[0][0])
 
 
@@ -154,11 +164,7 @@ def _read(
 
 
 def _resolve_names(database: duckdb.DuckDBPyConnection) -> tuple[int, int]:
-    """Makes the view `named`: no repeated proteins, and numbers at other repeated names, as `UniqueNames` does.
-
-    Returns:
-        The number of dropped and of renamed proteins.
-    """
+    """Makes the view `named`, as `UniqueNames` does; returns the number of dropped and of renamed proteins."""
     database.execute(
         """create table repeated as
         select id, min(number) as first, min(sha256) <> max(sha256) as ambiguous
@@ -189,49 +195,12 @@ def _resolve_names(database: duckdb.DuckDBPyConnection) -> tuple[int, int]:
     return _number(database, "select count(*) from changes") - renamed, renamed
 
 
-def _number_rows(database: duckdb.DuckDBPyConnection) -> int:
-    """Makes the table `added`: number, name and row of each protein that the store lacks, in order. Their count.
-
-    New sequences are numbered from the last row on, in the order of their first appearance.
-    """
-    database.execute("create table unstored as from named anti join stored using (id)")
-    database.execute(
-        """create table row_of as select sha256, min(row) as row from stored group by sha256;
-        insert into row_of
-        select sha256, (select count(*) from row_of) - 1 + row_number() over (order by first) from
-        (select sha256, min(number) as first from unstored anti join row_of using (sha256) group by sha256);
-        create table added as
-        select number, id, row from unstored join row_of using (sha256) order by number"""
-    )
-    return _number(database, "select count(*) from added")
-
-
-def _write_table(database: duckdb.DuckDBPyConnection, store: Storage, name: str, count: int) -> int:
-    """Writes the added proteins in batches of `BATCH_ROWS`; no file if there is none."""
-    if count == 0:
-        return 0
-    with store.writing(name) as file, pa.ipc.new_file(file, PROTEINS) as writer:
-        for start in range(0, count, BATCH_ROWS):
-            page = database.sql(
-                f"""select added.id, sequence, sha256, length, row, notes from added join new using (number)
-                where added.rowid >= {start} and added.rowid < {start + BATCH_ROWS} order by number"""
-            )
-            writer.write_table(page.to_arrow_table().cast(PROTEINS).combine_chunks(), BATCH_ROWS)
-    return count
-
-
 def _next_row(manifest: dict[str, Any]) -> int:
     return max((shard["rows"][1] for shard in manifest["shards"]), default=0)
 
 
 def new_shards(store: Storage, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Manifest entries for shards of about equal work that hold the new rows.
-
-    Args:
-        store: Where its files are.
-        name: File name of the table of new proteins.
-        manifest: The store's manifest, which does not list that table yet.
-    """
+    """Manifest entries for shards of about equal work that hold the rows of a table that it does not list yet."""
     first = _next_row(manifest)
     low, high = SHARD_RESIDUES
     size = min(max(sum(int(work.sum()) for work, _ in _work(store, name, first)) // SHARD_COUNT, low), high)

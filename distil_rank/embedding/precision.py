@@ -1,7 +1,6 @@
 """Which arithmetic to compute in: by what the hardware has, by request, and as far as a comparison with fp32 allows.
 
-int8 is calibrated on the first proteins of the input, and compared with fp32 on those that follow. Both come out of
-one exact pass, in which no more than one layer is held in float32 at a time.
+int8 is calibrated on the first proteins of the input, and compared with fp32 on those that follow, in one exact pass.
 """
 
 from __future__ import annotations
@@ -9,22 +8,23 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from distil_rank.embedding.agreement import PrecisionAgreement, agreement
 from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.hardware import has_bf16_units, has_int8_units, return_freed_memory
 from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
-from distil_rank.embedding.location import is_remote, open_storage
-from distil_rank.embedding.storage import Location
+from distil_rank.embedding.storage import Location, is_remote
+from distil_rank.embedding.store import open_storage
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.options.embed import EmbedOptions
@@ -37,6 +37,48 @@ CALIBRATION_TOKENS, CALIBRATION_LENGTH = 1024, 256
 COMPARED_TOKENS, COMPARED_LENGTH = 2048, 128
 CALIBRATION = "calibration.safetensors"  # in the store
 NOTES = ("int8_gate", "precision_note")  # entries of a store's manifest
+MIN_INT8_COSINE = 0.99
+MIN_INT8_NEIGHBOURS = 0.8  # share of the nearest neighbours in fp32 that stay nearest in int8
+MAX_NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class PrecisionAgreement:
+    """How closely int8 follows fp32 on some proteins."""
+
+    worst_cosine: float  # of the mean-pooled vectors
+    neighbours_retained: float | None  # share of the nearest in fp32, by centred cosine; None for too few proteins
+    proteins: int
+
+    @property
+    def suffices(self) -> bool:
+        """Whether int8 may be used; not where a figure is NaN."""
+        retained = 1.0 if self.neighbours_retained is None else self.neighbours_retained
+        return self.worst_cosine >= MIN_INT8_COSINE and retained >= MIN_INT8_NEIGHBOURS
+
+    def __str__(self) -> str:
+        retained = self.neighbours_retained
+        share = "" if retained is None else f", {retained:.1%} of the neighbours kept"
+        return f"worst cosine {self.worst_cosine:.5f} to fp32{share} ({self.proteins} proteins)"
+
+
+def agreement(expected: Tensor, rounded: Tensor) -> PrecisionAgreement:
+    """Compares pooled vectors, (N, dim) each, row by row and by their neighbours.
+
+    >>> agreement(torch.eye(2), torch.eye(2))
+    PrecisionAgreement(worst_cosine=1.0, neighbours_retained=None, proteins=2)
+    """
+    worst = float(np.min(F.cosine_similarity(expected, rounded).numpy(), initial=1.0))  # NaN where any of them is
+    number = min(MAX_NEIGHBOURS, len(expected) // 4)
+    if not number:
+        return PrecisionAgreement(worst, None, len(expected))
+
+    def neighbours(x: Tensor) -> Tensor:
+        centred = F.normalize(x - expected.mean(0))
+        return (centred @ centred.T).fill_diagonal_(-torch.inf).topk(number).indices
+
+    same = neighbours(expected)[:, :, None] == neighbours(rounded)[:, None, :]
+    return PrecisionAgreement(worst, same.any(2).float().mean().item(), len(expected))
 
 
 class PrecisionChoice(NamedTuple):
@@ -57,11 +99,11 @@ def choose(
     layer: int,
     like: Location | None = None,
 ) -> PrecisionChoice:
-    """Decides on the precision of a store, new or not.
+    """Decides on the precision of a store; one that has a precision keeps it under `auto` and `auto-int8`.
 
     Args:
         options: What is asked for: `precision` and `calibration`.
-        store: To be filled; one that has a precision keeps it under `auto` and `auto-int8`.
+        store: New or not.
         device: Where to compute.
         backbone: The model.
         sequences: The first proteins of the input.
@@ -69,8 +111,7 @@ def choose(
         like: Store of the same backbone whose calibration and comparison to take over.
 
     Raises:
-        InputError: int8 was asked for by name and does not follow fp32 closely enough; or the store is in int8, which
-            this device does not have.
+        InputError: int8 was asked for by name and is too far from fp32; or the store has it and this device has not.
     """
     requested, stored = options.precision, store.manifest.get("precision")
     if stored and (requested.startswith("auto") or stored == requested):
@@ -87,8 +128,11 @@ def choose(
     if reason is None:
         ready = None if options.calibration is None else read_calibration(options.calibration)
         calibration, encoder, figures = calibrate(backbone, sequences, layer, ready)
-        if requested == "int8":
-            figures.check()
+        if requested == "int8" and not figures.suffices:
+            raise InputError(
+                f"Expected int8 to reach a cosine of {MIN_INT8_COSINE} to fp32 and to keep {MIN_INT8_NEIGHBOURS:.0%} "
+                f"of the neighbours but got {figures}; use this backbone in bf16 or fp32."
+            )
         if figures.suffices:
             logger.info("computing in int8: %s", figures)
             notes = {"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"}
@@ -127,11 +171,7 @@ def read_calibration(source: Location) -> Calibration:
 
 
 def store_calibration(store: StoreWriter, device: torch.device) -> Calibration:
-    """The calibration that a store was made with.
-
-    Raises:
-        InputError: there is no int8 on this device, or the calibration is missing or was changed.
-    """
+    """The calibration that a store was made with; `InputError` where it was changed, or the device has no int8."""
     if (reason := int8_missing(device)) is not None:
         raise InputError(
             f"Expected to go on in int8, in which the vectors of {store.path} are, but {reason}; use such a machine, "
@@ -148,8 +188,6 @@ def store_calibration(store: StoreWriter, device: torch.device) -> Calibration:
 
 def int8_encoder(exact: CalibrationEncoder, calibration: Calibration) -> FusedEncoder:
     """The encoder in int8; numba, which it needs, is an extra and takes long to import."""
-    if find_spec("numba") is None:
-        raise InputError("Expected numba for int8 but it is missing; pip install 'distil-rank[int8]'.")
     from distil_rank.embedding.int8.encoder import Int8Encoder  # noqa: PLC0415
 
     return Int8Encoder(exact, calibration)
@@ -158,17 +196,12 @@ def int8_encoder(exact: CalibrationEncoder, calibration: Calibration) -> FusedEn
 def calibrate(
     backbone: Backbone, sequences: Sequence[str], layer: int, ready: Calibration | None = None
 ) -> tuple[Calibration, FusedEncoder, PrecisionAgreement]:
-    """Calibrates int8 on some proteins and compares it with fp32 on others.
+    """Calibrates int8 on some of these proteins, unless a calibration is ready, and compares it with fp32 on others."""
 
-    Args:
-        backbone: The model.
-        sequences: The first proteins of the input.
-        layer: The last layer to compute.
-        ready: A calibration to use instead of a new one.
+    def pooled(encoder: FusedEncoder, hidden: Tensor) -> Tensor:  # means over residues, (compared, dim)
+        hidden = encoder.normed(hidden) if encoder.layer == encoder.depth else hidden
+        return torch.stack([part[1:-1].mean(0) for part in hidden.split(lengths[len(fitted) :])])
 
-    Returns:
-        The calibration, the encoder, and how closely it follows fp32.
-    """
     distinct = list(dict.fromkeys(sequences))
     fitted = list(_fragments(distinct, CALIBRATION_TOKENS, CALIBRATION_LENGTH))
     compared = list(_fragments(distinct[len(fitted) :] or distinct, COMPARED_TOKENS, COMPARED_LENGTH))
@@ -178,12 +211,12 @@ def calibrate(
     states = exact.states(tokens, lengths)
     for _ in tqdm(range(layer), desc="calibrate int8", unit="layer", disable=None):
         next(states)
-    expected = _pooled(exact, next(states)[noted:], lengths[len(fitted) :])
+    expected = pooled(exact, next(states)[noted:])
     calibration = ready or exact.calibration()
     encoder = int8_encoder(exact, calibration)
     *_, hidden = encoder.states(tokens[noted:], lengths[len(fitted) :])
     return_freed_memory()
-    return calibration, encoder, agreement(expected, _pooled(encoder, hidden, lengths[len(fitted) :]))
+    return calibration, encoder, agreement(expected, pooled(encoder, hidden))
 
 
 def _fragments(sequences: Sequence[str], tokens: int, length: int) -> Iterator[str]:
@@ -193,9 +226,3 @@ def _fragments(sequences: Sequence[str], tokens: int, length: int) -> Iterator[s
         tokens -= min(len(text), length) + 2
         if tokens <= 0:
             return
-
-
-def _pooled(encoder: FusedEncoder, hidden: Tensor, lengths: list[int]) -> Tensor:
-    """Means over residues, after the final norm if this is the last layer, (sequences, dim)."""
-    hidden = encoder.normed(hidden) if encoder.layer == encoder.depth else hidden
-    return torch.stack([part[1:-1].mean(0) for part in hidden.split(lengths)])

@@ -1,15 +1,12 @@
 """Files of a store as objects in S3, or in anything that speaks its protocol (`AWS_ENDPOINT_URL`), through obstore.
 
 Object storage has no lock that a kernel releases, so the lock is a *lease*: an object that its holder writes again and
-again. Each step is one conditional upload, which the server accepts only if the object is still the one that was seen:
+again by conditional uploads. It is taken by creating the object (`If-None-Match: *`); the holder replaces it every few
+seconds (`If-Match`), and stops when it finds another's in its place; whoever finds an object that stays the same for
+`SECONDS`, by its own clock, takes it over: its holder is dead.
 
-- it is taken by creating the object (`If-None-Match: *`);
-- the holder replaces it every few seconds (`If-Match`), and stops writing when it finds another's in its place;
-- whoever finds an object that stays the same for `SECONDS` takes it over (`If-Match`): its holder is dead. Times are
-  the observer's own, so that clocks need not agree.
-
-Should a holder pause for longer than that, two processes may compute at the same time: they write the same bytes, since
-parts and shards depend on nothing else, and the manifest is written only right after the lease was renewed.
+Should a holder pause for longer, two processes may compute at the same time: they write the same bytes, and the
+manifest is written only right after the lease was renewed.
 """
 
 from __future__ import annotations
@@ -31,7 +28,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from distil_rank.embedding.storage import LOCK, S3, Storage, sha256_of
+from distil_rank.artefact import sha256_of
+from distil_rank.embedding.storage import LOCK, S3, Storage
 from distil_rank.errors import InputError
 
 try:
@@ -71,11 +69,7 @@ def _requests(where: str) -> Iterator[None]:
 
 
 class S3Storage(Storage):
-    """Objects below a prefix. Credentials, region and endpoint come from `AWS_…`, or from where boto3 finds them.
-
-    Args:
-        location: `s3://BUCKET/NAME`.
-    """
+    """Objects below a prefix. Credentials, region and endpoint come from `AWS_…`, or from where boto3 finds them."""
 
     def __init__(self, location: str):
         bucket, _, prefix = location.removeprefix(S3).partition("/")
@@ -130,8 +124,11 @@ class S3Storage(Storage):
         with tempfile.NamedTemporaryFile() as file:
             yield file
             file.flush()
-            if self._lease is not None and name.endswith(".json"):
-                self._lease.check()
+            if self._lease is not None and name.endswith(".json") and not self._lease.renew():
+                raise InputError(
+                    f"Expected to keep the exclusive access to {self.location} but this process did not answer for "
+                    f"{SECONDS:.0f} seconds and another has taken over; wait for it."
+                )
             attributes: Any = {"sha256": sha256_of(Path(file.name))}
             with _requests(self.where(name)):  # one upload, or several parts that appear together
                 self._files.put(name, Path(file.name), attributes=attributes)
@@ -184,12 +181,7 @@ class _File:
 
 
 class Lease:
-    """The exclusive right to plan and finish a store.
-
-    Args:
-        files: Of the store.
-        where: The store, for messages.
-    """
+    """The exclusive right to plan and finish a store; `where` names it in messages."""
 
     def __init__(self, files: S3Store, where: str):
         self.files, self.where = files, where
@@ -201,14 +193,19 @@ class Lease:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Takes the lease, renews it in a thread, and gives it back.
-
-        Raises:
-            InputError: another process holds it.
-        """
+        """Takes the lease or raises `InputError`, renews it in a thread, and gives it back."""
         self.acquire()
         end = threading.Event()
-        thread = threading.Thread(target=self._keep, args=(end,), daemon=True)
+
+        def keep() -> None:
+            while not end.wait(SECONDS / LOOKS * 2):
+                try:
+                    if not self.renew():
+                        return
+                except InputError as error:  # a connection that comes back
+                    logger.warning("%s", error)
+
+        thread = threading.Thread(target=keep, daemon=True)
         thread.start()
         try:
             yield
@@ -218,18 +215,6 @@ class Lease:
             if self.renew():
                 with _requests(self.where):
                     self.files.delete(LOCK)
-
-    def check(self) -> None:
-        """Renews the lease.
-
-        Raises:
-            InputError: another process has taken it over.
-        """
-        if not self.renew():
-            raise InputError(
-                f"Expected to keep the exclusive access to {self.where} but this process did not answer for "
-                f"{SECONDS:.0f} seconds and another has taken over; wait for it."
-            )
 
     def acquire(self) -> None:
         """Takes the lease, from a dead holder where there is one; raises `InputError` where it lives."""
@@ -252,14 +237,6 @@ class Lease:
         return InputError(
             f"Expected exclusive access to {self.where} but {who} is filling it; wait for it, or choose another store."
         )
-
-    def _keep(self, end: threading.Event) -> None:
-        while not end.wait(SECONDS / LOOKS * 2):
-            try:
-                if not self.renew():
-                    return
-            except InputError as error:  # a connection that comes back
-                logger.warning("%s", error)
 
     def renew(self) -> bool:
         """Writes a sign of life; whether the lease is still this process's."""

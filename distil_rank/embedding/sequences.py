@@ -97,12 +97,7 @@ class _Record(NamedTuple):
 
 
 def read_proteins(path: str | Path) -> tuple[list[Protein], CleaningReport]:
-    """Cleaned proteins with unique names, in the order of the file, and what changed.
-
-    Memory grows with the file; `iter_records` streams, and leaves names to be made unique later.
-
-    Raises:
-        InputError: see `iter_records`.
+    """Cleaned proteins with unique names, in the order of the file, and what changed; errors as `iter_records`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -125,13 +120,10 @@ records left out')
 def iter_records(path: str | Path, report: CleaningReport) -> Iterator[Protein]:
     """Yields cleaned proteins, whose names may repeat, in the order of the file and counts the changes in `report`.
 
-    Args:
-        path: FASTA, or a `.csv`/`.tsv` with a sequence column; plain or compressed; `-` is standard input (FASTA).
-        report: Filled while reading; complete when the iterator is exhausted.
+    The path is FASTA, or a `.csv`/`.tsv` with a sequence column; plain or compressed; `-` is standard input (FASTA).
 
     Raises:
-        InputError: the file is missing, binary, damaged or not FASTA, a record holds a character that is not an amino
-            acid, or no protein is left.
+        InputError: the file is missing, damaged or not FASTA, a record is not of amino acids, or no protein is left.
     """
     with open_lines(path) as lines:
         dialect = DIALECTS.get(Path(uncompressed_name(path)).suffix.lower())
@@ -166,12 +158,7 @@ class UniqueNames:
         self._last_number: Counter[str] = Counter()  # given to a repeated name
 
     def resolve(self, name: str, sequence: Hashable) -> str | None:
-        """A unique name for the next record; None where it repeats a record.
-
-        Args:
-            name: As in the file.
-            sequence: The record's sequence, or its digest.
-        """
+        """A unique name for the next record, of this sequence or digest; None where it repeats a record."""
         if self._sequence_of.get(name) == sequence:
             return None
         unique = name
@@ -192,7 +179,6 @@ def uncompressed_name(path: str | Path) -> str:
 
 
 def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:
-    """The record's sequence in ESM-2's letters; counts the changes."""
     counts, sequence = report.counts, "".join(record.sequence.split())
     if not _CLEAN.fullmatch(sequence):
         if sequence.isascii():  # upper() turns some non-letters into letters
@@ -249,11 +235,7 @@ def name_in_header(header: str) -> str:
 
 
 def _unquoted(cell: str) -> str:
-    """A cell without surrounding blanks and without the quotes that some programs put around every cell of a `.tsv`.
-
-    >>> _unquoted(' "MKV"'), _unquoted('5" end')
-    ('MKV', '5" end')
-    """
+    """A cell without surrounding blanks and without the quotes that some programs put around every cell of a `.tsv`."""
     cell = cell.strip()
     return cell[1:-1].strip() if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
 
@@ -301,13 +283,10 @@ def open_lines(path: str | Path) -> Iterator[Iterator[tuple[int, str]]]:
     path = Path(path)
     try:
         file = path.open("rb")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        problem = "it is a folder" if isinstance(error, IsADirectoryError) else "it does not exist"
-        raise InputError(f"Expected a FASTA file at {path} but {problem}; give its path, or - for stdin.") from error
     except OSError as error:
-        raise InputError(
-            f"Expected a readable FASTA file at {path} but got: {error.strerror}; give another path."
-        ) from error
+        problem = {FileNotFoundError: "it does not exist", IsADirectoryError: "it is a folder"}.get(type(error))
+        problem = problem or f"got: {error.strerror}"
+        raise InputError(f"Expected a FASTA file at {path} but {problem}; give its path, or - for stdin.") from error
     with file:
         yield _numbered(file, str(path))
 

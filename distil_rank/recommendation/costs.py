@@ -14,9 +14,8 @@ import torch
 
 from distil_rank.codes.index import CodeIndex, has_faiss
 from distil_rank.embedding.layers import State
-from distil_rank.embedding.location import open_storage
-from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed, options_like
+from distil_rank.embedding.store import open_storage, read_provenance
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.recommendation.result import Cost

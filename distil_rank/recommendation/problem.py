@@ -21,9 +21,9 @@ from distil_rank.data.files import Embeddings
 from distil_rank.data.labels import read_labels
 from distil_rank.data.split import join_groups, split_groups
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.location import is_remote, open_storage
 from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.store import layers_of, read_manifest
+from distil_rank.embedding.storage import is_remote
+from distil_rank.embedding.store import layers_of, open_storage, read_manifest
 from distil_rank.errors import InputError
 from distil_rank.evaluation.labelled import (
     UNLABELLED,

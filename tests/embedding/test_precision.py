@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from distil_rank.embedding import agreement as agreement_module
-from distil_rank.embedding import extraction, precision
-from distil_rank.embedding.agreement import agreement
+from distil_rank.embedding import precision
+from distil_rank.embedding import run as extraction
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.storage import Storage
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.store import Store, read_provenance
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
@@ -35,8 +33,8 @@ def fasta(tmp_path) -> Path:
 
 @pytest.fixture
 def run(tiny_esm2, tmp_path, monkeypatch):
-    monkeypatch.setattr(agreement_module, "MIN_INT8_COSINE", 0.9)  # two random layers amplify errors
-    monkeypatch.setattr(agreement_module, "MIN_INT8_NEIGHBOURS", 0.3)
+    monkeypatch.setattr(precision, "MIN_INT8_COSINE", 0.9)  # two random layers amplify errors
+    monkeypatch.setattr(precision, "MIN_INT8_NEIGHBOURS", 0.3)
     monkeypatch.setattr(precision, "native_precision", lambda device: "fp32")
 
     def call(fasta, store="store", **options):
@@ -113,7 +111,7 @@ def test_another_store_s_calibration_can_be_used(run, fasta, tmp_path):
 
 @needs_units
 def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(agreement_module, "MIN_INT8_COSINE", 1.1)
+    monkeypatch.setattr(precision, "MIN_INT8_COSINE", 1.1)
     with pytest.raises(InputError, match=r"Expected int8 to reach a cosine of 1\.1 to fp32 .* in bf16 or fp32"):
         run(fasta, precision="int8")
     assert not (tmp_path / "store").exists(), "a refused request leaves nothing"
@@ -184,7 +182,7 @@ def test_agreement_counts_neighbours_by_brute_force():
         scores = unit @ unit.T - 9 * np.eye(20)
         nearest.append([set(np.argsort(-row)[:5]) for row in scores])
     retained = np.mean([len(p & q) / 5 for p, q in zip(*nearest, strict=True)])
-    figures = agreement(torch.tensor(a), torch.tensor(b))
+    figures = precision.agreement(torch.tensor(a), torch.tensor(b))
     assert figures.neighbours_retained == pytest.approx(retained)
     assert 0 < retained < 1
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -192,7 +190,7 @@ def test_agreement_counts_neighbours_by_brute_force():
 
 
 def test_nan_does_not_suffice():
-    assert not agreement(torch.ones(3, 2), torch.full((3, 2), torch.nan)).suffices
+    assert not precision.agreement(torch.ones(3, 2), torch.full((3, 2), torch.nan)).suffices
 
 
 def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):

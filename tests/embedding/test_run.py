@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distil_rank.embedding import backbone as backbones
-from distil_rank.embedding import extraction, precision
+from distil_rank.embedding import precision
+from distil_rank.embedding import run as extraction
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.provenance import read_provenance
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import CleaningReport, Protein, read_proteins
 from distil_rank.embedding.storage import Storage
-from distil_rank.embedding.store import SETTINGS, Store
+from distil_rank.embedding.store import SETTINGS, Store, read_provenance
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
@@ -65,7 +65,7 @@ def test_the_store_holds_what_the_embedder_gives(run, fasta, tiny_esm2, pooling)
     direct = [embedder.embed([text]).vectors for text in store.sequences]
     np.testing.assert_allclose(store.embeddings(), torch.cat(direct).numpy(), atol=1e-5)
     assert store.ids == ["a", "b", "c", "d"]
-    lengths = store.lengths if pooling == "residue" else np.ones(4, int)
+    lengths = store.proteins["length"].to_numpy() if pooling == "residue" else np.ones(4, int)
     assert store.protein_of_row().tolist() == np.repeat(np.arange(4), lengths).tolist()
 
 
@@ -199,7 +199,7 @@ def test_long_proteins_are_noted(run, fasta, tiny_esm2, long):
     assert summary.long == 1
     store = Store.open(fasta.parent / "store")
     assert store.proteins["notes"].to_pylist() == ["", "", "", long]
-    assert store.lengths[3] == 20, "the sequence itself is kept whole"
+    assert store.proteins["length"][3].as_py() == 20, "the sequence itself is kept whole"
     embedder = Embedder(load_backbone(str(tiny_esm2.fair_esm)), window=12 if long == "window" else None)
     expected = embedder.embed(["ACDEFGHIKLMNPQRSTVWY"[: None if long == "window" else 12]]).vectors[0]
     np.testing.assert_allclose(store.embeddings()[3], expected.numpy(), atol=1e-5)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from distil_rank.embedding import s3 as lease
-from distil_rank.embedding.location import open_storage
 from distil_rank.embedding.run import embed
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.store import Store, open_storage
 from distil_rank.errors import InputError
 from tests.stores import attempt, content, lines, write_fasta
 

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pytest
 
 from distil_rank.embedding import s3 as s3_files
-from distil_rank.embedding.location import is_remote, open_storage
+from distil_rank.embedding.storage import is_remote
+from distil_rank.embedding.store import open_storage
 from distil_rank.errors import InputError
 
 TABLE = pa.table({"row": pa.array(range(10_000)), "name": [f"p{i}" for i in range(10_000)]})

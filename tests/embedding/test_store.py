@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import write_atomically
+from distil_rank.embedding.storage import Storage
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -42,10 +42,10 @@ def test_content_in_the_order_of_the_input(tmp_path):
     store = make(tmp_path / "store")
     assert (len(store), store.dim, store.ids) == (4, 4, ["a", "b", "c", "d"])
     assert store.sequences == ["MK", "MKV", "MK", "M"]
-    assert store.lengths.tolist() == [2, 3, 2, 1]
+    assert store.proteins["length"].to_pylist() == [2, 3, 2, 1]
     assert store.embeddings()[:, 0].tolist() == [1, 2, 1, 3], "c shares the vector of a"
     assert store.protein_of_row().tolist() == [0, 1, 2, 3]
-    assert sum(len(vectors) for _, vectors in store.shards()) == 3, "which is stored once"
+    assert sum(len(store.vectors(shard)[1]) for shard in store.manifest["shards"]) == 3, "which is stored once"
     store.verify()
 
 
@@ -163,14 +163,14 @@ def test_a_changed_byte_is_detected(tmp_path, file):
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_atomically(path, b"old")
+    Storage(tmp_path).write("file", b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match=f"Expected to write {path} but got: No space left .*; free space"):
-        write_atomically(path, b"new")
+        Storage(tmp_path).write("file", b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

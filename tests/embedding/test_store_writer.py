@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distil_rank.embedding import planning
-from distil_rank.embedding.provenance import embedding_run, read_provenance
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.store import Store, embedding_run, read_provenance
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 
