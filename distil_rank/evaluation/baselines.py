@@ -40,14 +40,7 @@ def composition(sequences: Sequence[str]) -> Representation:
 
 
 def alignment_scores(sequences: Sequence[str]) -> Scores:
-    """Scores of every sequence against every other by MMseqs2's bit score; −∞ where no alignment was found.
-
-    Args:
-        sequences: `(N,)`.
-
-    Raises:
-        InputError: there is no MMseqs2, or it fails.
-    """
+    """Scores of every sequence against every other by MMseqs2's bit score; −∞ where no alignment was found."""
     binary = mmseqs_binary()
     if binary is None:
         raise InputError(f"Expected MMseqs2 to search with but there is none: {MMSEQS_INSTALLATION}.")

@@ -28,47 +28,27 @@ MAX_QUERIES = 10_000  # evaluated proteins that are searched with at most; every
 
 @dataclass(frozen=True)
 class Entry:
-    """One representation on the task.
-
-    Attributes:
-        name: of the representation.
-        role: what it is in the comparison.
-        bytes: stored for each protein; None where nothing is.
-        scores: by metric, with 95 % intervals over groups.
-        retained: by metric, the score over the full vector's, with the paired interval; empty for the full vector.
-        seconds: to make and evaluate it.
-    """
+    """One representation on the task."""
 
     name: str
     role: Role
-    bytes: float | None
-    scores: dict[str, Interval]
-    retained: dict[str, Interval] = field(default_factory=dict)
-    seconds: float = 0.0
+    bytes: float | None  # stored for each protein; None where nothing is
+    scores: dict[str, Interval]  # by metric, with 95 % intervals over groups
+    retained: dict[str, Interval] = field(default_factory=dict)  # the score over the full vector's, paired
+    seconds: float = 0.0  # to make and evaluate it
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured on one task.
+    """Everything measured on one task."""
 
-    Attributes:
-        task: its kind.
-        labels: where they come from.
-        groups: how groups were set apart, in words.
-        fitted: proteins that were fitted on.
-        evaluated: proteins that were not.
-        metrics: names, the first being the headline.
-        entries: one for each representation, the full vector first.
-        notes: what a reader must know.
-    """
-
-    task: str
+    task: str  # its kind
     labels: str
-    groups: str
-    fitted: int
-    evaluated: int
-    metrics: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    groups: str  # how they were set apart, in words
+    fitted: int  # proteins
+    evaluated: int  # proteins
+    metrics: tuple[str, ...]  # the first is the headline
+    entries: tuple[Entry, ...]  # one for each representation, the full vector first
     notes: tuple[str, ...] = ()
 
     @property
@@ -148,24 +128,14 @@ def evaluate(
 
 
 class Trial(Protocol):
-    """A task that representations of the same proteins are put to, one after the other.
-
-    Attributes:
-        metrics: names, the headline first.
-        notes: what a reader must know.
-        evaluated_groups: number of groups that intervals are taken over.
-    """
+    """A task that representations of the same proteins are put to, one after the other."""
 
     metrics: tuple[str, ...]
     notes: list[str]
     evaluated_groups: int
 
     def headline(self, metric: str | None) -> str:
-        """The metric of this name, or the first.
-
-        Raises:
-            InputError: there is none of this name.
-        """
+        """The metric of this name, or the first."""
         if metric is not None and metric not in self.metrics:
             raise InputError(f"Expected --metric out of {', '.join(self.metrics)} but got {metric!r}.")
         return metric or self.metrics[0]
@@ -178,17 +148,7 @@ class Trial(Protocol):
 
 
 def make_trial(target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0) -> Trial:
-    """The trial that a target asks for.
-
-    Args:
-        target: labels of all `N` proteins.
-        groups: which may be fitted on; the others are evaluated.
-        max_queries: evaluated proteins to search with at most (retrieval).
-        seed: of draws and permutations.
-
-    Raises:
-        InputError: nothing to evaluate on.
-    """
+    """The trial that a target asks for."""
     if target.relevance is not None:
         return RetrievalTrial(target.relevance, groups, max_queries, seed)
     return ProbeTrial(target, groups, seed)

@@ -41,7 +41,7 @@ def probe_metrics(target: Target) -> tuple[str, ...]:
 def probe(
     features: np.ndarray, target: Target, fit: np.ndarray, number: np.ndarray, y_fit: np.ndarray | None = None
 ) -> dict[str, Statistic]:
-    """Fit a linear probe on the fit groups and evaluate its predictions on the others.
+    """Fit a linear probe on the fit groups; by metric, sums over the evaluated groups of its predictions there.
 
     Args:
         features: `(N, d)`.
@@ -49,9 +49,6 @@ def probe(
         fit: rows to fit on, `(N,)` bool.
         number: group of each row, `(N,)`.
         y_fit: labels to fit on in place of the true ones, for the chance level.
-
-    Returns:
-        By metric, sums over the evaluated groups.
 
     Raises:
         InputError: fewer than two groups to fit on, or one class among them.
@@ -98,16 +95,9 @@ def _model(target: Target, y: np.ndarray, number: np.ndarray) -> GridSearchCV:
 
 
 def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
-    """Class of each test row by scikit-learn's ridge classifier on standardised features, solved exactly.
+    """Class of each test row, `(M,)`, by scikit-learn's ridge classifier on standardised features, solved exactly.
 
-    Args:
-        train_x: features, `(N, m)`.
-        train_labels: class of each training row, integers, `(N,)`.
-        test_x: features, `(M, m)`.
-        ridge: strength of the penalty for each row, relative to features of unit variance.
-
-    Returns:
-        Predicted classes, `(M,)`.
+    `ridge` is the strength of the penalty for each row, relative to features of unit variance.
 
     >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
     >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))

@@ -20,21 +20,13 @@ SCOPE_LEVELS = ("class", "fold", "superfamily", "family")
 
 @dataclass(frozen=True)
 class Target:
-    """Labels as numbers.
-
-    Attributes:
-        kind: of the task.
-        relevance: what counts as a right answer (retrieval).
-        y: class numbers `(N,)` (classification), 0/1 `(N, L)` (multilabel) or values `(N,)` (regression).
-        classes: names of the classes or labels.
-        levels: names of each level's classes, finest first, `(N,)` each (retrieval); what groups may be made of.
-    """
+    """Labels as numbers."""
 
     kind: Kind
-    relevance: Relevance | None = None
-    y: np.ndarray | None = None
-    classes: tuple[str, ...] = ()
-    levels: tuple[tuple[str, ...], ...] = ()
+    relevance: Relevance | None = None  # what counts as a right answer (retrieval)
+    y: np.ndarray | None = None  # classes (N,), 0/1 of labels (N, L) (multilabel) or values (N,) (regression)
+    classes: tuple[str, ...] = ()  # names of the classes or labels
+    levels: tuple[tuple[str, ...], ...] = ()  # names of each level's classes, finest first, (N,) each (retrieval)
 
     def subset(self, rows: np.ndarray) -> Target:
         """The same for some of the proteins."""
@@ -44,13 +36,10 @@ class Target:
 
 
 def make_target(labels: Sequence[str], source: LabelOptions, kind: TaskKind = "auto") -> Target:
-    """Turn the text of labels into numbers.
+    """Turn the text of labels `(N,)` into numbers.
 
-    Args:
-        labels: of each protein, `(N,)`.
-        source: how they are to be read.
-        kind: of the task; `auto` takes numbers for regression, several labels a protein for multilabel, a hierarchy or
-            many small classes for retrieval, and few large classes for classification.
+    The kind `auto` takes numbers for regression, several labels a protein for multilabel, a hierarchy or many small
+    classes for retrieval, and few large classes for classification.
 
     Raises:
         InputError: labels that do not suit the task.

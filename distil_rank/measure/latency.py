@@ -50,11 +50,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class LayerLatency:
-    """A dense layer beside its replacement at one batch size; microseconds per call.
-
-    `ratio` is the ratio of the medians, `paired_ratio` the median of the ratios of neighbouring turns: where the two
-    disagree, the machine was too busy to tell.
-    """
+    """A dense layer beside its replacement at one batch size; microseconds per call."""
 
     batch: int
     threads: int
@@ -64,8 +60,8 @@ class LayerLatency:
     dense_p95_us: float
     student_us: float
     student_p95_us: float
-    ratio: float
-    paired_ratio: float
+    ratio: float  # of the medians
+    paired_ratio: float  # median over neighbouring turns; where the two disagree, the machine was too busy to tell
 
 
 def time_interleaved(
@@ -78,17 +74,15 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time callables in turns, under `torch.inference_mode`, with as many threads as torch is set to.
 
-    Every other round goes through the candidates backwards, so that none always runs in another's cache.
+    Every other round goes through the candidates backwards, so that none always runs in another's cache. On CUDA the
+    clock is read only once the device is idle.
 
     Args:
         candidates: callables without arguments, by name.
         repeats: rounds, each with one turn of each candidate.
         warmup: calls of each before anything counts.
         min_time: seconds that a turn lasts at least: a call shorter than this is repeated within it.
-        device: where the work runs; on CUDA the clock is read only once the device is idle.
-
-    Raises:
-        ValueError: there is no candidate or no repeat.
+        device: where the work runs.
 
     >>> timings = time_interleaved({"one": lambda: sum(range(10)), "two": lambda: sum(range(20))}, repeats=3, warmup=1)
     >>> [(timing.name, timing.repeats, timing.median_s > 0) for timing in timings.values()]
@@ -119,18 +113,7 @@ def time_interleaved(
 def compare_layers(
     dense: nn.Linear, student: nn.Module, batches: Sequence[int] = (1, 32, 256), threads: int = 1, repeats: int = 50
 ) -> list[LayerLatency]:
-    """Time a dense layer beside its replacement on Gaussian rows, on the device and in the type of the dense layer.
-
-    Args:
-        dense: the layer replaced.
-        student: its replacement.
-        batches: rows in a call.
-        threads: of the processor, while timing; what was set before is restored.
-        repeats: turns of each.
-
-    Returns:
-        One row for each batch size.
-    """
+    """A dense layer beside its replacement on Gaussian rows, on the device and in the type of the dense layer."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     with torch_threads(threads):

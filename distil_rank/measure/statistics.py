@@ -46,15 +46,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Statistic:
-    """One metric of one method, from which its value and its resampled values follow.
+    """One metric of one method, from which its value and its resampled values follow."""
 
-    Attributes:
-        sums: over the rows of each group, `(groups, k)`.
-        of_totals: maps totals `(..., k)` to the metric `(...)`.
-    """
-
-    sums: np.ndarray
-    of_totals: Callable[[np.ndarray], np.ndarray]
+    sums: np.ndarray  # over the rows of each group, (groups, k)
+    of_totals: Callable[[np.ndarray], np.ndarray]  # maps totals (..., k) to the metric (...)
 
     @property
     def value(self) -> float:
@@ -76,11 +71,6 @@ class Statistic:
 
 def resample_counts(groups: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """How often each group is in each bootstrap sample, `(draws, groups)`, one byte each.
-
-    Args:
-        groups: number of independent units; residues of one protein are not.
-        draws: number of bootstrap samples.
-        seed: the same seed gives the same samples.
 
     >>> resample_counts(groups=4, draws=3).sum(axis=1).tolist()
     [4, 4, 4]
@@ -121,15 +111,9 @@ def is_tie(statistic: Statistic, other: Statistic, counts: np.ndarray) -> bool:
 def clearly_better(before: np.ndarray, after: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval:
     """The mean gain of training in a *loss* (lower is better): retain what was trained where `low > 0`.
 
-    The one rule by which this package keeps what it trains, for every command: the lower end of the 95 % interval of
-    the mean of `before - after`, by a paired bootstrap over groups, is above 0. With fewer than two groups there is no
-    interval, its ends are NaN, and nothing is retained.
-
-    Args:
-        before: loss of each validation row at the start, `(N,)`; of a score, its negative.
-        after: loss of the same rows after training, `(N,)`.
-        groups: number or name of the group of each row, `(N,)`.
-        seed: of the bootstrap.
+    The one rule by which this package keeps what it trains: the lower end of the 95 % interval of the mean of
+    `before - after`, each `(N,)`, by a paired bootstrap over groups, is above 0. With fewer than two groups there is no
+    interval, its ends are NaN, and nothing is retained. Of a score, give the negative.
 
     >>> rows = np.arange(100)
     >>> before = np.linspace(1, 2, 100)
@@ -190,8 +174,7 @@ def retained_with_confidence(statistic: Statistic, reference: Statistic, level: 
 def ratio(numerator: ArrayLike, denominator: ArrayLike | None = None) -> Statistic:
     """``Σ numerator / Σ denominator`` of figures of each group, `(groups,)`, or the mean of `numerator`.
 
-    Relative MSE is the ratio of residual to energy, R² is 1 less the ratio of residual to variance. Of rows, give the
-    sums of each group (`group_sums`), and as the denominator of a mean their number.
+    Relative MSE is the ratio of residual to energy, R² is 1 less the ratio of residual to variance.
 
     >>> ratio([3.0, 5.0], [1.0, 3.0]).resampled(np.array([[1, 1], [2, 0]]))
     array([2., 3.])
@@ -212,15 +195,9 @@ def group_sums(values: ArrayLike, group: ArrayLike) -> np.ndarray:
 
 
 def resampled_quantile(counts: np.ndarray, values: ArrayLike, quantile: float) -> np.ndarray:
-    """A quantile of `values` over each bootstrap sample: the least value with at least that share at or below it.
+    """A quantile of `values (groups,)` over each bootstrap sample, `(draws,)`.
 
-    Args:
-        counts: from `resample_counts`, `(draws, groups)`.
-        values: one for each group, `(groups,)`.
-        quantile: in (0, 1], for example 0.05 for the proteins served worst.
-
-    Returns:
-        `(draws,)` float64.
+    It is the least value with at least that share at or below it.
 
     >>> resampled_quantile(np.array([[1, 1, 1], [0, 3, 0], [0, 1, 2]]), [0.9, 0.5, 0.7], 0.5)
     array([0.7, 0.5, 0.7])
@@ -266,12 +243,7 @@ def matthews(predicted: np.ndarray, y: np.ndarray, group: np.ndarray, classes: i
 
 
 def macro_f1(predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> Statistic:
-    """Mean over labels of `2 TP / (predicted + true)`, of labels that are predicted or true somewhere.
-
-    Args:
-        predicted: 0 or 1 for each row and label, `(N, L)`.
-        y: the same of the truth.
-        group: of each row, `(N,)`.
+    """Mean over labels of `2 TP / (predicted + true)`, both 0 or 1, `(N, L)`; labels that are neither are left out.
 
     >>> y = np.eye(2)
     >>> macro_f1(np.array([[1, 0], [1, 0]]), y, np.arange(2)).value.__round__(3)
