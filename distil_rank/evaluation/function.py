@@ -61,7 +61,7 @@ def function_retained(
     words = f"{target.kind} by the labels that come with the data, {len(test):,} test rows"
     shares = {method: retained(statistic, reference, counts) for method, statistic in statistics.items()}
     return {
-        method: FunctionRetained(words, metric, Estimate(share.value, share.low, share.high))
+        method: FunctionRetained(words, metric, Estimate.of(share))
         for method, share in shares.items()
         if share is not None
     }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from distil_rank.data.description import DataDescription
 from distil_rank.measure.latency import LayerLatency, machine
+from distil_rank.measure.statistics import Interval
 
 SCHEMA = 2
 RECIPE = "original recipe"
@@ -30,6 +31,11 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     std: float | None = None
+
+    @classmethod
+    def of(cls, interval: Interval) -> Estimate:
+        """The figure with its interval."""
+        return cls(interval.value, interval.low, interval.high)
 
     @property
     def interval(self) -> tuple[float, float]:
