@@ -42,11 +42,6 @@ class Timing:
         """The least sample that 95 % of the samples do not exceed."""
         return sorted(self.samples)[math.ceil(0.95 * len(self.samples)) - 1]
 
-    @property
-    def repeats(self) -> int:
-        """Number of turns."""
-        return len(self.samples)
-
 
 @dataclass(frozen=True)
 class LayerLatency:
@@ -85,7 +80,7 @@ def time_interleaved(
         device: where the work runs.
 
     >>> timings = time_interleaved({"one": lambda: sum(range(10)), "two": lambda: sum(range(20))}, repeats=3, warmup=1)
-    >>> [(timing.name, timing.repeats, timing.median_s > 0) for timing in timings.values()]
+    >>> [(timing.name, len(timing.samples), timing.median_s > 0) for timing in timings.values()]
     [('one', 3, True), ('two', 3, True)]
     """
     if not candidates or repeats < 1:
@@ -104,10 +99,8 @@ def time_interleaved(
             for name in order:
                 samples[name].append(_seconds(candidates[name], calls[name], device))
             order.reverse()
-    return {
-        name: Timing(name, threads=torch.get_num_threads(), device=str(device), samples=tuple(taken))
-        for name, taken in samples.items()
-    }
+    threads = torch.get_num_threads()
+    return {name: Timing(name, threads, str(device), tuple(taken)) for name, taken in samples.items()}
 
 
 def compare_layers(
@@ -126,7 +119,7 @@ def compare_layers(
                     batch=batch,
                     threads=slow.threads,
                     device=slow.device,
-                    repeats=slow.repeats,
+                    repeats=repeats,
                     dense_us=1e6 * slow.median_s,
                     dense_p95_us=1e6 * slow.p95_s,
                     student_us=1e6 * fast.median_s,
