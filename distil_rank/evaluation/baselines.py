@@ -21,7 +21,7 @@ from distil_rank.evaluation.retrieval import Scores
 COMPOSITION, ALIGNMENT = "composition", "MMseqs2"
 NO_MMSEQS = f"MMseqs2 is not installed, so not compared with it: {MMSEQS_INSTALLATION}."
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
-SEARCH = ["-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
+SEARCH = ["--dbtype", "1", "-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
 
 
 def composition(sequences: Sequence[str]) -> Representation:
@@ -40,14 +40,7 @@ def composition(sequences: Sequence[str]) -> Representation:
 
 
 def alignment_scores(sequences: Sequence[str]) -> Scores:
-    """Scores of every sequence against every other by MMseqs2's bit score; −∞ where no alignment was found.
-
-    Args:
-        sequences: `(N,)`.
-
-    Raises:
-        InputError: there is no MMseqs2, or it fails.
-    """
+    """Scores of every sequence against every other by MMseqs2's bit score; −∞ where no alignment was found."""
     binary = mmseqs_binary()
     if binary is None:
         raise InputError(f"Expected MMseqs2 to search with but there is none: {MMSEQS_INSTALLATION}.")
@@ -55,21 +48,9 @@ def alignment_scores(sequences: Sequence[str]) -> Scores:
         folder = Path(name)
         fasta, hits = folder / "sequences.fasta", folder / "hits.tsv"
         fasta.write_text("".join(f">{row}\n{sequence}\n" for row, sequence in enumerate(sequences)))
-        command: list[str | Path] = [
-            binary,
-            "easy-search",
-            fasta,
-            fasta,
-            hits,
-            folder / "tmp",
-            "-v",
-            "1",
-            "--dbtype",
-            "1",
-            *SEARCH,
-        ]
-        command += ["--format-output", "query,target,bits"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        files: list[str | Path] = [fasta, fasta, hits, folder / "tmp"]
+        options = ["-v", "1", *SEARCH, "--format-output", "query,target,bits"]
+        result = subprocess.run([binary, "easy-search", *files, *options], capture_output=True, text=True, check=False)
         if result.returncode:
             message = (result.stdout + result.stderr).strip().splitlines() or ["no message"]
             raise InputError(f"Expected MMseqs2 to search but it ended with status {result.returncode}: {message[-1]}")

@@ -42,23 +42,14 @@ class ConstantOutput(nn.Module):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The rows that every replacement is measured on.
+    """The rows that every replacement is measured on, and labels of these and of training rows for the probe."""
 
-    Attributes:
-        x: test rows, `(N, n)`.
-        proteins: which protein each row belongs to, numbered from 0, `(N,)`; intervals resample proteins.
-        labels: class of each row as a number, `(N,)`, if the data have labels.
-        train_x: training rows for the probe.
-        train_labels: and their classes.
-        note: says so where only some of the rows were taken.
-    """
-
-    x: Tensor
-    proteins: np.ndarray
-    labels: Tensor | None = None
+    x: Tensor  # test rows, (N, n)
+    proteins: np.ndarray  # which protein each row belongs to, numbered from 0, (N,); intervals resample proteins
+    labels: Tensor | None = None  # class of each row, (N,), if the data have labels
     train_x: Tensor | None = None
     train_labels: Tensor | None = None
-    note: str | None = None
+    note: str | None = None  # says so where only some of the rows were taken
 
     @classmethod
     def of(cls, data: EmbeddingDataModule) -> HeldOut:
@@ -81,15 +72,6 @@ class HeldOut:
         numbers = torch.tensor([classes.get(labels[i], -1) for i in retained])
         train_numbers = torch.tensor([classes[name] for name in train_labels])
         return cls(x, proteins, numbers, data.rows("train"), train_numbers, note)
-
-
-@dataclass
-class _PerProtein:
-    """Per-protein figures of one replacement, from which every estimate and interval follows."""
-
-    residual: np.ndarray  # (P,) squared error, summed over the protein's rows
-    means: dict[str, np.ndarray]  # each (P,): cosine, neighbour overlap, …
-    cka: float
 
 
 def solved_students(
@@ -129,120 +111,74 @@ def compare(
         optimum: the method that `share_of_optimum` and the ties refer to.
         draws: bootstrap resamples.
         seconds: wall time of each method, for the report.
-        function_retained: what each method keeps of the teacher's score on a labelled task, where that was measured.
-
-    Returns:
-        One row per method, in the order of `candidates`.
+        function_retained: by method, where there is a labelled task.
     """
-    reference = _Reference(teacher, mean, held_out)
-    measured = {name: [reference.measure(module) for module in modules] for name, modules in candidates.items()}
-    counts = resample_counts(len(reference.energy), draws=draws, seed=0)
-    best = _average(measured[optimum])
-    return [
-        ComparisonRow(
-            name,
-            _parameters(candidates[name][0]),
-            _estimates_over_seeds(runs, reference, counts),
-            *_beside_optimum(_average(runs), best, reference, counts),
+    target, of_protein = teacher(held_out.x), np.bincount(held_out.proteins)
+
+    def per_protein(rows: Tensor) -> np.ndarray:  # sums over each protein's rows, (N,) -> (P,)
+        return np.bincount(held_out.proteins, weights=rows.double().cpu().numpy())
+
+    def classify(module: nn.Module) -> Tensor | None:
+        if held_out.labels is None or held_out.train_x is None or held_out.train_labels is None:
+            return None
+        return linear_probe(module(held_out.train_x), held_out.train_labels, module(held_out.x))
+
+    teacher_classes = classify(teacher)
+    energy, variance = per_protein(metrics.energy(target)), per_protein(metrics.energy(target, mean))
+
+    def measure(module: nn.Module) -> dict[str, np.ndarray]:
+        """The summed residual of each protein, the CKA, and the mean of every other figure over each protein's rows."""
+        output = module(held_out.x)
+        rows = {
+            "cosine": metrics.cosine(output, target),
+            "centred_cosine": metrics.centred_cosine(output, target, mean),
+            "knn_overlap": metrics.knn_overlap(output, target, k=NEIGHBOURS),
+        }
+        classes, labels = classify(module), held_out.labels
+        if classes is not None and labels is not None and teacher_classes is not None:
+            rows |= {"probe_accuracy": classes.eq(labels), "probe_agreement": classes.eq(teacher_classes)}
+        means = {name: per_protein(values) / of_protein for name, values in rows.items()}
+        residual, cka = per_protein(metrics.residual(output, target)), metrics.linear_cka(output, target)
+        return {"residual": residual, "cka": np.array(cka), **means}
+
+    def estimates(figures: Mapping[str, np.ndarray], counts: np.ndarray) -> dict[str, Estimate]:
+        lost = estimate(ratio(figures["residual"], variance), counts)
+        cosines = figures["cosine"]
+        worst = interval(float(np.percentile(cosines, 5)), resampled_quantile(counts, cosines, 0.05))
+        return {
+            "r2": Estimate(1 - lost.value, 1 - lost.high, 1 - lost.low),
+            "relative_mse": Estimate.of(estimate(ratio(figures["residual"], energy), counts)),
+            "cosine_p5": Estimate.of(worst),
+            "cka": Estimate(float(figures["cka"])),
+            **{name: Estimate.of(estimate(ratio(values), counts)) for name, values in list(figures.items())[2:]},
+        }
+
+    measured = {name: [measure(module) for module in modules] for name, modules in candidates.items()}
+    averages = {
+        name: {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]} for name, runs in measured.items()
+    }
+    counts = resample_counts(len(energy), draws=draws, seed=0)
+    best = ratio(averages[optimum]["residual"], variance)
+    table = []
+    for name, runs in measured.items():
+        figures = estimates(averages[name], counts)
+        if len(runs) > 1:
+            singles = [estimates(run, counts[:2]) for run in runs]
+            for key, figure in figures.items():
+                figures[key] = replace(figure, std=float(np.std([single[key].value for single in singles], ddof=1)))
+        lost, module = ratio(averages[name]["residual"], variance), candidates[name][0]
+        parameters = sum(value.numel() for value in module.state_dict().values())
+        if isinstance(module, LowRankLinear):  # its buffers take no part in the forward pass
+            parameters = parameter_count(module.in_features, module.out_features, module.rank, module.bias is not None)
+        row = ComparisonRow(
+            method=name,
+            parameters=parameters,
+            metrics=figures,
+            share_of_optimum=(1 - lost.value) / (1 - best.value),
+            ties_with_optimum=is_tie(lost, best, counts),
             seeds=len(runs) if name in TRAINED else 0,
             seconds=(seconds or {}).get(name),
             function_retained=(function_retained or {}).get(name),
         )
-        for name, runs in measured.items()
-    ]
-
-
-class _Reference:
-    """The teacher's outputs on the held-out rows, and what every replacement is compared with."""
-
-    def __init__(self, teacher: nn.Module, mean: Tensor, held_out: HeldOut) -> None:
-        self.held_out, self.mean = held_out, mean
-        self.target = teacher(held_out.x)
-        self.counts = np.bincount(held_out.proteins)
-        self.energy = self.per_protein(metrics.energy(self.target))
-        self.variance = self.per_protein(metrics.energy(self.target, mean))
-        self.teacher_classes: Tensor | None = None
-        if held_out.labels is not None and held_out.train_x is not None:
-            self.teacher_classes = self.classify(teacher)
-
-    def per_protein(self, rows: Tensor) -> np.ndarray:
-        """Sum a figure per row over each protein's rows: `(N,)` to `(P,)`."""
-        return np.bincount(self.held_out.proteins, weights=rows.double().cpu().numpy(), minlength=len(self.counts))
-
-    def classify(self, module: nn.Module) -> Tensor:
-        """Train a linear probe on a module's outputs for the training rows; its classes for the held-out rows."""
-        h = self.held_out
-        assert h.train_x is not None and h.train_labels is not None
-        return linear_probe(module(h.train_x), h.train_labels, module(h.x))
-
-    def measure(self, module: nn.Module) -> _PerProtein:
-        """Figures of one replacement."""
-        output = module(self.held_out.x)
-        rows = {
-            "cosine": metrics.cosine(output, self.target),
-            "centred_cosine": metrics.centred_cosine(output, self.target, self.mean),
-            "knn_overlap": metrics.knn_overlap(output, self.target, k=NEIGHBOURS),
-        }
-        means = {name: self.per_protein(value) / self.counts for name, value in rows.items()}
-        if self.teacher_classes is not None and self.held_out.labels is not None:
-            classes = self.classify(module)
-            means["probe_accuracy"] = self.per_protein(classes == self.held_out.labels) / self.counts
-            means["probe_agreement"] = self.per_protein(classes == self.teacher_classes) / self.counts
-        residual = self.per_protein(metrics.residual(output, self.target))
-        return _PerProtein(residual, means, metrics.linear_cka(output, self.target))
-
-
-def _average(runs: Sequence[_PerProtein]) -> _PerProtein:
-    """Per-protein means over seeds."""
-    return _PerProtein(
-        np.mean([run.residual for run in runs], axis=0),
-        {name: np.mean([run.means[name] for run in runs], axis=0) for name in runs[0].means},
-        float(np.mean([run.cka for run in runs])),
-    )
-
-
-def _beside_optimum(
-    measured: _PerProtein, best: _PerProtein, reference: _Reference, counts: np.ndarray
-) -> tuple[float, bool]:
-    """R² over the optimum's, and whether the paired interval of their difference holds zero."""
-    lost, best_lost = (ratio(one.residual, reference.variance) for one in (measured, best))
-    return (1 - lost.value) / (1 - best_lost.value), is_tie(lost, best_lost, counts)
-
-
-def _estimates_over_seeds(
-    runs: Sequence[_PerProtein], reference: _Reference, counts: np.ndarray
-) -> dict[str, Estimate]:
-    """Every metric of the per-protein means over seeds, with its standard deviation over them."""
-    estimates = _estimates(_average(runs), reference, counts)
-    if len(runs) == 1:
-        return estimates
-    singles = [_estimates(run, reference, counts[:2]) for run in runs]
-    return {
-        key: replace(estimate, std=float(np.std([single[key].value for single in singles], ddof=1)))
-        for key, estimate in estimates.items()
-    }
-
-
-def _estimates(measured: _PerProtein, reference: _Reference, counts: np.ndarray) -> dict[str, Estimate]:
-    """Every metric with its interval."""
-    lost = estimate(ratio(measured.residual, reference.variance), counts)
-    relative = estimate(ratio(measured.residual, reference.energy), counts)
-    cosines = measured.means["cosine"]
-    worst = interval(float(np.percentile(cosines, 5)), resampled_quantile(counts, cosines, 0.05))
-    estimates = {
-        "r2": Estimate(1 - lost.value, 1 - lost.high, 1 - lost.low),
-        "relative_mse": Estimate(relative.value, relative.low, relative.high),
-        "cosine_p5": Estimate(worst.value, worst.low, worst.high),
-        "cka": Estimate(measured.cka),
-    }
-    for name, values in measured.means.items():
-        average = estimate(ratio(values), counts)
-        estimates[name] = Estimate(average.value, average.low, average.high)
-    return estimates
-
-
-def _parameters(module: nn.Module) -> int:
-    """Stored numbers that take part in the forward pass."""
-    if isinstance(module, LowRankLinear):
-        return parameter_count(module.in_features, module.out_features, module.rank, module.bias is not None)
-    return sum(value.numel() for value in module.state_dict().values())
+        table.append(row)
+    return table

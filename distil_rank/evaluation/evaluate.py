@@ -28,47 +28,27 @@ MAX_QUERIES = 10_000  # evaluated proteins that are searched with at most; every
 
 @dataclass(frozen=True)
 class Entry:
-    """One representation on the task.
-
-    Attributes:
-        name: of the representation.
-        role: what it is in the comparison.
-        bytes: stored for each protein; None where nothing is.
-        scores: by metric, with 95 % intervals over groups.
-        retained: by metric, the score over the full vector's, with the paired interval; empty for the full vector.
-        seconds: to make and evaluate it.
-    """
+    """One representation on the task."""
 
     name: str
     role: Role
-    bytes: float | None
-    scores: dict[str, Interval]
-    retained: dict[str, Interval] = field(default_factory=dict)
-    seconds: float = 0.0
+    bytes: float | None  # stored for each protein; None where nothing is
+    scores: dict[str, Interval]  # by metric, with 95 % intervals over groups
+    retained: dict[str, Interval] = field(default_factory=dict)  # the score over the full vector's, paired
+    seconds: float = 0.0  # to make and evaluate it
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured on one task.
+    """Everything measured on one task."""
 
-    Attributes:
-        task: its kind.
-        labels: where they come from.
-        groups: how groups were set apart, in words.
-        fitted: proteins that were fitted on.
-        evaluated: proteins that were not.
-        metrics: names, the first being the headline.
-        entries: one for each representation, the full vector first.
-        notes: what a reader must know.
-    """
-
-    task: str
+    task: str  # its kind
     labels: str
-    groups: str
-    fitted: int
-    evaluated: int
-    metrics: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    groups: str  # how they were set apart, in words
+    fitted: int  # proteins
+    evaluated: int  # proteins
+    metrics: tuple[str, ...]  # the first is the headline
+    entries: tuple[Entry, ...]  # one for each representation, the full vector first
     notes: tuple[str, ...] = ()
 
     @property
@@ -110,30 +90,32 @@ def evaluate(
     """
     trial = make_trial(target, groups, max_queries, seed)
     headline = trial.headline(metric)
-    measured: list[tuple[str, Role, float | None, dict[str, Statistic], float]] = []
+    counts, reference = resample_counts(trial.evaluated_groups), dict[str, Statistic]()
+    entries: list[Entry] = []
+
+    def add(name: str, role: Role, stored: float | None, statistics: dict[str, Statistic], started: float) -> None:
+        seconds = time.perf_counter() - started
+        scores = {key: estimate(statistic, counts) for key, statistic in statistics.items()}
+        shares = {key: retained(statistics[key], full, counts) for key, full in reference.items()}
+        known = {key: share for key, share in shares.items() if share is not None}
+        entries.append(Entry(name, role, stored, scores, known, seconds))
+
     with tqdm(total=len(representations) + (alignment is not None), desc="evaluate", disable=None) as bar:
         for one in representations:
             bar.set_postfix_str(one.name)
             started = time.perf_counter()
             rows = one.make(groups.fit)
             statistics = trial.measure(rows)
-            measured.append((one.name, one.role, one.bytes, statistics, time.perf_counter() - started))
-            if len(measured) == 1:
-                measured.append(("chance", "chance", None, trial.chance(rows), 0.0))
+            add(one.name, one.role, one.bytes, statistics, started)
+            if not reference:
+                reference |= statistics
+                add("chance", "chance", None, trial.chance(rows), time.perf_counter())
             bar.update()
         if alignment is not None and isinstance(trial, RetrievalTrial):
             bar.set_postfix_str(ALIGNMENT)
             started = time.perf_counter()
-            statistics = trial.measure_scores(alignment())
-            measured.append((ALIGNMENT, "baseline", None, statistics, time.perf_counter() - started))
+            add(ALIGNMENT, "baseline", None, trial.measure_scores(alignment()), started)
             bar.update()
-    counts, reference = resample_counts(trial.evaluated_groups), measured[0][3]
-    entries = []
-    for name, role, size, statistics, seconds in measured:
-        scores = {key: estimate(statistic, counts) for key, statistic in statistics.items()}
-        shares = {key: retained(statistic, reference[key], counts) for key, statistic in statistics.items()}
-        share = {key: value for key, value in shares.items() if value is not None and statistics is not reference}
-        entries.append(Entry(name, role, size, scores, share, seconds))
     lines = [*notes, *trial.notes, *(one.note for one in representations if one.note)]
     full = entries[0].scores[headline].value
     for entry in entries:
@@ -142,30 +124,19 @@ def evaluate(
             words = "amino-acid composition and length alone" if entry.name == COMPOSITION else f"{entry.name} search"
             lines.append(f"WARNING: {words} reaches {score:.3f} {headline}, no less than the full vector's {full:.3f}.")
     metrics = (headline, *(name for name in trial.metrics if name != headline))
-    fitted = int(groups.fit.sum())
-    evaluated = len(groups.fit) - fitted
+    fitted, evaluated = int(groups.fit.sum()), len(groups.evaluated)
     return Evaluation(target.kind, labels, groups.description, fitted, evaluated, metrics, tuple(entries), tuple(lines))
 
 
 class Trial(Protocol):
-    """A task that representations of the same proteins are put to, one after the other.
-
-    Attributes:
-        metrics: names, the headline first.
-        notes: what a reader must know.
-        evaluated_groups: number of groups that intervals are taken over.
-    """
+    """A task that representations of the same proteins are put to, one after the other."""
 
     metrics: tuple[str, ...]
     notes: list[str]
     evaluated_groups: int
 
     def headline(self, metric: str | None) -> str:
-        """The metric of this name, or the first.
-
-        Raises:
-            InputError: there is none of this name.
-        """
+        """The metric of this name, or the first."""
         if metric is not None and metric not in self.metrics:
             raise InputError(f"Expected --metric out of {', '.join(self.metrics)} but got {metric!r}.")
         return metric or self.metrics[0]
@@ -178,17 +149,7 @@ class Trial(Protocol):
 
 
 def make_trial(target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0) -> Trial:
-    """The trial that a target asks for.
-
-    Args:
-        target: labels of all `N` proteins.
-        groups: which may be fitted on; the others are evaluated.
-        max_queries: evaluated proteins to search with at most (retrieval).
-        seed: of draws and permutations.
-
-    Raises:
-        InputError: nothing to evaluate on.
-    """
+    """The trial that a target asks for."""
     if target.relevance is not None:
         return RetrievalTrial(target.relevance, groups, max_queries, seed)
     return ProbeTrial(target, groups, seed)
@@ -244,15 +205,14 @@ class ProbeTrial(Trial):
         self.evaluated_groups = len(np.unique(groups.number[~groups.fit]))
         if target.kind == "regression":
             return
-        fit, evaluated = (self._classes(rows) for rows in (groups.fit, ~groups.fit))
+        fit, evaluated = (
+            set((np.flatnonzero(y.any(axis=0)) if y.ndim == 2 else np.unique(y)).tolist())
+            for y in (target.y[groups.fit], target.y[~groups.fit])
+        )
         for only, split in ((fit - evaluated, "fitted on"), (evaluated - fit, "evaluated")):
             names = ", ".join(target.classes[k] for k in sorted(only)[:3]) + (", ..." if len(only) > 3 else "")
             if only:
                 self.notes.append(f"{len(only):,} of {len(target.classes):,} classes are only {split} ({names})")
-
-    def _classes(self, rows: np.ndarray) -> set[int]:
-        y = self.y[rows]
-        return set((np.flatnonzero(y.any(axis=0)) if y.ndim == 2 else np.unique(y)).tolist())
 
     def measure(self, rows: Rows, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
         """From a probe that is fitted on the true labels, or on others."""

@@ -31,14 +31,8 @@ def function_retained(
 ) -> dict[str, FunctionRetained]:
     """Evaluate outputs on the labels of the test rows; probes are fitted on the training rows.
 
-    Args:
-        teacher: maps `(N, n)` to `(N, m)`.
-        candidates: by method, one module for a solver or one for each seed, the first of which is evaluated.
-        mean: the teacher's mean output on the training rows, `(m,)`: what outputs are centred on for retrieval.
-        data: set up already.
-
-    Returns:
-        By method; empty where the data have no labels, or none that make a task on these rows.
+    Of several modules of a method, one for each seed, the first is evaluated. Outputs are centred on `mean (m,)` for
+    retrieval. The result is empty where the data have no labels, or none that make a task on these rows.
     """
     table, ids, clusters = own_labels(data.source, data.embeddings), data.embeddings.ids, data.embeddings.clusters
     if table is None or len(set(ids)) < len(ids):
@@ -67,7 +61,7 @@ def function_retained(
     words = f"{target.kind} by the labels that come with the data, {len(test):,} test rows"
     shares = {method: retained(statistic, reference, counts) for method, statistic in statistics.items()}
     return {
-        method: FunctionRetained(words, metric, Estimate(share.value, share.low, share.high))
+        method: FunctionRetained(words, metric, Estimate.of(share))
         for method, share in shares.items()
         if share is not None
     }

@@ -19,17 +19,11 @@ USUAL = ("group", "groups", "cluster", "clusters", "mmseqs", "none")  # what is 
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of proteins and the split of each.
+    """Groups of proteins and the split of each."""
 
-    Attributes:
-        number: of the group of each protein, `(N,)` integers.
-        fit: which proteins may be fitted on, `(N,)` bool; the others are evaluated.
-        description: in words.
-    """
-
-    number: np.ndarray
-    fit: np.ndarray
-    description: str
+    number: np.ndarray  # of the group of each protein, (N,) integers
+    fit: np.ndarray  # which proteins may be fitted on, (N,) bool; the others are evaluated
+    description: str  # in words
 
     @property
     def evaluated(self) -> np.ndarray:
@@ -50,18 +44,11 @@ def make_groups(
     """Put whole groups into either split, to fit on or to evaluate on, by `split_groups`.
 
     Args:
-        choice: name of a column of the label table or of a level of the label, `clusters` (given with the data),
-            `mmseqs` (clusters at 30 % identity), `none` (each protein by itself), or a file of the groups to fit on, a
-            name of a column's or level's group in each line. By default, for retrieval the level above the one that
-            counts (fold for superfamily), or the next finer one that has enough groups; otherwise the clusters given
-            with the data, then MMseqs2's.
-        target: of the task.
-        ids: of the proteins, `(N,)`.
-        sequences: of the proteins.
-        clusters: given with the data.
-        columns: further columns of the label table, each `(N,)`.
-        fit_fraction: share of the proteins to fit on, about.
-        seed: of the draw of groups.
+        choice: name of one of `columns` (of the label table) or of a level of the label, `clusters` (given with the
+            data), `mmseqs` (clusters at 30 % identity), `none` (each protein by itself), or a file of the groups to
+            fit on, a name of a column's or level's group in each line. By default, for retrieval the level above the
+            one that counts (fold for superfamily), or the next finer one that has enough groups; otherwise the
+            clusters given with the data, then MMseqs2's.
 
     Raises:
         InputError: an unknown choice, fewer than two groups, or a split without groups.

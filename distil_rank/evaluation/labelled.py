@@ -29,25 +29,15 @@ OWN_LABELS, OWN_CLUSTERS = "labels.tsv", "clusters.tsv"  # in the folder of a st
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Proteins with a vector and a label, and which of them may be fitted on.
+    """Proteins with a vector and a label, and which of them may be fitted on."""
 
-    Attributes:
-        source: of the vectors.
-        embeddings: of the labelled proteins, one row each, in the order of the data.
-        labels: where the labels come from.
-        target: the labels as numbers.
-        groups: which proteins may be fitted on.
-        notes: what was left out.
-        rows: of the labelled proteins in the data.
-    """
-
-    source: str
-    embeddings: Embeddings
-    labels: str
+    source: str  # of the vectors
+    embeddings: Embeddings  # of the labelled proteins, one row each, in the order of the data
+    labels: str  # where they come from
     target: Target
     groups: Groups
-    notes: tuple[str, ...]
-    rows: np.ndarray
+    notes: tuple[str, ...]  # what was left out
+    rows: np.ndarray  # of the labelled proteins in the data
 
 
 def open_labelled(
@@ -58,15 +48,7 @@ def open_labelled(
     fit_fraction: float = 0.5,
     seed: int = 0,
 ) -> LabelledData:
-    """Read vectors and labels, keep the proteins that have both, and set groups apart.
-
-    Args:
-        source: of the vectors, as for `load_matrix`; `auto` is the labelled sample where no labels are named.
-        labels: where labels come from.
-        kind: of the task.
-        groups: see `make_groups`.
-        fit_fraction: share of the proteins to fit on.
-        seed: of the draw of groups.
+    """Read vectors and labels, keep the proteins that have both, and set groups apart by `make_groups`.
 
     Raises:
         InputError: either cannot be read, they do not match, or they make no task.
@@ -127,11 +109,7 @@ def labelled_source(source: str, labels: LabelOptions) -> str:
 
 
 def load_vectors(source: str) -> Embeddings:
-    """One vector for each protein, with the clusters in the store's folder, where there are some.
-
-    Raises:
-        InputError: they cannot be read, or an id comes twice: per-residue vectors, or a damaged file.
-    """
+    """One vector for each protein, with the clusters in the store's folder, where there are some."""
     data = load_matrix(source)
     if len(set(data.ids)) < len(data.ids):
         name, times = Counter(data.ids).most_common(1)[0]
@@ -144,11 +122,7 @@ def load_vectors(source: str) -> Embeddings:
 
 
 def load_matching(path: str, ids: Sequence[str]) -> np.ndarray:
-    """Another matrix's vectors of these proteins, `(len(ids), d)`.
-
-    Raises:
-        InputError: some are missing.
-    """
+    """Another matrix's vectors of these proteins, `(len(ids), d)`."""
     data = load_vectors(path)
     row_of = {one: row for row, one in enumerate(data.ids)}
     if missing := [one for one in ids if one not in row_of]:

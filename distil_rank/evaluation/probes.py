@@ -41,7 +41,7 @@ def probe_metrics(target: Target) -> tuple[str, ...]:
 def probe(
     features: np.ndarray, target: Target, fit: np.ndarray, number: np.ndarray, y_fit: np.ndarray | None = None
 ) -> dict[str, Statistic]:
-    """Fit a linear probe on the fit groups and evaluate its predictions on the others.
+    """Fit a linear probe on the fit groups; by metric, sums over the evaluated groups of its predictions there.
 
     Args:
         features: `(N, d)`.
@@ -50,9 +50,6 @@ def probe(
         number: group of each row, `(N,)`.
         y_fit: labels to fit on in place of the true ones, for the chance level.
 
-    Returns:
-        By metric, sums over the evaluated groups.
-
     Raises:
         InputError: fewer than two groups to fit on, or one class among them.
     """
@@ -60,13 +57,27 @@ def probe(
     x_fit, x = features[fit], features[~fit]
     y_fit, y = target.y[fit] if y_fit is None else y_fit, target.y[~fit]
     group = np.unique(number[~fit], return_inverse=True)[1]
-    model = _model(target, y_fit, number[fit])
+    groups = len(np.unique(number[fit]))
+    if groups < 2:
+        raise InputError(f"Expected at least two groups to fit a probe on but got {groups}; choose other --groups.")
+    if target.kind != "regression" and len(np.unique(y_fit, axis=0)) < 2:
+        raise InputError("Expected at least two classes to fit a probe on but got one; choose other --groups.")
+    logistic: Any = LogisticRegression(max_iter=200, tol=1e-3)
+    grid: dict[str, tuple[float, ...]] = {"logisticregression__C": STRENGTHS}
+    model, scoring = logistic, None
+    if target.kind == "regression":
+        model, grid = Ridge(), {"ridge__alpha": PENALTIES}
+    elif target.kind == "multilabel":
+        model, grid = OneVsRestClassifier(logistic), {"onevsrestclassifier__estimator__C": STRENGTHS}
+        scoring = "f1_macro"
+    pipeline, folds = make_pipeline(StandardScaler(), model), GroupKFold(min(FOLDS, groups))
+    search = GridSearchCV(pipeline, grid, scoring=scoring, cv=folds, error_score=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
         warnings.simplefilter("ignore", FitFailedWarning)  # a fold without a second class scores 0 at every strength
         warnings.filterwarnings("ignore", "The number of unique classes")  # what is meant decides --task
-        model.fit(x_fit, y_fit, groups=number[fit])
-    predicted = model.predict(x)
+        search.fit(x_fit, y_fit, groups=number[fit])
+    predicted = search.predict(x)
     if target.kind == "regression":
         return {"spearman": spearman(predicted, y, group), "r2": r2(predicted, y, group)}
     nearest = KNeighborsClassifier(1, metric="cosine").fit(x_fit, y_fit).predict(x)
@@ -81,33 +92,10 @@ def probe(
     }
 
 
-def _model(target: Target, y: np.ndarray, number: np.ndarray) -> GridSearchCV:
-    groups = len(np.unique(number))
-    if groups < 2:
-        raise InputError(f"Expected at least two groups to fit a probe on but got {groups}; choose other --groups.")
-    if target.kind != "regression" and len(np.unique(y, axis=0)) < 2:
-        raise InputError("Expected at least two classes to fit a probe on but got one; choose other --groups.")
-    options: dict[str, Any] = {"cv": GroupKFold(min(FOLDS, groups)), "error_score": 0.0}
-    if target.kind == "regression":
-        return GridSearchCV(make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": PENALTIES}, **options)
-    logistic = LogisticRegression(max_iter=200, tol=1e-3)
-    if target.kind == "multilabel":
-        pipeline = make_pipeline(StandardScaler(), OneVsRestClassifier(logistic))
-        return GridSearchCV(pipeline, {"onevsrestclassifier__estimator__C": STRENGTHS}, scoring="f1_macro", **options)
-    return GridSearchCV(make_pipeline(StandardScaler(), logistic), {"logisticregression__C": STRENGTHS}, **options)
-
-
 def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
-    """Class of each test row by scikit-learn's ridge classifier on standardised features, solved exactly.
+    """Class of each test row, `(M,)`, by scikit-learn's ridge classifier on standardised features, solved exactly.
 
-    Args:
-        train_x: features, `(N, m)`.
-        train_labels: class of each training row, integers, `(N,)`.
-        test_x: features, `(M, m)`.
-        ridge: strength of the penalty for each row, relative to features of unit variance.
-
-    Returns:
-        Predicted classes, `(M,)`.
+    `ridge` is the strength of the penalty for each row, relative to features of unit variance.
 
     >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
     >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))

@@ -26,21 +26,13 @@ Rows = tuple[Tensor, Tensor]  # queries and targets, `(N, d)` float32 of unit le
 
 @dataclass(frozen=True)
 class Representation:
-    """Vectors to be compared by their inner product, made when their turn comes, so that one set is in memory.
-
-    Attributes:
-        name: in tables.
-        role: what it is in the comparison.
-        bytes: stored for each protein.
-        make: maps the rows to fit on, `(N,)` bool, to the vectors.
-        note: what a reader must know of it.
-    """
+    """Vectors to be compared by their inner product, made when their turn comes, so that one set is in memory."""
 
     name: str
     role: Role
-    bytes: float
-    make: Callable[[np.ndarray], Rows]
-    note: str | None = None
+    bytes: float  # stored for each protein
+    make: Callable[[np.ndarray], Rows]  # maps the rows to fit on, (N,) bool, to the vectors
+    note: str | None = None  # what a reader must know of it
 
 
 def full_vector(x: np.ndarray, name: str = FULL, role: Role = "reference") -> Representation:

@@ -1,21 +1,16 @@
-"""The result of an experiment: `training` fills it, `report` and `figures` render it, `commands` log it.
+"""The result of an experiment: `training` fills it, `report` renders it, `commands` log it.
 
-JSON is its serialisation, in both directions; `docs/report.md` documents the keys, which are the names of the fields
-here. `SCHEMA` rises when a key changes its meaning or goes.
+JSON is its serialisation; docs/report.md documents the keys, which are the names of the fields here. `SCHEMA` rises
+when a key changes its meaning or goes.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from distil_rank.data.description import DataDescription
-from distil_rank.errors import InputError
 from distil_rank.measure.latency import LayerLatency, machine
+from distil_rank.measure.statistics import Interval
 
 SCHEMA = 2
 RECIPE = "original recipe"
@@ -28,21 +23,19 @@ METHOD_NOTE = (
 )
 
 
-def _null_is_nan(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
-Number = Annotated[float, BeforeValidator(_null_is_nan)]  # JSON has no NaN and no infinity: they are written as null
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A held-out figure with its 95 % interval over proteins, and its standard deviation over seeds if several."""
 
-    value: Number
+    value: float
     low: float | None = None
     high: float | None = None
     std: float | None = None
+
+    @classmethod
+    def of(cls, interval: Interval) -> Estimate:
+        """The figure with its interval."""
+        return cls(interval.value, interval.low, interval.high)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -52,13 +45,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class FunctionRetained:
-    """What a replacement keeps of the teacher's score on a labelled task.
-
-    Attributes:
-        task: the task and its labels, in words.
-        metric: the task's score.
-        retained: the replacement's score over the teacher's, with its 95 % interval.
-    """
+    """The replacement's score on a labelled task over the teacher's."""
 
     task: str
     metric: str
@@ -67,24 +54,12 @@ class FunctionRetained:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One replacement of the teacher on the held-out rows.
-
-    Attributes:
-        method: its name.
-        parameters: stored numbers of the replacement.
-        metrics: by name: `r2`, `centred_cosine`, `knn_overlap`, `cosine`, `cosine_p5`, `relative_mse`, `cka`, and
-            with labels `probe_accuracy` and `probe_agreement`.
-        share_of_optimum: R² over the closed form's on the same rows.
-        ties_with_optimum: whether the paired interval of the difference in R² to the closed form holds zero.
-        seeds: number of trained students that the row averages; 0 for a solver.
-        seconds: wall time to make one.
-        function_retained: on a labelled task, where there is one.
-    """
+    """One replacement of the teacher on the held-out rows."""
 
     method: str
     parameters: int
     metrics: dict[str, Estimate]
-    share_of_optimum: Number
+    share_of_optimum: float
     ties_with_optimum: bool
     seeds: int = 0
     seconds: float | None = None
@@ -96,14 +71,13 @@ class Curve:
     """A student on the validation rows while it trained: `1 − R²` and the loss at each step, the warm start first."""
 
     step: list[int] = field(default_factory=list)
-    val_residual: list[Number] = field(default_factory=list)
-    val_loss: list[Number] = field(default_factory=list)
+    val_residual: list[float] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of the weight, and standard deviations of the output's principal components; both over the
-    largest."""
+    """Singular values of the weight, and standard deviations of the output's principal components, over the largest."""
 
     singular_values: list[float]
     output_std: list[float]
@@ -115,10 +89,10 @@ class ParetoPoint:
 
     rank: int
     predicted_r2: float
-    r2: Number
-    r2_low: Number
-    r2_high: Number
-    knn_overlap: Number
+    r2: float
+    r2_low: float
+    r2_high: float
+    knn_overlap: float
     parameters: int
 
 
@@ -134,17 +108,9 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class TeacherCheck:
-    """Whether a layer is worth distilling.
+    """Whether a layer is worth distilling; the denoising figures are None unless it is a denoiser."""
 
-    Attributes:
-        effective_rank: of the teacher's output on the training rows (Roy and Vetterli, 2007).
-        denoising_r2: R² of the teacher against the clean input on held-out rows; None unless it is a denoiser. At or
-            below 0 it does worse than predicting the mean protein.
-        noise_to_std: the noise over the median standard deviation of a dimension; None unless it is a denoiser.
-        warning: one line that names the remedy, or None.
-    """
-
-    effective_rank: Number
+    effective_rank: float
     denoising_r2: float | None = None
     noise_to_std: float | None = None
     warning: str | None = None
@@ -152,28 +118,7 @@ class TeacherCheck:
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """One distilled layer.
-
-    Attributes:
-        teacher: its name.
-        check: whether it was worth it.
-        rank: of the students.
-        rank_requested: a number, a share of the variance, or `auto`.
-        rank_note: why the predicted R² may not hold on other rows; empty if nothing speaks against it.
-        shape: `(outputs, inputs)`.
-        parameters: how many.
-        predicted_r2: the closed form's, from the training rows.
-        held_out_r2: the closed form's, on the held-out rows.
-        held_out_note: where only some of the held-out rows were measured.
-        comparison: one row per method.
-        latency: one row per batch size.
-        spectrum: of the weight and of its output.
-        curves: of the first seed, by method.
-        training_note: what training gained.
-        validation_optimum: the closed form's `1 − R²` on the validation rows.
-        pareto: the closed form at many ranks.
-        run_id: MLflow's.
-    """
+    """One distilled layer: its students in the comparison, its latency, curves and Pareto points."""
 
     teacher: str
     check: TeacherCheck
@@ -183,14 +128,14 @@ class TeacherResult:
     shape: tuple[int, int]
     parameters: ParameterCounts
     predicted_r2: float
-    held_out_r2: Number
+    held_out_r2: float
     held_out_note: str | None
     comparison: list[ComparisonRow]
     latency: list[LayerLatency]
     spectrum: Spectrum
     curves: dict[str, Curve]
     training_note: str
-    validation_optimum: Number
+    validation_optimum: float
     pareto: list[ParetoPoint]
     run_id: str | None = None
 
@@ -213,22 +158,3 @@ class Result:
     method_note: str = METHOD_NOTE
     seconds: float
     machine: str = field(default_factory=machine)
-
-
-_JSON = TypeAdapter(Result)
-
-
-def load_json(path: Path) -> Result:
-    """Read a result that a report wrote.
-
-    Raises:
-        InputError: no such file, not such a result, or one of another schema.
-    """
-    try:
-        result = _JSON.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
-        raise InputError(f"Expected a result of distil, benchmark or sweep in {path} but got: {reason}") from error
-    if result.schema != SCHEMA:
-        raise InputError(f"Expected schema {SCHEMA} in {path} but got {result.schema}; measure again.")
-    return result

@@ -23,18 +23,11 @@ Scores = Callable[[np.ndarray, np.ndarray], Tensor]  # (queries, targets) as ind
 
 @dataclass(frozen=True)
 class Relevance:
-    """Which proteins count as right answers.
+    """Which proteins count as right answers, by levels of labels, finest first; a flat label has one."""
 
-    Attributes:
-        levels: class of each protein at each level, finest first, `(levels, N)` integers: for SCOPe family,
-            superfamily, fold. A flat label has one level.
-        names: of the levels, finest first.
-        level: index of the level at which average precision is taken.
-    """
-
-    levels: np.ndarray
-    names: tuple[str, ...]
-    level: int = 0
+    levels: np.ndarray  # class of each protein, (levels, N) integers
+    names: tuple[str, ...]  # of the levels: for SCOPe family, superfamily, fold
+    level: int = 0  # index of the level at which average precision is taken
 
     def subset(self, rows: np.ndarray) -> Relevance:
         """The same for some of the proteins."""

@@ -20,21 +20,13 @@ SCOPE_LEVELS = ("class", "fold", "superfamily", "family")
 
 @dataclass(frozen=True)
 class Target:
-    """Labels as numbers.
-
-    Attributes:
-        kind: of the task.
-        relevance: what counts as a right answer (retrieval).
-        y: class numbers `(N,)` (classification), 0/1 `(N, L)` (multilabel) or values `(N,)` (regression).
-        classes: names of the classes or labels.
-        levels: names of each level's classes, finest first, `(N,)` each (retrieval); what groups may be made of.
-    """
+    """Labels as numbers."""
 
     kind: Kind
-    relevance: Relevance | None = None
-    y: np.ndarray | None = None
-    classes: tuple[str, ...] = ()
-    levels: tuple[tuple[str, ...], ...] = ()
+    relevance: Relevance | None = None  # what counts as a right answer (retrieval)
+    y: np.ndarray | None = None  # classes (N,), 0/1 of labels (N, L) (multilabel) or values (N,) (regression)
+    classes: tuple[str, ...] = ()  # names of the classes or labels
+    levels: tuple[tuple[str, ...], ...] = ()  # names of each level's classes, finest first, (N,) each (retrieval)
 
     def subset(self, rows: np.ndarray) -> Target:
         """The same for some of the proteins."""
@@ -44,13 +36,10 @@ class Target:
 
 
 def make_target(labels: Sequence[str], source: LabelOptions, kind: TaskKind = "auto") -> Target:
-    """Turn the text of labels into numbers.
+    """Turn the text of labels `(N,)` into numbers.
 
-    Args:
-        labels: of each protein, `(N,)`.
-        source: how they are to be read.
-        kind: of the task; `auto` takes numbers for regression, several labels a protein for multilabel, a hierarchy or
-            many small classes for retrieval, and few large classes for classification.
+    The kind `auto` takes numbers for regression, several labels a protein for multilabel, a hierarchy or many small
+    classes for retrieval, and few large classes for classification.
 
     Raises:
         InputError: labels that do not suit the task.
@@ -63,7 +52,13 @@ def make_target(labels: Sequence[str], source: LabelOptions, kind: TaskKind = "a
     several = any(SEVERAL in label for label in labels)
     depth = labels[0].count(".")  # above 1 for labels such as a.1.1.1, so that 1.5 is a number
     dotted = depth > 1 and all(label.count(".") == depth and DOTTED.fullmatch(label) for label in labels)
-    wrong = next((label for label in labels if not _is_number(label)), None)
+    values, wrong = list[float](), None
+    for label in labels:
+        try:
+            values.append(float(label))
+        except ValueError:
+            wrong = label
+            break
     sizes = np.unique(np.asarray(labels), return_counts=True)[1]
     if kind == "auto":
         guesses: dict[Kind, bool] = {
@@ -78,7 +73,13 @@ def make_target(labels: Sequence[str], source: LabelOptions, kind: TaskKind = "a
             f"Expected --labels.level for labels of several levels but got {source.level!r} for a {kind}; omit it."
         )
     if kind == "regression":
-        return Target(kind, y=_numbers(labels, wrong))
+        if wrong is not None:
+            raise InputError(f"Expected a number for each protein for a regression but got {wrong!r}; correct it.")
+        if bad := np.count_nonzero(~np.isfinite(values)):
+            raise InputError(f"Expected finite targets but got {bad:,} that are NaN or infinite; remove those lines.")
+        if min(values) == max(values):
+            raise InputError(f"Expected targets that differ but every one is {values[0]:g}; choose another column.")
+        return Target(kind, y=np.array(values))
     if len(sizes) < 2:
         raise InputError(f"Expected at least two classes but every label is {labels[0]!r}; choose another column.")
     if kind == "retrieval":
@@ -90,25 +91,6 @@ def make_target(labels: Sequence[str], source: LabelOptions, kind: TaskKind = "a
     classes = tuple(sorted(set().union(*sets)))
     member = np.array([[name in names for name in classes] for names in sets], dtype=np.int64)
     return Target(kind, y=member.argmax(axis=1) if kind == "classification" else member, classes=classes)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _numbers(labels: Sequence[str], wrong: str | None) -> np.ndarray:
-    if wrong is not None:
-        raise InputError(f"Expected a number for each protein for a regression but got {wrong!r}; correct it.")
-    values = np.array([float(label) for label in labels])
-    if bad := np.count_nonzero(~np.isfinite(values)):
-        raise InputError(f"Expected finite targets but got {bad:,} that are NaN or infinite; remove those lines.")
-    if values.min() == values.max():
-        raise InputError(f"Expected targets that differ but every one is {values[0]:g}; choose another column.")
-    return values
 
 
 def _retrieval(labels: Sequence[str], source: LabelOptions, separator: str | None) -> Target:

@@ -42,19 +42,10 @@ class Timing:
         """The least sample that 95 % of the samples do not exceed."""
         return sorted(self.samples)[math.ceil(0.95 * len(self.samples)) - 1]
 
-    @property
-    def repeats(self) -> int:
-        """Number of turns."""
-        return len(self.samples)
-
 
 @dataclass(frozen=True)
 class LayerLatency:
-    """A dense layer beside its replacement at one batch size; microseconds per call.
-
-    `ratio` is the ratio of the medians, `paired_ratio` the median of the ratios of neighbouring turns: where the two
-    disagree, the machine was too busy to tell.
-    """
+    """A dense layer beside its replacement at one batch size; microseconds per call."""
 
     batch: int
     threads: int
@@ -64,8 +55,8 @@ class LayerLatency:
     dense_p95_us: float
     student_us: float
     student_p95_us: float
-    ratio: float
-    paired_ratio: float
+    ratio: float  # of the medians
+    paired_ratio: float  # median over neighbouring turns; where the two disagree, the machine was too busy to tell
 
 
 def time_interleaved(
@@ -78,20 +69,18 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time callables in turns, under `torch.inference_mode`, with as many threads as torch is set to.
 
-    Every other round goes through the candidates backwards, so that none always runs in another's cache.
+    Every other round goes through the candidates backwards, so that none always runs in another's cache. On CUDA the
+    clock is read only once the device is idle.
 
     Args:
         candidates: callables without arguments, by name.
         repeats: rounds, each with one turn of each candidate.
         warmup: calls of each before anything counts.
         min_time: seconds that a turn lasts at least: a call shorter than this is repeated within it.
-        device: where the work runs; on CUDA the clock is read only once the device is idle.
-
-    Raises:
-        ValueError: there is no candidate or no repeat.
+        device: where the work runs.
 
     >>> timings = time_interleaved({"one": lambda: sum(range(10)), "two": lambda: sum(range(20))}, repeats=3, warmup=1)
-    >>> [(timing.name, timing.repeats, timing.median_s > 0) for timing in timings.values()]
+    >>> [(timing.name, len(timing.samples), timing.median_s > 0) for timing in timings.values()]
     [('one', 3, True), ('two', 3, True)]
     """
     if not candidates or repeats < 1:
@@ -110,27 +99,14 @@ def time_interleaved(
             for name in order:
                 samples[name].append(_seconds(candidates[name], calls[name], device))
             order.reverse()
-    return {
-        name: Timing(name, threads=torch.get_num_threads(), device=str(device), samples=tuple(taken))
-        for name, taken in samples.items()
-    }
+    threads = torch.get_num_threads()
+    return {name: Timing(name, threads, str(device), tuple(taken)) for name, taken in samples.items()}
 
 
 def compare_layers(
     dense: nn.Linear, student: nn.Module, batches: Sequence[int] = (1, 32, 256), threads: int = 1, repeats: int = 50
 ) -> list[LayerLatency]:
-    """Time a dense layer beside its replacement on Gaussian rows, on the device and in the type of the dense layer.
-
-    Args:
-        dense: the layer replaced.
-        student: its replacement.
-        batches: rows in a call.
-        threads: of the processor, while timing; what was set before is restored.
-        repeats: turns of each.
-
-    Returns:
-        One row for each batch size.
-    """
+    """A dense layer beside its replacement on Gaussian rows, on the device and in the type of the dense layer."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     with torch_threads(threads):
@@ -143,7 +119,7 @@ def compare_layers(
                     batch=batch,
                     threads=slow.threads,
                     device=slow.device,
-                    repeats=slow.repeats,
+                    repeats=repeats,
                     dense_us=1e6 * slow.median_s,
                     dense_p95_us=1e6 * slow.p95_s,
                     student_us=1e6 * fast.median_s,

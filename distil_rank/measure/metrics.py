@@ -1,7 +1,8 @@
 """How much of a teacher's function a student keeps.
 
-Pure functions of outputs first; rows are proteins (or residues), columns output dimensions. Sums run in float64. The
-headline is what a constant cannot win: R², the centred cosine, the neighbours kept. Raw cosine is here to be compared.
+Functions of outputs `(N, m)`: rows are proteins (or residues). `mean (m,)` is always the mean of the teacher's outputs
+over the *training* rows. Figures of rows are `(N,)` float64. The headline is what a constant cannot win: R², the
+centred cosine, the neighbours kept. Raw cosine is here to be compared.
 """
 
 import torch
@@ -13,13 +14,6 @@ from torchmetrics import Metric
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """Cosine of each row of the student with the teacher's, ``s·t / (‖s‖ ‖t‖)``; 0 where either is zero.
 
-    Args:
-        student: Outputs, shape (N, m).
-        teacher: Outputs, shape (N, m).
-
-    Returns:
-        Shape (N,), float64.
-
     >>> cosine(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[6.0, 8.0], [1.0, 0.0]]))
     tensor([1., 0.], dtype=torch.float64)
     """
@@ -28,15 +22,7 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def centred_cosine(student: Tensor, teacher: Tensor, mean: Tensor) -> Tensor:
-    """Cosine of each row after the teacher's mean output is taken from both, so that a constant scores 0.
-
-    Args:
-        student: Outputs, shape (N, m).
-        teacher: Outputs, shape (N, m).
-        mean: The mean of the teacher's outputs over the *training* rows, shape (m,).
-
-    Returns:
-        Shape (N,), float64.
+    """Cosine of each row after `mean` is taken from both, so that a constant scores 0.
 
     >>> mean = torch.tensor([9.0, 9.0])
     >>> centred_cosine(torch.tensor([[9.0, 8.0]]), torch.tensor([[9.0, 10.0]]), mean)
@@ -46,7 +32,7 @@ def centred_cosine(student: Tensor, teacher: Tensor, mean: Tensor) -> Tensor:
 
 
 def residual(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of each row, ``‖s − t‖²``, shape (N,), float64; what relative MSE and R² sum up.
+    """Squared error of each row, ``‖s − t‖²``; what relative MSE and R² sum up.
 
     >>> residual(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
     tensor([5.], dtype=torch.float64)
@@ -56,7 +42,7 @@ def residual(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def energy(teacher: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Squared length of each row, ``‖t‖²`` or ``‖t − mean‖²``, shape (N,), float64.
+    """Squared length of each row, ``‖t‖²`` or ``‖t − mean‖²``.
 
     >>> energy(torch.tensor([[3.0, 4.0]])), energy(torch.tensor([[3.0, 4.0]]), mean=torch.tensor([3.0, 3.0]))
     (tensor([25.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
@@ -66,11 +52,6 @@ def energy(teacher: Tensor, mean: Tensor | None = None) -> Tensor:
 
 def r2(student: Tensor, teacher: Tensor, mean: Tensor) -> float:
     """Share of the teacher's variance kept, ``1 − Σ ‖s − t‖² / Σ ‖t − mean‖²``: 1 is perfect, 0 no better than `mean`.
-
-    Args:
-        student: Outputs, shape (N, m).
-        teacher: Outputs, shape (N, m).
-        mean: The mean of the teacher's outputs over the *training* rows, shape (m,).
 
     >>> teacher = torch.tensor([[1.0], [3.0]])
     >>> r2(torch.tensor([[1.0], [2.0]]), teacher, mean=torch.tensor([2.0]))
@@ -83,17 +64,8 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
     """Share of each row's k nearest neighbours among the teacher's outputs that are among the student's too.
 
     ``|kNN_s(i) ∩ kNN_t(i)| / k`` with Euclidean distance, a row not being its own neighbour. Distances do not change
-    when a constant is added, so the overlap judges directions kept, not the bias. With N rows there are at most N − 1
-    neighbours, and k is cut to that. Chance is k / (N − 1).
-
-    Args:
-        student: Outputs, shape (N, m), N ≥ 2.
-        teacher: Outputs, shape (N, m).
-        k: Number of neighbours.
-        chunk: Rows compared at a time; memory grows with chunk x N.
-
-    Returns:
-        Shape (N,), float64.
+    when a constant is added, so the overlap judges directions kept, not the bias. With N rows k is cut to N − 1; chance
+    is k / (N − 1). Memory grows with `chunk` x N.
 
     >>> teacher = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
     >>> knn_overlap(-teacher, teacher, k=1)
@@ -118,12 +90,7 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
 def linear_cka(student: Tensor, teacher: Tensor) -> float:
     """Linear centred kernel alignment, ``‖Sᵀ T‖² / (‖Sᵀ S‖ ‖Tᵀ T‖)`` of column-centred outputs (Kornblith et al. 2019).
 
-    1 when the two differ by a rotation, a scale and a shift only; 0 when either is constant. Goes through the smaller
-    Gram matrices, (m, m) or (N, N).
-
-    Args:
-        student: Outputs, shape (N, m).
-        teacher: Outputs, shape (N, p).
+    1 when the two differ by a rotation, a scale and a shift only; 0 when either is constant.
 
     >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
     >>> rotated = teacher @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) + 5
@@ -140,10 +107,7 @@ def linear_cka(student: Tensor, teacher: Tensor) -> float:
 
 
 def effective_rank(eigenvalues: Tensor) -> float:
-    """Exponential of the entropy of the normalised spectrum, ``exp(−Σ p log p)`` (Roy and Vetterli 2007).
-
-    Args:
-        eigenvalues: Of a covariance, shape (d,), in any order; what rounding left below zero counts as zero.
+    """Exponential of the entropy of a covariance's normalised spectrum, ``exp(−Σ p log p)`` (Roy and Vetterli 2007).
 
     >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
     3.0
@@ -154,9 +118,6 @@ def effective_rank(eigenvalues: Tensor) -> float:
 
 class Fidelity(Metric):
     """Cosine, centred cosine, relative MSE and R² of a student over batches and processes, in float64.
-
-    Args:
-        mean: The mean of the teacher's outputs over the training rows, shape (m,).
 
     >>> fidelity = Fidelity(mean=torch.tensor([2.0]))
     >>> fidelity.update(torch.tensor([[1.0]]), torch.tensor([[1.0]]))
@@ -175,7 +136,7 @@ class Fidelity(Metric):
         self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, student: Tensor, teacher: Tensor) -> None:
-        """Add the rows of a batch, both of shape (N, m)."""
+        """Add the rows of a batch."""
         s, t = student.detach(), teacher.detach()
         cosines = cosine(s, t), centred_cosine(s, t, self.mean)
         figures = torch.stack([torch.ones_like(cosines[0]), *cosines, residual(s, t), energy(t), energy(t, self.mean)])

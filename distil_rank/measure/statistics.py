@@ -5,8 +5,7 @@ totals. A bootstrap sample draws groups with replacement: how often each came up
 metric of every method on every sample is one matrix product. All share the *same* counts, so differences and ratios
 between methods are paired: what makes a group hard for all of them cancels.
 
-`scipy.stats.bootstrap` gives the same intervals, and a test compares the two; but it gathers the resampled rows anew
-for every metric of every method, which takes many times as long as a product with counts that all of them share.
+(`scipy.stats.bootstrap` gives the same intervals but gathers the resampled rows anew for every metric and method.)
 
 >>> counts = resample_counts(groups=200, seed=0)
 >>> error = np.linspace(0, 1, 200)
@@ -46,25 +45,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Statistic:
-    """One metric of one method, from which its value and its resampled values follow.
+    """One metric of one method, from which its value and its resampled values follow."""
 
-    Attributes:
-        sums: over the rows of each group, `(groups, k)`.
-        of_totals: maps totals `(..., k)` to the metric `(...)`.
-    """
-
-    sums: np.ndarray
-    of_totals: Callable[[np.ndarray], np.ndarray]
+    sums: np.ndarray  # over the rows of each group, (groups, k)
+    of_totals: Callable[[np.ndarray], np.ndarray]  # maps totals (..., k) to the metric (...)
 
     @property
     def value(self) -> float:
         """On all groups; NaN where it is undefined."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return float(self.of_totals(self.sums.sum(axis=0)))
-
-    def without_each(self) -> np.ndarray:
-        """Without each of the groups in turn, `(groups,)`."""
-        return self.of_totals(self.sums.sum(axis=0) - self.sums)
 
     def resampled(self, counts: np.ndarray) -> np.ndarray:
         """On each bootstrap sample, `(draws,)`; `counts` come from `resample_counts`."""
@@ -77,11 +67,6 @@ class Statistic:
 def resample_counts(groups: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """How often each group is in each bootstrap sample, `(draws, groups)`, one byte each.
 
-    Args:
-        groups: number of independent units; residues of one protein are not.
-        draws: number of bootstrap samples.
-        seed: the same seed gives the same samples.
-
     >>> resample_counts(groups=4, draws=3).sum(axis=1).tolist()
     [4, 4, 4]
     """
@@ -90,9 +75,6 @@ def resample_counts(groups: int, draws: int = DRAWS, seed: int = 0) -> np.ndarra
     for row in counts:
         row[:] = np.bincount(generator.integers(groups, size=groups), minlength=groups)
     return counts
-
-
-# ------------------------------------------------------------------------------------------------------------ intervals
 
 
 def interval(value: float, resampled: np.ndarray) -> Interval:
@@ -121,15 +103,9 @@ def is_tie(statistic: Statistic, other: Statistic, counts: np.ndarray) -> bool:
 def clearly_better(before: np.ndarray, after: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval:
     """The mean gain of training in a *loss* (lower is better): retain what was trained where `low > 0`.
 
-    The one rule by which this package keeps what it trains, for every command: the lower end of the 95 % interval of
-    the mean of `before - after`, by a paired bootstrap over groups, is above 0. With fewer than two groups there is no
-    interval, its ends are NaN, and nothing is retained.
-
-    Args:
-        before: loss of each validation row at the start, `(N,)`; of a score, its negative.
-        after: loss of the same rows after training, `(N,)`.
-        groups: number or name of the group of each row, `(N,)`.
-        seed: of the bootstrap.
+    The one rule by which this package keeps what it trains: the lower end of the 95 % interval of the mean of
+    `before - after`, each `(N,)`, by a paired bootstrap over groups, is above 0. With fewer than two groups there is no
+    interval, its ends are NaN, and nothing is retained. Of a score, give the negative.
 
     >>> rows = np.arange(100)
     >>> before = np.linspace(1, 2, 100)
@@ -171,12 +147,12 @@ def retained_with_confidence(statistic: Statistic, reference: Statistic, level: 
         return None
     groups = len(statistic.sums)
     with np.errstate(invalid="ignore", divide="ignore"):
-        without = np.log(statistic.without_each()) - np.log(reference.without_each())
+        ours, full = (one.of_totals(one.sums.sum(axis=0) - one.sums) for one in (statistic, reference))
+        without = np.log(ours) - np.log(full)
     if not np.isfinite(without).all():
         return None  # one group holds all that there is
-    e = without - without.mean()
+    e, share = without - without.mean(), value / theirs
     squares, fourths = (e**2).sum(), (e**4).sum()
-    share = value / theirs
     if squares < 1e-24:
         return Interval(share, share, share)
     freedom = np.clip(3 * squares**2 / fourths - 2, 1, groups - 1)
@@ -184,14 +160,10 @@ def retained_with_confidence(statistic: Statistic, reference: Statistic, level: 
     return Interval(share, float(share * np.exp(-width)), float(share * np.exp(width)))
 
 
-# -------------------------------------------------------------------------------------------------------------- metrics
-
-
 def ratio(numerator: ArrayLike, denominator: ArrayLike | None = None) -> Statistic:
     """``Σ numerator / Σ denominator`` of figures of each group, `(groups,)`, or the mean of `numerator`.
 
-    Relative MSE is the ratio of residual to energy, R² is 1 less the ratio of residual to variance. Of rows, give the
-    sums of each group (`group_sums`), and as the denominator of a mean their number.
+    Relative MSE is the ratio of residual to energy, R² is 1 less the ratio of residual to variance.
 
     >>> ratio([3.0, 5.0], [1.0, 3.0]).resampled(np.array([[1, 1], [2, 0]]))
     array([2., 3.])
@@ -212,24 +184,18 @@ def group_sums(values: ArrayLike, group: ArrayLike) -> np.ndarray:
 
 
 def resampled_quantile(counts: np.ndarray, values: ArrayLike, quantile: float) -> np.ndarray:
-    """A quantile of `values` over each bootstrap sample: the least value with at least that share at or below it.
+    """A quantile of `values (groups,)` over each bootstrap sample, `(draws,)`.
 
-    Args:
-        counts: from `resample_counts`, `(draws, groups)`.
-        values: one for each group, `(groups,)`.
-        quantile: in (0, 1], for example 0.05 for the proteins served worst.
-
-    Returns:
-        `(draws,)` float64.
+    It is the least value with at least that share at or below it.
 
     >>> resampled_quantile(np.array([[1, 1, 1], [0, 3, 0], [0, 1, 2]]), [0.9, 0.5, 0.7], 0.5)
     array([0.7, 0.5, 0.7])
     """
-    order = np.argsort(np.asarray(values, dtype=np.float64), kind="stable")
-    ascending = np.asarray(values, dtype=np.float64)[order]
+    values = np.asarray(values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
     enough = quantile * counts.shape[1] - 1e-9  # rounding must not ask for one more group than there are
     rank = [int(np.searchsorted(np.cumsum(row[order], dtype=np.int64), enough)) for row in counts]
-    return ascending[rank]
+    return values[order][rank]
 
 
 def mean(values: np.ndarray, group: np.ndarray) -> Statistic:
@@ -239,8 +205,7 @@ def mean(values: np.ndarray, group: np.ndarray) -> Statistic:
     0.5
     """
     defined = np.isfinite(values)
-    sums = _table(group, [np.where(defined, values, 0.0), defined])
-    return ratio(*sums.T)
+    return ratio(*_table(group, [np.where(defined, values, 0.0), defined]).T)
 
 
 def matthews(predicted: np.ndarray, y: np.ndarray, group: np.ndarray, classes: int) -> Statistic:
@@ -266,12 +231,7 @@ def matthews(predicted: np.ndarray, y: np.ndarray, group: np.ndarray, classes: i
 
 
 def macro_f1(predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> Statistic:
-    """Mean over labels of `2 TP / (predicted + true)`, of labels that are predicted or true somewhere.
-
-    Args:
-        predicted: 0 or 1 for each row and label, `(N, L)`.
-        y: the same of the truth.
-        group: of each row, `(N,)`.
+    """Mean over labels of `2 TP / (predicted + true)`, both 0 or 1, `(N, L)`; labels that are neither are left out.
 
     >>> y = np.eye(2)
     >>> macro_f1(np.array([[1, 0], [1, 0]]), y, np.arange(2)).value.__round__(3)

@@ -29,13 +29,8 @@ def measure_costs(
 ) -> tuple[dict[str | None, Cost], str]:
     """Time of a backbone that stops behind each layer, on some of the proteins, of all lengths alike.
 
-    Args:
-        layers: as the store names them.
-        about: provenance of the vectors: backbone, precision, pooling.
-        sequences: of the proteins.
-
-    Returns:
-        By layer; empty where the backbone or the sequences are not at hand, and in words what was measured or why not.
+    By layer, as the store names them; empty where the backbone or the sequences are not at hand. And in words what was
+    measured or why not.
     """
     if sequences is None or about.get("backbone") is None or None in layers:
         return {}, "Time was not measured: the vectors do not tell their backbone and layer, or have no sequences."
@@ -62,12 +57,7 @@ def measure_costs(
 
 
 def query_seconds(encoders: Sequence[CodeEncoder], x: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """Median time of one query among all proteins, of two encoders in turn; None without faiss.
-
-    Args:
-        encoders: of two pipelines.
-        x: vectors of all proteins for each, `(N, d)`.
-    """
+    """Median time of one query among all proteins `x (N, d)` of two encoders in turn; None without faiss."""
     if not has_faiss():
         return None
     rows = np.random.default_rng(0).permutation(len(x[0]))[:QUERIES]

@@ -42,10 +42,9 @@ def full_pipeline(problem: Problem) -> Pipeline:
 
 
 class Fitted:
-    """Closed forms of every layer and metric, each fitted when it is wanted; all ranks and types follow from one.
+    """Closed forms of each layer and metric, fitted when wanted; all ranks and types follow from one.
 
-    The last few stay in memory: pipelines come layer by layer, and a fit has its rows and matrices of the vectors'
-    width.
+    Only the last few stay in memory: pipelines come layer by layer.
     """
 
     def __init__(self, problem: Problem) -> None:

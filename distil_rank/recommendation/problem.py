@@ -61,31 +61,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that pipelines are fitted, compared and confirmed on.
-
-    Attributes:
-        source: of the vectors.
-        layers: vectors by layer in order of depth, `(N, d)` each; the last one is the full vector.
-        about: of each layer's vectors: backbone, weights, layer, precision.
-        group: of each row, `(N,)` integers: no group is in two splits.
-        split: of each row, `(N,)`: FIT, VALIDATE or CONFIRM; -1 for rows without a label.
-        tasks: what must keep working.
-        groups: how groups were made, in words.
-        sequences: of the rows.
-        noise: makes the noise covariance of a layer from some rows, for the invariant metric; None without a source.
-        noise_source: in words.
-        notes: what a reader must know.
-    """
+    """Everything that pipelines are fitted, compared and confirmed on."""
 
     source: str
-    layers: Mapping[str | None, np.ndarray]
-    about: Mapping[str | None, Mapping[str, Any]]
-    group: np.ndarray
-    split: np.ndarray
+    layers: Mapping[str | None, np.ndarray]  # (N, d) each in order of depth; the last one is the full vector
+    about: Mapping[str | None, Mapping[str, Any]]  # provenance of each layer's vectors
+    group: np.ndarray  # of each row, (N,): no group is in two splits
+    split: np.ndarray  # of each row, (N,): FIT, VALIDATE or CONFIRM; -1 for rows without a label
     tasks: tuple[Task, ...]
-    groups: str
-    sequences: Sequence[str] | None = None
-    noise: Noise | None = None
+    groups: str  # how groups were made, in words
+    sequences: Sequence[str] | None = None  # of the rows
+    noise: Noise | None = None  # for the invariant metric; None without a source
     noise_source: str = "none"
     notes: tuple[str, ...] = ()
 
@@ -110,14 +96,8 @@ def open_problem(
 ) -> Problem:
     """Read vectors of all layers and labels, and set groups apart that no task cuts in two.
 
-    Args:
-        data: a store of one or several layers, or any file that distil reads.
-        labels: where labels come from; several tables separated by commas are several tasks. Without any, and without
-            labels in the data, the task is to find proteins by their augmented copies.
-        kind: of the task.
-        groups: see `make_groups`.
-        seed: of the draw of groups.
-        folder: for embedded copies.
+    Several tables of labels, separated by commas, are several tasks. Without any, and without labels in the data, the
+    task is to find proteins by their augmented copies, which are embedded into `folder`.
 
     Raises:
         InputError: nothing to read, no task, or too few groups.
@@ -239,19 +219,9 @@ def _copy_problem(
 
 
 def subset_of(fasta: str, labels: LabelOptions, proteins: int, seed: int, folder: Path) -> tuple[str, str | None]:
-    """The file itself where it has few proteins enough, else a file of some of them, and a note that says so.
+    """The file itself where it has no more than `proteins`, else a file in `folder` of some, and a note that says so.
 
     With labels these are whole classes, so that there is something to find, and a part of classes too large for that.
-
-    Args:
-        fasta: FASTA or a table of sequences.
-        labels: where labels come from.
-        proteins: at most so many.
-        seed: of the draw.
-        folder: where the smaller file goes.
-
-    Raises:
-        InputError: the files cannot be read.
     """
     everything, _ = read_proteins(fasta)
     if len(everything) <= proteins:

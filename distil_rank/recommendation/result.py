@@ -14,19 +14,12 @@ BITS = {"float32": 32, "int8": 8, "bit": 1}
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One way from a sequence to what is stored of it.
+    """One way from a sequence to what is stored of it."""
 
-    Attributes:
-        layer: of the backbone, as the store names it; None where the vectors do not tell.
-        metric: of the encoder.
-        rank: numbers of each code.
-        dtype: of these numbers.
-    """
-
-    layer: str | None
+    layer: str | None  # of the backbone, as the store names it; None where the vectors do not tell
     metric: Literal["variance", "whitened", "invariant"]
-    rank: int
-    dtype: CodeType
+    rank: int  # numbers of each code
+    dtype: CodeType  # of these numbers
 
     @property
     def bytes(self) -> int:
@@ -44,36 +37,22 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the backbone takes up to one layer, measured here.
-
-    Attributes:
-        layer: the last that is computed.
-        share: of the time of the full depth.
-        seconds_per_1000: proteins of these lengths.
-    """
+    """What the backbone takes up to one layer, measured here."""
 
     layer: str | None
-    share: float
-    seconds_per_1000: float
+    share: float  # of the time of the full depth
+    seconds_per_1000: float  # proteins of these lengths
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One pipeline on the groups of one split.
-
-    Attributes:
-        pipeline: the pipeline.
-        bytes: stored for each protein.
-        time: share of the full backbone's time; None where it could not be measured.
-        scores: by task.
-        retained: by task, the score over the full vector's, with its interval.
-    """
+    """One pipeline on the groups of one split."""
 
     pipeline: Pipeline
-    bytes: int
-    time: float | None
-    scores: tuple[float, ...]
-    retained: tuple[Interval, ...]
+    bytes: int  # stored for each protein
+    time: float | None  # share of the full backbone's; None where it could not be measured
+    scores: tuple[float, ...]  # by task
+    retained: tuple[Interval, ...]  # by task, the score over the full vector's
 
     @property
     def worst(self) -> float:
@@ -101,49 +80,24 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to use, what it costs, what it retains.
-
-    Attributes:
-        source: of the vectors.
-        tasks: names of the tasks.
-        metrics: the score of each task.
-        keep: the share to be retained.
-        weigh: what was to be cheap.
-        verdict: `confirmed`, `not confirmed` (chosen on the validation groups, but the claim is below `keep`) or
-            `nothing keeps it` (the pipeline is then the one that retains most).
-        chosen: on the validation groups.
-        confirmed: the same on the confirmation groups: the claim.
-        full: the full vector on the confirmation groups.
-        front: pipelines that no other beats in time, bytes and function, on the validation groups.
-        outcomes: all pipelines on the validation groups.
-        costs: of each layer.
-        baselines: on the confirmation groups.
-        query_seconds: of one query among all proteins, of the chosen pipeline and of the full vector; None if not
-            measured.
-        proteins: in each split: fit, validate, confirm.
-        groups: in each split.
-        grouping: how groups were made, in words.
-        noise: what the invariant metric took as noise, in words.
-        seconds: of the whole search.
-        notes: what a reader must know.
-    """
+    """What to use, what it costs, what it retains."""
 
     source: str
     tasks: tuple[str, ...]
     metrics: tuple[str, ...]
     keep: float
     weigh: str
-    verdict: str
-    chosen: Outcome
-    confirmed: Outcome
-    full: Outcome
-    front: tuple[Outcome, ...]
-    outcomes: tuple[Outcome, ...]
+    verdict: str  # confirmed, not confirmed, or nothing keeps it: the pipeline is then the one that retains most
+    chosen: Outcome  # on the validation groups
+    confirmed: Outcome  # the same on the confirmation groups: the claim
+    full: Outcome  # the full vector on the confirmation groups
+    front: tuple[Outcome, ...]  # pipelines that no other beats in time, bytes and function, on the validation groups
+    outcomes: tuple[Outcome, ...]  # all pipelines on the validation groups
     costs: tuple[Cost, ...]
-    baselines: tuple[Baseline, ...]
-    query_seconds: tuple[float, float] | None
-    proteins: tuple[int, ...]
-    groups: tuple[int, ...]
+    baselines: tuple[Baseline, ...]  # on the confirmation groups
+    query_seconds: tuple[float, float] | None  # chosen pipeline and full vector; None if not measured
+    proteins: tuple[int, ...]  # in each split: fit, validate, confirm
+    groups: tuple[int, ...]  # in each split
     grouping: str
     noise: str
     seconds: float

@@ -36,13 +36,6 @@ class TaskTrial:
 class Evaluator:
     """Puts pipelines to all tasks in one split of the groups.
 
-    Args:
-        fitted: closed forms of the split to fit on.
-        split: to evaluate on.
-        metric: that is to be retained; the first of each task by default.
-        max_queries: proteins that are searched with at most.
-        seed: of draws.
-
     Raises:
         InputError: a task without anything to evaluate in that split, or a full vector that scores nothing.
     """
@@ -82,11 +75,7 @@ class Evaluator:
 def within_limits(
     problem: Problem, max_bytes: float | None = None, max_time: float | None = None, costs: Costs | None = None
 ) -> list[Pipeline]:
-    """Pipelines within the limits of bytes for each protein and, where costs are known, of time.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Pipelines within the limits of bytes for each protein and, where costs are known, of time."""
     pipelines = grid(problem)
     times = {layer: cost.share for layer, cost in (costs or {}).items()}
     least = min(times.values(), default=0.0 if costs is None else 1.0)
@@ -124,11 +113,6 @@ def cheapest(outcomes: Sequence[Outcome], keep: float, weigh: Weigh) -> tuple[Ou
     Those that will probably be confirmed come first: the confirmation groups give an interval as wide as the validation
     groups do, about an estimate that differs. Where there are none, those whose lower end reaches `keep`; then those
     whose estimate does.
-
-    Args:
-        outcomes: on the validation groups.
-        keep: share of the full vector's score.
-        weigh: what is to be cheap: time first and then bytes, bytes first and then time, or the product of both.
     """
 
     def price(outcome: Outcome) -> tuple[float, ...]:
@@ -143,10 +127,7 @@ def cheapest(outcomes: Sequence[Outcome], keep: float, weigh: Weigh) -> tuple[Ou
 
 
 def pareto_front(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Outcomes that no other beats: none is as good in time, bytes and function, and better in one of them.
-
-    In ascending order of time and bytes.
-    """
+    """Outcomes that no other beats in time, bytes and function, in ascending order of time and bytes."""
 
     def costs(outcome: Outcome) -> tuple[float, float, float]:
         return (1.0 if outcome.time is None else outcome.time, outcome.bytes, -outcome.worst)

@@ -1,4 +1,4 @@
-"""Results: what is written can be read back, and the documentation names every key."""
+"""Results: what is written is JSON, and the documentation names every key."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from distil_rank.data.description import DataDescription, SplitSizes
-from distil_rank.errors import InputError
 from distil_rank.evaluation import results
 from distil_rank.evaluation.results import (
     OURS,
@@ -24,7 +23,6 @@ from distil_rank.evaluation.results import (
     Spectrum,
     TeacherCheck,
     TeacherResult,
-    load_json,
 )
 from distil_rank.measure.latency import LayerLatency
 from distil_rank.report.comparison import comparison_report
@@ -65,31 +63,11 @@ def a_result(*comparison):
     return Result(data=data, teachers=[teacher], seconds=1.5)
 
 
-def test_a_result_is_read_back_as_it_was_written(tmp_path):
-    retained = FunctionRetained("retrieval by superfamily", "mAP", Estimate(0.98, 0.95, 1.01))
-    result = a_result(comparison_row("svd"), comparison_row(OURS, function_retained=retained))
-    assert load_json(saved(result, tmp_path / "deep" / "summary")) == result
-
-
-def test_what_is_not_a_number_becomes_null_and_reads_as_nan(tmp_path):
+def test_what_is_not_a_number_becomes_null(tmp_path):
     result = a_result(comparison_row("svd", r2=math.nan), comparison_row(OURS))
     path = saved(result, tmp_path / "summary")
     content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert content["schema"] == 2 and content["teachers"][0]["comparison"][0]["metrics"]["r2"]["value"] is None
-    assert math.isnan(load_json(path).teachers[0].comparison[0].metrics["r2"].value)
-
-
-def test_files_that_are_no_result_are_refused(tmp_path):
-    path = saved(a_result(), tmp_path / "summary")
-    path.write_text(path.read_text().replace('"schema": 2', '"schema": 99', 1))
-    with pytest.raises(InputError, match="got 99"):
-        load_json(path)
-    for content in ("", "[]", '{"schema": 2}'):
-        path.write_text(content)
-        with pytest.raises(InputError, match="Expected a result"):
-            load_json(path)
-    with pytest.raises(InputError, match="No such file"):
-        load_json(tmp_path / "absent.json")
 
 
 def test_the_function_kept_on_a_labelled_task_is_a_column_and_a_note():
