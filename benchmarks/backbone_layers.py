@@ -162,7 +162,9 @@ def main(
     output.write_text(json.dumps({"calibration_tokens": tokens, "rows": rows}, indent=1) + "\n")
 
 
-def compressed(model: Any, calibration: list[Any], cut: list[Any], budget: float, options: dict[str, Any]) -> CompressionReport:
+def compressed(
+    model: Any, calibration: list[Any], cut: list[Any], budget: float, options: dict[str, Any]
+) -> CompressionReport:
     """The model with low rank in all its feed-forward layers, at a share of their weights."""
     return compress(
         model,
