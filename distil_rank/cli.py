@@ -74,7 +74,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     parser.add_class_arguments(options_class, as_group=False)
     # A switch alone is on: --self, or --self=false.
     flags = {f"--{field.name}" for field in fields(options_class) if field.type == "bool"}
-    pairs = zip(argv, [*argv[1:], "--"], strict=True)
+    pairs = zip(argv, [*argv[1:], "--"], strict=False)
     argv = [f"{one}=true" if one in flags and after[:2] == "--" else one for one, after in pairs]
     try:
         values = parser.instantiate(parser.parse_args(argv))
