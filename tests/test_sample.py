@@ -24,7 +24,7 @@ def test_every_protein_of_the_fasta_has_its_vector(store):
     proteins, report = read_proteins(DATA / "sample.fasta.gz")
     assert [protein.id for protein in proteins] == store.ids
     assert [protein.sequence for protein in proteins] == store.sequences
-    assert report.counts["retained"] == report.counts["records"] == len(store) == 2000
+    assert report.counts["kept"] == report.counts["records"] == len(store) == 2000
     store.verify()
     assert store.embeddings().shape == (2000, 320)
     assert np.isfinite(store.embeddings()).all()
