@@ -107,11 +107,8 @@ def compare(
         teacher: maps `(N, n)` to `(N, m)`.
         candidates: by method, one module for a solver or one per seed for what was trained.
         mean: the teacher's mean output on the training rows, `(m,)`: what R² and centred cosine are centred on.
-        held_out: the rows.
         optimum: the method that `share_of_optimum` and the ties refer to.
-        draws: bootstrap resamples.
-        seconds: wall time of each method, for the report.
-        function_retained: by method, where there is a labelled task.
+        seconds, function_retained: of each method, for the report.
     """
     target, of_protein = teacher(held_out.x), np.bincount(held_out.proteins)
 

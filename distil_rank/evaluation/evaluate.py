@@ -72,18 +72,11 @@ def evaluate(
     metric: str | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate representations of the same proteins on the same rows, beside chance.
+    """Evaluate representations of the same proteins on the same rows, beside chance; the first one is the reference.
 
-    Args:
-        target: labels of all `N` proteins.
-        groups: which may be fitted on.
-        representations: the first is the reference, the full vector.
-        labels: where the labels come from, in words.
-        alignment: makes the scores among the *evaluated* proteins, in their order, by alignment (retrieval only).
-        notes: to pass on to the reader.
-        max_queries: evaluated proteins to search with at most.
-        metric: the headline; by default the first that the task has.
-        seed: of draws and permutations.
+    `alignment` makes the scores among the *evaluated* proteins, in their order (retrieval only). At most
+    `max_queries` of
+    them are searched with. `metric` is the headline, by default the first that the task has.
 
     Raises:
         InputError: nothing to evaluate on, nothing to fit on, or a metric that the task does not have.

@@ -78,11 +78,11 @@ def label(
     rows, texts, notes = table.aligned(data.ids)
     target = make_target(texts, labels, kind)
     if len(rows) < len(data.ids):
-        columns = {name: getattr(data, name) for name in ("ids", "sequences", "labels", "clusters")}
-        some: dict[str, Any] = {
-            name: [column[row] for row in rows] for name, column in columns.items() if column is not None
-        }
-        data = replace(data, x=data.x[rows], **some)
+        some: dict[str, Any] = {"x": data.x[rows]}
+        for name in ("ids", "sequences", "labels", "clusters"):
+            column = getattr(data, name)
+            some[name] = None if column is None else [column[row] for row in rows]
+        data = replace(data, **some)
     complete = {name: cells for name, cells in table.columns.items() if all(one in cells for one in data.ids)}
     others = {name: [cells[one] for one in data.ids] for name, cells in complete.items()}
     split = make_groups(groups, target, data.ids, data.sequences, data.clusters, others, fit_fraction, seed)

@@ -45,13 +45,9 @@ def probe(
 
     Args:
         features: `(N, d)`.
-        target: labels of all rows.
         fit: rows to fit on, `(N,)` bool.
         number: group of each row, `(N,)`.
         y_fit: labels to fit on in place of the true ones, for the chance level.
-
-    Raises:
-        InputError: fewer than two groups to fit on, or one class among them.
     """
     assert target.y is not None
     x_fit, x = features[fit], features[~fit]

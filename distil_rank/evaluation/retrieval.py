@@ -53,7 +53,7 @@ def retrieve(
     cutoff: int = CUTOFF,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Search every query among all other proteins.
+    """Search every query among all other proteins: by metric, one figure `(Q,)` for each, NaN with nothing to find.
 
     For a query with `R` relevant proteins at ranks `k_1 < … < k_R`:
 
@@ -66,17 +66,9 @@ def retrieve(
                         of queries that have something to find at every level: the convention of Foldseek's
                         benchmark on SCOPe (van Kempen et al. 2024)
 
-    A protein that was not found at all (a score of −∞) adds nothing to average precision.
-
-    Args:
-        scores: gives blocks of the score matrix.
-        relevance: of all `N` proteins.
-        queries: indices of the proteins to search with; all by default.
-        cutoff: neighbours that average precision looks at.
-        seed: of the order in which ties are broken.
-
-    Returns:
-        By metric, one figure for each query, `(Q,)` float64; NaN where the query has nothing to find.
+    A protein that was not found at all (a score of −∞) adds nothing to average precision. `seed` draws the order in
+    which
+    ties are broken; `queries` are indices, all by default.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.7, 0.6]])
     >>> relevance = Relevance(np.array([[0, 0, 1, 1]]), ("class",))
@@ -137,14 +129,7 @@ def _figures(
 
 
 def average_precision(right: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Average precision of ranked lists (see `retrieve`).
-
-    Args:
-        right: whether each neighbour is a right one, nearest first, `(Q, K)` bool.
-        total: right answers that there are for each query, `(Q,)`.
-
-    Returns:
-        `(Q,)` float64, NaN for queries without a right answer.
+    """Average precision `(Q,)` of ranked lists `right (Q, K)` with `total (Q,)` right answers; NaN where there is none.
 
     >>> average_precision(np.array([[True, False, True]]), np.array([2])).round(4).tolist()
     [0.8333]

@@ -69,19 +69,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time callables in turns, under `torch.inference_mode`, with as many threads as torch is set to.
 
-    Every other round goes through the candidates backwards, so that none always runs in another's cache. On CUDA the
-    clock is read only once the device is idle.
-
-    Args:
-        candidates: callables without arguments, by name.
-        repeats: rounds, each with one turn of each candidate.
-        warmup: calls of each before anything counts.
-        min_time: seconds that a turn lasts at least: a call shorter than this is repeated within it.
-        device: where the work runs.
-
-    >>> timings = time_interleaved({"one": lambda: sum(range(10)), "two": lambda: sum(range(20))}, repeats=3, warmup=1)
-    >>> [(timing.name, len(timing.samples), timing.median_s > 0) for timing in timings.values()]
-    [('one', 3, True), ('two', 3, True)]
+    Every other round goes through the candidates backwards, so that none always runs in another's cache. In its turn a
+    call is repeated until at least `min_time` seconds are over. On CUDA the clock is read only once the device is idle.
     """
     if not candidates or repeats < 1:
         raise ValueError(f"Expected a candidate and a repeat but got {len(candidates)} and {repeats}.")
@@ -143,15 +132,7 @@ def paired_ratio(slow: Timing, fast: Timing) -> float:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use `count` threads within an operation, and restore what was set.
-
-    >>> before = torch.get_num_threads()
-    >>> with torch_threads(1):
-    ...     torch.get_num_threads()
-    1
-    >>> torch.get_num_threads() == before
-    True
-    """
+    """Let torch use `count` threads within an operation, and restore what was set."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

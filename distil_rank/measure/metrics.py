@@ -82,7 +82,12 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
     student, teacher = _centred(student).float(), _centred(teacher).float()
     blocks = []
     for start in range(0, rows, chunk):
-        near = [_neighbours(outputs, start, start + chunk, k) for outputs in (student, teacher)]
+        near = []
+        for outputs in (student, teacher):
+            # Squared distance less a constant of each row, (chunk, N)
+            distance = outputs.square().sum(1) - 2 * outputs[start : start + chunk] @ outputs.T
+            distance.diagonal(offset=start).fill_(torch.inf)
+            near.append(distance.topk(k, largest=False).indices)
         blocks.append((near[0][:, :, None] == near[1][:, None]).any(2).double().mean(1))
     return torch.cat(blocks)
 
@@ -155,13 +160,6 @@ class Fidelity(Metric):
 
 def _centred(outputs: Tensor) -> Tensor:
     return outputs.double() - outputs.double().mean(0)
-
-
-def _neighbours(outputs: Tensor, start: int, stop: int, k: int) -> Tensor:
-    """Indices of the k rows nearest to each of the rows [start, stop), itself left out, shape (rows, k)."""
-    distance = outputs.square().sum(1) - 2 * outputs[start:stop] @ outputs.T  # less a constant of each row, (rows, N)
-    distance.diagonal(offset=start).fill_(torch.inf)
-    return distance.topk(k, largest=False).indices
 
 
 def _same_shape(student: Tensor, teacher: Tensor) -> None:

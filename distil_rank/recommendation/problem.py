@@ -104,12 +104,11 @@ def open_problem(
     """
     source = labelled_source(data, labels)
     path, wanted = split_source(source)
-    names: list[str] = []
+    layers: dict[str | None, Embeddings] = {}
     if wanted is None and (is_remote(path) or (Path(path) / "manifest.json").is_file()):
-        names = [str(layer) for layer in layers_of(read_manifest(open_storage(path)) or {})]
-    if names:
-        layers: dict[str | None, Embeddings] = {name: load_vectors(f"{path}:{name}") for name in names}
-    else:
+        names = layers_of(read_manifest(open_storage(path)) or {})
+        layers = {str(name): load_vectors(f"{path}:{name}") for name in names}
+    if not layers:
         one = load_vectors(source)
         layer = one.provenance.get("layer")
         layers = {None if layer is None else str(layer): one}

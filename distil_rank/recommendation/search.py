@@ -76,15 +76,10 @@ def within_limits(
     problem: Problem, max_bytes: float | None = None, max_time: float | None = None, costs: Costs | None = None
 ) -> list[Pipeline]:
     """Pipelines within the limits of bytes for each protein and, where costs are known, of time."""
-    pipelines = grid(problem)
-    times = {layer: cost.share for layer, cost in (costs or {}).items()}
+    pipelines, times = grid(problem), {layer: cost.share for layer, cost in (costs or {}).items()}
     least = min(times.values(), default=0.0 if costs is None else 1.0)
-    allowed = [
-        one
-        for one in pipelines
-        if (max_bytes is None or one.bytes <= max_bytes)
-        and (max_time is None or times.get(one.layer, least) <= max_time)
-    ]
+    allowed = [one for one in pipelines if max_bytes is None or one.bytes <= max_bytes]
+    allowed = [one for one in allowed if max_time is None or times.get(one.layer, least) <= max_time]
     if not allowed:
         raise InputError(
             f"Expected limits that some pipeline meets (from {min(one.bytes for one in pipelines)} bytes"
@@ -133,9 +128,5 @@ def pareto_front(outcomes: Sequence[Outcome]) -> list[Outcome]:
         return (1.0 if outcome.time is None else outcome.time, outcome.bytes, -outcome.worst)
 
     points = np.array([costs(outcome) for outcome in outcomes])
-    front = [
-        outcome
-        for outcome, point in zip(outcomes, points, strict=True)
-        if not ((points <= point).all(axis=1) & (points < point).any(axis=1)).any()
-    ]
-    return sorted(front, key=costs)
+    beaten = [((points <= point).all(axis=1) & (points < point).any(axis=1)).any() for point in points]
+    return sorted((one for one, worse in zip(outcomes, beaten, strict=True) if not worse), key=costs)
