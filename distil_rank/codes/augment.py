@@ -77,13 +77,7 @@ _CUMULATIVE = substitution_probabilities().cumsum(axis=1)
 
 @dataclass(frozen=True)
 class Copies:
-    """Embedded copies.
-
-    Attributes:
-        x: `(C, d)` float32.
-        owner: index of the protein that each is a copy of, `(C,)`.
-        sequences: the copies themselves, C.
-    """
+    """Embedded copies `(C, d)`, the index of the protein that each is a copy of, and the copies themselves."""
 
     x: np.ndarray
     owner: np.ndarray
@@ -125,9 +119,6 @@ def embed_copies(
         how: rates and seed.
         layers: what the proteins' own store tells of each of its layers.
         folder: where stores of copies are kept.
-
-    Raises:
-        InputError: the backbone is not known or cannot be had, or its weights differ from those of the store.
     """
     about = layers[-1]
     if about.get("weights_sha256") is None or about.get("backbone") is None:
@@ -159,9 +150,6 @@ def embed_like(
         folder: where the store is kept, and found again.
         kind: of sequences, for its name.
         key: what the store depends on beside its sequences and settings, for its name.
-
-    Raises:
-        InputError: the backbone cannot be had or has other weights.
     """
     settings = {name: about.get(name) for name in ("weights_sha256", *OPTIONS, "calibration_sha256")}
     content = json.dumps([settings, key, list(sequences)])

@@ -25,15 +25,7 @@ RETAINED_ROWS = 20_000  # of the fit rows, for the scales of int8
 
 @dataclass(frozen=True)
 class FittedMetric:
-    """What one metric makes of some proteins.
-
-    Attributes:
-        metric: its name.
-        mean: of the vectors, `(d,)`.
-        directions: best first; see `noise_metric`.
-        sample: some of the rows that were fitted on, `(n, d)`.
-        provenance: what an encoder tells of where it comes from.
-    """
+    """What one metric makes of some proteins: directions, best first, and a `sample` `(n, d)` of the rows fitted on."""
 
     metric: Metric
     mean: Tensor
@@ -44,12 +36,8 @@ class FittedMetric:
     def weight(self, rank: int) -> Tensor:
         """The map of one rank, `(r, d)`: each direction at a variance of `λ^(2 gain)`.
 
-        A direction whose signal stands far above the noise deserves more weight in a distance than one that hardly
-        does. At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance`
-        and `whitened` it is ½: their directions are scaled as they should be.
-
-        Raises:
-            InputError: the rank is above d.
+        At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance` and
+        `whitened` it is ½: their directions are scaled as they should be.
         """
         width = len(self.mean)
         if not 1 <= rank <= width:
@@ -60,11 +48,7 @@ class FittedMetric:
         return ((V * values.clamp_min(floor) ** (gain - 0.5)).T).float()
 
     def encoder(self, rank: int, dtype: CodeType = "float32") -> CodeEncoder:
-        """The encoder of one rank, in [1, d], and type of code.
-
-        Raises:
-            InputError: a rank out of range.
-        """
+        """The encoder of one rank, in [1, d], and type of code."""
         weight, mean = self.weight(rank), self.mean.float()
         scale = torch.full((rank,), rank**-0.5) if dtype == "bit" else None
         if dtype == "int8":
@@ -90,14 +74,10 @@ def fit_metric(
         fit: which rows to fit on, `(N,)` bool.
         metric: `variance`, principal components; `whitened`, the same at equal variance; `invariant`, within-class
             whitening: what varies most in units of the noise.
-        noise: covariance N of what should not matter, `(d, d)`, for `invariant`; from `group_noise`, `copy_noise` or
-            elsewhere.
+        noise: covariance N of what should not matter, `(d, d)`, for `invariant`.
         regularisation: of N, in units of its mean eigenvalue.
         seed: of the choice of rows that `FittedMetric.sample` keeps.
         provenance: of the vectors, to be passed on to the encoders.
-
-    Raises:
-        InputError: no rows to fit on, no noise where it is needed, or one of another width.
     """
     if metric not in METRICS:
         raise InputError(f"Expected a metric out of {', '.join(METRICS)} but got {metric!r}.")
@@ -128,16 +108,7 @@ def blocks(x: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def group_noise(x: np.ndarray, fit: np.ndarray, group: np.ndarray) -> Tensor:
-    """What varies within groups, `(d, d)`: of labels, of clusters, of hits.
-
-    Args:
-        x: vectors `(N, d)`.
-        fit: which rows to use, `(N,)` bool.
-        group: of each row, `(N,)` integers; negative for rows without one.
-
-    Raises:
-        InputError: no group has two rows.
-    """
+    """What varies within groups of the rows to use, `(d, d)`; rows whose group is negative have none."""
     rows = np.flatnonzero(fit & (group >= 0))
     rows = rows[np.argsort(group[rows], kind="stable")]
     sums = WithinSums.zeros(x.shape[1])
@@ -154,13 +125,7 @@ def group_noise(x: np.ndarray, fit: np.ndarray, group: np.ndarray) -> Tensor:
 
 
 def copy_noise(originals: np.ndarray, copies: np.ndarray, owner: np.ndarray) -> Tensor:
-    """What varies between proteins and their augmented copies, `(d, d)`.
-
-    Args:
-        originals: `(P, d)`.
-        copies: `(C, d)`.
-        owner: which original each copy is of, `(C,)`.
-    """
+    """What varies between proteins `(P, d)` and their copies `(C, d)`, each of the protein `owner`: `(d, d)`."""
     used = np.unique(owner)
     group = np.concatenate([used, owner])
     return group_noise(np.concatenate([originals[used], copies]), np.ones(len(group), bool), group)

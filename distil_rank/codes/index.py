@@ -41,13 +41,9 @@ class CodeIndex:
         seed: of the lists' centres.
 
     Attributes:
-        index: faiss's.
         lists: number of inverted lists; 0 where every code is looked at.
         visited: lists that are visited for each query.
         recall: measured share of the exact neighbours that are then found; 1 where every code is looked at.
-
-    Raises:
-        InputError: faiss is missing.
     """
 
     def __init__(self, codes: np.ndarray, encoder: CodeEncoder, exact: bool | None = None, seed: int = 0) -> None:
@@ -63,11 +59,7 @@ class CodeIndex:
             self._choose_visited(seed)
 
     def search(self, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best targets of each query, best first.
-
-        Args:
-            queries: `(Q, r)`, of unit length, as the encoder gives them.
-            k: at most so many; fewer where there are fewer codes.
+        """The k best targets of queries `(Q, r)` of unit length, best first; fewer where there are fewer codes.
 
         Returns:
             Cosines of the float query and the decoded target, `(Q, k)` float32, and the rows of the targets, `(Q, k)`
@@ -127,11 +119,7 @@ def has_faiss() -> bool:
 
 
 def import_faiss() -> ModuleType:
-    """faiss, an extra.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """faiss, an extra; `InputError` where it is not installed."""
     try:
         import faiss  # noqa: PLC0415
     except ImportError as error:

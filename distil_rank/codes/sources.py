@@ -43,14 +43,7 @@ def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_proteins(options: CodeOptions) -> LabelledData:
-    """Read vectors, with labels where there are any, and set groups apart; without, `labels` is `UNLABELLED`.
-
-    Args:
-        options: `data`, `labels`, `task`, `groups`, `fit_fraction` and `seed` of them.
-
-    Raises:
-        InputError: they cannot be read, or make no task.
-    """
+    """Read vectors, with labels where there are any, and set groups apart; without, `labels` is `UNLABELLED`."""
     labels, draw = options.labels, (options.fit_fraction, options.seed)
     source = labelled_source(options.data, labels)
     if labels != LabelOptions() or (Path(source) / OWN_LABELS).is_file():
@@ -59,17 +52,7 @@ def open_proteins(options: CodeOptions) -> LabelledData:
 
 
 def copies_of(proteins: LabelledData, fit: bool, how: AugmentationOptions, folder: Path) -> Copies:
-    """Augmented copies of the proteins in one split.
-
-    Args:
-        proteins: all of them.
-        fit: whether of those that may be fitted on, or of the others, one copy each.
-        how: rates; `proteins` of them at most.
-        folder: where stores of copies are kept.
-
-    Raises:
-        InputError: no sequences, or no backbone to embed the copies with.
-    """
+    """Augmented copies of proteins that may be fitted on, or else of `EVALUATION_COPIES` of the others, one each."""
     vectors = proteins.embeddings
     if vectors.sequences is None:
         raise InputError(
@@ -91,11 +74,6 @@ def copies_of(proteins: LabelledData, fit: bool, how: AugmentationOptions, folde
 def copy_task(x: np.ndarray, groups: Groups, copies: Copies) -> tuple[np.ndarray, Target, Groups]:
     """The task without labels: a protein and its augmented copy are to find each other among all evaluated proteins.
 
-    Args:
-        x: vectors of all proteins, `(N, d)`.
-        groups: of the proteins.
-        copies: of proteins that may not be fitted on.
-
     Returns:
         Vectors with the copies behind the proteins, `(N + C, d)`, and the task on them.
     """
@@ -106,11 +84,7 @@ def copy_task(x: np.ndarray, groups: Groups, copies: Copies) -> tuple[np.ndarray
 
 
 def noise_of(proteins: LabelledData, source: NoiseSource, how: AugmentationOptions, folder: Path) -> tuple[Tensor, str]:
-    """The noise covariance of the proteins that may be fitted on, and in words what it was taken from.
-
-    Raises:
-        InputError: labels, clusters or copies cannot be had.
-    """
+    """The noise covariance of the proteins that may be fitted on, and in words what it was taken from."""
     vectors, fit = proteins.embeddings, proteins.groups.fit
     if source == "copies":
         copies = copies_of(proteins, True, how, folder)

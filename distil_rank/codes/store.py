@@ -41,11 +41,7 @@ class CodeStore(Store):
 
     @cached_property
     def encoder(self) -> CodeEncoder:
-        """What made the codes.
-
-        Raises:
-            InputError: it is missing, damaged or another one.
-        """
+        """What made the codes; `InputError` where it is missing, damaged or another one."""
         encoder = own_encoder(self.path)
         if encoder is None or encoder.digest != self.manifest["code"]["sha256"]:
             raise InputError(
@@ -56,11 +52,7 @@ class CodeStore(Store):
 
 
 def load_encoder(path: str | Path) -> CodeEncoder:
-    """An encoder from its folder.
-
-    Raises:
-        InputError: it is missing, damaged or an artefact of something else.
-    """
+    """An encoder from its folder; `InputError` where that holds none."""
     encoder = load(path)
     if not isinstance(encoder, CodeEncoder):
         raise InputError(f"Expected an encoder in {path} but it holds a student layer; make one with `code`.")
@@ -68,11 +60,7 @@ def load_encoder(path: str | Path) -> CodeEncoder:
 
 
 def own_encoder(store: Location) -> CodeEncoder | None:
-    """The encoder in a store of codes, finished or not; None where there is none.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """The encoder in a store of codes, finished or not; None where there is none."""
     with open_storage(store).local_copy(ENCODER) as folder:
         return load_encoder(folder) if (folder / MANIFEST).exists() else None
 
@@ -99,7 +87,7 @@ def write_codes(source: Store, path: Location, encoder: CodeEncoder, cluster: Cl
         cluster: whose workers encode; by default this process does.
 
     Raises:
-        InputError: encoder and store do not belong together, the store is per residue, or the folder holds other codes.
+        InputError: encoder and store do not belong together, or the folder holds other codes.
     """
     manifest = manifest_of(source)
     encoder.check_origin(manifest, str(source.path))

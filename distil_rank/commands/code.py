@@ -37,13 +37,7 @@ DECIDING = ("metric", "rank", "dtype", "train", "seed", "regularisation", "fit_f
 
 @dataclass(frozen=True)
 class CodeResult:
-    """What `code` made.
-
-    Attributes:
-        encoder: folder of the encoder.
-        store: folder of the codes; None where the data are no store.
-        evaluation: how well the codes do; None where the encoder was there already.
-    """
+    """Folder of the encoder, folder of the codes (if the data are a store), and its evaluation if it was fitted now."""
 
     encoder: Location
     store: Location | None

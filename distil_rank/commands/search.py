@@ -32,15 +32,7 @@ MAX_ARTEFACT = 64 * 2**20  # bytes of a table of hits that is kept with the run
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What `search` found.
-
-    Attributes:
-        table: the file of hits; None where codes were only exported.
-        queries: how many.
-        hits: how many.
-        seconds: of the search itself, without embedding.
-        first: the first hits, in the order of the table's columns.
-    """
+    """The file of hits, unless codes were only exported; `seconds` are of the search itself, without embedding."""
 
     table: Path | None = None
     queries: int = 0
