@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,10 @@ _CUMULATIVE = substitution_probabilities().cumsum(axis=1)
 
 @dataclass(frozen=True)
 class Copies:
-    """Embedded copies `(C, d)`, the index of the protein that each is a copy of, and the copies themselves."""
+    """Embedded copies `(C, d)`, and the index of the protein that each is a copy of, `(C,)`."""
 
     x: np.ndarray
     owner: np.ndarray
-    sequences: list[str] = field(default_factory=list)
 
 
 def augmented(sequence: str, how: AugmentationOptions) -> list[str]:
@@ -135,7 +134,7 @@ def embed_copies(
     copied = np.array([int(name) for name in store.ids])
     stores = [store.at(State.parse(name)) for name in names] if several else [store]
     owner = np.repeat(chosen, how.copies)[copied]
-    return [Copies(one.embeddings(), owner, store.sequences) for one in stores]
+    return [Copies(one.embeddings(), owner) for one in stores]
 
 
 def embed_like(

@@ -67,18 +67,17 @@ class CodeIndex:
         """
         k = min(k, len(self.codes))
         wanted = min(CANDIDATES * k, len(self.codes)) if self.encoder.dtype == "int8" else k
-        parts = [self._search(part, k, wanted) for part in queries.split(QUERIES_AT_ONCE)]
+        parts = []
+        for part in queries.split(QUERIES_AT_ONCE):
+            rows = self.index.search(_padded(part, self.encoder), wanted)[1]
+            targets = torch.from_numpy(self.codes[rows.clip(0)])  # (Q, wanted, width)
+            decoded = F.normalize(self.encoder.decode(targets.flatten(0, 1)), dim=1).unflatten(0, rows.shape)
+            scores = torch.einsum("qr,qkr->qk", part, decoded).numpy()
+            scores[rows < 0] = -np.inf
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            parts.append((np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)))
         scores, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         return scores, rows
-
-    def _search(self, queries: Tensor, k: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.index.search(_padded(queries, self.encoder), wanted)[1]
-        targets = torch.from_numpy(self.codes[rows.clip(0)])  # (Q, wanted, width)
-        decoded = F.normalize(self.encoder.decode(targets.flatten(0, 1)), dim=1).unflatten(0, rows.shape)
-        scores = torch.einsum("qr,qkr->qk", queries, decoded).numpy()
-        scores[rows < 0] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
     def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Decoded codes, some thousands at a time: a code of them is the very same code again."""

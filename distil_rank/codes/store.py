@@ -135,19 +135,15 @@ def _encode_shard(writer: StoreWriter, shard: Shard, source: Store, encoder: Cod
     low, high = shard.rows
     counts = np.zeros(high - low, int)
     parts = [np.empty((0, encoder.code_width), torch.empty(0, dtype=encoder.code_dtype).numpy().dtype)]
-    for rows, vectors in _vectors(source, low, high):
+    for entry in source.manifest["shards"]:
+        if entry["rows"][0] >= high or low >= entry["rows"][1]:
+            continue
+        rows, vectors = source.vectors(entry)
+        first, last = np.searchsorted(rows, [low, high])
+        rows, vectors = rows[first:last], vectors[first:last]
         counts[rows - low] += 1
         for start in range(0, len(vectors), ROWS_AT_ONCE):
             block = torch.from_numpy(vectors[start : start + ROWS_AT_ONCE].copy())
             parts.append(encoder.encode(block).numpy())
     writer.write_part(shard, list(range(low, high)), counts.tolist(), np.concatenate(parts))
     writer.seal(shard)
-
-
-def _vectors(source: Store, low: int, high: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers and vectors of rows from `low` to below `high`."""
-    for shard in source.manifest["shards"]:
-        if shard["rows"][0] < high and low < shard["rows"][1]:
-            rows, vectors = source.vectors(shard)
-            first, last = np.searchsorted(rows, [low, high])
-            yield rows[first:last], vectors[first:last]

@@ -155,10 +155,6 @@ class CodeEncoder(nn.Module):
         }
         return small
 
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return ", ".join(f"{key}={value}" for key, value in {**self.options, "bytes": self.bytes_per_protein}.items())
-
 
 def int8_scale(y: Tensor) -> Tensor:
     """What each number of int8 codes is stored in units of, `(r,)`, from queries `(N, r)`."""

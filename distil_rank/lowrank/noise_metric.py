@@ -69,8 +69,6 @@ def whitening_directions(S: Tensor, power: float = 1.0, regularisation: float = 
     >>> whitening_directions(torch.diag(torch.tensor([4.0, 9.0]))).V.abs().round(decimals=4).tolist()
     [[0.0, 0.5], [0.3333, 0.0]]
     """
-    if not 0 <= power <= 1:
-        raise InputError(f"Expected a whitening power in [0, 1] but got {power}.")
     S = S.double()
     variances, Q = torch.linalg.eigh((S + S.T) / 2)
     variances, Q = variances.flip(0).clamp_min(0), Q.flip(1)
@@ -100,9 +98,9 @@ class WithinSums(NamedTuple):
     scatter: Tensor
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device | str | None = None) -> WithinSums:
+    def zeros(cls, width: int) -> WithinSums:
         """Sums over no groups yet."""
-        scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+        scatter = torch.zeros(width, width, dtype=torch.float64)
         return cls(scatter.new_zeros(()), scatter)
 
     def add_groups(self, x: Tensor, group: Tensor) -> None:
