@@ -24,10 +24,9 @@ from script import run, save_markdown
 from torch import Tensor
 
 from distil_rank.codes.augment import embed_like
-from distil_rank.codes.fit import FittedMetric, fit_metric
+from distil_rank.codes.fit import FittedMetric, fit_metric, noise_of, open_proteins
 from distil_rank.codes.index import CodeIndex, import_faiss
 from distil_rank.codes.search import DecoyScores
-from distil_rank.codes.sources import noise_of, open_proteins
 from distil_rank.codes.train import train_encoder
 from distil_rank.data.files import load_matrix
 from distil_rank.data.mmseqs import mmseqs_binary

@@ -61,9 +61,9 @@ def main(
                 if number:
                     seconds[name].append(taken)
         codes = CodeStore.open(Path(scratch) / f"recommended {rounds}")
-        hits = search(SearchOptions(str(place / "codes"), str(new), out=f"{scratch}/hits.tsv", output=scratch))
+        queries, hits = search(SearchOptions(str(place / "codes"), str(new), out=f"{scratch}/hits.tsv", output=scratch))
         stored = sum(file.stat().st_size for file in codes.path.glob("vectors-*")) / len(codes)
-    report(promised, seconds, encoder.bytes_per_protein, stored, f"{hits.queries:,} queries, {hits.hits:,} hits")
+    report(promised, seconds, encoder.bytes_per_protein, stored, f"{queries:,} queries, {hits:,} hits")
 
 
 def loading_seconds(backbone: str) -> float:

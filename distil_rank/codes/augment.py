@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,10 @@ _CUMULATIVE = substitution_probabilities().cumsum(axis=1)
 
 @dataclass(frozen=True)
 class Copies:
-    """Embedded copies.
-
-    Attributes:
-        x: `(C, d)` float32.
-        owner: index of the protein that each is a copy of, `(C,)`.
-        sequences: the copies themselves, C.
-    """
+    """Embedded copies `(C, d)`, and the index of the protein that each is a copy of, `(C,)`."""
 
     x: np.ndarray
     owner: np.ndarray
-    sequences: list[str] = field(default_factory=list)
 
 
 def augmented(sequence: str, how: AugmentationOptions) -> list[str]:
@@ -125,9 +118,6 @@ def embed_copies(
         how: rates and seed.
         layers: what the proteins' own store tells of each of its layers.
         folder: where stores of copies are kept.
-
-    Raises:
-        InputError: the backbone is not known or cannot be had, or its weights differ from those of the store.
     """
     about = layers[-1]
     if about.get("weights_sha256") is None or about.get("backbone") is None:
@@ -144,7 +134,7 @@ def embed_copies(
     copied = np.array([int(name) for name in store.ids])
     stores = [store.at(State.parse(name)) for name in names] if several else [store]
     owner = np.repeat(chosen, how.copies)[copied]
-    return [Copies(one.embeddings(), owner, store.sequences) for one in stores]
+    return [Copies(one.embeddings(), owner) for one in stores]
 
 
 def embed_like(
@@ -159,9 +149,6 @@ def embed_like(
         folder: where the store is kept, and found again.
         kind: of sequences, for its name.
         key: what the store depends on beside its sequences and settings, for its name.
-
-    Raises:
-        InputError: the backbone cannot be had or has other weights.
     """
     settings = {name: about.get(name) for name in ("weights_sha256", *OPTIONS, "calibration_sha256")}
     content = json.dumps([settings, key, list(sequences)])

@@ -1,39 +1,55 @@
-"""One metric fitted once: nested directions, from which an encoder of any rank and type follows."""
+"""One metric fitted once: nested directions, from which an encoder of any rank and type follows.
+
+The noise of the metric comes from augmented copies, labels or clusters of the proteins that may be fitted on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distil_rank.codes.augment import Copies, embed_copies
+from distil_rank.data.files import load_matrix
+from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_clusters
 from distil_rank.errors import InputError
+from distil_rank.evaluation.groups import Groups
+from distil_rank.evaluation.labelled import (
+    OWN_LABELS,
+    UNLABELLED,
+    LabelledData,
+    labelled_source,
+    open_labelled,
+    unlabelled,
+)
+from distil_rank.evaluation.retrieval import Relevance
+from distil_rank.evaluation.task import Target
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType, int8_scale
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.noise_metric import Directions, WithinSums, noise_directions, whitening_directions
-from distil_rank.options.codes import Metric
+from distil_rank.options.codes import AugmentationOptions, CodeOptions, Metric, NoiseSource
+from distil_rank.options.evaluation import LabelOptions
+from distil_rank.origin import VectorOrigin
+
+log = logging.getLogger(__name__)
 
 METRICS: tuple[Metric, ...] = get_args(Metric)
 REGULARISATION = 0.1  # of N, in units of its mean eigenvalue
 GAIN = 0.25  # see `FittedMetric.weight`
 BLOCK_ROWS = 16_384  # of a pass over a matrix that may be memory-mapped
 RETAINED_ROWS = 20_000  # of the fit rows, for the scales of int8
+EVALUATION_COPIES = 300  # of proteins that nothing was fitted on
 
 
 @dataclass(frozen=True)
 class FittedMetric:
-    """What one metric makes of some proteins.
-
-    Attributes:
-        metric: its name.
-        mean: of the vectors, `(d,)`.
-        directions: best first; see `noise_metric`.
-        sample: some of the rows that were fitted on, `(n, d)`.
-        provenance: what an encoder tells of where it comes from.
-    """
+    """What one metric makes of some proteins: directions, best first, and a `sample` `(n, d)` of the rows fitted on."""
 
     metric: Metric
     mean: Tensor
@@ -44,12 +60,8 @@ class FittedMetric:
     def weight(self, rank: int) -> Tensor:
         """The map of one rank, `(r, d)`: each direction at a variance of `λ^(2 gain)`.
 
-        A direction whose signal stands far above the noise deserves more weight in a distance than one that hardly
-        does. At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance`
-        and `whitened` it is ½: their directions are scaled as they should be.
-
-        Raises:
-            InputError: the rank is above d.
+        At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance` and
+        `whitened` it is ½: their directions are scaled as they should be.
         """
         width = len(self.mean)
         if not 1 <= rank <= width:
@@ -60,11 +72,7 @@ class FittedMetric:
         return ((V * values.clamp_min(floor) ** (gain - 0.5)).T).float()
 
     def encoder(self, rank: int, dtype: CodeType = "float32") -> CodeEncoder:
-        """The encoder of one rank, in [1, d], and type of code.
-
-        Raises:
-            InputError: a rank out of range.
-        """
+        """The encoder of one rank, in [1, d], and type of code."""
         weight, mean = self.weight(rank), self.mean.float()
         scale = torch.full((rank,), rank**-0.5) if dtype == "bit" else None
         if dtype == "int8":
@@ -90,14 +98,10 @@ def fit_metric(
         fit: which rows to fit on, `(N,)` bool.
         metric: `variance`, principal components; `whitened`, the same at equal variance; `invariant`, within-class
             whitening: what varies most in units of the noise.
-        noise: covariance N of what should not matter, `(d, d)`, for `invariant`; from `group_noise`, `copy_noise` or
-            elsewhere.
+        noise: covariance N of what should not matter, `(d, d)`, for `invariant`.
         regularisation: of N, in units of its mean eigenvalue.
         seed: of the choice of rows that `FittedMetric.sample` keeps.
         provenance: of the vectors, to be passed on to the encoders.
-
-    Raises:
-        InputError: no rows to fit on, no noise where it is needed, or one of another width.
     """
     if metric not in METRICS:
         raise InputError(f"Expected a metric out of {', '.join(METRICS)} but got {metric!r}.")
@@ -128,16 +132,7 @@ def blocks(x: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def group_noise(x: np.ndarray, fit: np.ndarray, group: np.ndarray) -> Tensor:
-    """What varies within groups, `(d, d)`: of labels, of clusters, of hits.
-
-    Args:
-        x: vectors `(N, d)`.
-        fit: which rows to use, `(N,)` bool.
-        group: of each row, `(N,)` integers; negative for rows without one.
-
-    Raises:
-        InputError: no group has two rows.
-    """
+    """What varies within groups of the rows to use, `(d, d)`; rows whose group is negative have none."""
     rows = np.flatnonzero(fit & (group >= 0))
     rows = rows[np.argsort(group[rows], kind="stable")]
     sums = WithinSums.zeros(x.shape[1])
@@ -154,13 +149,79 @@ def group_noise(x: np.ndarray, fit: np.ndarray, group: np.ndarray) -> Tensor:
 
 
 def copy_noise(originals: np.ndarray, copies: np.ndarray, owner: np.ndarray) -> Tensor:
-    """What varies between proteins and their augmented copies, `(d, d)`.
-
-    Args:
-        originals: `(P, d)`.
-        copies: `(C, d)`.
-        owner: which original each copy is of, `(C,)`.
-    """
+    """What varies between proteins `(P, d)` and their copies `(C, d)`, each of the protein `owner`: `(d, d)`."""
     used = np.unique(owner)
     group = np.concatenate([used, owner])
     return group_noise(np.concatenate([originals[used], copies]), np.ones(len(group), bool), group)
+
+
+def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What an encoder tells of the vectors it is for, out of what is known of them."""
+    more = {key: about[key] for key in ("source", "digest") if about.get(key) is not None}
+    return {**VectorOrigin.of(about).facts(), **more}
+
+
+def open_proteins(options: CodeOptions) -> LabelledData:
+    """Read vectors, with labels where there are any, and set groups apart; without, `labels` is `UNLABELLED`."""
+    labels, draw = options.labels, (options.fit_fraction, options.seed)
+    source = labelled_source(options.data, labels)
+    if labels != LabelOptions() or (Path(source) / OWN_LABELS).is_file():
+        return open_labelled(options.data, labels, options.task, options.groups, *draw)
+    return unlabelled(source, load_matrix(source), options.groups, *draw)
+
+
+def copies_of(proteins: LabelledData, fit: bool, how: AugmentationOptions, folder: Path) -> Copies:
+    """Augmented copies of proteins that may be fitted on, or else of `EVALUATION_COPIES` of the others, one each."""
+    vectors = proteins.embeddings
+    if vectors.sequences is None:
+        raise InputError(
+            f"Expected sequences in {proteins.source} to make augmented copies of but it has none; give a store made "
+            "by embed, or another source of noise (--noise labels or clusters), or --metric whitened."
+        )
+    split = np.flatnonzero(proteins.groups.fit == fit)
+    how = how if fit else replace(how, proteins=EVALUATION_COPIES, copies=1, seed=how.seed + 1)
+    chosen = np.sort(np.random.default_rng(how.seed).permutation(split)[: how.proteins])
+    if fit and how.copies * len(chosen) < vectors.x.shape[1]:
+        log.warning(
+            "FEW COPIES: %s of %s proteins for %s dimensions; the result depends strongly on --regularisation",
+            *(f"{number:,}" for number in (how.copies * len(chosen), len(chosen), vectors.x.shape[1])),
+        )
+    [copies] = embed_copies(vectors.sequences, chosen, how, [vectors.provenance], folder)
+    return copies
+
+
+def copy_task(x: np.ndarray, groups: Groups, copies: Copies) -> tuple[np.ndarray, Target, Groups]:
+    """The task without labels: a protein and its augmented copy are to find each other among all evaluated proteins.
+
+    Returns:
+        Vectors with the copies behind the proteins, `(N + C, d)`, and the task on them.
+    """
+    owner = np.concatenate([np.arange(len(x)), copies.owner])
+    target = Target("retrieval", Relevance(owner[None], ("protein",)), levels=(tuple(map(str, owner)),))
+    fit = np.concatenate([groups.fit, np.zeros(len(copies.x), bool)])
+    return np.concatenate([x, copies.x]), target, Groups(groups.number[owner], fit, groups.description)
+
+
+def noise_of(proteins: LabelledData, source: NoiseSource, how: AugmentationOptions, folder: Path) -> tuple[Tensor, str]:
+    """The noise covariance of the proteins that may be fitted on, and in words what it was taken from."""
+    vectors, fit = proteins.embeddings, proteins.groups.fit
+    if source == "copies":
+        copies = copies_of(proteins, True, how, folder)
+        words = f"{len(copies.x):,} augmented copies of {len(np.unique(copies.owner)):,} proteins"
+        return copy_noise(vectors.x, copies.x, copies.owner), words
+    if source == "labels":
+        if proteins.labels == UNLABELLED or proteins.target.relevance is None:
+            raise InputError(
+                "Expected labels of a retrieval task for --noise labels but got none; give --labels.source."
+            )
+        relevance = proteins.target.relevance
+        return group_noise(vectors.x, fit, relevance.levels[0]), f"labels: each {relevance.names[0]}"
+    clusters = vectors.clusters
+    if clusters is None:
+        if vectors.sequences is None:
+            raise InputError(
+                f"Expected clusters or sequences in {proteins.source} for --noise clusters but got neither."
+            )
+        clusters = mmseqs_clusters(vectors.sequences, vectors.ids, cache=CLUSTER_CACHE)
+    number = np.unique(clusters, return_inverse=True)[1]
+    return group_noise(vectors.x, fit, number), "clusters of the sequences"

@@ -41,13 +41,9 @@ class CodeIndex:
         seed: of the lists' centres.
 
     Attributes:
-        index: faiss's.
         lists: number of inverted lists; 0 where every code is looked at.
         visited: lists that are visited for each query.
         recall: measured share of the exact neighbours that are then found; 1 where every code is looked at.
-
-    Raises:
-        InputError: faiss is missing.
     """
 
     def __init__(self, codes: np.ndarray, encoder: CodeEncoder, exact: bool | None = None, seed: int = 0) -> None:
@@ -63,11 +59,7 @@ class CodeIndex:
             self._choose_visited(seed)
 
     def search(self, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best targets of each query, best first.
-
-        Args:
-            queries: `(Q, r)`, of unit length, as the encoder gives them.
-            k: at most so many; fewer where there are fewer codes.
+        """The k best targets of queries `(Q, r)` of unit length, best first; fewer where there are fewer codes.
 
         Returns:
             Cosines of the float query and the decoded target, `(Q, k)` float32, and the rows of the targets, `(Q, k)`
@@ -75,18 +67,17 @@ class CodeIndex:
         """
         k = min(k, len(self.codes))
         wanted = min(CANDIDATES * k, len(self.codes)) if self.encoder.dtype == "int8" else k
-        parts = [self._search(part, k, wanted) for part in queries.split(QUERIES_AT_ONCE)]
+        parts = []
+        for part in queries.split(QUERIES_AT_ONCE):
+            rows = self.index.search(_padded(part, self.encoder), wanted)[1]
+            targets = torch.from_numpy(self.codes[rows.clip(0)])  # (Q, wanted, width)
+            decoded = F.normalize(self.encoder.decode(targets.flatten(0, 1)), dim=1).unflatten(0, rows.shape)
+            scores = torch.einsum("qr,qkr->qk", part, decoded).numpy()
+            scores[rows < 0] = -np.inf
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            parts.append((np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)))
         scores, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         return scores, rows
-
-    def _search(self, queries: Tensor, k: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.index.search(_padded(queries, self.encoder), wanted)[1]
-        targets = torch.from_numpy(self.codes[rows.clip(0)])  # (Q, wanted, width)
-        decoded = F.normalize(self.encoder.decode(targets.flatten(0, 1)), dim=1).unflatten(0, rows.shape)
-        scores = torch.einsum("qr,qkr->qk", queries, decoded).numpy()
-        scores[rows < 0] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
     def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Decoded codes, some thousands at a time: a code of them is the very same code again."""
@@ -127,11 +118,7 @@ def has_faiss() -> bool:
 
 
 def import_faiss() -> ModuleType:
-    """faiss, an extra.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """faiss, an extra; `InputError` where it is not installed."""
     try:
         import faiss  # noqa: PLC0415
     except ImportError as error:

@@ -34,17 +34,7 @@ BLOCK = 4096  # of queries that are searched and written at once
 
 
 def vectors_like(sequences: list[str], store: CodeStore, folder: Path, kind: str) -> Tensor:
-    """Vectors of sequences, `(N, n)`, made as those behind the codes.
-
-    Args:
-        sequences: cleaned.
-        store: of codes.
-        folder: where a store of the vectors is kept, and found again.
-        kind: of sequences, for its name.
-
-    Raises:
-        InputError: the backbone cannot be had or has other weights, or a sequence does not fit into memory.
-    """
+    """Vectors of cleaned sequences, `(N, n)`, made as those behind the codes; their store is kept in `folder`."""
     vectors = embed_like(sequences, store.manifest, store.path, folder, kind)
     if vectors.skipped:
         longest = len(sequences[int(vectors.skipped[0])])
@@ -65,9 +55,7 @@ class DecoyScores:
 
     Attributes:
         scores: the sorted scores below the threshold, thinned.
-        threshold: u.
-        rate: share of all scores above u.
-        scale: of the excess over u.
+        rate: share of all scores above the threshold.
         shape: of the excess; below 0 the tail ends.
     """
 
@@ -80,9 +68,6 @@ class DecoyScores:
     @classmethod
     def of(cls, scores: np.ndarray) -> DecoyScores:
         """From scores of any shape.
-
-        Raises:
-            InputError: fewer than two scores.
 
         >>> tail = DecoyScores.of(np.random.default_rng(0).exponential(0.1, 100_000))
         >>> bool(abs(tail.evalues(np.array([1.0]), targets=1)[0] / np.exp(-10) - 1) < 0.5)
@@ -107,16 +92,10 @@ class DecoyScores:
 
 
 def decoy_scores(store: CodeStore, decoys: int, folder: Path, seed: int = 0) -> DecoyScores:
-    """Scores that reversed proteins of the store reach among its codes.
+    """Scores that so many reversed proteins of the store reach among its codes.
 
     Read from its end a sequence has the same composition, repeats and low complexity, and no relative; its own original
     is left out for that composition.
-
-    Args:
-        store: of codes.
-        decoys: how many proteins are reversed.
-        folder: where stores of embedded decoys are kept.
-        seed: of their choice.
     """
     dice = np.random.default_rng(seed)
     chosen = np.sort(dice.permutation(len(store))[:decoys])
@@ -130,14 +109,14 @@ def decoy_scores(store: CodeStore, decoys: int, folder: Path, seed: int = 0) -> 
 def search_blocks(
     names: list[str], queries: Tensor, index: CodeIndex, ids: list[str], decoys: DecoyScores | None, k: int, own: bool
 ) -> Iterator[list[Hit]]:
-    """Hits of all queries, a block of queries at a time: query, target, score, rank and E-value (NaN without decoys).
+    """Hits of all queries, a block at a time: query, target, score, rank and E-value (NaN without decoys).
 
     Args:
         names: of the queries.
         queries: `(Q, r)`, of unit length.
         index: over the targets.
         ids: of the targets.
-        decoys: for E-values; None for no E-values.
+        decoys: for E-values.
         k: hits of each query at most.
         own: whether the queries are the targets themselves, which then do not find themselves.
     """
@@ -158,11 +137,7 @@ def export_codes(store: CodeStore, path: Path) -> None:
     """Write the codes of a store, one for each protein in its order.
 
     `.npy` is the matrix of codes; `.npz` has the ids too; `.h5` has one data set for each protein; `.faiss` is an index
-    that looks at every code, for `faiss.read_index`: its queries are what the encoder gives, for bits with zeros up to
-    a multiple of eight.
-
-    Raises:
-        InputError: repeated ids in HDF5, or no faiss.
+    that looks at every code: its queries are what the encoder gives, for bits with zeros up to a multiple of eight.
     """
     codes = np.array(store.embeddings())
     if path.suffix != ".faiss":

@@ -40,11 +40,7 @@ class CodeStore(Store):
 
     @cached_property
     def encoder(self) -> CodeEncoder:
-        """What made the codes.
-
-        Raises:
-            InputError: it is missing, damaged or another one.
-        """
+        """What made the codes; `InputError` where it is missing, damaged or another one."""
         encoder = own_encoder(self.path)
         if encoder is None or encoder.digest != self.manifest["code"]["sha256"]:
             raise InputError(
@@ -55,11 +51,7 @@ class CodeStore(Store):
 
 
 def load_encoder(path: str | Path) -> CodeEncoder:
-    """An encoder from its folder.
-
-    Raises:
-        InputError: it is missing, damaged or an artefact of something else.
-    """
+    """An encoder from its folder; `InputError` where that holds none."""
     encoder = load(path)
     if not isinstance(encoder, CodeEncoder):
         raise InputError(f"Expected an encoder in {path} but it holds a student layer; make one with `code`.")
@@ -67,11 +59,7 @@ def load_encoder(path: str | Path) -> CodeEncoder:
 
 
 def own_encoder(store: Location) -> CodeEncoder | None:
-    """The encoder in a store of codes, finished or not; None where there is none.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """The encoder in a store of codes, finished or not; None where there is none."""
     with open_storage(store).local_copy(ENCODER) as folder:
         return load_encoder(folder) if (folder / MANIFEST).exists() else None
 
@@ -98,7 +86,7 @@ def write_codes(source: Store, path: Location, encoder: CodeEncoder, cluster: Cl
         cluster: whose workers encode; by default this process does.
 
     Raises:
-        InputError: encoder and store do not belong together, the store is per residue, or the folder holds other codes.
+        InputError: encoder and store do not belong together, or the folder holds other codes.
     """
     manifest = manifest_of(source)
     encoder.check_origin(manifest, str(source.path))
@@ -146,19 +134,15 @@ def _encode_shard(writer: StoreWriter, shard: Shard, source: Store, encoder: Cod
     low, high = shard.rows
     counts = np.zeros(high - low, int)
     parts = [np.empty((0, encoder.code_width), torch.empty(0, dtype=encoder.code_dtype).numpy().dtype)]
-    for rows, vectors in _vectors(source, low, high):
+    for entry in source.manifest["shards"]:
+        if entry["rows"][0] >= high or low >= entry["rows"][1]:
+            continue
+        rows, vectors = source.vectors(entry)
+        first, last = np.searchsorted(rows, [low, high])
+        rows, vectors = rows[first:last], vectors[first:last]
         counts[rows - low] += 1
         for start in range(0, len(vectors), ROWS_AT_ONCE):
             block = torch.from_numpy(vectors[start : start + ROWS_AT_ONCE].copy())
             parts.append(encoder.encode(block).numpy())
     writer.write_part(shard, list(range(low, high)), counts.tolist(), np.concatenate(parts))
     writer.seal(shard)
-
-
-def _vectors(source: Store, low: int, high: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers and vectors of rows from `low` to below `high`."""
-    for shard in source.manifest["shards"]:
-        if shard["rows"][0] < high and low < shard["rows"][1]:
-            rows, vectors = source.vectors(shard)
-            first, last = np.searchsorted(rows, [low, high])
-            yield rows[first:last], vectors[first:last]

@@ -115,9 +115,8 @@ def train_encoder(
         logger: of Lightning's Trainer.
 
     Returns:
-        The trained encoder, or the start; in its provenance, `training` tells the steps, the share of the teacher's
-        neighbours that the start and the trained one find on validation groups, the paired 95 % interval of the gain,
-        and whether it is retained. Nothing is trained where there are too few rows.
+        The trained encoder, or the start; `training` in its provenance tells how both do on validation groups, with the
+        paired 95 % interval of the gain. Nothing is trained where there are too few rows.
     """
     names = np.unique(groups)
     held_out = np.isin(groups, np.random.default_rng(seed).permutation(names)[: max(1, round(VALIDATION * len(names)))])

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distil_rank.codes.fit import fit_metric
-from distil_rank.codes.sources import UNLABELLED, copies_of, copy_task, noise_of, open_proteins, origin_of
+from distil_rank.codes.fit import copies_of, copy_task, fit_metric, noise_of, open_proteins, origin_of
 from distil_rank.codes.store import ENCODER, load_encoder, manifest_of, own_encoder, write_codes, write_encoder
 from distil_rank.codes.train import train_encoder
 from distil_rank.commands.lineage import lineage_of_vectors
@@ -20,7 +19,7 @@ from distil_rank.embedding.store import CODES, Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import Evaluation, evaluate
-from distil_rank.evaluation.labelled import LabelledData, labelled_source
+from distil_rank.evaluation.labelled import UNLABELLED, LabelledData, labelled_source
 from distil_rank.evaluation.representations import full_vector, module_output, variance_student
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import CodeOptions
@@ -37,13 +36,7 @@ DECIDING = ("metric", "rank", "dtype", "train", "seed", "regularisation", "fit_f
 
 @dataclass(frozen=True)
 class CodeResult:
-    """What `code` made.
-
-    Attributes:
-        encoder: folder of the encoder.
-        store: folder of the codes; None where the data are no store.
-        evaluation: how well the codes do; None where the encoder was there already.
-    """
+    """Folder of the encoder, folder of the codes (if the data are a store), and its evaluation if it was fitted now."""
 
     encoder: Location
     store: Location | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,27 +30,8 @@ SHOWN = 20  # hits that are printed
 MAX_ARTEFACT = 64 * 2**20  # bytes of a table of hits that is kept with the run
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What `search` found.
-
-    Attributes:
-        table: the file of hits; None where codes were only exported.
-        queries: how many.
-        hits: how many.
-        seconds: of the search itself, without embedding.
-        first: the first hits, in the order of the table's columns.
-    """
-
-    table: Path | None = None
-    queries: int = 0
-    hits: int = 0
-    seconds: float = 0.0
-    first: tuple[Hit, ...] = ()
-
-
-def search(options: SearchOptions) -> SearchResult:
-    """Search a store of codes with proteins, and write a table of hits; or export the codes."""
+def search(options: SearchOptions) -> tuple[int, int]:
+    """Write a table of the hits of proteins in a store of codes, or export the codes; numbers of queries and hits."""
     output, table = Path(options.output), Path(options.out)
     check_writable(output)
     import_faiss()
@@ -60,7 +41,7 @@ def search(options: SearchOptions) -> SearchResult:
         export_codes(store, Path(options.export))
         print(f"Exported: {options.export}")
     if not (options.fasta or options.queries or options.self):
-        return SearchResult()
+        return 0, 0
     facts = {"dtype": encoder.dtype, "bytes": encoder.bytes_per_protein, "targets": len(store)}
     tags = {"digest": store.digest, "encoder": store.manifest["code"]["sha256"]}
     name = f"{Path(options.codes).name} {options.fasta or options.queries or 'self'}"
@@ -104,4 +85,4 @@ def search(options: SearchOptions) -> SearchResult:
     rows = [[q, t, f"{score:.3f}", str(rank), f"{evalue:.1e}"] for q, t, score, rank, evalue in first]
     shown = f", the first {len(rows)} below" if hits > len(rows) else ""
     Table(f"{hits:,} hits of {len(names):,} queries{shown}: {table}", list(COLUMNS), rows).show()
-    return SearchResult(table, len(names), hits, seconds, tuple(first))
+    return len(names), hits

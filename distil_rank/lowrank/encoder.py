@@ -34,16 +34,7 @@ class CodeEncoder(nn.Module):
         int8      each number on a scale of its own, r bytes
         bit       signs, eight to a byte; the last byte is filled with zeros where r is no multiple of 8
 
-    Args:
-        in_features: n, the width of the vectors.
-        rank: r.
-        dtype: of the code.
-
-    Attributes:
-        provenance: facts about the vectors and the fit, saved beside the numbers.
-
-    Raises:
-        InputError: an unknown type, or a rank above n.
+    `provenance` holds facts about the vectors and the fit, saved beside the numbers.
     """
 
     mean: Tensor  # (n,)
@@ -122,12 +113,7 @@ class CodeEncoder(nn.Module):
         return {"sha256": self.digest, "rank": self.rank, "dtype": self.dtype, "bytes": self.bytes_per_protein}
 
     def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
-        """Raises `InputError` unless the encoder was fitted to vectors like these.
-
-        Args:
-            facts: of the vectors: `dim`, `weights_sha256`, `layer` and `pooling`.
-            what: whose they are, for the message.
-        """
+        """Raises `InputError` unless fitted to vectors like those that `facts` tell of; `what` is whose they are."""
         mine = VectorOrigin.of({**self.provenance, "dim": self.in_features})
         if difference := mine.difference(VectorOrigin.of(facts), ORIGIN):
             raise InputError(
@@ -157,11 +143,7 @@ class CodeEncoder(nn.Module):
         return codes.float() if self.scale is None else codes.float() * self.scale
 
     def truncate(self, rank: int) -> Self:
-        """The nested encoder of a lower rank; only float32 and bits have one.
-
-        Raises:
-            InputError: the rank is above this encoder's, or the type of code has none.
-        """
+        """The nested encoder of a lower rank; only float32 and bits have one."""
         if not 1 <= rank <= self.rank:
             raise InputError(f"Expected `rank` in [1, {self.rank}], this encoder's own, but got {rank}.")
         if rank < self.rank and self.dtype == "int8":
@@ -172,10 +154,6 @@ class CodeEncoder(nn.Module):
             key: value[:rank] if key == "eigenvalues" else value for key, value in self.provenance.items()
         }
         return small
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return ", ".join(f"{key}={value}" for key, value in {**self.options, "bytes": self.bytes_per_protein}.items())
 
 
 def int8_scale(y: Tensor) -> Tensor:

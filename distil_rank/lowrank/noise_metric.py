@@ -35,18 +35,9 @@ class Directions(NamedTuple):
 
 
 def noise_directions(S: Tensor, N: Tensor, regularisation: float = 0.0) -> Directions:
-    """All generalised eigenvectors of `S v = λ N v`.
+    """All generalised eigenvectors of `S v = λ N v`, in float64, for covariances `(d, d)`.
 
-    Args:
-        S: covariance of the outputs, `(d, d)`.
-        N: covariance of the noise, `(d, d)`, on any scale.
-        regularisation: ε: N becomes `N + ε (tr N / d) I`, as for a covariance from few rows.
-
-    Returns:
-        Float64.
-
-    Raises:
-        InputError: N has no energy, or is singular without regularisation.
+    N becomes `N + ε (tr N / d) I`, with ε the regularisation, as for a covariance from few rows.
 
     >>> S, N = torch.diag(torch.tensor([4.0, 9.0])), torch.diag(torch.tensor([1.0, 9.0]))
     >>> values, V = noise_directions(S, N)
@@ -72,22 +63,12 @@ def noise_directions(S: Tensor, N: Tensor, regularisation: float = 0.0) -> Direc
 def whitening_directions(S: Tensor, power: float = 1.0, regularisation: float = 0.0) -> Directions:
     """`noise_directions` for `N = S^power`, in the order of variance: principal components, rescaled.
 
-    Every output counts as signal and as noise alike, so that at power 1 all λ are 1, and the order has to come from
-    elsewhere: from the variance, as for any power below 1.
-
-    Args:
-        S: covariance of the outputs, `(d, d)`.
-        power: from 0, principal components as they are, to 1, each at unit variance.
-        regularisation: ε: `S + ε (tr S / d) I` in the place of S in N.
-
-    Raises:
-        InputError: the power is out of [0, 1], S has no energy, or is singular without regularisation.
+    Power 0 leaves principal components as they are, 1 gives each unit variance: all λ are then 1, and the order comes
+    from the variance. S in N becomes `S + ε (tr S / d) I`, with ε the regularisation.
 
     >>> whitening_directions(torch.diag(torch.tensor([4.0, 9.0]))).V.abs().round(decimals=4).tolist()
     [[0.0, 0.5], [0.3333, 0.0]]
     """
-    if not 0 <= power <= 1:
-        raise InputError(f"Expected a whitening power in [0, 1] but got {power}.")
     S = S.double()
     variances, Q = torch.linalg.eigh((S + S.T) / 2)
     variances, Q = variances.flip(0).clamp_min(0), Q.flip(1)
@@ -108,31 +89,22 @@ class WithinSums(NamedTuple):
 
     With rows `x_i` of group g and their mean `m_g`,
 
-        N = Σ_g Σ_i (x_i − m_g)(x_i − m_g)ᵀ / Σ_g (n_g − 1),
+        N = Σ_g Σ_i (x_i − m_g)(x_i − m_g)ᵀ / Σ_g (n_g − 1).
 
-    the estimate of linear discriminant analysis (Fisher 1936; Rao 1948). Groups may come in any order, the rows of one
-    group together; memory is O(d²).
-
-    Attributes:
-        freedom: `()`, the sum of `n_g − 1`.
-        scatter: `(d, d)`, the sum of outer products.
+    Groups may come in any order, the rows of one group together; memory is O(d²).
     """
 
     freedom: Tensor
     scatter: Tensor
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device | str | None = None) -> WithinSums:
+    def zeros(cls, width: int) -> WithinSums:
         """Sums over no groups yet."""
-        scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+        scatter = torch.zeros(width, width, dtype=torch.float64)
         return cls(scatter.new_zeros(()), scatter)
 
     def add_groups(self, x: Tensor, group: Tensor) -> None:
-        """Add whole groups, in place.
-
-        Args:
-            x: rows `(n, d)`.
-            group: of each row, `(n,)` integers; equal numbers in one call are one group.
+        """Add whole groups of rows `(n, d)`, in place; equal numbers in one call are one group.
 
         >>> sums = WithinSums.zeros(2)
         >>> sums.add_groups(torch.tensor([[0.0, 0.0], [2.0, 0.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]))

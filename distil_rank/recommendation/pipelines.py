@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from distil_rank.codes.fit import FittedMetric, fit_metric
-from distil_rank.codes.sources import origin_of
+from distil_rank.codes.fit import FittedMetric, fit_metric, origin_of
 from distil_rank.evaluation.representations import Rows
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType
 from distil_rank.options.codes import Metric

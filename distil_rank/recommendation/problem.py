@@ -15,8 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
-from distil_rank.codes.fit import copy_noise, group_noise
-from distil_rank.codes.sources import EVALUATION_COPIES
+from distil_rank.codes.fit import EVALUATION_COPIES, copy_noise, group_noise
 from distil_rank.data.files import Embeddings
 from distil_rank.data.labels import read_labels
 from distil_rank.data.split import join_groups, split_groups
