@@ -289,7 +289,18 @@ def test_of_two_processes_one_speaks_and_is_remembered(tiny_esm2, tmp_path):
 
 
 def test_the_makefile_keeps_its_rank_from_lightning():
-    command = ["make", "-s", "-C", str(ROOT), "--eval", "USES_show := RANK", "--eval", "show: ; @env", "show", "RANK=0.95"]
+    command = [
+        "make",
+        "-s",
+        "-C",
+        str(ROOT),
+        "--eval",
+        "USES_show := RANK",
+        "--eval",
+        "show: ; @env",
+        "show",
+        "RANK=0.95",
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(shown) > 3 and not [line for line in shown if line.startswith("RANK=")]
 
