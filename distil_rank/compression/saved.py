@@ -19,7 +19,7 @@ from distil_rank.artefact import read_folder, write_folder
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.lowrank.low_rank import LowRankLinear
-from distil_rank.tracking.provenance import versions
+from distil_rank.tracking.run_store import versions
 
 FORMAT = "distil-rank"
 WEIGHTS = "model.safetensors"

@@ -17,11 +17,9 @@ from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from distil_rank.data.description import DataDescription, SplitSizes
-from distil_rank.data.files import Embeddings, load_matrix
+from distil_rank.data.files import SYNTHETIC, Embeddings, find_source, load_matrix, read_clusters
 from distil_rank.data.mmseqs import CLUSTER_CACHE
-from distil_rank.data.sources import SYNTHETIC, find_source, read_clusters
-from distil_rank.data.split import Split, check_split, make_split
+from distil_rank.data.split import DataDescription, Split, SplitSizes, check_split, make_split
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store, embed
 from distil_rank.errors import InputError

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from distil_rank.data.description import DataDescription
+from distil_rank.data.split import DataDescription
 from distil_rank.errors import InputError
 from distil_rank.measure.latency import LayerLatency, machine
 

@@ -31,9 +31,16 @@ from mlflow.types import Schema, TensorSpec
 from sqlalchemy.exc import SQLAlchemyError
 
 from distil_rank.errors import InputError
-from distil_rank.tracking.interrupts import exit_on_signals, was_interrupted
-from distil_rank.tracking.provenance import versions
-from distil_rank.tracking.run_store import RUN_LISTS, VIEW, artifact_location, default_tracking_uri, without_credentials
+from distil_rank.tracking.run_store import (
+    RUN_LISTS,
+    VIEW,
+    artifact_location,
+    default_tracking_uri,
+    exit_on_signals,
+    versions,
+    was_interrupted,
+    without_credentials,
+)
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

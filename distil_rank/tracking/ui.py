@@ -14,8 +14,14 @@ from pathlib import Path
 import requests
 
 from distil_rank.errors import InputError
-from distil_rank.tracking.interrupts import exit_on_signals, was_interrupted
-from distil_rank.tracking.run_store import VIEW, default_tracking_uri, is_remote, without_credentials
+from distil_rank.tracking.run_store import (
+    VIEW,
+    default_tracking_uri,
+    exit_on_signals,
+    is_remote,
+    was_interrupted,
+    without_credentials,
+)
 
 DEFAULT_PORT = 5000
 START_TIMEOUT, STOP_TIMEOUT = 120.0, 10.0  # seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_rank.data.description import DataDescription, SplitSizes
+from distil_rank.data.split import DataDescription, SplitSizes
 from distil_rank.errors import InputError
 from distil_rank.evaluation import results
 from distil_rank.evaluation.results import (
