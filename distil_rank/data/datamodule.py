@@ -34,13 +34,7 @@ Batch = Tensor | tuple[Tensor, Tensor]  # rows, and what belongs to them where t
 
 
 class Rows(Dataset[Batch]):
-    """Selected rows of a matrix that may be memory-mapped; an index is a list of rows, a whole batch.
-
-    Args:
-        x: `(N, d)`.
-        indices: which rows.
-        targets: one for each of these rows, `(len(indices), m)`, or None.
-    """
+    """Selected rows of a matrix that may be memory-mapped, with a target each or none; an index is a whole batch."""
 
     def __init__(self, x: np.ndarray, indices: np.ndarray, targets: Tensor | None = None) -> None:
         self.x, self.indices, self.targets = x, indices, targets

@@ -141,10 +141,6 @@ def _from_mapping(arrays: dict[str, Any], path: Path, kind: str) -> Embeddings:
     return Embeddings(ids, x, provenance={"format": kind}, **columns)
 
 
-def _read_npy(path: Path) -> Embeddings:
-    return _from_mapping({"embeddings": np.load(path, mmap_mode="r", allow_pickle=False)}, path, "npy")
-
-
 def _read_npz(path: Path) -> Embeddings:
     with np.load(path, allow_pickle=False) as archive:
         arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
@@ -268,7 +264,7 @@ def _folder_reader(path: Path) -> Callable[[Path], Embeddings] | None:
 
 
 READERS: dict[str, Callable[[Path], Embeddings]] = {
-    ".npy": _read_npy,
+    ".npy": lambda path: _from_mapping({"embeddings": np.load(path, mmap_mode="r")}, path, "npy"),
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
     ".pt": _read_pt,
@@ -285,10 +281,6 @@ def save_matrix(embeddings: Embeddings, path: str | Path) -> None:
 
     `.npz` holds ids, sequences (as one text with the end of each), labels and clusters; `.npy` the matrix only; `.h5`
     one data set for each protein, (d,) or per residue (L, d).
-
-    Args:
-        embeddings: What to write.
-        path: Destination; overwritten if it exists.
 
     Raises:
         InputError: the suffix is unknown, or a name is not unique (`.h5`).
@@ -317,10 +309,6 @@ def _write_npz(embeddings: Embeddings, path: Path) -> None:
         np.savez(file, allow_pickle=False, embeddings=embeddings.x, **columns)
 
 
-def _write_npy(embeddings: Embeddings, path: Path) -> None:
-    np.save(path, embeddings.x, allow_pickle=False)
-
-
 def _write_hdf5(embeddings: Embeddings, path: Path) -> None:
     starts = [row for row, name in enumerate(embeddings.ids) if row == 0 or name != embeddings.ids[row - 1]]
     if len(starts) != len(set(embeddings.ids)):
@@ -341,7 +329,7 @@ def _write_hdf5(embeddings: Embeddings, path: Path) -> None:
 
 WRITERS: dict[str, Callable[[Embeddings, Path], None]] = {
     ".npz": _write_npz,
-    ".npy": _write_npy,
+    ".npy": lambda embeddings, path: np.save(path, embeddings.x, allow_pickle=False),
     ".h5": _write_hdf5,
     ".hdf5": _write_hdf5,
 }

@@ -58,13 +58,7 @@ class LabelTable:
     notes: tuple[str, ...] = ()
 
     def aligned(self, ids: Sequence[str]) -> tuple[np.ndarray, list[str], list[str]]:
-        """The rows that have a label.
-
-        Args:
-            ids: of the data's rows.
-
-        Returns:
-            Indices of the labelled rows, their labels, and notes on what does not match.
+        """Indices of the rows that have a label, their labels, and notes on what does not match.
 
         Raises:
             InputError: no id matches.

@@ -295,16 +295,8 @@ class SplitSizes:
 class DataDescription:
     """Where embeddings come from, how many there are and how they were split.
 
-    Attributes:
-        source: the store or file, or `synthetic`.
-        digest: SHA-256 over the vectors and the split, its first 16 hexadecimal digits.
-        dim: d, the width of an embedding.
-        rows: of each part.
-        split: how the parts were kept apart, in words.
-        backbone: the model that made the vectors, or `unknown`.
-        pooling: how residues became one vector, or `unknown`.
-        fallback: a sentence where something lesser took the place of what was asked for.
-        embedding_run: the MLflow run that extracted the vectors.
+    The digest is SHA-256 over vectors and split (16 digits); `fallback` says what lesser thing took the place of what
+    was asked for; `embedding_run` is the MLflow run that extracted the vectors.
     """
 
     source: str

@@ -59,13 +59,7 @@ PARAM_LENGTH, NOTE_LENGTH, DIGEST_LENGTH = 6000, 8000, 36  # MLflow's own limits
 class Run:
     """One open MLflow run. Made by `start_run`.
 
-    Attributes:
-        id: MLflow's.
-        experiment: its experiment's name.
-        experiment_id: its experiment's id.
-        tracking_uri: where it is kept.
-        folder: local folder for files of training (checkpoints), under `mlruns/`.
-        client: an `MlflowClient` for whatever is not offered here.
+    `folder` is a local one for files of training, under `mlruns/`; `client` for whatever is not offered here.
     """
 
     id: str
@@ -126,15 +120,7 @@ class Run:
         self.client.log_text(self.id, text, file)
 
     def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
-        """Record the rows that went in by name, digest and location; not the rows themselves.
-
-        Args:
-            shape: of the rows, `(N, n)`.
-            name: of the data set.
-            digest: hash of its content; MLflow keeps 36 characters.
-            context: what the rows were for, such as `training` or `test`.
-            source: file that holds them, or what made them.
-        """
+        """Record the rows that went in, `(N, n)`, by name, digest and location; not the rows themselves."""
         origin = get_dataset_source_from_json(json.dumps({"uri": source}), "local")
         schema = Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))])
         dataset = MetaDataset(origin, name=name, digest=digest[:DIGEST_LENGTH], schema=schema)  # type: ignore[abstract]
@@ -188,7 +174,14 @@ def start_run(
                 client = connect(tracking_uri)
                 experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
             created = client.create_run(
-                experiment_id, run_name=name, tags={**inherited, **_versions(), **resolve_tags(), **tags}
+                experiment_id,
+                run_name=name,
+                tags={
+                    **inherited,
+                    **{f"version.{name}": value for name, value in versions().items()},
+                    **resolve_tags(),
+                    **tags,
+                },
             )
         except (MlflowException, SQLAlchemyError) as error:
             raise InputError(
@@ -319,10 +312,6 @@ def process_rank() -> int:
     """The rank of this process in a distributed command, as its launcher (Lightning, torchrun, SLURM) sets it."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return int(next((rank for rank in ranks if rank), 0))
-
-
-def _versions() -> dict[str, str]:
-    return {f"version.{name}": value for name, value in versions().items()}
 
 
 def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -30,12 +30,7 @@ http.trust_env = False  # our own server needs no proxy
 
 
 def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.1") -> None:
-    """Show the runs in a browser; ends with Ctrl-C.
-
-    Args:
-        root: the project, whose `mlruns/` holds the runs.
-        port: to listen on; 5000, or a free one where that is taken, if not given.
-        host: address to listen on; 0.0.0.0 lets other machines in.
+    """Show the runs under `root/mlruns` in a browser until Ctrl-C, on port 5000 or a free one unless one is named.
 
     Raises:
         InputError: if the port is taken, or the server does not start or ends by itself.
