@@ -47,11 +47,6 @@ class Rows(Dataset[Batch]):
         return rows if self.targets is None else (rows, self.targets[index])
 
 
-def _row_digests(x: np.ndarray) -> list[bytes]:
-    """A digest of each row, so that without sequences at least equal vectors stay together."""
-    return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest() for row in x]
-
-
 class EmbeddingDataModule(LightningDataModule):
     """Train, validation and test rows of one set of embeddings. A batch is a float32 tensor `(rows, d)`.
 
@@ -124,7 +119,9 @@ class EmbeddingDataModule(LightningDataModule):
                 clusters = read_clusters(Path(h.clusters or shipped), self.embeddings.ids)
                 self.embeddings = replace(self.embeddings, clusters=clusters)
         data = self.embeddings
-        digests = None if data.sequences is not None else _row_digests(data.x)
+        digests = None
+        if data.sequences is None:  # then at least equal vectors stay together
+            digests = [hashlib.blake2b(np.ascontiguousarray(x).tobytes(), digest_size=16).digest() for x in data.x]
         self.split_rows = make_split(
             data.ids,
             data.sequences,

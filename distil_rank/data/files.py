@@ -264,7 +264,7 @@ def _folder_reader(path: Path) -> Callable[[Path], Embeddings] | None:
 
 
 READERS: dict[str, Callable[[Path], Embeddings]] = {
-    ".npy": lambda path: _from_mapping({"embeddings": np.load(path, mmap_mode="r")}, path, "npy"),
+    ".npy": lambda path: _from_mapping({"embeddings": np.load(path, "r", allow_pickle=False)}, path, "npy"),
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
     ".pt": _read_pt,

@@ -164,7 +164,8 @@ def start_run(
     Raises:
         InputError: if the tracking server does not answer, or MLflow refuses the place.
     """
-    inherited = {"mlflow.parentRunId": parent.id} if parent else {}
+    own = {f"version.{package}": number for package, number in versions().items()}
+    own |= {"mlflow.parentRunId": parent.id} if parent else {}
     with ExitStack() as stack:
         tracking_uri = default_tracking_uri(root)
         if process_rank() > 0:
@@ -173,16 +174,7 @@ def start_run(
             with exclusive_lock(tracking_uri):
                 client = connect(tracking_uri)
                 experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
-            created = client.create_run(
-                experiment_id,
-                run_name=name,
-                tags={
-                    **inherited,
-                    **{f"version.{name}": value for name, value in versions().items()},
-                    **resolve_tags(),
-                    **tags,
-                },
-            )
+            created = client.create_run(experiment_id, run_name=name, tags={**own, **resolve_tags(), **tags})
         except (MlflowException, SQLAlchemyError) as error:
             raise InputError(
                 f"Expected MLflow to keep runs at {without_credentials(tracking_uri)} but got: {_first_line(error)}"
