@@ -357,10 +357,7 @@ def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
 
 
 def find_source(source: str) -> str:
-    """Resolves `source: auto`; any other source is returned unchanged.
-
-    Where there are no embeddings it is synthetic data, with a warning in capitals.
-    """
+    """What `auto` means, synthetic data with a loud warning where there is nothing; another source is unchanged."""
     if source != "auto":
         return source
     stores = stores_in(STORES)

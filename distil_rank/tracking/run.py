@@ -152,14 +152,8 @@ def start_run(
 
     Of the processes of a distributed command the first one's run is kept; the others' are deleted when they end.
 
-    Args:
-        experiment: one of `run_store.RUN_LISTS`, or a new name.
-        name: tells the run from its neighbours.
-        params: parameters to record.
-        tags: tags to record, such as the runs that this one builds on.
-        parent: the run that this one is nested in.
-        system_metrics: sample processor, memory and GPU use every ten seconds; needs `psutil`.
-        root: the project; runs are kept under its `mlruns/` unless `MLFLOW_TRACKING_URI` says otherwise.
+    Runs are kept under `root/mlruns` unless `MLFLOW_TRACKING_URI` says otherwise; `experiment` is one of
+    `run_store.RUN_LISTS`, or a new name.
 
     Raises:
         InputError: if the tracking server does not answer, or MLflow refuses the place.

@@ -74,11 +74,7 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Waits until a server answers at /health.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Wait until a server answers at /health, or raise `InputError`."""
     end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end and server.poll() is None:
         try:
