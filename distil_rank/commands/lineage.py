@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distil_rank.data.description import DataDescription
+from distil_rank.data.split import DataDescription
 
 
 def lineage(data: DataDescription) -> dict[str, str]:

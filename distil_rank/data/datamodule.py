@@ -17,11 +17,9 @@ from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from distil_rank.data.description import DataDescription, SplitSizes
-from distil_rank.data.files import Embeddings, load_matrix
+from distil_rank.data.files import SYNTHETIC, Embeddings, find_source, load_matrix, read_clusters
 from distil_rank.data.mmseqs import CLUSTER_CACHE
-from distil_rank.data.sources import SYNTHETIC, find_source, read_clusters
-from distil_rank.data.split import Split, check_split, make_split
+from distil_rank.data.split import DataDescription, Split, SplitSizes, check_split, make_split
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store, embed
 from distil_rank.errors import InputError
@@ -36,13 +34,7 @@ Batch = Tensor | tuple[Tensor, Tensor]  # rows, and what belongs to them where t
 
 
 class Rows(Dataset[Batch]):
-    """Selected rows of a matrix that may be memory-mapped; an index is a list of rows, a whole batch.
-
-    Args:
-        x: `(N, d)`.
-        indices: which rows.
-        targets: one for each of these rows, `(len(indices), m)`, or None.
-    """
+    """Selected rows of a matrix that may be memory-mapped, with a target each or none; an index is a whole batch."""
 
     def __init__(self, x: np.ndarray, indices: np.ndarray, targets: Tensor | None = None) -> None:
         self.x, self.indices, self.targets = x, indices, targets
@@ -53,11 +45,6 @@ class Rows(Dataset[Batch]):
     def __getitem__(self, index: list[int]) -> Batch:
         rows = torch.from_numpy(self.x[self.indices[index]])
         return rows if self.targets is None else (rows, self.targets[index])
-
-
-def _row_digests(x: np.ndarray) -> list[bytes]:
-    """A digest of each row, so that without sequences at least equal vectors stay together."""
-    return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest() for row in x]
 
 
 class EmbeddingDataModule(LightningDataModule):
@@ -74,8 +61,7 @@ class EmbeddingDataModule(LightningDataModule):
             with a `clusters.tsv` in its folder brings its own.
         split: What stays on one side: `clusters` (ids in the data), `mmseqs` (clusters at 30 % identity), `exact`
             (duplicates only), or `auto`, the strictest available.
-        val_fraction: Share of the rows for choosing the epoch.
-        test_fraction: Share of the rows for the report alone.
+        val_fraction: Share of the rows for choosing the epoch; `test_fraction` of those for the report alone.
         batch_size: Rows in a training batch.
         replacement: Draw training rows with replacement, as the original does.
         seed: Of the split, and of synthetic data.
@@ -132,7 +118,9 @@ class EmbeddingDataModule(LightningDataModule):
                 clusters = read_clusters(Path(h.clusters or shipped), self.embeddings.ids)
                 self.embeddings = replace(self.embeddings, clusters=clusters)
         data = self.embeddings
-        digests = None if data.sequences is not None else _row_digests(data.x)
+        digests = None
+        if data.sequences is None:  # then at least equal vectors stay together
+            digests = [hashlib.blake2b(np.ascontiguousarray(x).tobytes(), digest_size=16).digest() for x in data.x]
         self.split_rows = make_split(
             data.ids,
             data.sequences,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,10 +22,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from distil_rank.embedding.layers import split_source
+<<<<<<< HEAD
 from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.embedding.store import Store, embedding_run
+=======
+from distil_rank.embedding.location import is_remote
+from distil_rank.embedding.provenance import embedding_run
+from distil_rank.embedding.run import STORES
+from distil_rank.embedding.storage import Location
+from distil_rank.embedding.store import Store, stores_in
+>>>>>>> h-d2
 from distil_rank.errors import InputError
+from distil_rank.samples import LABELLED, UNLABELLED, sample
 
+log = logging.getLogger(__name__)
+
+SYNTHETIC = "synthetic"
 FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larger than memory
 COLUMNS = ("ids", "sequences", "labels", "clusters")
 FAIR_ESM_KEYS = ("mean_representations", "bos_representations", "representations")
@@ -131,10 +144,6 @@ def _from_mapping(arrays: dict[str, Any], path: Path, kind: str) -> Embeddings:
     columns = {key: [str(value) for value in arrays[key]] for key in COLUMNS if arrays.get(key) is not None}
     ids = columns.pop("ids", None) or [str(row) for row in range(len(x) if x.ndim else 0)]
     return Embeddings(ids, x, provenance={"format": kind}, **columns)
-
-
-def _read_npy(path: Path) -> Embeddings:
-    return _from_mapping({"embeddings": np.load(path, mmap_mode="r", allow_pickle=False)}, path, "npy")
 
 
 def _read_npz(path: Path) -> Embeddings:
@@ -260,7 +269,7 @@ def _folder_reader(path: Path) -> Callable[[Path], Embeddings] | None:
 
 
 READERS: dict[str, Callable[[Path], Embeddings]] = {
-    ".npy": _read_npy,
+    ".npy": lambda path: _from_mapping({"embeddings": np.load(path, "r", allow_pickle=False)}, path, "npy"),
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
     ".pt": _read_pt,
@@ -277,10 +286,6 @@ def save_matrix(embeddings: Embeddings, path: str | Path) -> None:
 
     `.npz` holds ids, sequences (as one text with the end of each), labels and clusters; `.npy` the matrix only; `.h5`
     one data set for each protein, (d,) or per residue (L, d).
-
-    Args:
-        embeddings: What to write.
-        path: Destination; overwritten if it exists.
 
     Raises:
         InputError: the suffix is unknown, or a name is not unique (`.h5`).
@@ -309,10 +314,6 @@ def _write_npz(embeddings: Embeddings, path: Path) -> None:
         np.savez(file, allow_pickle=False, embeddings=embeddings.x, **columns)
 
 
-def _write_npy(embeddings: Embeddings, path: Path) -> None:
-    np.save(path, embeddings.x, allow_pickle=False)
-
-
 def _write_hdf5(embeddings: Embeddings, path: Path) -> None:
     starts = [row for row, name in enumerate(embeddings.ids) if row == 0 or name != embeddings.ids[row - 1]]
     if len(starts) != len(set(embeddings.ids)):
@@ -333,7 +334,49 @@ def _write_hdf5(embeddings: Embeddings, path: Path) -> None:
 
 WRITERS: dict[str, Callable[[Embeddings, Path], None]] = {
     ".npz": _write_npz,
-    ".npy": _write_npy,
+    ".npy": lambda embeddings, path: np.save(path, embeddings.x, allow_pickle=False),
     ".h5": _write_hdf5,
     ".hdf5": _write_hdf5,
 }
+
+
+def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
+    """The cluster of each row, read from lines of representative, tab, member.
+
+    Raises:
+        InputError: the file has another format, or a protein is missing from it.
+    """
+    try:
+        lines = path.read_text().splitlines()
+        cluster_of = {member: representative for representative, member in (line.split("\t") for line in lines if line)}
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"Expected lines of representative, tab, member in {path} but it cannot be parsed: {error}"
+        ) from error
+    missing = [name for name in ids if name not in cluster_of]
+    if missing:
+        raise InputError(
+            f"Expected a cluster for every protein in {path} but {missing[0]} has none; cluster all of them."
+        )
+    return [cluster_of[name] for name in ids]
+
+
+def find_source(source: str) -> str:
+    """What `auto` means, synthetic data with a loud warning where there is nothing; another source is unchanged."""
+    if source != "auto":
+        return source
+    stores = stores_in(STORES)
+    if len(stores) > 1:
+        others = ", ".join(map(str, stores[1:]))
+        log.warning("Several stores in %s: using %s, which changed last, not %s.", STORES, stores[0], others)
+    candidates = [*stores[:1], *filter(_has_embeddings, (STORES, Path(), Path(sample(UNLABELLED, LABELLED))))]
+    if candidates:
+        log.info("Using the embeddings in %s.", candidates[0].resolve())
+        return str(candidates[0])
+    log.warning("NO EMBEDDINGS FOUND: USING SYNTHETIC DATA. Its numbers say nothing about proteins.")
+    return SYNTHETIC
+
+
+def _has_embeddings(folder: Path) -> bool:
+    """Whether a folder is a store or holds the original project's pair of files."""
+    return any((folder / name).exists() for name in ("manifest.json", "embeddings_train.pt"))

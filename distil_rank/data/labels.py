@@ -23,21 +23,8 @@ NO_TABLES = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-MISSING = {
-    "",
-    "-",
-    "?",
-    "NA",
-    "N/A",
-    "n/a",
-    "#N/A",
-    "<NA>",
-    "NaN",
-    "nan",
-    "NULL",
-    "null",
-    "None",
-}  # cells without label
+# Cells without label.
+MISSING = {"", "-", "?", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None"}
 EXAMPLES = 3  # named in a message about ids that do not match
 
 
@@ -58,13 +45,7 @@ class LabelTable:
     notes: tuple[str, ...] = ()
 
     def aligned(self, ids: Sequence[str]) -> tuple[np.ndarray, list[str], list[str]]:
-        """The rows that have a label.
-
-        Args:
-            ids: of the data's rows.
-
-        Returns:
-            Indices of the labelled rows, their labels, and notes on what does not match.
+        """Indices of the rows that have a label, their labels, and notes on what does not match.
 
         Raises:
             InputError: no id matches.

@@ -280,3 +280,31 @@ def check_split(
                     f"Expected splits that share no {what} but {one} and {other} share {example} (rows "
                     f"{where[one][key]} and {where[other][key]}): put related proteins into one, or split by `auto`."
                 )
+
+
+@dataclass(frozen=True)
+class SplitSizes:
+    """Rows in each part of a split."""
+
+    train: int
+    val: int
+    test: int
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """Where embeddings come from, how many there are and how they were split.
+
+    The digest is SHA-256 over vectors and split (16 digits); `fallback` says what lesser thing took the place of what
+    was asked for; `embedding_run` is the MLflow run that extracted the vectors.
+    """
+
+    source: str
+    digest: str
+    dim: int
+    rows: SplitSizes
+    split: str
+    backbone: str = "unknown"
+    pooling: str = "unknown"
+    fallback: str | None = None
+    embedding_run: str | None = None

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from distil_rank.data.files import Embeddings, load_matrix
+from distil_rank.data.files import Embeddings, find_source, load_matrix, read_clusters
 from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.data.mmseqs import mmseqs_binary
-from distil_rank.data.sources import find_source, read_clusters
 from distil_rank.embedding.layers import split_source
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups, make_groups

@@ -45,11 +45,7 @@ def picture(path: Path, rows: int, columns: int, size: tuple[float, float], **op
     """Panels to draw in, as an array `(rows, columns)` of axes; saved as PNG when the context ends.
 
     Args:
-        path: of the picture; its folder is made.
-        rows: of panels.
-        columns: of panels.
         size: width and height of one panel, in inches.
-        options: of `plt.subplots`.
     """
     with plt.rc_context(STYLE):
         whole = (columns * size[0], rows * size[1])

@@ -167,12 +167,7 @@ def _rich(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ric
 
 
 def run_folder(parent: Path, run_id: str) -> Path:
-    """Make `<parent>/<date>-<time>-<start of the run's id>`, which no other run has.
-
-    Args:
-        parent: of all runs of one kind.
-        run_id: MLflow's.
-    """
+    """Make `<parent>/<date>-<time>-<start of the run's id>`, which no other run has."""
     folder = parent / f"{datetime.now():%Y%m%d-%H%M%S}-{run_id[:8]}"
     folder.mkdir(parents=True)
     return folder

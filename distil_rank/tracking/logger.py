@@ -16,9 +16,6 @@ class RunLogger(MLFlowLogger):
 
     Metrics are sent in the background (one call takes as long as several steps of a small student), and waited for
     when the fit ends, however it ends: only SIGKILL loses some. Hyper-parameters are the run's own parameters.
-
-    Args:
-        run: where to log.
     """
 
     def __init__(self, run: Run) -> None:

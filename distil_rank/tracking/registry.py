@@ -41,10 +41,8 @@ def log_student(
     It is stored as an exported graph, not pickled, and takes any number of rows.
 
     Args:
-        run: that made the layer.
         layer: maps `(N, n)` to `(N, m)`, float32.
         example: some input rows, `(N, n)`.
-        name: of the model.
         metrics: figures to show beside it in the list of models.
 
     Returns:
@@ -88,14 +86,6 @@ def promote_champion(run: Run, model_uri: str, *, r2: float, rank: int, teacher:
 
     R² compares only at the same rank, on the same teacher and data. The best of each rank also has the
     alias `champion-rank-<rank>`; `champion` is the newest of them.
-
-    Args:
-        run: that made the student.
-        model_uri: what `log_student` returned.
-        r2: held-out.
-        rank: of the student.
-        teacher: hash or name of the layer that it replaces.
-        data: digest of what it was measured on.
 
     Returns:
         Its address in the registry: `models:/distil-rank@champion`, or `models:/distil-rank/<version>`.

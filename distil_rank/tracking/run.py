@@ -31,9 +31,16 @@ from mlflow.types import Schema, TensorSpec
 from sqlalchemy.exc import SQLAlchemyError
 
 from distil_rank.errors import InputError
-from distil_rank.tracking.interrupts import exit_on_signals, was_interrupted
-from distil_rank.tracking.provenance import versions
-from distil_rank.tracking.run_store import RUN_LISTS, VIEW, artifact_location, default_tracking_uri, without_credentials
+from distil_rank.tracking.run_store import (
+    RUN_LISTS,
+    VIEW,
+    artifact_location,
+    default_tracking_uri,
+    exit_on_signals,
+    versions,
+    was_interrupted,
+    without_credentials,
+)
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -52,13 +59,7 @@ PARAM_LENGTH, NOTE_LENGTH, DIGEST_LENGTH = 6000, 8000, 36  # MLflow's own limits
 class Run:
     """One open MLflow run. Made by `start_run`.
 
-    Attributes:
-        id: MLflow's.
-        experiment: its experiment's name.
-        experiment_id: its experiment's id.
-        tracking_uri: where it is kept.
-        folder: local folder for files of training (checkpoints), under `mlruns/`.
-        client: an `MlflowClient` for whatever is not offered here.
+    `folder` is a local one for files of training, under `mlruns/`; `client` for whatever is not offered here.
     """
 
     id: str
@@ -119,15 +120,7 @@ class Run:
         self.client.log_text(self.id, text, file)
 
     def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
-        """Record the rows that went in by name, digest and location; not the rows themselves.
-
-        Args:
-            shape: of the rows, `(N, n)`.
-            name: of the data set.
-            digest: hash of its content; MLflow keeps 36 characters.
-            context: what the rows were for, such as `training` or `test`.
-            source: file that holds them, or what made them.
-        """
+        """Record the rows that went in, `(N, n)`, by name, digest and location; not the rows themselves."""
         origin = get_dataset_source_from_json(json.dumps({"uri": source}), "local")
         schema = Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))])
         dataset = MetaDataset(origin, name=name, digest=digest[:DIGEST_LENGTH], schema=schema)  # type: ignore[abstract]
@@ -159,19 +152,14 @@ def start_run(
 
     Of the processes of a distributed command the first one's run is kept; the others' are deleted when they end.
 
-    Args:
-        experiment: one of `run_store.RUN_LISTS`, or a new name.
-        name: tells the run from its neighbours.
-        params: parameters to record.
-        tags: tags to record, such as the runs that this one builds on.
-        parent: the run that this one is nested in.
-        system_metrics: sample processor, memory and GPU use every ten seconds; needs `psutil`.
-        root: the project; runs are kept under its `mlruns/` unless `MLFLOW_TRACKING_URI` says otherwise.
+    Runs are kept under `root/mlruns` unless `MLFLOW_TRACKING_URI` says otherwise; `experiment` is one of
+    `run_store.RUN_LISTS`, or a new name.
 
     Raises:
         InputError: if the tracking server does not answer, or MLflow refuses the place.
     """
-    inherited = {"mlflow.parentRunId": parent.id} if parent else {}
+    own = {f"version.{package}": number for package, number in versions().items()}
+    own |= {"mlflow.parentRunId": parent.id} if parent else {}
     with ExitStack() as stack:
         tracking_uri = default_tracking_uri(root)
         if process_rank() > 0:
@@ -180,9 +168,7 @@ def start_run(
             with exclusive_lock(tracking_uri):
                 client = connect(tracking_uri)
                 experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
-            created = client.create_run(
-                experiment_id, run_name=name, tags={**inherited, **_versions(), **resolve_tags(), **tags}
-            )
+            created = client.create_run(experiment_id, run_name=name, tags={**own, **resolve_tags(), **tags})
         except (MlflowException, SQLAlchemyError) as error:
             raise InputError(
                 f"Expected MLflow to keep runs at {without_credentials(tracking_uri)} but got: {_first_line(error)}"
@@ -312,10 +298,6 @@ def process_rank() -> int:
     """The rank of this process in a distributed command, as its launcher (Lightning, torchrun, SLURM) sets it."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return int(next((rank for rank in ranks if rank), 0))
-
-
-def _versions() -> dict[str, str]:
-    return {f"version.{name}": value for name, value in versions().items()}
 
 
 def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -1,13 +1,21 @@
-"""Where runs are kept, and what the list of each experiment's runs shows. Nothing here loads MLflow."""
+"""What runs need without MLflow: where they are kept, what their lists show, versions, and how a process was ended."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+PACKAGES = ("distil-rank", "torch", "lightning", "torchmetrics", "mlflow", "fair-esm")
+SIGNAL_EXIT_CODES = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}  # exit codes
 VIEW = "distil-rank"  # the key of the view that a run list opens with
 
 
@@ -88,3 +96,48 @@ def without_credentials(tracking_uri: str) -> str:
     'https://tracking.example'
     """
     return re.sub(r"//[^/@]*@", "//", tracking_uri)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on; `"not installed"` where one is missing.
+
+    >>> "torch" in versions()
+    True
+    """
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            installed[package] = "not installed"
+    return installed
+
+
+@contextmanager
+def exit_on_signals(*signals: signal.Signals) -> Iterator[None]:
+    """Turn signals that would end the process at once into `SystemExit`, so that context managers can clean up."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+
+    def raise_exit(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, raise_exit) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C or SIGTERM caused an exception: Lightning turns the first into `SystemExit(1)`.
+
+    >>> was_interrupted(KeyboardInterrupt()), was_interrupted(SystemExit(143)), was_interrupted(ValueError("no"))
+    (True, True, False)
+    """
+    if error is None:
+        return False
+    signalled = isinstance(error, SystemExit) and error.code in SIGNAL_EXIT_CODES
+    return signalled or isinstance(error, KeyboardInterrupt) or was_interrupted(error.__cause__ or error.__context__)

@@ -14,8 +14,14 @@ from pathlib import Path
 import requests
 
 from distil_rank.errors import InputError
-from distil_rank.tracking.interrupts import exit_on_signals, was_interrupted
-from distil_rank.tracking.run_store import VIEW, default_tracking_uri, is_remote, without_credentials
+from distil_rank.tracking.run_store import (
+    VIEW,
+    default_tracking_uri,
+    exit_on_signals,
+    is_remote,
+    was_interrupted,
+    without_credentials,
+)
 
 DEFAULT_PORT = 5000
 START_TIMEOUT, STOP_TIMEOUT = 120.0, 10.0  # seconds
@@ -24,12 +30,7 @@ http.trust_env = False  # our own server needs no proxy
 
 
 def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.1") -> None:
-    """Show the runs in a browser; ends with Ctrl-C.
-
-    Args:
-        root: the project, whose `mlruns/` holds the runs.
-        port: to listen on; 5000, or a free one where that is taken, if not given.
-        host: address to listen on; 0.0.0.0 lets other machines in.
+    """Show the runs under `root/mlruns` in a browser until Ctrl-C, on port 5000 or a free one unless one is named.
 
     Raises:
         InputError: if the port is taken, or the server does not start or ends by itself.
@@ -73,11 +74,7 @@ def serve_ui(root: Path = Path(), port: int | None = None, host: str = "127.0.0.
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Waits until a server answers at /health.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Wait until a server answers at /health, or raise `InputError`."""
     end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end and server.poll() is None:
         try:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from distil_rank.data.sources import find_source, read_clusters
+from distil_rank.data.files import find_source, read_clusters
 from distil_rank.errors import InputError
 
 
