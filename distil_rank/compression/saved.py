@@ -19,12 +19,8 @@ from distil_rank.artefact import read_folder, write_folder
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.lowrank.low_rank import LowRankLinear
-<<<<<<< HEAD
 from distil_rank.options.compression import FORMAT
 from distil_rank.tracking.run_store import versions
-=======
-from distil_rank.tracking.run_store import versions
->>>>>>> h-d2
 
 WEIGHTS = "model.safetensors"
 LICENCE = "Derived from the teacher's weights and fitted to the calibration data: the terms of both apply."

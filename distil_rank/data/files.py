@@ -22,16 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from distil_rank.embedding.layers import split_source
-<<<<<<< HEAD
-from distil_rank.embedding.storage import Location, is_remote
-from distil_rank.embedding.store import Store, embedding_run
-=======
-from distil_rank.embedding.location import is_remote
-from distil_rank.embedding.provenance import embedding_run
 from distil_rank.embedding.run import STORES
-from distil_rank.embedding.storage import Location
-from distil_rank.embedding.store import Store, stores_in
->>>>>>> h-d2
+from distil_rank.embedding.storage import Location, is_remote
+from distil_rank.embedding.store import Store, embedding_run, stores_in
 from distil_rank.errors import InputError
 from distil_rank.samples import LABELLED, UNLABELLED, sample
 

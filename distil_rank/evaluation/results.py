@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-<<<<<<< HEAD
 from distil_rank.data.split import DataDescription
-=======
-from distil_rank.data.split import DataDescription
-from distil_rank.errors import InputError
->>>>>>> h-d2
 from distil_rank.measure.latency import LayerLatency, machine
 from distil_rank.measure.statistics import Interval
 

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
 from distil_rank.data.split import DataDescription, SplitSizes
-=======
-from distil_rank.data.split import DataDescription, SplitSizes
-from distil_rank.errors import InputError
->>>>>>> h-d2
 from distil_rank.evaluation import results
 from distil_rank.evaluation.results import (
     OURS,
