@@ -111,14 +111,7 @@ def search_blocks(
 ) -> Iterator[list[Hit]]:
     """Hits of all queries, a block at a time: query, target, score, rank and E-value (NaN without decoys).
 
-    Args:
-        names: of the queries.
-        queries: `(Q, r)`, of unit length.
-        index: over the targets.
-        ids: of the targets.
-        decoys: for E-values.
-        k: hits of each query at most.
-        own: whether the queries are the targets themselves, which then do not find themselves.
+    Queries are `(Q, r)`, of unit length; `own` says that they are the targets, which then do not find themselves.
     """
     for start in range(0, len(names), BLOCK):
         scores, rows = index.search(queries[start : start + BLOCK], k + own)

@@ -108,11 +108,7 @@ def train_encoder(
     Args:
         encoder: the closed form's, with its quantisation.
         teacher: the float encoder of full rank, fitted on the same rows.
-        x: rows to train on, `(N, n)`; a share of their groups is for validation.
-        groups: of each row, `(N,)`.
-        steps: of training.
-        seed: of the batches and of the choice of validation groups.
-        logger: of Lightning's Trainer.
+        x: rows to train on, `(N, n)`; a share of their `groups`, `(N,)`, is for validation.
 
     Returns:
         The trained encoder, or the start; `training` in its provenance tells how both do on validation groups, with the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,7 @@ log = logging.getLogger(__name__)
 DECIDING = ("metric", "rank", "dtype", "train", "seed", "regularisation", "fit_fraction", "groups")
 
 
-@dataclass(frozen=True)
-class CodeResult:
-    """Folder of the encoder, folder of the codes (if the data are a store), and its evaluation if it was fitted now."""
-
-    encoder: Location
-    store: Location | None
-    evaluation: Evaluation | None
-
-
-def code(options: CodeOptions) -> CodeResult:
+def code(options: CodeOptions) -> None:
     """Fit an encoder, evaluate it, and encode a store of embeddings with it.
 
     An encoder that `--encoder` names, or that an interrupted run left in the store of codes, is not fitted again.
@@ -56,7 +47,7 @@ def code(options: CodeOptions) -> CodeResult:
 
     place: Location = f"{options.codes}/{ENCODER}"
     source = labelled_source(options.data, options.labels)
-    encoder, evaluation = own_encoder(options.codes), None
+    encoder = own_encoder(options.codes)
     if options.encoder is not None:
         own, encoder = encoder, load_encoder(options.encoder)
         if own is None:
@@ -82,13 +73,12 @@ def code(options: CodeOptions) -> CodeResult:
         evaluation_report(evaluation).show()
         if proteins.embeddings.provenance.get("format") != "store":
             log.warning("No codes were written: %s is no store of embeddings (make one with embed).", source)
-            return CodeResult(place, None, evaluation)
+            return
         write_encoder(encoder, options.codes, metrics=_metrics(evaluation), data=encoder.provenance)
 
     store = write_codes(Store.open(source), options.codes, encoder, workers)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", encoder.bytes_per_protein)
     show_facts("Codes", {"encoder": place, "store": store.path})
-    return CodeResult(place, store.path, evaluation)
 
 
 def _fitted(
