@@ -1,1 +1,1 @@
-"""Code maps and stores of codes: a few bytes for each protein, and search among them."""
+"""Encoders and stores of codes: a few bytes for each protein, and search among them."""
