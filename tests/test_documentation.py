@@ -45,7 +45,7 @@ PARSED_ONLY = {
     r"python benchmarks/": "takes minutes; the page shows what it wrote",
     r"make recommend .*(a.tsv,b.tsv|FASTA=scope40)|PRECISION=auto-int8": "tests/commands/ has several tasks",
     r"ENCODER=results": "the layer that is recommended differs with the proteins",
-    r"--engine ray": "starts a cluster each time; tests/embedding/test_elastic.py has one",
+    r"--engine ray": "starts a cluster each time; tests/embedding/test_cluster.py has one",
     r"make ui": "serves until it is stopped; tests/tracking/test_ui.py opens it",
 }
 
@@ -57,7 +57,7 @@ RECORDED_ONLY = {
     "pytest": "the suite would run itself",
     "ruff": "`make lint` runs it",
     "mypy": "`make lint` runs it",
-    "ray": "tests/embedding/test_elastic.py starts clusters",
+    "ray": "tests/embedding/test_cluster.py starts clusters",
     "mlflow": "serves until it is stopped",
     "zensical": "tests/test_site.py builds the site",
 }

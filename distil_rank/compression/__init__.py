@@ -1,1 +1,1 @@
-"""Layers of your own model: selected, observed, replaced, fine-tuned, compared."""
+"""Layers of your own model replaced by low-rank ones: inputs captured, solved, saved, exported."""

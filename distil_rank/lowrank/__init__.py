@@ -1,1 +1,1 @@
-"""The mathematics, on torch alone: moments, solvers, the low-rank layer and its guard."""
+"""The mathematics, on torch alone: moments, solvers, the low-rank layer, within-class whitening, encoders."""

@@ -1,1 +1,1 @@
-"""The comparison on held-out rows, and how it is shown: JSON, Markdown, terminal, pictures."""
+"""Results as rows and pictures: to the terminal, Markdown, JSON and PNG."""

@@ -1,4 +1,4 @@
-"""Runs in MLflow. Only this module and `registry` know MLflow.
+"""Runs in MLflow. Only this room knows MLflow.
 
 Runs go to a sqlite database under `mlruns/`, their artifacts beside it, or wherever `MLFLOW_TRACKING_URI` points.
 All calls go through our own client: MLflow's current run, tracking address and environment stay untouched.

@@ -66,7 +66,7 @@ RUN_LISTS = {
 
 
 def default_tracking_uri(root: Path = Path()) -> str:
-    """Where runs are retained: `MLFLOW_TRACKING_URI` if it is set, otherwise a sqlite database under `root/mlruns`."""
+    """Where runs are kept: `MLFLOW_TRACKING_URI` if it is set, otherwise a sqlite database under `root/mlruns`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlruns' / 'mlflow.db'}"
 
 
