@@ -46,7 +46,7 @@ PARSED_ONLY = {
     r"make recommend .*(a.tsv,b.tsv|FASTA=scope40)|PRECISION=auto-int8": "tests/commands/ has several tasks",
     r"ENCODER=results": "the layer that is recommended differs with the proteins",
     r"--engine ray": "starts a cluster each time; tests/embedding/test_cluster.py has one",
-    r"make ui": "serves until it is stopped; tests/tracking/test_ui.py opens it",
+    r"make ui": "serves until it is stopped; tests/commands/test_ui.py opens it",
 }
 
 # Programs whose start is recorded and no more, and why.

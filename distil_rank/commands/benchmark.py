@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from distil_rank.commands.distil import distil_teacher, final_metrics, save_report
-from distil_rank.commands.lineage import lineage
 from distil_rank.commands.train_teacher import check_rank_fits, open_data
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result
@@ -18,6 +17,7 @@ from distil_rank.report import figures
 from distil_rank.report.comparison import comparison_report
 from distil_rank.report.writer import publish, run_folder
 from distil_rank.tracking.run import start_run
+from distil_rank.tracking.run_store import lineage
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def distil_several(name: str, children: Sequence[DistilOptions], data: Embedding
     teachers = " ".join(dict.fromkeys(child.teacher.kind for child in children))
     params = {"backbone": about.backbone, "teacher": teachers}
     title = f"{name} {about.dim}-d {Path(about.source).stem}"
-    with start_run(experiment, title, params=params, tags=lineage(about)) as parent:
+    with start_run(experiment, title, params=params, tags=lineage(asdict(about))) as parent:
         results = []
         for number, child in enumerate(children, 1):
             log.info("%s: %d of %d", name, number, len(children))

@@ -11,7 +11,6 @@ from typing import Any
 from distil_rank.codes.fit import copies_of, copy_task, fit_metric, noise_of, open_proteins, origin_of
 from distil_rank.codes.store import ENCODER, load_encoder, manifest_of, own_encoder, write_codes, write_encoder
 from distil_rank.codes.train import train_encoder
-from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import save
 from distil_rank.embedding.cluster import workers_on
 from distil_rank.embedding.storage import Location
@@ -25,8 +24,9 @@ from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import CodeOptions
 from distil_rank.report.evaluation import evaluation_report
 from distil_rank.report.writer import publish, run_folder, show_facts
-from distil_rank.tracking.logger import RunLogger
 from distil_rank.tracking.run import start_run
+from distil_rank.tracking.run_store import lineage
+from distil_rank.tracking.training import RunLogger
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _fitted(
     place, copies = Path(options.output) / "code" / name, Path(options.output) / "copies"
     x, groups, about = proteins.embeddings.x, proteins.groups, proteins.embeddings.provenance
     params = {**deciding, "source": proteins.source, "groups": groups.description}
-    with start_run("code", name, params=params, tags=lineage_of_vectors(about)) as run:
+    with start_run("code", name, params=params, tags=lineage(about)) as run:
         noise, words = None, None
         if options.metric == "invariant":
             noise, words = noise_of(proteins, options.noise, options.augmentation, copies)

@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import nn
 
-from distil_rank.commands.lineage import lineage
 from distil_rank.compression.compress import HEAD, CompressionReport
 from distil_rank.compression.compress import compress as compress_model
 from distil_rank.compression.own_layer import load_linear
@@ -24,8 +23,9 @@ from distil_rank.measure.metrics import energy, residual
 from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from distil_rank.options.compression import CompressOptions
 from distil_rank.report.writer import Report, Table
-from distil_rank.tracking.registry import log_student
 from distil_rank.tracking.run import start_run
+from distil_rank.tracking.run_store import lineage
+from distil_rank.tracking.training import log_student
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def compress(options: CompressOptions) -> CompressionReport:
     name = " ".join(filter(None, [Path(o.model).stem, o.layer]))
     title = f"{name} r{o.rank} {Path(about.source).stem}"
     params = {"teacher": name, "backbone": about.backbone, "source": about.source, "rank_requested": o.rank}
-    with start_run("distil", title, params=params, tags=lineage(about)) as run:
+    with start_run("distil", title, params=params, tags=lineage(asdict(about))) as run:
         fit = (x.to(dense.weight) for x in chain(data.stream("train"), data.stream("val")))
         test = data.rows("test").to(dense.weight)
         model = nn.Sequential(OrderedDict(layer=dense))

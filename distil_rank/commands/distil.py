@@ -9,7 +9,6 @@ from pathlib import Path
 
 import yaml
 
-from distil_rank.commands.lineage import lineage
 from distil_rank.commands.train_teacher import check_rank_fits, make_teacher, open_data
 from distil_rank.compression.own_layer import load_head
 from distil_rank.compression.saved import save
@@ -19,9 +18,9 @@ from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.options.training import DistilOptions
 from distil_rank.report.comparison import comparison_report
 from distil_rank.report.writer import run_folder, set_latest
-from distil_rank.tracking.logger import RunLogger
-from distil_rank.tracking.registry import log_student, promote_champion
 from distil_rank.tracking.run import Run, start_run
+from distil_rank.tracking.run_store import lineage
+from distil_rank.tracking.training import RunLogger, log_student, promote_champion
 from distil_rank.training.experiment import run_experiment
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def distil_teacher(
         "distil": asdict(options.distil),
     }
     title = f"{teacher.name} r{options.rank} {options.distil.warm_start} {about.dim}-d {Path(about.source).stem}"
-    tags = {**lineage(about), "teacher_run": teacher.run_id}
+    tags = {**lineage(asdict(about)), "teacher_run": teacher.run_id}
     with start_run(experiment, title, params=params, tags=tags, parent=parent) as run:
         for split in ("train", "val", "test"):
             shape = (getattr(about.rows, split), about.dim)

@@ -50,7 +50,7 @@ def embed(options: EmbedOptions) -> EmbedSummary:
     name = f"{settings['backbone']} {settings['pooling']} {Path(options.fasta).name}"
     requested = {f"{key}_requested" if key in ("backbone", "precision") else key: settings[key] for key in settings}
     params = requested | {"encoder": None if encoder is None else encoder.digest}
-    with start_run("embed", name, params=params, tags={}, system_metrics=True) as run:
+    with start_run("embed", name, params=params, tags={}) as run:
         summary = embedding.embed(**settings, encoder=encoder)
         facts = asdict(summary)
         counts = {key: value for key, value in facts.items() if isinstance(value, int | float)}

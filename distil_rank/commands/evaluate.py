@@ -10,7 +10,6 @@ from pathlib import Path
 import yaml
 
 from distil_rank.commands.embed import embed
-from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import load, read_manifest
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
@@ -24,6 +23,7 @@ from distil_rank.options.evaluation import EvaluateOptions
 from distil_rank.report.evaluation import evaluation_report
 from distil_rank.report.writer import publish, run_folder
 from distil_rank.tracking.run import Run, start_run
+from distil_rank.tracking.run_store import lineage
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     params = {"source": proteins.source, "labels": proteins.labels, "task": proteins.target.kind}
     params |= {"groups": proteins.groups.description, "backbone": about.get("backbone", "unknown")}
     with start_run(
-        "evaluate", f"{place.name} {proteins.target.kind}", params=params, tags=lineage_of_vectors(about) | runs
+        "evaluate", f"{place.name} {proteins.target.kind}", params=params, tags=lineage(about) | runs
     ) as run:
         target, groups = proteins.target, proteins.groups
         evaluation = evaluate_task(

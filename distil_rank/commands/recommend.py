@@ -14,7 +14,6 @@ import yaml
 from distil_rank.codes.store import ENCODER, write_codes
 from distil_rank.commands.embed import embed
 from distil_rank.commands.evaluate import metric_name
-from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import save
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.layers import split_source
@@ -34,6 +33,7 @@ from distil_rank.report.recommendation import configuration, recommendation_repo
 from distil_rank.report.writer import run_folder, set_latest
 from distil_rank.samples import LABELLED, sample
 from distil_rank.tracking.run import Run, start_run
+from distil_rank.tracking.run_store import lineage
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def recommend(options: RecommendOptions) -> Recommendation:
     params |= {"groups": problem.groups, "keep": o.keep, "weigh": o.weigh, "seed": o.seed}
     params |= {"max_bytes": o.max_bytes, "max_time": o.max_time}
     title = f"{Path(problem.source).stem} keep {o.keep:g}"
-    with start_run("recommend", title, params=params, tags=lineage_of_vectors(about)) as run:
+    with start_run("recommend", title, params=params, tags=lineage(about)) as run:
         log.info("Measuring the time of each layer ...")
         costs, words = measure_costs(list(problem.layers), about, sequences)
         fitted = Fitted(problem)

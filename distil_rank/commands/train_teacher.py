@@ -17,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from distil_rank.commands.lineage import lineage
 from distil_rank.compression.own_layer import load_linear
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.evaluation.results import TeacherCheck
 from distil_rank.lowrank.solvers import choose_rank
 from distil_rank.options.training import BUILT_IN, DataOptions, TeacherOptions, TrainTeacherOptions
-from distil_rank.tracking.logger import RunLogger
 from distil_rank.tracking.run import start_run
+from distil_rank.tracking.run_store import lineage
+from distil_rank.tracking.training import RunLogger
 from distil_rank.training.callbacks import Progress
 from distil_rank.training.experiment import trainer_options
 from distil_rank.training.teacher import TeacherModule, check_teacher, random_teacher, spectral_teacher
@@ -86,7 +86,7 @@ def make_teacher(
     about = data.description()
     params = {**settings, "backbone": about.backbone, "source": about.source}
     with start_run(
-        "teacher", f"{name} {about.dim}-d {Path(about.source).stem}", params=params, tags=lineage(about)
+        "teacher", f"{name} {about.dim}-d {Path(about.source).stem}", params=params, tags=lineage(asdict(about))
     ) as run:
         if kind == "denoising":
             module = TeacherModule(None, options.noise, options.noise_scale, options.lr)

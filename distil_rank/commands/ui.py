@@ -1,13 +1,117 @@
-"""MLflow's own pages on the project's runs."""
+"""MLflow's own pages on the project's runs, by a process of its own."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from operator import itemgetter
 from pathlib import Path
 
+import requests
+
+from distil_rank.errors import InputError
 from distil_rank.options.ui import UiOptions
-from distil_rank.tracking.ui import serve_ui
+from distil_rank.tracking.run_store import (
+    VIEW,
+    default_tracking_uri,
+    exit_on_signals,
+    is_remote,
+    was_interrupted,
+    without_credentials,
+)
+
+DEFAULT_PORT = 5000
+START_TIMEOUT, STOP_TIMEOUT = 120.0, 10.0  # seconds
+http = requests.Session()
+http.trust_env = False  # our own server needs no proxy
 
 
 def ui(options: UiOptions) -> None:
-    """Show the runs in a browser until Ctrl-C."""
-    serve_ui(Path(options.root), options.port, options.host)
+    """Show the runs in a browser until Ctrl-C.
+
+    Raises:
+        InputError: if the port is taken, or the server does not start or ends by itself.
+    """
+    root, host = Path(options.root), options.host
+    uri = default_tracking_uri(root)
+    if is_remote(uri):
+        print(f"MLFLOW_TRACKING_URI keeps the runs at {without_credentials(uri)}: open that in a browser.")
+        return
+    folder = root.resolve() / "mlruns"
+    folder.mkdir(parents=True, exist_ok=True)
+    port, log = free_port(host, options.port), folder / "ui.log"
+    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    places = ["--backend-store-uri", uri, "--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", *places, "--workers", "1", "--host", host, "--port", str(port)]
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it starts programs of its environment
+    print("Starting the MLflow UI ...", flush=True)
+    with exit_on_signals(signal.SIGTERM, signal.SIGHUP), log.open("wb") as output:
+        # A process group of its own, so that Ctrl-C reaches us alone and we end all of it.
+        server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, env=env, start_new_session=True)
+        try:
+            _wait_until_ready(server, address, log)
+            print(f"MLflow UI at {address} (Ctrl-C ends it)")
+            for name, page in run_lists(address):
+                print(f"  {name:9} {page}", flush=True)
+            server.wait()
+        except (KeyboardInterrupt, SystemExit) as end:
+            if not was_interrupted(end):
+                raise
+            print("\nThe MLflow UI has ended.")
+            return
+        finally:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                try:
+                    os.killpg(server.pid, number)
+                    server.wait(STOP_TIMEOUT)
+                except (ProcessLookupError, subprocess.TimeoutExpired):
+                    continue
+    raise InputError(f"Expected the MLflow UI to run until Ctrl-C but it ended by itself; see {log}.")
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Wait until a server answers at /health, or raise `InputError`."""
+    end = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            http.get(f"{address}/health", timeout=5)
+            return
+        except requests.RequestException:
+            time.sleep(0.2)
+    raise InputError(f"Expected MLflow to start at {address} but it did not; see {log}.")
+
+
+def run_lists(address: str) -> list[tuple[str, str]]:
+    """Each of our experiments with the page of its runs, opened with the columns that matter."""
+    answer = http.post(f"{address}/api/2.0/mlflow/experiments/search", json={"max_results": 1000}, timeout=30)
+    return [
+        (
+            experiment["name"],
+            f"{address}/#/experiments/{experiment['experiment_id']}/runs"
+            f"?workflowType=machine_learning&viewStateShareKey={VIEW}",
+        )
+        for experiment in sorted(answer.json()["experiments"], key=itemgetter("name"))
+        if f"mlflow.sharedViewState.{VIEW}" in {tag["key"] for tag in experiment.get("tags", ())}
+    ]
+
+
+def free_port(host: str, wanted: int | None) -> int:
+    """A port that nothing listens on: the wanted one, else 5000, else any.
+
+    Raises:
+        InputError: if the wanted one cannot be had.
+    """
+    for port in (wanted,) if wanted is not None else (DEFAULT_PORT, 0):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+                return int(listener.getsockname()[1])
+            except OSError as error:
+                reason = error.strerror
+    raise InputError(f"Expected a free port at {host} but {wanted} cannot be had ({reason}): choose another --port.")

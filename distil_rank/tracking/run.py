@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,32 +52,21 @@ for _logger in ("alembic", "mlflow"):  # such as "Creating initial MLflow databa
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 5.0  # seconds in which a remote server has to answer
-PARAM_LENGTH, NOTE_LENGTH, DIGEST_LENGTH = 6000, 8000, 36  # MLflow's own limits
 
 
 @dataclass(frozen=True)
 class Run:
-    """One open MLflow run. Made by `start_run`.
-
-    `folder` is a local one for files of training, under `mlruns/`; `client` for whatever is not offered here.
-    """
+    """One open MLflow run, made by `start_run`; its `client` is for whatever is not offered here."""
 
     id: str
     experiment: str
     experiment_id: str
     tracking_uri: str
-    folder: Path
     client: mlflow.MlflowClient = field(repr=False)
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Record parameters; nested mappings become dotted names. A name keeps its first value, with a warning."""
-        recorded = self.client.get_run(self.id).data.params
-        values = {name: str(value)[:PARAM_LENGTH] for name, value in _flatten(params).items()}
-        for name in values.keys() & recorded.keys():
-            if values[name] != recorded[name]:
-                log.warning("Parameter %s stays %s in MLflow; %s came later.", name, recorded[name], values[name])
-        new = [Param(name, value) for name, value in values.items() if name not in recorded]
-        self.client.log_batch(self.id, params=new)
+        """Record parameters, each once; nested mappings become dotted names."""
+        self.client.log_batch(self.id, params=[Param(name, str(value)) for name, value in _flatten(params).items()])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record one value of each metric, to five significant digits."""
@@ -91,7 +80,7 @@ class Run:
     def note(self, markdown: str) -> None:
         """Describe the run, in Markdown, on its page, after links to the runs that this one builds on.
 
-        Those are the runs that its tags `<what>_run` name. What exceeds MLflow's limit goes to the artifact `note.md`.
+        Those are the runs that its tags `<what>_run` name. MLflow cuts what exceeds its limit.
         """
         links = []
         for tag, other in self.client.get_run(self.id).data.tags.items():
@@ -102,10 +91,6 @@ class Run:
                     links.append(f"{tag.removesuffix('_run')} [{info.run_name}]({page})")
         if links:
             markdown = f"Builds on {', '.join(links)}.\n\n{markdown}"
-        if len(markdown) > NOTE_LENGTH:
-            self.log_text(markdown, "note.md")
-            start = markdown[: NOTE_LENGTH - 100].rpartition("\n")[0]
-            markdown = f"{start}\n\n… The rest is in the artifact `note.md`."
         self.set_tags({"mlflow.note.content": markdown})
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
@@ -123,7 +108,7 @@ class Run:
         """Record the rows that went in, `(N, n)`, by name, digest and location; not the rows themselves."""
         origin = get_dataset_source_from_json(json.dumps({"uri": source}), "local")
         schema = Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))])
-        dataset = MetaDataset(origin, name=name, digest=digest[:DIGEST_LENGTH], schema=schema)  # type: ignore[abstract]
+        dataset = MetaDataset(origin, name=name, digest=digest, schema=schema)  # type: ignore[abstract]
         context_tag = [InputTag("mlflow.data.context", context)]
         self.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), context_tag)])
 
@@ -145,7 +130,6 @@ def start_run(
     params: Mapping[str, object],
     tags: Mapping[str, str],
     parent: Run | None = None,
-    system_metrics: bool = False,
     root: Path = Path(),
 ) -> Iterator[Run]:
     """Open a run; it ends FINISHED, FAILED with the reason in the tag `error`, or KILLED (Ctrl-C, SIGTERM, SIGHUP).
@@ -173,9 +157,8 @@ def start_run(
             raise InputError(
                 f"Expected MLflow to keep runs at {without_credentials(tracking_uri)} but got: {_first_line(error)}"
             ) from error
-        folder = root.resolve() / "mlruns" / "lightning"
-        run = Run(created.info.run_id, experiment, experiment_id, tracking_uri, folder, client)
-        with _final_status(run), exit_on_signals(signal.SIGTERM, signal.SIGHUP), _system_metrics(run, system_metrics):
+        run = Run(created.info.run_id, experiment, experiment_id, tracking_uri, client)
+        with _final_status(run), exit_on_signals(signal.SIGTERM, signal.SIGHUP):
             run.log_params(params)
             yield run
 
@@ -229,46 +212,20 @@ def connect(tracking_uri: str) -> mlflow.MlflowClient:
 @contextmanager
 def _final_status(run: Run) -> Iterator[None]:
     """Set the run's status when the block ends: FINISHED, KILLED or FAILED."""
-    status = "FINISHED"
+    status, tags = "FINISHED", {}
     try:
         yield
     except BaseException as error:
         exited = isinstance(error, SystemExit) and not error.code
         status = "KILLED" if was_interrupted(error) else "FINISHED" if exited else "FAILED"
-        if status == "FAILED":
-            _warn_if_refused(run.set_tags, {"error": _first_line(error)})
+        tags = {"error": _first_line(error)} if status == "FAILED" else {}
         raise
     finally:
-        _warn_if_refused(run.client.set_terminated, run.id, status)
-
-
-def _warn_if_refused(call: Callable[..., object], *arguments: object) -> None:
-    """Call MLflow at a run's end; its failure must not hide what ended the run."""
-    try:
-        call(*arguments)
-    except MlflowException as error:
-        log.warning("MLflow did not record the run's end: %s", _first_line(error))
-
-
-@contextmanager
-def _system_metrics(run: Run, wanted: bool) -> Iterator[None]:
-    """Sample the machine's load while a run lasts."""
-    if not wanted:
-        yield
-        return
-    try:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: PLC0415 - needs psutil
-
-        monitor = SystemMetricsMonitor(run.id, tracking_uri=run.tracking_uri)
-    except (ImportError, MlflowException) as error:
-        log.warning("No system metrics in MLflow: %s", _first_line(error))
-        yield
-        return
-    monitor.start()
-    try:
-        yield
-    finally:
-        monitor.finish()
+        try:
+            run.set_tags(tags)
+            run.client.set_terminated(run.id, status)
+        except MlflowException as error:  # which must not hide what ended the run
+            log.warning("MLflow did not record the run's end: %s", _first_line(error))
 
 
 def _experiment_id(client: mlflow.MlflowClient, name: str, location: str | None) -> str:

@@ -8,14 +8,16 @@ import platform
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("distil-rank", "torch", "lightning", "torchmetrics", "mlflow", "fair-esm")
 SIGNAL_EXIT_CODES = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}  # exit codes
+LINEAGE = ("embedding_run", "fallback", "digest", "backbone", "split")
 VIEW = "distil-rank"  # the key of the view that a run list opens with
 
 
@@ -111,6 +113,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             installed[package] = "not installed"
     return installed
+
+
+def lineage(data: Mapping[str, Any]) -> dict[str, str]:
+    """Tags that lead from a run to the data behind it, out of what is known of them.
+
+    >>> lineage({"digest": "ab12", "fallback": None, "seconds": 3})
+    {'digest': 'ab12'}
+    """
+    return {key: str(data[key]) for key in LINEAGE if data.get(key)}
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import pytest
 from browser import Browser, open_browser
 
 from distil_rank.cli import main
+from distil_rank.commands.ui import free_port, ui
 from distil_rank.errors import InputError
-from distil_rank.tracking.ui import free_port, serve_ui
+from distil_rank.options.ui import UiOptions
 
 QUICK = ["--trainer.max_steps", "12", "--data.source", "proteins.npz", "--data.split", "exact"]
 
@@ -30,7 +31,7 @@ def record_runs() -> None:
 
 @dataclass
 class Served:
-    """The process of `serve_ui`, and the pages that it named."""
+    """The process of `ui`, and the pages that it named."""
 
     process: subprocess.Popen
     pages: dict[str, str]
@@ -43,13 +44,11 @@ def browser(tmp_path) -> Iterator[Browser]:
 
 
 def serve(root: Path) -> list[str]:
-    """The command that serves the runs of a project, on a free port."""
+    """What serves the runs of a project, on a free port."""
     port = free_port("127.0.0.1", None)
     # What runs in a shell's background inherits Ctrl-C ignored, and would never hear the one that a test sends.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = (
-        f"from pathlib import Path; from distil_rank.tracking.ui import serve_ui; serve_ui(Path({str(root)!r}), {port})"
-    )
+    program = f"from distil_rank.commands import ui; ui.ui(ui.UiOptions({str(root)!r}, {port}))"
     return [sys.executable, "-c", f"{heard}; {program}"]
 
 
@@ -121,13 +120,13 @@ def test_a_taken_port_is_said_or_passed_over(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"{port} cannot be had"):
             free_port("127.0.0.1", port)
-        monkeypatch.setattr("distil_rank.tracking.ui.DEFAULT_PORT", port)
+        monkeypatch.setattr("distil_rank.commands.ui.DEFAULT_PORT", port)
         assert free_port("127.0.0.1", None) != port
 
 
 def test_a_remote_server_has_its_own_page(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@tracking.example")
-    serve_ui()
+    ui(UiOptions())
     assert "https://tracking.example" in capsys.readouterr().out
 
 

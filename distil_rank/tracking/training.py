@@ -1,21 +1,21 @@
-"""Students as MLflow models: logged with their run, registered, the best of each kind marked as champion."""
+"""What training leaves in MLflow: Lightning's metrics, and students as registered models."""
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Mapping
 from importlib.metadata import version
-from types import ModuleType
+from typing import Any
 
+import mlflow.pytorch
 import numpy as np
 import torch
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_only
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -28,14 +28,26 @@ REGISTERED_NAME = "distil-rank"
 CHAMPION = "champion"
 
 
-def log_student(
-    run: Run,
-    layer: nn.Module,
-    example: np.ndarray,
-    *,
-    name: str = "student",
-    metrics: Mapping[str, float] | None = None,
-) -> str:
+class RunLogger(MLFlowLogger):
+    """Log a `Trainer`'s metrics into a run of `start_run`, which alone decides how the run ends.
+
+    Metrics are sent in the background (one call takes as long as several steps of a small student), and waited for
+    when the fit ends, however it ends: only SIGKILL loses some. Hyper-parameters are the run's own parameters.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.experiment, tracking_uri=run.tracking_uri, run_id=run.id, synchronous=False)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing: the command has recorded them."""
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Wait for what was sent. The run stays open: it may hold several fits, and what follows them."""
+        mlflow.flush_async_logging()
+
+
+def log_student(run: Run, layer: nn.Module, example: np.ndarray, metrics: Mapping[str, float] | None = None) -> str:
     """Keep a layer with its run, as a model that loads and serves without this package.
 
     It is stored as an exported graph, not pickled, and takes any number of rows.
@@ -53,32 +65,25 @@ def log_student(
     with torch.inference_mode():
         width = layer(torch.from_numpy(rows)).shape[1]
     inputs, outputs = (Schema([TensorSpec(np.dtype(np.float32), (-1, size))]) for size in (rows.shape[1], width))
-    with _logged_model(run, name) as (model_id, folder):
-        _pytorch_flavour().save_model(
+    client, params = run.client, run.client.get_run(run.id).data.params
+    model_id = client.create_logged_model(run.experiment_id, "student", source_run_id=run.id, params=params).model_id
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.pytorch.save_model(
             layer,
-            folder,
+            f"{folder}/model",
             mlflow_model=Model(run_id=run.id, model_id=model_id),
             signature=ModelSignature(inputs, outputs),
             input_example=rows,
             pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "torch", "numpy")],
             serialization_format="pt2",
         )
+        client.log_model_artifacts(model_id, f"{folder}/model")
+    client.finalize_logged_model(model_id, "READY")
+    client.log_outputs(run.id, [LoggedModelOutput(model_id, step=0)])
     now = int(time.time() * 1000)
     figures = [Metric(key, rounded(value), now, 0, model_id=model_id) for key, value in (metrics or {}).items()]
-    run.client.log_batch(run.id, metrics=figures)
+    client.log_batch(run.id, metrics=figures)
     return f"models:/{model_id}"
-
-
-@contextmanager
-def _logged_model(run: Run, name: str) -> Iterator[tuple[str, str]]:
-    """A new model's id, and a folder to save it to; it is kept when the context ends."""
-    params = run.client.get_run(run.id).data.params
-    model = run.client.create_logged_model(run.experiment_id, name, source_run_id=run.id, params=params)
-    with tempfile.TemporaryDirectory() as folder:
-        yield model.model_id, f"{folder}/model"
-        run.client.log_model_artifacts(model.model_id, f"{folder}/model")
-    run.client.finalize_logged_model(model.model_id, "READY")
-    run.client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
 
 
 def promote_champion(run: Run, model_uri: str, *, r2: float, rank: int, teacher: str, data: str) -> str:
@@ -115,13 +120,3 @@ def promote_champion(run: Run, model_uri: str, *, r2: float, rank: int, teacher:
     for alias in (CHAMPION, f"{CHAMPION}-rank-{rank}"):
         client.set_registered_model_alias(REGISTERED_NAME, alias, student.version)
     return f"models:/{REGISTERED_NAME}@{CHAMPION}"
-
-
-def _pytorch_flavour() -> ModuleType:
-    """`mlflow.pytorch`, kept from setting the root logger to show errors only, as its import does."""
-    handler, root = logging.NullHandler(), logging.getLogger()
-    root.addHandler(handler)
-    try:
-        return import_module("mlflow.pytorch")
-    finally:
-        root.removeHandler(handler)
