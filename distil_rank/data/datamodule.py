@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from distil_rank.data.files import SYNTHETIC, Embeddings, find_source, load_matrix, read_clusters
 from distil_rank.data.mmseqs import CLUSTER_CACHE
-from distil_rank.data.split import DataDescription, Split, SplitSizes, check_split, make_split
+from distil_rank.data.split import DataDescription, Split, SplitSizes, make_split
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store, embed
 from distil_rank.errors import InputError
@@ -65,7 +65,6 @@ class EmbeddingDataModule(LightningDataModule):
         batch_size: Rows in a training batch.
         replacement: Draw training rows with replacement, as the original does.
         seed: Of the split, and of synthetic data.
-        num_workers: Processes that read batches; 0 is fastest for data that fit in memory.
         epoch_batches: Batches in an epoch where rows are drawn with replacement; by default as many as without.
 
     Raises:
@@ -88,7 +87,6 @@ class EmbeddingDataModule(LightningDataModule):
         batch_size: int = 64,
         replacement: bool = False,
         seed: int = 42,
-        num_workers: int = 0,
         epoch_batches: int | None = None,
     ) -> None:
         super().__init__()
@@ -117,23 +115,23 @@ class EmbeddingDataModule(LightningDataModule):
             if h.clusters is not None or shipped.exists():
                 clusters = read_clusters(Path(h.clusters or shipped), self.embeddings.ids)
                 self.embeddings = replace(self.embeddings, clusters=clusters)
-        data = self.embeddings
-        digests = None
+        data, digests = self.embeddings, None
         if data.sequences is None:  # then at least equal vectors stay together
             digests = [hashlib.blake2b(np.ascontiguousarray(x).tobytes(), digest_size=16).digest() for x in data.x]
-        self.split_rows = make_split(
-            data.ids,
-            data.sequences,
-            data.clusters,
-            method=h.split,
-            val_fraction=h.val_fraction,
-            test_fraction=h.test_fraction,
-            seed=h.seed,
-            groups=digests,
-            sides=None if digests is None else prescribed_splits(data, digests),
-            cache=CLUSTER_CACHE,
-        )
-        check_split(self.split_rows, data.sequences, data.clusters)
+        if digests is not None and "rows_train" in data.provenance and data.clusters is None and h.split == "auto":
+            self.split_rows = split_pair(digests, data.provenance["rows_train"])
+        else:
+            self.split_rows = make_split(
+                data.ids,
+                data.sequences,
+                data.clusters,
+                method=h.split,
+                val_fraction=h.val_fraction,
+                test_fraction=h.test_fraction,
+                seed=h.seed,
+                groups=digests,
+                cache=CLUSTER_CACHE,
+            )
         if min(len(self.split_rows.train), len(self.split_rows.val), len(self.split_rows.test)) < 2:
             raise InputError(
                 f"Expected enough rows in {self.source} for train, validation and test but got {len(data.ids)} in all; "
@@ -196,23 +194,17 @@ class EmbeddingDataModule(LightningDataModule):
         h: Any = self.hparams
         rows = Rows(self.embeddings.x, self.split_rows.train, self.targets)
         number = h.epoch_batches * h.batch_size if h.replacement and h.epoch_batches else None
-        return self._loader(rows, RandomSampler(rows, h.replacement, number), h.batch_size)
+        return _loader(rows, RandomSampler(rows, h.replacement, number), h.batch_size)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches in order."""
         rows = Rows(self.embeddings.x, self.split_rows.val)
-        return self._loader(rows, SequentialSampler(rows), STREAM_ROWS)
+        return _loader(rows, SequentialSampler(rows), STREAM_ROWS)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches in order."""
         rows = Rows(self.embeddings.x, self.split_rows.test)
-        return self._loader(rows, SequentialSampler(rows), STREAM_ROWS)
-
-    def _loader(self, rows: Rows, sampler: Sampler[int], batch_size: int) -> DataLoader[Batch]:
-        """Whole batches, each gathered by one indexing operation."""
-        workers = self.hparams["num_workers"]
-        batches = BatchSampler(sampler, batch_size, drop_last=False)
-        return DataLoader(rows, None, sampler=batches, num_workers=workers, persistent_workers=workers > 0)
+        return _loader(rows, SequentialSampler(rows), STREAM_ROWS)
 
     @cached_property
     def digest(self) -> str:
@@ -220,8 +212,8 @@ class EmbeddingDataModule(LightningDataModule):
         sha = hashlib.sha256()
         for start in range(0, len(self.embeddings.x), STREAM_ROWS):
             sha.update(np.ascontiguousarray(self.embeddings.x[start : start + STREAM_ROWS]).tobytes())
-        for part in (self.split_rows.train, self.split_rows.val, self.split_rows.test):
-            sha.update(np.asarray(part, dtype=np.int64).tobytes())
+        for rows in (self.split_rows.train, self.split_rows.val, self.split_rows.test):
+            sha.update(rows.astype(np.int64).tobytes())
         return sha.hexdigest()[:16]
 
     def description(self) -> DataDescription:
@@ -241,27 +233,23 @@ class EmbeddingDataModule(LightningDataModule):
         )
 
 
-def prescribed_splits(data: Embeddings, digests: Sequence[bytes]) -> list[str] | None:
-    """The split that the original project's pair of files prescribes; None for anything else.
+def _loader(rows: Rows, sampler: Sampler[int], batch_size: int) -> DataLoader[Batch]:
+    """Whole batches, each gathered by one indexing operation."""
+    return DataLoader(rows, None, sampler=BatchSampler(sampler, batch_size, drop_last=False))
 
-    Its validation rows are held out, one third to choose the epoch and the rest for the report. A held-out vector that
-    is also in the training file counts as a training row.
+
+def split_pair(digests: Sequence[bytes], rows_train: int) -> Split:
+    """The split that the original project's pair of files prescribes, by digests of the vectors, `(N,)`.
+
+    The validation file's rows are held out, one third to choose the epoch and the rest for the report. A held-out
+    vector that is also in the training file counts as a training row.
     """
-    train = data.provenance.get("rows_train")
-    if train is None:
-        return None
-    training = set(digests[:train])
-    leaked = sum(digest in training for digest in digests[train:])
-    if leaked:
-        log.warning(
-            "%d of %d validation vectors are also training vectors: not used for validation or test.",
-            leaked,
-            len(digests) - train,
-        )
-    held_out = [
-        "train" if digest in training else "val" if digest[0] % 3 == 0 else "test" for digest in digests[train:]
-    ]
-    return ["train"] * train + held_out
+    training = set(digests[:rows_train])
+    if leaked := sum(digest in training for digest in digests[rows_train:]):
+        held_out = len(digests) - rows_train
+        log.warning("%d of %d validation vectors are also training vectors and stay there.", leaked, held_out)
+    number = [0 if digest in training else 1 if digest[0] % 3 == 0 else 2 for digest in digests]
+    return Split.of(np.array(number), "given with the data")
 
 
 def synthetic_embeddings(

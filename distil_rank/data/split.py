@@ -12,7 +12,6 @@ content, and what does not fit is trained on.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 NO_GROUP = (None, "")
 
-SplitMethod = Literal["auto", "mmseqs", "clusters", "exact", "given"]
+SplitMethod = Literal["auto", "mmseqs", "clusters", "exact"]
 
 
 def join_groups(columns: Sequence[Sequence[Hashable]]) -> np.ndarray:
@@ -138,7 +137,7 @@ def _fill(order: np.ndarray, sizes: np.ndarray, target: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Split:
-    """Row indices for training, validation and test, each sorted, and a description of the method for the report."""
+    """Row indices of each split, sorted, and a description of the method for the report."""
 
     train: np.ndarray
     val: np.ndarray
@@ -162,14 +161,13 @@ def make_split(
     seed: int = 42,
     *,
     groups: Sequence[Hashable] | None = None,
-    sides: Sequence[str] | None = None,
     cache: Path | None = None,
 ) -> Split:
     """Split rows into train, validation and test so that no group of related rows lies in two of them.
 
-    ``auto`` takes the first available of: a given split, given clusters, MMseqs2 clusters of the sequences, exact
-    duplicates; a warning names what was not available. Where clusters are so few and so large that they cannot fill
-    half of a split, ``auto`` takes the next method; with a method chosen by name that is an error.
+    ``auto`` takes the first available of: given clusters, MMseqs2 clusters of the sequences, exact duplicates; a
+    warning names what was not available. Where clusters are so few and so large that they cannot fill half of a split,
+    ``auto`` takes the next method; with a method chosen by name that is an error.
 
     Args:
         ids: the protein of each row; rows of one protein (its residues, its fragments) stay together.
@@ -180,12 +178,11 @@ def make_split(
         test_fraction: share of the rows for the test.
         seed: determines the order of the groups.
         groups: one more key for each row that has to stay together, for example a digest of its vector.
-        sides: a given split, ``train``, ``val`` or ``test`` for each row; checked, otherwise used unchanged.
         cache: folder of the cache of MMseqs2 clusters; without one they are computed every time.
 
     Raises:
-        InputError: columns differ in length, the fractions leave nothing to train on, the method lacks what it
-            needs, there are too few groups for three splits, or a given split shares a sequence or a cluster.
+        InputError: the fractions leave nothing to train on, the method lacks what it needs, or there are too few groups
+            for three splits.
 
     >>> split = make_split(["a", "b", "c", "d", "e"], ["MK", "ML", "mk", "MV", "MT"], method="exact", test_fraction=0.4)
     >>> (0 in split.test) == (2 in split.test)  # both hold MK
@@ -193,17 +190,9 @@ def make_split(
     >>> split.method
     'exact duplicates only, 4 groups'
     """
-    columns = {"sequences": sequences, "clusters": clusters, "groups": groups, "sides": sides}
-    for name, column in columns.items():
-        if column is not None and len(column) != len(ids):
-            raise InputError(f"Expected {len(ids)} {name}, one for each id, but got {len(column)}: give one for each.")
-    needed = {"given": ("sides", sides), "clusters": ("clusters", clusters), "mmseqs": ("sequences", sequences)}
-    if method in needed and needed[method][1] is None:
-        raise InputError(f"Expected {needed[method][0]} for the split method `{method}` but got none: give them.")
-    if sides is not None and method in ("auto", "given"):
-        split = _given_split(sides)
-        check_split(split, sequences, clusters)
-        return split
+    if method in ("clusters", "mmseqs") and (clusters if method == "clusters" else sequences) is None:
+        needed = "clusters" if method == "clusters" else "sequences"
+        raise InputError(f"Expected {needed} for the split method `{method}` but got none: give them.")
     candidates, caveats = _candidates(method, sequences, clusters)
     upper = None if sequences is None else [sequence.upper() for sequence in sequences]
     keys = ids if upper is None else [sequence or name for sequence, name in zip(upper, ids, strict=True)]
@@ -232,14 +221,6 @@ def make_split(
     )
 
 
-def _given_split(sides: Sequence[str]) -> Split:
-    if unknown := set(sides) - set(SPLITS):
-        raise InputError(f"Expected each side to be train, val or test but got {min(unknown)!r}: correct it.")
-    if "train" not in sides:
-        raise InputError("Expected a given split to have rows to train on but got none: name some of them train.")
-    return Split.of(np.array([SPLITS.index(side) for side in sides]), "given with the data")
-
-
 def _candidates(
     method: SplitMethod, sequences: Sequence[str] | None, clusters: Sequence[str | None] | None
 ) -> tuple[list[SplitMethod], list[str]]:
@@ -253,33 +234,6 @@ def _candidates(
     if mmseqs.mmseqs_binary() is None:
         return ["exact"], [f"MMseqs2 is not installed, {MMSEQS_INSTALLATION}"]
     return ["mmseqs", "exact"], []
-
-
-def check_split(
-    split: Split, sequences: Sequence[str] | None = None, clusters: Sequence[str | None] | None = None
-) -> None:
-    """Check that train, validation and test share no row, sequence (in full, in any case) or cluster.
-
-    Raises:
-        InputError: they do; the message names an example.
-    """
-    rows = {name: np.asarray(getattr(split, name), dtype=int).tolist() for name in SPLITS}
-    upper = None if sequences is None else [sequence.upper() for sequence in sequences]
-    everything = range(max(max(index, default=-1) for index in rows.values()) + 1)
-    for what, column in (("row", everything), ("sequence", upper), ("cluster", clusters)):
-        if column is None:
-            continue
-        where = {
-            name: {column[row]: row for row in index if column[row] not in NO_GROUP} for name, index in rows.items()
-        }
-        for one, other in itertools.combinations(SPLITS, 2):
-            if shared := where[one].keys() & where[other].keys():
-                key = min(shared, key=where[one].__getitem__)
-                example = str(key) if len(str(key)) <= 24 else f"{str(key)[:24]}…"
-                raise InputError(
-                    f"Expected splits that share no {what} but {one} and {other} share {example} (rows "
-                    f"{where[one][key]} and {where[other][key]}): put related proteins into one, or split by `auto`."
-                )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,6 @@ class DataOptions:
         batch_size: Rows in a training batch.
         replacement: Draw training rows with replacement, as the original does.
         seed: Of the split, and of synthetic data.
-        num_workers: Processes that read batches; 0 is fastest for data that fit in memory.
     """
 
     source: str = "auto"
@@ -61,7 +60,6 @@ class DataOptions:
     batch_size: int = 64
     replacement: bool = False
     seed: int = 42
-    num_workers: int = 0
 
     def check(self) -> None:
         """Raises `InputError` for values out of range and for files that are not there."""
@@ -69,7 +67,6 @@ class DataOptions:
             check_range(f"--data.{name}", getattr(self, name), 0, 1)
         check_range("--data.val_fraction + --data.test_fraction", self.val_fraction + self.test_fraction, 0, 0.99)
         check_range("--data.batch_size", self.batch_size, 1)
-        check_range("--data.num_workers", self.num_workers, 0)
         path, _, _ = self.source.rpartition(":")  # a store may name its layer: STORE:4
         named = self.source in ("auto", "synthetic") or "://" in self.source or self.fasta is not None
         if not named and not Path(self.source).exists() and not (path and Path(path).exists()):
