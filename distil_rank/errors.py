@@ -1,5 +1,7 @@
 """The one exception that the command line turns into a clear line and exit code 2."""
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something that the user gave cannot be used.
@@ -7,3 +9,13 @@ class InputError(ValueError):
     The message is one line that says what was expected, what came, and what to do about it. Whatever is not the
     user's to mend (a bug) stays an ordinary exception with its traceback.
     """
+
+
+def examples(names: Iterable[object]) -> str:
+    """Up to three of some names, for a message.
+
+    >>> examples("ab"), examples("abcd"), examples([])
+    ('a, b', 'a, b, c, ...', 'nothing')
+    """
+    first = [str(name) for name in names]
+    return ", ".join(first[:3] + ["..."] * (len(first) > 3)) or "nothing"

@@ -10,7 +10,6 @@ import distil_rank
 
 ORDER = [
     "errors",
-    "samples",
     "artefact",
     "options",
     "origin",

@@ -20,7 +20,7 @@ from torch import Tensor
 from distil_rank.codes.augment import embed_like
 from distil_rank.codes.index import CodeIndex, import_faiss
 from distil_rank.codes.store import CodeStore
-from distil_rank.data.files import Embeddings, save_matrix
+from distil_rank.data.files import save_matrix
 from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 
@@ -134,7 +134,7 @@ def export_codes(store: CodeStore, path: Path) -> None:
     """
     codes = np.array(store.embeddings())
     if path.suffix != ".faiss":
-        save_matrix(Embeddings(store.ids, codes), path)
+        save_matrix(store.ids, codes, path)
         return
     with atomic_file(path) as file:
         file.write(import_faiss().serialize_index(CodeIndex(codes, store.encoder, exact=True).index).tobytes())

@@ -15,6 +15,7 @@ from distil_rank.codes.store import ENCODER, write_codes
 from distil_rank.commands.embed import embed
 from distil_rank.commands.evaluate import metric_name
 from distil_rank.compression.saved import save
+from distil_rank.data.files import LABELLED, sample
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store
@@ -31,7 +32,6 @@ from distil_rank.recommendation.result import Baseline, Outcome, Recommendation
 from distil_rank.recommendation.search import Costs, Evaluator, cheapest, pareto_front, search_pipelines, within_limits
 from distil_rank.report.recommendation import configuration, recommendation_report
 from distil_rank.report.writer import run_folder, set_latest
-from distil_rank.samples import LABELLED, sample
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage
 

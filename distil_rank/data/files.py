@@ -1,4 +1,4 @@
-"""Embeddings in common file formats: one function to read them all, and one to write them.
+"""Embeddings in common file formats: one function to read them all, one to write them, and which data `auto` is.
 
 Nothing here unpickles: `.pt` files load with `weights_only=True`, NumPy files with `allow_pickle=False`.
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,18 @@ from safetensors import SafetensorError, safe_open
 
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import STORES
-from distil_rank.embedding.storage import Location, is_remote
+from distil_rank.embedding.sequences import accession, name_in_header
+from distil_rank.embedding.storage import Location, atomic_file, is_remote
 from distil_rank.embedding.store import Store, embedding_run, stores_in
-from distil_rank.errors import InputError
-from distil_rank.samples import LABELLED, UNLABELLED, sample
+from distil_rank.errors import InputError, examples
 
 log = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
+CHECKOUT = Path("data")  # the proteins that ship, as seen from the root of a checkout, where make runs
+PACKAGED = Path(__file__).parents[1] / "sample_data"  # pyproject.toml has the wheel carry these
+LABELLED = "functions"  # 706 proteins, their vectors, names as labels, and clusters
+UNLABELLED = "sample"  # 2,000 unrelated proteins and their vectors; in a checkout only
 FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larger than memory
 COLUMNS = ("ids", "sequences", "labels", "clusters")
 FAIR_ESM_KEYS = ("mean_representations", "bos_representations", "representations")
@@ -68,7 +70,7 @@ def load_matrix(path: str | Path) -> Embeddings:
     set per protein, UniProt's convention), a folder of fair-esm's per-protein `.pt` files, a folder with
     `embeddings_train.pt` and `embeddings_val.pt`, or a store made by `distil-rank embed` (`STORE:LAYER` for one of
     several layers). In `.npz`, `.pt` and `.safetensors` the matrix is `embeddings`, or the only 2-d array; `ids`,
-    `sequences`, `labels` and `clusters` are optional.
+    `sequences`, `labels` and `clusters` are optional. Ids such as `sp|P69905|HBA_HUMAN` become `P69905`, as from FASTA.
 
     Raises:
         InputError: the path is missing, damaged, of an unknown format, or holds no finite (N, d) matrix.
@@ -95,9 +97,9 @@ def load_matrix(path: str | Path) -> Embeddings:
         )
     try:
         embeddings = reader(file if layer is None else Path(path))
-    except InputError:
-        raise
     except DAMAGE as error:
+        if isinstance(error, InputError):
+            raise
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.") from error
     return _validated(embeddings, path)
@@ -120,8 +122,11 @@ def _validated(embeddings: Embeddings, path: Location) -> Embeddings:
             raise InputError(
                 f"Expected finite float32 numbers in {path} but row {row} ({embeddings.ids[row]}) holds NaN or inf."
             )
+    ids = [accession(name) for name in embeddings.ids]
+    if long := next((name for name, short in zip(embeddings.ids, ids, strict=True) if name != short), None):
+        log.info("Ids in %s are shortened to accessions: %s to %s.", path, long, accession(long))
     x = x if x.dtype == np.float32 else x.astype(np.float32)  # a memory-mapped matrix stays one
-    return replace(embeddings, x=x, provenance={"source": str(path), **embeddings.provenance})
+    return replace(embeddings, ids=ids, x=x, provenance={"source": str(path), **embeddings.provenance})
 
 
 def _from_mapping(arrays: dict[str, Any], path: Path, kind: str) -> Embeddings:
@@ -130,8 +135,8 @@ def _from_mapping(arrays: dict[str, Any], path: Path, kind: str) -> Embeddings:
     name = "embeddings" if "embeddings" in arrays else matrices[0] if len(matrices) == 1 else None
     if name is None:
         raise InputError(
-            f"Expected `embeddings` or one 2-d array in {path} but got {', '.join(arrays) or 'nothing'}; name one of "
-            "them `embeddings`."
+            f"Expected `embeddings` or one 2-d array in {path} but got {examples(arrays)}; name one of them "
+            "`embeddings`."
         )
     x = np.asarray(arrays[name])
     columns = {key: [str(value) for value in arrays[key]] for key in COLUMNS if arrays.get(key) is not None}
@@ -141,11 +146,7 @@ def _from_mapping(arrays: dict[str, Any], path: Path, kind: str) -> Embeddings:
 
 def _read_npz(path: Path) -> Embeddings:
     with np.load(path, allow_pickle=False) as archive:
-        arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
-    if "sequence_ends" in arrays:
-        text, ends = arrays["sequences"].tobytes().decode(), arrays.pop("sequence_ends").tolist()
-        arrays["sequences"] = [text[start:stop] for start, stop in pairwise([0, *ends])]
-    return _from_mapping(arrays, path, "npz")
+        return _from_mapping(dict(archive), path, "npz")
 
 
 def _to_numpy(value: Any) -> Any:
@@ -173,13 +174,13 @@ def _read_pt(path: Path) -> Embeddings:
     last = max(content[kind])
     x = np.atleast_2d(_to_numpy(content[kind][last]))
     provenance = {"format": "fair-esm", "layer": int(last), "pooling": kind.partition("_")[0]}
-    return Embeddings([str(content.get("label", path.stem))] * len(x), x, provenance=provenance)
+    return Embeddings([name_in_header(str(content.get("label", path.stem)))] * len(x), x, provenance=provenance)
 
 
 def _concatenated(parts: list[Embeddings], provenance: dict[str, Any], path: Path) -> Embeddings:
     widths = {part.x.shape[-1] for part in parts}
     if len(widths) > 1:
-        raise InputError(f"Expected vectors of one width in {path} but got {sorted(widths)}; separate them.")
+        raise InputError(f"Expected vectors of one width in {path} but got {examples(sorted(widths))}; separate them.")
     columns = {
         name: [value for part in parts for value in getattr(part, name)]
         for name in COLUMNS
@@ -194,14 +195,14 @@ def _read_fair_esm_folder(path: Path) -> Embeddings:
     for file, part in zip(files, parts, strict=True):
         if part.provenance["format"] != "fair-esm":
             raise InputError(f"Expected {', '.join(FAIR_ESM_KEYS)} in {file}, as fair-esm writes them; separate it.")
-    kinds = [f"{part.provenance['pooling']} of layer {part.provenance['layer']}" for part in parts]
-    for file, kind in zip(files, kinds, strict=True):
-        if kind != kinds[0]:
+    first = parts[0].provenance
+    for file, other in ((file, part.provenance) for file, part in zip(files, parts, strict=True)):
+        if other != first:
             raise InputError(
-                f"Expected one layer and pooling in {path} but got {kinds[0]} in {files[0].name} and {kind} in "
-                f"{file.name}; separate them."
+                f"Expected one layer and pooling in {path} but got {first['pooling']} of layer {first['layer']} in "
+                f"{files[0].name} and {other['pooling']} of layer {other['layer']} in {file.name}; separate them."
             )
-    return _concatenated(parts, {**parts[0].provenance, "files": len(files)}, path)
+    return _concatenated(parts, {**first, "files": len(files)}, path)
 
 
 def _read_pair(path: Path) -> Embeddings:
@@ -271,66 +272,21 @@ READERS: dict[str, Callable[[Path], Embeddings]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+def save_matrix(ids: Sequence[str], x: np.ndarray, path: Path) -> None:
+    """Write vectors `(N, d)` in the format of the path's suffix.
 
-
-def save_matrix(embeddings: Embeddings, path: str | Path) -> None:
-    """Writes embeddings in the format of the path's suffix.
-
-    `.npz` holds ids, sequences (as one text with the end of each), labels and clusters; `.npy` the matrix only; `.h5`
-    one data set for each protein, (d,) or per residue (L, d).
-
-    Raises:
-        InputError: the suffix is unknown, or a name is not unique (`.h5`).
+    `.npy` is the matrix alone, `.npz` has the ids too, `.h5` one data set for each protein.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in WRITERS:
-        raise InputError(f"Expected a path that ends in {', '.join(WRITERS)} but got {path.name}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        WRITERS[suffix](embeddings, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # after a failure the old file stays
-
-
-def _write_npz(embeddings: Embeddings, path: Path) -> None:
-    texts = {name: getattr(embeddings, name) for name in COLUMNS if getattr(embeddings, name) is not None}
-    sequences = texts.pop("sequences", None)
-    columns = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
-    if sequences is not None:  # an array of strings would pad each to the longest
-        columns["sequences"] = np.frombuffer("".join(sequences).encode(), np.uint8)
-        columns["sequence_ends"] = np.cumsum([len(sequence) for sequence in sequences])
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, embeddings=embeddings.x, **columns)
-
-
-def _write_hdf5(embeddings: Embeddings, path: Path) -> None:
-    starts = [row for row, name in enumerate(embeddings.ids) if row == 0 or name != embeddings.ids[row - 1]]
-    if len(starts) != len(set(embeddings.ids)):
-        raise InputError("Expected each protein once, its residues together, for HDF5; rename the repeated ones.")
-    per_residue = embeddings.provenance.get("pooling") == "residue" or len(starts) < len(embeddings.ids)
-    names = set(embeddings.ids)
-    with _h5py().File(path, "w") as file:
-        for start, stop in pairwise([*starts, len(embeddings.ids)]):
-            name = embeddings.ids[start]
-            key = name
-            if set(name) & set("/\0") or not name.strip("."):  # HDF5 would interpret it as a path
-                key = f"protein_{start}"
-                while key in names:
-                    key += "_"
-            data = file.create_dataset(key, data=embeddings.x[start:stop] if per_residue else embeddings.x[start])
-            data.attrs["original_id"] = name
-
-
-WRITERS: dict[str, Callable[[Embeddings, Path], None]] = {
-    ".npz": _write_npz,
-    ".npy": lambda embeddings, path: np.save(path, embeddings.x, allow_pickle=False),
-    ".h5": _write_hdf5,
-    ".hdf5": _write_hdf5,
-}
+    with atomic_file(path) as file:
+        if path.suffix == ".npy":
+            np.save(file, x, allow_pickle=False)
+        elif path.suffix == ".npz":
+            np.savez(file, allow_pickle=False, embeddings=x, ids=np.array(ids))
+        else:
+            with _h5py().File(file, "w") as archive:
+                for row, name in enumerate(ids):
+                    key = f"protein_{row}" if "/" in name or not name.strip(".") else name  # no path within the file
+                    archive.create_dataset(key, data=x[row]).attrs["original_id"] = name
 
 
 def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
@@ -341,7 +297,8 @@ def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
     """
     try:
         lines = path.read_text().splitlines()
-        cluster_of = {member: representative for representative, member in (line.split("\t") for line in lines if line)}
+        pairs = (line.split("\t") for line in lines if line)
+        cluster_of = {accession(member): representative for representative, member in pairs}
     except (OSError, ValueError) as error:
         raise InputError(
             f"Expected lines of representative, tab, member in {path} but it cannot be parsed: {error}"
@@ -354,13 +311,22 @@ def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
     return [cluster_of[name] for name in ids]
 
 
+def sample(*names: str) -> str:
+    """Where the first of these samples is that can be found, as a path to show and to open.
+
+    In a checkout that is `data/NAME`; elsewhere the package's own copy, which has `LABELLED` and its FASTA file.
+    """
+    places = [folder / name for name in names for folder in (CHECKOUT, PACKAGED)]
+    return str(next((place for place in places if place.exists()), places[0]))
+
+
 def find_source(source: str) -> str:
     """What `auto` means, synthetic data with a loud warning where there is nothing; another source is unchanged."""
     if source != "auto":
         return source
     stores = stores_in(STORES)
     if len(stores) > 1:
-        others = ", ".join(map(str, stores[1:]))
+        others = examples(stores[1:])
         log.warning("Several stores in %s: using %s, which changed last, not %s.", STORES, stores[0], others)
     candidates = [*stores[:1], *filter(_has_embeddings, (STORES, Path(), Path(sample(UNLABELLED, LABELLED))))]
     if candidates:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from distil_rank.embedding.sequences import DIALECTS, ID_COLUMNS, name_in_header, open_lines
-from distil_rank.errors import InputError
+from distil_rank.embedding.sequences import DIALECTS, ID_COLUMNS, accession, name_in_header, open_lines
+from distil_rank.errors import InputError, examples
 from distil_rank.options.evaluation import LabelOptions
 
 LABEL_COLUMNS = ("label", "labels", "class", "family", "function", "target", "value", "y")
@@ -25,7 +26,7 @@ NO_TABLES = {
 }
 # Cells without label.
 MISSING = {"", "-", "?", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None"}
-EXAMPLES = 3  # named in a message about ids that do not match
+DECIMAL_COMMA = re.compile(r"[-+]?\d+(,\d+)?([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,36 @@ class LabelTable:
     columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls, source: str, pairs: Sequence[tuple[str, str]], columns: Mapping[str, Mapping[str, str]] | None = None
+    ) -> LabelTable:
+        """Labels out of ids and texts: ids shortened to accessions, missing labels left out, decimal commas read.
+
+        Raises:
+            InputError: no protein has a label, or one has two.
+        """
+        present = [(accession(name), label.strip()) for name, label in pairs if label.strip() not in MISSING]
+        labels: dict[str, str] = {}
+        for name, label in present:
+            if labels.setdefault(name, label) != label:
+                raise InputError(
+                    f"Expected one label for each protein in {source} but {name} has {labels[name]!r} and {label!r}; "
+                    "keep one, or give several as A|B."
+                )
+        if not labels:
+            raise InputError(f"Expected labels in {source} but every one is empty; choose another --labels.column.")
+        empty = [name for name, label in pairs if label.strip() in MISSING]
+        notes = [f"{len(empty):,} empty labels in {source} are left out ({examples(empty)})"] if empty else []
+        if repeated := len(present) - len(labels):
+            notes.append(f"{repeated:,} repeated lines in {source} are left out")
+        if long := next((name for name, _ in pairs if name != accession(name)), None):
+            notes.append(f"ids in {source} are shortened to accessions: {long} to {accession(long)}")
+        if any("," in label for label in labels.values()) and all(map(DECIMAL_COMMA.fullmatch, labels.values())):
+            labels = {name: label.replace(",", ".") for name, label in labels.items()}
+            notes.append(f"decimal commas in {source} are read as points")
+        return cls(source, labels, columns or {}, tuple(notes))
+
     def aligned(self, ids: Sequence[str]) -> tuple[np.ndarray, list[str], list[str]]:
         """Indices of the rows that have a label, their labels, and notes on what does not match.
 
@@ -53,17 +84,17 @@ class LabelTable:
         rows = [row for row, name in enumerate(ids) if name in self.labels]
         if not rows:
             raise InputError(
-                f"Expected labels in {self.source} for ids such as {_examples(ids)} but got {len(self.labels):,} for "
-                f"ids such as {_examples(self.labels)}; give a table whose ids are the data's."
+                f"Expected labels in {self.source} for ids such as {examples(ids)} but got {len(self.labels):,} for "
+                f"ids such as {examples(self.labels)}; give a table whose ids are the data's."
             )
         notes = list(self.notes)
         if missing := [name for name in ids if name not in self.labels]:
             notes.append(
-                f"{len(missing):,} of {len(ids):,} proteins have no label and are left out ({_examples(missing)})"
+                f"{len(missing):,} of {len(ids):,} proteins have no label and are left out ({examples(missing)})"
             )
         present = set(ids)
         if unused := [name for name in self.labels if name not in present]:
-            notes.append(f"{len(unused):,} labels in {self.source} are of no protein in the data ({_examples(unused)})")
+            notes.append(f"{len(unused):,} labels in {self.source} are of no protein in the data ({examples(unused)})")
         return np.array(rows), [self.labels[ids[row]] for row in rows], notes
 
 
@@ -92,20 +123,7 @@ def read_labels(options: LabelOptions) -> LabelTable:
             pairs = _from_headers(path, text, options.field)
         else:
             pairs, others = _from_table(path, text, options.column)
-    labels: dict[str, str] = {}
-    for name, label in pairs:
-        if label not in MISSING and labels.setdefault(name, label) != label:
-            raise InputError(
-                f"Expected one label for each protein in {path} but {name} has {labels[name]!r} and {label!r}; keep "
-                "one, or give several as A|B."
-            )
-    if not labels:
-        raise InputError(f"Expected labels in {path} but every one is empty; choose another --labels.column.")
-    empty = [name for name, label in pairs if label in MISSING]
-    repeated = len(pairs) - len(empty) - len(labels)
-    notes = [f"{len(empty):,} empty labels in {path} are left out ({_examples(empty)})"] if empty else []
-    notes += [f"{repeated:,} repeated lines in {path} are left out"] if repeated else []
-    return LabelTable(str(path), labels, others, tuple(notes))
+    return LabelTable.of(str(path), pairs, others)
 
 
 def _from_headers(path: Path, text: str, field: int | None) -> list[tuple[str, str]]:
@@ -129,7 +147,7 @@ def _from_npz(path: Path, column: str) -> list[tuple[str, str]]:
         with np.load(path, allow_pickle=False) as archive:
             if column not in archive.files or "ids" not in archive.files:
                 raise InputError(
-                    f"Expected the arrays `ids` and `{column}` in {path} but got {', '.join(archive.files)}; name one "
+                    f"Expected the arrays `ids` and `{column}` in {path} but got {examples(archive.files)}; name one "
                     "with --labels.column."
                 )
             ids, labels = archive["ids"], archive[column]
@@ -147,7 +165,7 @@ def _from_table(
     first = text.partition("\n")[0]
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     dialect: dict[str, Any] = DIALECTS.get(suffix) or {"delimiter": "\t" if "\t" in first else ","}
-    if suffix != ".tsv" and ";" in first and "," not in first and "\t" not in first:
+    if suffix != ".tsv" and ";" in first and "," not in re.sub(r"\d,\d", "", first) and "\t" not in first:
         dialect = {"delimiter": ";"}  # many spreadsheets write .csv so
     try:
         reader = csv.reader(io.StringIO(text, newline=""), **dialect)
@@ -170,12 +188,12 @@ def _from_table(
     else:
         header = [f"column {i + 1}" for i in range(len(header))]
     if column is not None and column not in header:
-        raise InputError(f"Expected a column {column!r} in {path} but got {', '.join(header)}.")
+        raise InputError(f"Expected a column {column!r} in {path} but got {examples(header)}.")
     ids = _first_named(ID_COLUMNS, ["" if name == column else name for name in header], 0)
     label = _first_named(LABEL_COLUMNS, ["" if i == ids else name for i, name in enumerate(header)], int(ids == 0))
     label = label if column is None else header.index(column)
     others = {
-        name: {line[ids]: line[i] for line in body if line[i] not in MISSING}
+        name: {accession(line[ids]): line[i] for line in body if line[i] not in MISSING}
         for i, name in enumerate(header)
         if i not in (ids, label)
     }
@@ -186,8 +204,3 @@ def _first_named(wanted: Iterable[str], header: Sequence[str], default: int) -> 
     """The index of the first of the wanted names that a header has."""
     lower = [name.lower() for name in header]
     return next((lower.index(name) for name in wanted if name in lower), default)
-
-
-def _examples(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:EXAMPLES]) + (", ..." if len(first) > EXAMPLES else "")

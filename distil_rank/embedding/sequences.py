@@ -230,8 +230,13 @@ def name_in_header(header: str) -> str:
     >>> name_in_header("sp|P69905|HBA_HUMAN Hemoglobin"), name_in_header("my protein"), name_in_header(" ")
     ('P69905', 'my', '')
     """
-    uniprot = _UNIPROT.match(header.strip())
-    return uniprot[1] if uniprot else next(iter(header.split()), "")
+    return accession(next(iter(header.split()), ""))
+
+
+def accession(name: str) -> str:
+    """UniProt's accession in a name such as `sp|P69905|HBA_HUMAN`; another name is unchanged."""
+    uniprot = _UNIPROT.match(name)
+    return uniprot[1] if uniprot else name
 
 
 def _unquoted(cell: str) -> str:
@@ -265,9 +270,8 @@ def _table_records(lines: Iterator[tuple[int, str]], dialect: dict[str, Any], pa
                 name, sequence = (
                     _unquoted(cells[column]) if column is not None and column < len(cells) else "" for column in columns
                 )
-                accession = _UNIPROT.match(name)
                 sequence = "" if sequence in MISSING else sequence
-                yield _Record(accession[1] if accession else name, sequence, reader.line_num)
+                yield _Record(accession(name), sequence, reader.line_num)
     except csv.Error as error:
         raise InputError(f"Expected a table in {path} but line {reader.line_num} is malformed ({error}).") from error
 

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from distil_rank.data.files import Embeddings, find_source, load_matrix, read_clusters
+from distil_rank.data.files import LABELLED, Embeddings, find_source, load_matrix, read_clusters, sample
 from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.layers import split_source
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 from distil_rank.evaluation.groups import Groups, make_groups
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target, make_target
 from distil_rank.options.evaluation import LabelOptions, TaskKind
-from distil_rank.samples import LABELLED, sample
 
 MOST_CLUSTERED = 20_000  # proteins that are set apart by MMseqs2 clusters where nobody asks for them
 UNLABELLED = "augmented copies"  # in place of labels
@@ -127,7 +126,7 @@ def load_matching(path: str, ids: Sequence[str]) -> np.ndarray:
     if missing := [one for one in ids if one not in row_of]:
         raise InputError(
             f"Expected vectors of all {len(ids):,} labelled proteins in {path} but {len(missing):,} are missing "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); give a matrix of the same proteins."
+            f"({examples(missing)}); give a matrix of the same proteins."
         )
     return data.x[[row_of[one] for one in ids]]
 
@@ -141,4 +140,4 @@ def own_labels(source: str, data: Embeddings, labels: LabelOptions = LabelOption
         return read_labels(replace(labels, source=source))
     if data.labels is None or not any(data.labels):
         return None
-    return LabelTable(source, {one: text for one, text in zip(data.ids, data.labels, strict=True) if text})
+    return LabelTable.of(source, list(zip(data.ids, data.labels, strict=True)))

@@ -1,7 +1,8 @@
-"""Embeddings in and out of each format; nothing is unpickled, damaged files are refused."""
+"""Embeddings in and out of each format, and which data `auto` is; nothing is unpickled, damaged files are refused."""
 
 import argparse
 import json
+import logging
 import os
 import pickle
 
@@ -10,8 +11,17 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from distil_rank.data import files as formats
-from distil_rank.data.files import Embeddings, load_matrix, save_matrix
+from distil_rank.data import files
+from distil_rank.data.files import (
+    LABELLED,
+    UNLABELLED,
+    Embeddings,
+    find_source,
+    load_matrix,
+    read_clusters,
+    sample,
+    save_matrix,
+)
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -33,12 +43,14 @@ def save_safetensors(path):
     save_file({"embeddings": X}, path, metadata=metadata)
 
 
-@pytest.mark.parametrize("name", ["e.npz", "e.safetensors"])
-def test_round_trip_of_everything(tmp_path, name):
-    if name == "e.npz":
-        save_matrix(FULL, tmp_path / name)
-    else:
-        save_safetensors(tmp_path / name)
+def save_npz(path):
+    columns = {name: np.array(getattr(FULL, name)) for name in ("ids", "sequences", "labels", "clusters")}
+    np.savez(path, embeddings=X, **columns)
+
+
+@pytest.mark.parametrize(("name", "save"), [("e.npz", save_npz), ("e.safetensors", save_safetensors)])
+def test_a_matrix_and_all_columns(tmp_path, name, save):
+    save(tmp_path / name)
     loaded = load_matrix(tmp_path / name)
     assert np.array_equal(loaded.x, X)
     for column in ("ids", "sequences", "labels", "clusters"):
@@ -47,11 +59,23 @@ def test_round_trip_of_everything(tmp_path, name):
 
 
 def test_npy_is_mapped_not_read(tmp_path):
-    save_matrix(FULL, tmp_path / "e.npy")
+    np.save(tmp_path / "e.npy", X)
     loaded = load_matrix(tmp_path / "e.npy")
     assert np.array_equal(loaded.x, X)
     assert loaded.ids == list("012345")
     assert isinstance(loaded.x.base, np.memmap)
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.npz", "e.h5"])
+def test_what_is_written_is_read(tmp_path, name):
+    ids = ["b", "a", "c/d", "..", "e f", "g"]
+    save_matrix(ids, X, tmp_path / "new" / name)
+    loaded = load_matrix(tmp_path / "new" / name)
+    expected = dict(zip(list("012345") if name == "e.npy" else ids, X.tolist(), strict=True))
+    assert dict(zip(loaded.ids, loaded.x.tolist(), strict=True)) == expected
+    if name == "e.h5":
+        with h5py.File(tmp_path / "new" / name) as file:
+            assert file["b"].shape == (4,) and not any(isinstance(node, h5py.Group) for node in file.values())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
@@ -85,27 +109,12 @@ def test_the_originals_pair(tmp_path):
     assert np.array_equal(loaded.x, X)
 
 
-def test_hdf5_of_pooled_vectors(tmp_path):
-    save_matrix(FULL, tmp_path / "e.h5")
-    with h5py.File(tmp_path / "e.h5") as file:
-        assert sorted(file) == FULL.ids
-        assert file["b"].shape == (4,)
+def test_hdf5_per_residue(tmp_path):
+    with h5py.File(tmp_path / "e.h5", "w") as file:
+        file.create_dataset("P1", data=X[:4])
+        file.create_dataset("P2", data=X[4:])
     loaded = load_matrix(tmp_path / "e.h5")
-    assert loaded.ids == FULL.ids
-    assert np.array_equal(loaded.x, X)
-
-
-def test_hdf5_per_residue_and_odd_names(tmp_path):
-    ids = ["a/b", "a/b", "..", "P1", "P1", "P1"]
-    save_matrix(Embeddings(ids, X, provenance={"pooling": "residue"}), tmp_path / "e.hdf5")
-    with h5py.File(tmp_path / "e.hdf5") as file:
-        assert file["P1"].shape == (3, 4)
-        assert not any(isinstance(node, h5py.Group) for node in file.values())
-    loaded = load_matrix(tmp_path / "e.hdf5")
-    assert sorted(loaded.ids) == sorted(ids)
-    for name in set(ids):
-        mine = [row for row, owner in zip(loaded.x, loaded.ids, strict=True) if owner == name]
-        assert np.array_equal(mine, X[[i for i, owner in enumerate(ids) if owner == name]])
+    assert (loaded.ids, loaded.x.tolist()) == (["P1"] * 4 + ["P2"] * 2, X.tolist())
 
 
 def test_hdf5_as_uniprot_and_bio_embeddings_write_it(tmp_path):
@@ -113,49 +122,6 @@ def test_hdf5_as_uniprot_and_bio_embeddings_write_it(tmp_path):
         file.create_dataset("P69905", data=X[0].astype(np.float16))
         file.create_dataset("3", data=X[1]).attrs["original_id"] = "Q9XYZ1"
     assert sorted(load_matrix(tmp_path / "uniprot.h5").ids) == ["P69905", "Q9XYZ1"]
-
-
-def test_hdf5_names_that_look_like_ours(tmp_path):
-    ids = ["protein_1", "b/c", "protein_1_"]
-    save_matrix(Embeddings(ids, X[:3]), tmp_path / "e.h5")
-    loaded = load_matrix(tmp_path / "e.h5")
-    assert {name: row.tolist() for name, row in zip(loaded.ids, loaded.x, strict=True)} == dict(
-        zip(ids, X[:3].tolist(), strict=True)
-    )
-
-
-def test_hdf5_refuses_a_name_twice(tmp_path):
-    with pytest.raises(InputError, match="each protein once"):
-        save_matrix(Embeddings(["a", "b", "a"], X[:3]), tmp_path / "e.h5")
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".npy", ".h5"])
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, suffix):
-    path = tmp_path / f"e{suffix}"
-    save_matrix(FULL, path)
-    before, write = path.read_bytes(), formats.WRITERS[suffix]
-
-    def fails(loaded, path):
-        write(loaded, path)
-        raise OSError("disk full")
-
-    monkeypatch.setitem(formats.WRITERS, suffix, fails)
-    with pytest.raises(OSError, match="disk full"):
-        save_matrix(Embeddings(["z"], X[:1]), path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_one_long_sequence_does_not_blow_up_an_npz(tmp_path):
-    long = Embeddings(list("abc"), X[:3], ["M" * 1_000_000, "", "MK"])
-    save_matrix(long, tmp_path / "e.npz")
-    assert (tmp_path / "e.npz").stat().st_size < 1_100_000
-    assert load_matrix(tmp_path / "e.npz").sequences == long.sequences
-
-
-def test_sequences_as_an_array_of_texts(tmp_path):
-    np.savez(tmp_path / "e.npz", embeddings=X, sequences=np.array(FULL.sequences))
-    assert load_matrix(tmp_path / "e.npz").sequences == FULL.sequences
 
 
 @pytest.mark.parametrize("kind", ["mean_representations", "bos_representations", "representations"])
@@ -266,7 +232,7 @@ def test_truncated_files_get_one_line(tmp_path, name, keep):
     elif name == "e.safetensors":
         save_safetensors(path)
     else:
-        save_matrix(FULL, path)
+        save_matrix(FULL.ids, X, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match="cannot be read") as caught:
         load_matrix(path)
@@ -288,6 +254,7 @@ def test_truncated_files_get_one_line(tmp_path, name, keep):
         ({"embeddings": X, "ids": np.array(["a"])}, "Expected 6 ids .* but got 1"),
         ({"embeddings": X, "labels": np.array(["a"])}, "Expected 6 labels .* but got 1"),
         ({"a": X, "b": X}, "but got a, b; name one of them"),
+        ({name: X for name in "abcde"}, r"but got a, b, c, \.\.\.; name one of them"),
         ({}, "but got nothing"),
     ],
 )
@@ -306,17 +273,75 @@ def test_paths(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="but got empty"):
         load_matrix(tmp_path / "empty")
-    with pytest.raises(InputError, match=r"ends in .* but got x\.csv"):
-        save_matrix(FULL, tmp_path / "x.csv")
 
 
 def test_vectors_of_several_widths_are_refused(tmp_path):
     for i, width in enumerate((3, 4)):
         torch.save({"label": f"P{i}", "mean_representations": {6: torch.zeros(width)}}, tmp_path / f"{i}.pt")
-    with pytest.raises(InputError, match=r"one width .* \[3, 4\]"):
+    with pytest.raises(InputError, match=r"one width .* got 3, 4;"):
         load_matrix(tmp_path)
     with h5py.File(tmp_path / "e.h5", "w") as file:
         file.create_dataset("a", data=X[0])
         file.create_dataset("b", data=X[0, :2])
     with pytest.raises(InputError, match="one width"):
         load_matrix(tmp_path / "e.h5")
+
+
+def test_clusters_are_read_by_member_and_missing_ones_are_named(tmp_path):
+    table = tmp_path / "clusters.tsv"
+    table.write_text("a\ta\na\tb\n")
+    assert read_clusters(table, ["b", "a"]) == ["a", "a"]
+    with pytest.raises(InputError, match="c has none"):
+        read_clusters(table, ["a", "c"])
+    table.write_text("one column\n")
+    with pytest.raises(InputError, match="representative, tab, member"):
+        read_clusters(table, ["a"])
+
+
+def test_auto_takes_the_newest_store_and_warns_where_there_is_none(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert find_source("auto") == "synthetic"
+    assert "NO EMBEDDINGS FOUND" in caplog.text
+    for number, store in enumerate(["data/sample", "embeddings/mine", "embeddings", "embeddings/yours"]):
+        caplog.clear()
+        (tmp_path / store).mkdir(parents=True, exist_ok=True)
+        (tmp_path / store / "manifest.json").touch()
+        os.utime(tmp_path / store / "manifest.json", (number, number))
+        with caplog.at_level(logging.WARNING):
+            assert find_source("auto") == store
+    assert "using embeddings/yours, which changed last, not embeddings, embeddings/mine" in caplog.text
+
+
+def test_ids_are_accessions_in_every_format_as_in_fasta(tmp_path, caplog):
+    name = "sp|P69905|HBA_HUMAN"
+    with h5py.File(tmp_path / "e.h5", "w") as file:
+        file.create_dataset(name, data=X[0])
+    np.savez(tmp_path / "e.npz", embeddings=X[:1], ids=np.array([name]))
+    torch.save({"label": f"{name} Hemoglobin", "mean_representations": {6: torch.zeros(4)}}, tmp_path / "e.pt")
+    with caplog.at_level(logging.INFO):
+        for file in ("e.h5", "e.npz", "e.pt"):
+            assert load_matrix(tmp_path / file).ids == ["P69905"]
+    assert f"shortened to accessions: {name} to P69905" in caplog.text
+    (tmp_path / "clusters.tsv").write_text(f"{name}\t{name}\n")
+    assert read_clusters(tmp_path / "clusters.tsv", ["P69905"]) == [name]
+
+
+def test_a_checkout_uses_its_own_data(monkeypatch, pytestconfig):
+    monkeypatch.chdir(pytestconfig.rootpath)
+    assert sample(LABELLED) == "data/functions"
+    assert sample(UNLABELLED, LABELLED) == "data/sample"
+
+
+def test_an_installed_package_uses_its_copy(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    packaged = tmp_path / "site-packages"
+    (packaged / LABELLED).mkdir(parents=True)
+    monkeypatch.setattr(files, "PACKAGED", packaged)
+    assert sample(UNLABELLED, LABELLED) == str(packaged / LABELLED)
+
+
+def test_what_is_missing_is_named_as_a_checkout_has_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "PACKAGED", tmp_path / "absent")
+    assert sample(UNLABELLED) == "data/sample"

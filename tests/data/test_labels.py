@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from distil_rank.data.labels import read_labels
+from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions
 
@@ -56,6 +56,41 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert "1 of 3 proteins have no label" in notes[2] and "P9" in notes[2]
 
 
+@pytest.mark.parametrize("missing", ["NA", "NaN", "n/a", "None", "-", "?", "", " NA "])
+def test_a_missing_label_is_no_class(tmp_path, missing):
+    for table in (
+        read(tmp_path / "a.csv", f"id,label\nP1,k\nP2,{missing}\n"),
+        LabelTable.of("x.npz", [("P1", "k"), ("P2", missing)]),
+    ):
+        assert dict(table.labels) == {"P1": "k"} and "1 empty labels" in table.notes[0]
+
+
+def test_ids_are_accessions_as_in_fasta_and_it_is_said(tmp_path):
+    table = read(tmp_path / "a.csv", "id,label,cluster\nsp|P1|X_HUMAN,k,c\nP2,m,\n")
+    assert dict(table.labels) == {"P1": "k", "P2": "m"} and table.columns == {"cluster": {"P1": "c"}}
+    assert "shortened to accessions: sp|P1|X_HUMAN to P1" in table.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", "id\tvalue\nP1\t0,75\nP2\t-3\n"),
+        ("a.csv", "id;value\nP1;0,75\nP2;-3\n"),
+        ("a.csv", "P1;0,75\nP2;-3\n"),
+        ("a.csv", 'id,value\nP1,"0,75"\nP2,-3\n'),
+    ],
+)
+def test_decimal_commas_are_numbers(tmp_path, name, content):
+    table = read(tmp_path / name, content)
+    assert {name: float(label) for name, label in table.labels.items()} == {"P1": 0.75, "P2": -3.0}
+    assert "decimal commas" in table.notes[0]
+
+
+def test_commas_in_names_stay(tmp_path):
+    table = read(tmp_path / "a.tsv", "P1\t1,3-beta-glucanase\nP2\t1,5\n")
+    assert dict(table.labels) == {"P1": "1,3-beta-glucanase", "P2": "1,5"} and not table.notes
+
+
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
@@ -67,6 +102,7 @@ def test_what_is_left_out_is_counted(tmp_path):
         ("a.csv", "id,label\nP1,\n", {}, "every one is empty"),
         ("a.csv", "id,label\nP1,k,3\n", {}, "line 2 has 3"),
         ("a.csv", "id,label\nP1,k\n", {"column": "family"}, "a column 'family'"),
+        ("a.csv", "id,a,b,c,label\nP1,a,b,c,k\n", {"column": "family"}, "but got id, a, b, ...."),
         ("a.fasta", ">P1 k\nMK\n", {}, "--labels.field"),
         ("a.fasta", ">P1\nMK\n", {"field": 2}, "as word 2"),
         ("a.npz", b"no zip", {}, "cannot be read"),
