@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.data.files import load_matrix
-from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_clusters
+from distil_rank.data.mmseqs import mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.labelled import (
@@ -222,6 +222,6 @@ def noise_of(proteins: LabelledData, source: NoiseSource, how: AugmentationOptio
             raise InputError(
                 f"Expected clusters or sequences in {proteins.source} for --noise clusters but got neither."
             )
-        clusters = mmseqs_clusters(vectors.sequences, vectors.ids, cache=CLUSTER_CACHE)
+        clusters = mmseqs_clusters(vectors.sequences, vectors.ids)
     number = np.unique(clusters, return_inverse=True)[1]
     return group_noise(vectors.x, fit, number), "clusters of the sequences"

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from distil_rank.data.files import SYNTHETIC, Embeddings, find_source, load_matrix, read_clusters
-from distil_rank.data.mmseqs import CLUSTER_CACHE
 from distil_rank.data.split import DataDescription, Split, SplitSizes, make_split
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store, embed
@@ -130,7 +129,6 @@ class EmbeddingDataModule(LightningDataModule):
                 test_fraction=h.test_fraction,
                 seed=h.seed,
                 groups=digests,
-                cache=CLUSTER_CACHE,
             )
         if min(len(self.split_rows.train), len(self.split_rows.val), len(self.split_rows.test)) < 2:
             raise InputError(

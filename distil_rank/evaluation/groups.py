@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_binary, mmseqs_clusters
+from distil_rank.data.mmseqs import mmseqs_binary, mmseqs_clusters
 from distil_rank.data.split import split_groups
 from distil_rank.errors import InputError
 from distil_rank.evaluation.task import Target
@@ -83,7 +83,7 @@ def make_groups(
         raise InputError(
             f"Expected --groups out of {', '.join(available)}, or a file of groups to fit on, but got {name!r}."
         )
-    values = np.asarray(mmseqs_clusters(sequences or (), ids, CLUSTER_CACHE) if name == "mmseqs" else available[name])
+    values = np.asarray(mmseqs_clusters(sequences or (), ids) if name == "mmseqs" else available[name])
     if listed:
         fit = np.isin(values, sorted(listed))
         if fit.all():

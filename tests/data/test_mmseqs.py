@@ -11,6 +11,13 @@ from distil_rank.data import mmseqs
 from distil_rank.data.mmseqs import mmseqs_clusters
 from distil_rank.errors import InputError
 
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(mmseqs, "CLUSTER_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
 needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed")
 
 
@@ -49,6 +56,7 @@ def test_a_failing_mmseqs_is_reported_in_one_line(tmp_path, monkeypatch):
 def test_what_mmseqs_reads_does_not_depend_on_the_order_of_the_rows(tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, f"cp $2 {tmp_path}/read_$(ls {tmp_path} | wc -l); : > $3_cluster.tsv")
     mmseqs_clusters(["D" * 20, "A" * 20, "C" * 20], ["d", "a", "c"])
+    shutil.rmtree(mmseqs.CLUSTER_CACHE)
     mmseqs_clusters(["c" * 20, "D" * 20, "A" * 20, "A" * 20], ["c", "d", "a", "a2"])
     first, second = sorted(tmp_path.glob("read_*"))
     assert first.read_text() == second.read_text() == f">0\n{'A' * 20}\n>1\n{'C' * 20}\n>2\n{'D' * 20}\n"
@@ -75,24 +83,23 @@ def counting_mmseqs(tmp_path, monkeypatch):
     return runs
 
 
-def test_clusters_are_computed_once_for_the_same_sequences(counting_mmseqs, tmp_path, caplog):
-    sequences, ids, cache = ["D" * 20, "A" * 20, "C" * 20], ["d", "a", "c"], tmp_path / "cache"
-    first = mmseqs_clusters(sequences, ids, cache=cache)
+def test_clusters_are_computed_once_for_the_same_sequences(counting_mmseqs, cache):
+    sequences, ids = ["D" * 20, "A" * 20, "C" * 20], ["d", "a", "c"]
+    first = mmseqs_clusters(sequences, ids)
     assert first == ["a", "a", "a"] and counting_mmseqs.read_text().count("run") == 1
-    assert mmseqs_clusters(sequences[::-1], ids[::-1], cache=cache) == first
-    assert mmseqs_clusters(sequences, ["x", "y", "z"], cache=cache) == ["y", "y", "y"]  # ids may change
+    assert mmseqs_clusters(sequences[::-1], ids[::-1]) == first
+    assert mmseqs_clusters(sequences, ["x", "y", "z"]) == ["y", "y", "y"]  # ids may change
     assert counting_mmseqs.read_text().count("run") == 1
-    mmseqs_clusters([*sequences, "M" * 20], [*ids, "m"], cache=cache)
-    mmseqs_clusters(sequences, ids)
-    assert counting_mmseqs.read_text().count("run") == 3
-    for damage in ("0\n", "0\n1\n7\n", "no numbers"):
+    mmseqs_clusters([*sequences, "M" * 20], [*ids, "m"])
+    assert counting_mmseqs.read_text().count("run") == 2
+    for damage in ("0\n", "no numbers"):
         for file in cache.iterdir():
             file.write_text(damage)
-        assert mmseqs_clusters(sequences, ids, cache=cache) == first and "computed again" in caplog.text
-        caplog.clear()
+        assert mmseqs_clusters(sequences, ids) == first
+    assert counting_mmseqs.read_text().count("run") == 4
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(counting_mmseqs, tmp_path, caplog):
-    (tmp_path / "cache").write_text("a file")
-    assert mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"], cache=tmp_path / "cache") == ["a", "a"]
+def test_a_cache_that_cannot_be_written_is_a_warning(counting_mmseqs, cache, caplog):
+    cache.write_text("a file")
+    assert mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"]) == ["a", "a"]
     assert "cannot be" in caplog.text

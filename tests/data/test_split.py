@@ -19,6 +19,13 @@ ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmseqs, "CLUSTER_CACHE", tmp_path_factory.mktemp("clusters"))
+        yield
+
+
 def protein(generator: random.Random, length: int = 90) -> str:
     return "".join(generator.choices(ACIDS, k=length))
 
