@@ -93,12 +93,9 @@ class Run:
             markdown = f"Builds on {', '.join(links)}.\n\n{markdown}"
         self.set_tags({"mlflow.note.content": markdown})
 
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Keep a file, or a folder with what is in it, with the run."""
-        if path.is_dir():
-            self.client.log_artifacts(self.id, str(path), folder)
-        else:
-            self.client.log_artifact(self.id, str(path), folder)
+    def log_artifact(self, path: Path) -> None:
+        """Keep a file with the run."""
+        self.client.log_artifact(self.id, str(path))
 
     def log_text(self, text: str, file: str) -> None:
         """Keep a text as an artifact of this name."""

@@ -31,7 +31,7 @@ def test_a_run_keeps_what_it_is_given(project, tmp_path):
             run.log_metrics({"val/r2": step / 10}, step)
         run.log_metrics({"test/r2": 0.5})
         run.note("**bold**")
-        run.log_artifact(tmp_path / "figure.png", "figures")
+        run.log_artifact(tmp_path / "figure.png")
         run.log_text("a: 1", "config.yaml")
         run.log_dataset((10, 4), name="sample", digest="d" * 16, context="test", source="data/sample.arrow")
         assert client(project).get_run(run.id).info.status == "RUNNING"
@@ -51,7 +51,7 @@ def test_a_run_keeps_what_it_is_given(project, tmp_path):
     assert (dataset.dataset.name, dataset.dataset.digest) == ("sample", "d" * 16)
     assert mlflow.data.get_source(dataset).to_dict() == {"uri": "data/sample.arrow"}
     folder = project / "mlruns" / "artifacts" / "distil" / run.id / "artifacts"
-    assert (folder / "figures" / "figure.png").read_bytes() == b"png"
+    assert (folder / "figure.png").read_bytes() == b"png"
     assert (folder / "config.yaml").read_text() == "a: 1"
 
 
