@@ -30,11 +30,11 @@ from distil_rank.codes.search import DecoyScores
 from distil_rank.codes.train import train_encoder
 from distil_rank.data.files import load_matrix
 from distil_rank.data.mmseqs import mmseqs_binary
-from distil_rank.evaluation.baselines import alignment_scores
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import LabelledData
 from distil_rank.evaluation.representations import (
     Representation,
+    alignment_scores,
     full_vector,
     module_output,
     variance_student,
@@ -42,7 +42,7 @@ from distil_rank.evaluation.representations import (
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import AugmentationOptions, CodeOptions
 from distil_rank.options.evaluation import LabelOptions
-from distil_rank.report.evaluation import evaluation_report
+from distil_rank.report.tables import evaluation_report
 
 RESULTS = Path("results/codes")
 COPIES = Path("results/copies")

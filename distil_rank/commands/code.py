@@ -23,7 +23,7 @@ from distil_rank.evaluation.labelled import UNLABELLED, LabelledData, labelled_s
 from distil_rank.evaluation.representations import full_vector, module_output, variance_student
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import CodeOptions
-from distil_rank.report.evaluation import evaluation_report
+from distil_rank.report.tables import evaluation_report
 from distil_rank.report.writer import publish, run_folder, show_facts
 from distil_rank.tracking.logger import RunLogger
 from distil_rank.tracking.run import start_run

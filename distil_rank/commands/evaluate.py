@@ -14,14 +14,21 @@ from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import load, read_manifest
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.baselines import NO_MMSEQS, alignment_scores, composition
 from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.evaluate import evaluate as evaluate_task
 from distil_rank.evaluation.labelled import LabelledData, load_matching, open_labelled
-from distil_rank.evaluation.representations import Representation, full_vector, module_output, variance_student
+from distil_rank.evaluation.representations import (
+    NO_MMSEQS,
+    Representation,
+    alignment_scores,
+    composition,
+    full_vector,
+    module_output,
+    variance_student,
+)
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import EvaluateOptions
-from distil_rank.report.evaluation import evaluation_report
+from distil_rank.report.tables import evaluation_report
 from distil_rank.report.writer import publish, run_folder
 from distil_rank.tracking.run import Run, start_run
 
@@ -55,9 +62,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "evaluate", f"{place.name} {proteins.target.kind}", params=params, tags=lineage_of_vectors(about) | runs
     ) as run:
         target, groups = proteins.target, proteins.groups
-        evaluation = evaluate_task(
-            target, groups, representations, proteins.labels, alignment, notes, o.max_queries, o.metric, o.seed
-        )
+        evaluation = evaluate_task(target, groups, representations, proteins.labels, alignment, notes, o.metric, o.seed)
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)
         for file in report.save(folder / "evaluation"):

@@ -15,12 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.baselines import ALIGNMENT, COMPOSITION
-from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.probes import probe, probe_metrics
-from distil_rank.evaluation.representations import Representation, Role, Rows
+from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, Representation, Role, Rows
 from distil_rank.evaluation.retrieval import Relevance, Scores, inner_product, retrieve
-from distil_rank.evaluation.task import Target
+from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.statistics import Interval, Statistic, estimate, mean, resample_counts, retained
 
 MAX_QUERIES = 10_000  # evaluated proteins that are searched with at most; every one is a target
@@ -68,20 +66,18 @@ def evaluate(
     labels: str = "",
     alignment: Callable[[], Scores] | None = None,
     notes: Sequence[str] = (),
-    max_queries: int = MAX_QUERIES,
     metric: str | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Evaluate representations of the same proteins on the same rows, beside chance; the first one is the reference.
 
-    `alignment` makes the scores among the *evaluated* proteins, in their order (retrieval only). At most
-    `max_queries` of
-    them are searched with. `metric` is the headline, by default the first that the task has.
+    `alignment` makes the scores among the *evaluated* proteins, in their order (retrieval only). `metric` is the
+    headline, by default the first that the task has.
 
     Raises:
         InputError: nothing to evaluate on, nothing to fit on, or a metric that the task does not have.
     """
-    trial = make_trial(target, groups, max_queries, seed)
+    trial = make_trial(target, groups, seed=seed)
     headline = trial.headline(metric)
     counts, reference = resample_counts(trial.evaluated_groups), dict[str, Statistic]()
     entries: list[Entry] = []

@@ -10,15 +10,13 @@ import warnings
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.task import Target
@@ -86,17 +84,3 @@ def probe(
         "macro_f1": macro_f1(np.eye(classes)[predicted], np.eye(classes)[y], group),
         "accuracy 1nn": mean((nearest == y).astype(float), group),
     }
-
-
-def linear_probe(train_x: Tensor, train_labels: Tensor, test_x: Tensor, ridge: float = 0.1) -> Tensor:
-    """Class of each test row, `(M,)`, by scikit-learn's ridge classifier on standardised features, solved exactly.
-
-    `ridge` is the strength of the penalty for each row, relative to features of unit variance.
-
-    >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
-    >>> linear_probe(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[-1.0], [6.0]]))
-    tensor([0, 1])
-    """
-    probe = make_pipeline(StandardScaler(), RidgeClassifier(ridge * len(train_x), solver="cholesky"))
-    probe.fit(train_x.double().cpu().numpy(), train_labels.cpu().numpy())
-    return torch.from_numpy(probe.predict(test_x.double().cpu().numpy()))
