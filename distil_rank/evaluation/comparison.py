@@ -19,7 +19,7 @@ from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, Estimate
 from distil_rank.evaluation.task import Groups, make_target
 from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
 from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import SOLVERS, refit_bias, solve
+from distil_rank.lowrank.solvers import refit_bias, solve
 from distil_rank.measure import metrics
 from distil_rank.measure.statistics import (
     Interval,
@@ -83,11 +83,13 @@ def solved_students(
     """One student per solver; `spectrum` is `output_spectrum(teacher.weight, moments)`, if it is at hand."""
     weight, bias = teacher.weight, teacher.bias
     svd = solve(weight, bias, rank, "svd")
-    factors = {"svd": svd, "svd_bias": refit_bias(svd, weight, bias, moments.mean)}  # one decomposition for both
-    for solver in SOLVERS:
-        if solver not in factors:
-            factors[solver] = solve(weight, bias, rank, solver, moments, spectrum if solver == "closed_form" else None)
-    return {solver: LowRankLinear.from_factors(factors[solver], moments.mean) for solver in SOLVERS}
+    solved = {
+        "svd": svd,
+        "svd_bias": refit_bias(svd, weight, bias, moments.mean),  # one decomposition for both
+        "whitened": solve(weight, bias, rank, "whitened", moments),
+        "closed_form": solve(weight, bias, rank, "closed_form", moments, spectrum),
+    }
+    return {solver: LowRankLinear.from_factors(factors, moments.mean) for solver, factors in solved.items()}
 
 
 @torch.no_grad()
