@@ -114,7 +114,7 @@ def _fitted(
         title = f"codes, {options.metric}, rank {options.rank}, {options.dtype}"
         codes = module_output(title, encoder.eval(), x)
         representations = [full_vector(x), variance_student(x, options.rank), codes]
-        evaluation = evaluate(target, groups, representations, proteins.labels, None, notes, seed=options.seed)
+        evaluation = evaluate(target, groups, representations, proteins.labels, notes, seed=options.seed)
 
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)

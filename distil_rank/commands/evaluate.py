@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -20,7 +19,7 @@ from distil_rank.evaluation.labelled import LabelledData, load_matching, open_la
 from distil_rank.evaluation.representations import (
     NO_MMSEQS,
     Representation,
-    alignment_scores,
+    alignment,
     composition,
     full_vector,
     module_output,
@@ -45,14 +44,16 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         source = str(embed(EmbedOptions(o.fasta, store, o.backbone, precision=o.precision)).store)
     proteins = open_labelled(source, o.labels, o.task, o.groups, o.fit_fraction, o.seed)
     sequences, about = proteins.embeddings.sequences, proteins.embeddings.provenance
-    notes, alignment = list(proteins.notes), None
     representations, runs = _representations(o, proteins)
+    notes, searched = list(proteins.notes), o.alignment and proteins.target.kind == "retrieval"
     if sequences is None:
         notes.append("No sequences in the data: not compared with composition and MMseqs2.")
-    elif proteins.target.kind == "retrieval" and o.alignment and mmseqs_binary() is None:
-        notes.append(NO_MMSEQS)
-    elif proteins.target.kind == "retrieval" and o.alignment:
-        alignment = partial(alignment_scores, [sequences[row] for row in proteins.groups.evaluated])
+    else:
+        representations.append(composition(sequences))
+        if searched and mmseqs_binary() is None:
+            notes.append(NO_MMSEQS)
+        elif searched:
+            representations.append(alignment(sequences))
 
     log.info("Evaluating %d representations: %s", len(representations), proteins.groups.description)
     place = Path(o.output) / "evaluate" / Path(proteins.source).stem
@@ -62,7 +63,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "evaluate", f"{place.name} {proteins.target.kind}", params=params, tags=lineage_of_vectors(about) | runs
     ) as run:
         target, groups = proteins.target, proteins.groups
-        evaluation = evaluate_task(target, groups, representations, proteins.labels, alignment, notes, o.metric, o.seed)
+        evaluation = evaluate_task(target, groups, representations, proteins.labels, notes, o.metric, o.seed)
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)
         for file in report.save(folder / "evaluation"):
@@ -77,7 +78,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 
 
 def _representations(o: EvaluateOptions, proteins: LabelledData) -> tuple[list[Representation], dict[str, str]]:
-    """The full vector first, then students, other matrices and the composition; and tags of the students' runs."""
+    """The full vector first, then students and other matrices; and tags of the students' runs."""
     x, runs = proteins.embeddings.x, dict[str, str]()
     ranks = [rank for rank in RANKS if rank < x.shape[1]] if o.ranks is None else o.ranks
     representations = [full_vector(x), *(variance_student(x, rank) for rank in ranks)]
@@ -94,11 +95,6 @@ def _representations(o: EvaluateOptions, proteins: LabelledData) -> tuple[list[R
         name, _, path = one.rpartition("=")
         other = load_matching(path, proteins.embeddings.ids)
         representations.append(full_vector(other, name or Path(path).name, "matrix"))
-    if proteins.embeddings.sequences is not None:
-        representations.append(composition(proteins.embeddings.sequences))
-    names = [one.name for one in representations]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"Expected different names of representations but {repeated!r} comes twice; rename one.")
     return representations, runs
 
 

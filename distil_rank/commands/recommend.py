@@ -20,15 +20,13 @@ from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store
 from distil_rank.embedding.store import Store
-from distil_rank.evaluation.evaluate import RetrievalTrial
 from distil_rank.evaluation.labelled import OWN_LABELS
-from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, NO_MMSEQS, alignment_scores, composition
+from distil_rank.evaluation.representations import NO_MMSEQS
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import RecommendOptions
 from distil_rank.recommendation.pipelines import Fitted, full_pipeline, measure_costs
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, open_problem, subset_of
 from distil_rank.recommendation.search import (
-    Baseline,
     Costs,
     Evaluator,
     Outcome,
@@ -108,17 +106,8 @@ def _confirmed(
     # The one look at the confirmation groups.
     evaluator = Evaluator(fitted, CONFIRM, o.metric)
     confirmed, full = (evaluator.outcome(one, costs) for one in (chosen.pipeline, full_pipeline(problem)))
-    first, baselines, sequences = evaluator.trials[0], list[Baseline](), problem.sequences
-    if sequences is not None:
-        rows = composition(sequences).make(problem.split == FIT)
-        score = first.trial.measure((rows[0][first.rows], rows[1][first.rows]))[first.metric].value
-        baselines.append(Baseline(COMPOSITION, score / first.reference.value))
-        if o.alignment and isinstance(first.trial, RetrievalTrial):
-            if mmseqs_binary() is None:
-                notes.append(NO_MMSEQS)
-            else:
-                aligned = first.trial.measure_scores(alignment_scores([sequences[row] for row in first.rows]))
-                baselines.append(Baseline(ALIGNMENT, aligned[first.metric].value / first.reference.value))
+    if o.alignment and problem.sequences is not None and mmseqs_binary() is None:
+        notes.append(NO_MMSEQS)
 
     splits = [problem.split == split for split in (FIT, VALIDATE, CONFIRM)]
     enough = "confirmed" if confirmed.at_least >= o.keep else "not confirmed"
@@ -135,7 +124,7 @@ def _confirmed(
         front=tuple(pareto_front(outcomes)),
         outcomes=tuple(outcomes),
         costs=tuple(costs.values()),
-        baselines=tuple(baselines),
+        baselines=tuple(evaluator.baselines(o.alignment)),
         proteins=tuple(int(rows.sum()) for rows in splits),
         groups=tuple(len(np.unique(problem.group[rows])) for rows in splits),
         grouping=problem.groups,

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -36,12 +37,12 @@ Rows = tuple[Tensor, Tensor]  # queries and targets, `(N, d)` float32 of unit le
 
 @dataclass(frozen=True)
 class Representation:
-    """Vectors to be compared by their inner product, made when their turn comes, so that one set is in memory."""
+    """Vectors to be compared by their inner product, or scores, made when their turn comes: one set is in memory."""
 
     name: str
     role: Role
-    bytes: float  # stored for each protein
-    make: Callable[[np.ndarray], Rows]  # maps the rows to fit on, (N,) bool, to the vectors
+    bytes: float | None  # stored for each protein; None where nothing is
+    make: Callable[[np.ndarray], Rows | Scores]  # of the rows to fit on, (N,) bool; scores are among the other rows
     note: str | None = None  # what a reader must know of it
 
 
@@ -98,18 +99,30 @@ def module_output(name: str, module: nn.Module, x: np.ndarray, note: str | None 
 
 
 def composition(sequences: Sequence[str]) -> Representation:
+    """Amino-acid composition and length."""
+    stored = 4.0 * (len(AMINO_ACIDS) + 1)
+    return Representation(COMPOSITION, "baseline", stored, partial(composition_rows, sequences))
+
+
+def composition_rows(sequences: Sequence[str], fit: np.ndarray) -> Rows:
     """Shares of the twenty amino acids and the logarithm of the length, each standardised on the fit rows."""
+    counts = np.array([[sequence.upper().count(letter) for letter in AMINO_ACIDS] for sequence in sequences])
+    lengths = np.maximum([len(sequence) for sequence in sequences], 1)[:, None]
+    features = np.hstack([counts / lengths, np.log(lengths)])
+    spread = features[fit].std(axis=0)
+    features = (features - features[fit].mean(axis=0)) / np.where(spread > 0, spread, 1)
+    rows = F.normalize(torch.from_numpy(features).float())
+    return rows, rows
 
-    def make(fit: np.ndarray) -> Rows:
-        counts = np.array([[sequence.upper().count(letter) for letter in AMINO_ACIDS] for sequence in sequences])
-        lengths = np.maximum([len(sequence) for sequence in sequences], 1)[:, None]
-        features = np.hstack([counts / lengths, np.log(lengths)])
-        spread = features[fit].std(axis=0)
-        features = (features - features[fit].mean(axis=0)) / np.where(spread > 0, spread, 1)
-        rows = F.normalize(torch.from_numpy(features).float())
-        return rows, rows
 
-    return Representation(COMPOSITION, "baseline", 4.0 * (len(AMINO_ACIDS) + 1), make)
+def alignment(sequences: Sequence[str]) -> Representation:
+    """MMseqs2's search among the evaluated sequences, for retrieval."""
+    return Representation(
+        ALIGNMENT,
+        "baseline",
+        None,
+        lambda fit: alignment_scores([sequences[row] for row in np.flatnonzero(~fit).tolist()]),
+    )
 
 
 def alignment_scores(sequences: Sequence[str]) -> Scores:

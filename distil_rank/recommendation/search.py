@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import Trial, make_trial
+from distil_rank.evaluation.evaluate import RetrievalTrial, Trial, make_trial
+from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, alignment_scores, composition_rows
 from distil_rank.evaluation.task import Groups
 from distil_rank.measure.statistics import Interval, Statistic, retained_with_confidence
 from distil_rank.options.evaluation import Weigh
@@ -132,6 +134,17 @@ class Evaluator:
             shares.append(interval or Interval(share, -math.inf, math.inf))
         time = costs[pipeline.layer].share if pipeline.layer in costs else None
         return Outcome(pipeline, pipeline.bytes, time, tuple(scores), tuple(shares))
+
+    def baselines(self, alignment: bool) -> list[Baseline]:
+        """What composition and, where it is wanted and can be, MMseqs2 reach on the first task."""
+        sequences, one = self.fitted.problem.sequences, self.trials[0]
+        if sequences is None:
+            return []
+        rows = composition_rows(sequences, self.fitted.problem.split == FIT)[0][one.rows]
+        scores = {COMPOSITION: one.trial.measure((rows, rows))}
+        if alignment and isinstance(one.trial, RetrievalTrial) and mmseqs_binary() is not None:
+            scores[ALIGNMENT] = one.trial.measure(alignment_scores([sequences[row] for row in one.rows]))
+        return [Baseline(name, score[one.metric].value / one.reference.value) for name, score in scores.items()]
 
 
 def within_limits(

@@ -1,5 +1,7 @@
 """Representations side by side."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate, make_trial
 from distil_rank.evaluation.labelled import open_labelled
 from distil_rank.evaluation.representations import (
+    alignment,
     alignment_scores,
     composition,
     full_vector,
@@ -86,7 +89,8 @@ def test_alignment_is_a_baseline(opened):
     block = scores(np.arange(5), np.arange(len(rows)))
     assert block.shape == (5, len(rows)) and (block.argmax(1) == torch.arange(5)).all()  # each finds itself
     x = opened.embeddings.x
-    done = evaluate(opened.target, opened.groups, [full_vector(x)], alignment=lambda: scores)
+    searched = replace(alignment(opened.embeddings.sequences), make=lambda _: scores)
+    done = evaluate(opened.target, opened.groups, [full_vector(x), searched])
     assert done.entry("MMseqs2").scores["mAP"].value > done.entries[0].scores["mAP"].value
     assert any("MMseqs2 search reaches" in note for note in done.notes)
 
