@@ -106,7 +106,8 @@ def _confirmed(
     # The one look at the confirmation groups.
     evaluator = Evaluator(fitted, CONFIRM, o.metric)
     confirmed, full = (evaluator.outcome(one, costs) for one in (chosen.pipeline, full_pipeline(problem)))
-    if o.alignment and problem.sequences is not None and mmseqs_binary() is None:
+    searched = o.alignment and problem.sequences is not None and problem.tasks[0].target.kind == "retrieval"
+    if searched and mmseqs_binary() is None:
         notes.append(NO_MMSEQS)
 
     splits = [problem.split == split for split in (FIT, VALIDATE, CONFIRM)]

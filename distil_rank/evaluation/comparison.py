@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import make_trial
+from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import own_labels
+from distil_rank.evaluation.representations import module_output
 from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, Estimate, FunctionRetained
 from distil_rank.evaluation.task import Groups, make_target
 from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
@@ -23,14 +23,12 @@ from distil_rank.lowrank.solvers import refit_bias, solve
 from distil_rank.measure import metrics
 from distil_rank.measure.statistics import (
     Interval,
-    Statistic,
     estimate,
     interval,
     is_tie,
     ratio,
     resample_counts,
     resampled_quantile,
-    retained,
 )
 from distil_rank.options.evaluation import LabelOptions
 
@@ -154,7 +152,7 @@ def compare(
 
 
 def _figures(output: Tensor, target: Tensor, mean: Tensor, proteins: np.ndarray) -> dict[str, np.ndarray]:
-    """For each protein sums over its rows, `(P,)`, and means of the row-wise metrics; the CKA of all rows, `()`."""
+    """For each protein sums over its rows, `(P,)`, and means of the row-wise metrics."""
 
     def sums(rows: Tensor) -> np.ndarray:
         return np.bincount(proteins, weights=rows.double().cpu().numpy())
@@ -167,7 +165,6 @@ def _figures(output: Tensor, target: Tensor, mean: Tensor, proteins: np.ndarray)
         "cosine": sums(metrics.cosine(output, target)) / rows,
         "centred_cosine": sums(metrics.centred_cosine(output, target, mean)) / rows,
         "knn_overlap": sums(metrics.knn_overlap(output, target, k=NEIGHBOURS)) / rows,
-        "cka": np.array(metrics.linear_cka(output, target)),
     }
 
 
@@ -182,18 +179,16 @@ def _intervals(figures: Mapping[str, np.ndarray], counts: np.ndarray) -> dict[st
         "cosine_p5": interval(float(np.percentile(figures["cosine"], 5)), worst),
         "centred_cosine": estimate(ratio(figures["centred_cosine"]), counts),
         "knn_overlap": estimate(ratio(figures["knn_overlap"]), counts),
-        "cka": Interval(float(figures["cka"]), np.nan, np.nan),
     }
 
 
-@torch.no_grad()
 def function_retained(
-    teacher: nn.Module, candidates: Mapping[str, Sequence[nn.Module]], mean: Tensor, data: EmbeddingDataModule
+    teacher: nn.Module, candidates: Mapping[str, Sequence[nn.Module]], data: EmbeddingDataModule
 ) -> dict[str, FunctionRetained]:
-    """Evaluate outputs on the labels of the test rows; probes are fitted on the training rows.
+    """Evaluate outputs on the labels of the test rows; what is fitted (means, probes) is fitted on the training rows.
 
-    Of several modules of a method, one for each seed, the first is evaluated. Outputs are centred on `mean (m,)` for
-    retrieval. The result is empty where the data have no labels, or none that make a task on these rows.
+    Of several modules of a method, one for each seed, the first is evaluated. The result is empty where the data have
+    no labels, or none that make a task on these rows.
     """
     table, ids, clusters = own_labels(data.source, data.embeddings), data.embeddings.ids, data.embeddings.clusters
     if table is None or len(set(ids)) < len(ids):
@@ -202,23 +197,15 @@ def function_retained(
     fit, test = ([row for row in split if ids[row] in table.labels][:MAX_ROWS] for split in splits)
     rows = np.array([*fit, *test], dtype=int)
     group = np.unique([clusters[row] if clusters else ids[row] for row in rows], return_inverse=True)[1]
-    groups = Groups(group, np.arange(len(rows)) < len(fit), data.split_rows.method)
-    x = torch.from_numpy(data.embeddings.x[rows])
-
-    def measure(module: nn.Module) -> Statistic:
-        outputs = F.normalize(module(x) - mean, dim=1)
-        return trial.measure((outputs, outputs))[metric]
-
+    groups, x = Groups(group, np.arange(len(rows)) < len(fit), data.split_rows.method), data.embeddings.x[rows]
+    modules = {"teacher": teacher, **{method: several[0] for method, several in candidates.items()}}
     try:
         target = make_target([table.labels[ids[row]] for row in rows], LabelOptions())
-        trial = make_trial(target, groups)
-        metric = trial.metrics[0]
-        reference = measure(teacher)
-        statistics = {method: measure(modules[0]) for method, modules in candidates.items()}
+        evaluation = evaluate(target, groups, [module_output(name, module, x) for name, module in modules.items()])
     except InputError as error:
         log.info("Function retained is not measured: %s", error)
         return {}
-    counts = resample_counts(trial.evaluated_groups)
     words = f"{target.kind} by the labels that come with the data, {len(test):,} test rows"
-    shares = {method: retained(statistic, reference, counts) for method, statistic in statistics.items()}
-    return {method: FunctionRetained(words, metric, share) for method, share in shares.items() if share is not None}
+    metric = evaluation.headline
+    shares = {entry.name: entry.retained[metric] for entry in evaluation.entries if metric in entry.retained}
+    return {method: FunctionRetained(words, metric, shares[method]) for method in candidates if method in shares}

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.probes import probe, probe_metrics
+from distil_rank.evaluation.probes import ProbeTrial
 from distil_rank.evaluation.representations import COMPOSITION, Representation, Role, Rows
 from distil_rank.evaluation.retrieval import Relevance, Scores, inner_product, retrieve
 from distil_rank.evaluation.task import Groups, Target
@@ -76,7 +76,7 @@ def evaluate(
         InputError: nothing to evaluate on, nothing to fit on, or a metric that the task does not have.
     """
     trial = make_trial(target, groups, seed=seed)
-    headline, names = trial.headline(metric), [one.name for one in representations]
+    headline, names = headline_of(trial, metric), [one.name for one in representations]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"Expected different names of representations but {repeated!r} comes twice; rename one.")
     counts, reference = resample_counts(trial.evaluated_groups), dict[str, Statistic]()
@@ -115,17 +115,18 @@ class Trial(Protocol):
     notes: list[str]
     evaluated_groups: int
 
-    def headline(self, metric: str | None) -> str:
-        """The metric of this name, or the first."""
-        if metric is not None and metric not in self.metrics:
-            raise InputError(f"Expected --metric out of {', '.join(self.metrics)} but got {metric!r}.")
-        return metric or self.metrics[0]
-
     def measure(self, rows: Rows | Scores) -> dict[str, Statistic]:
         """By metric, sums over the evaluated groups; of scores for retrieval alone."""
 
     def chance(self, rows: Rows | Scores) -> dict[str, Statistic]:
         """The same with permuted labels."""
+
+
+def headline_of(trial: Trial, metric: str | None) -> str:
+    """The metric of this name, or the trial's first."""
+    if metric is not None and metric not in trial.metrics:
+        raise InputError(f"Expected --metric out of {', '.join(trial.metrics)} but got {metric!r}.")
+    return metric or trial.metrics[0]
 
 
 def make_trial(target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0) -> Trial:
@@ -135,11 +136,11 @@ def make_trial(target: Target, groups: Groups, max_queries: int = MAX_QUERIES, s
     return ProbeTrial(target, groups, seed)
 
 
-class RetrievalTrial(Trial):
+class RetrievalTrial:
     """Search among the evaluated proteins."""
 
     def __init__(self, relevance: Relevance, groups: Groups, max_queries: int, seed: int) -> None:
-        self.rows, self.seed, self.notes = groups.evaluated, seed, []
+        self.rows, self.seed, self.notes = groups.evaluated, seed, list[str]()
         self.relevance = relevance.subset(self.rows)
         self.metrics = self.relevance.metrics
         level, name = self.relevance.levels[self.relevance.level], self.relevance.names[self.relevance.level]
@@ -169,32 +170,3 @@ class RetrievalTrial(Trial):
         """From the same search, by permuted labels."""
         order = np.random.default_rng(self.seed).permutation(len(self.rows))
         return self.measure(rows, self.relevance.subset(order))
-
-
-class ProbeTrial(Trial):
-    """A linear model on top of the vectors."""
-
-    def __init__(self, target: Target, groups: Groups, seed: int) -> None:
-        assert target.y is not None
-        self.target, self.y, self.groups, self.seed, self.notes = target, target.y, groups, seed, []
-        self.metrics = probe_metrics(target)
-        self.evaluated_groups = len(np.unique(groups.number[~groups.fit]))
-        if target.kind == "regression":
-            return
-        fit, evaluated = (
-            set((np.flatnonzero(y.any(axis=0)) if y.ndim == 2 else np.unique(y)).tolist())
-            for y in (target.y[groups.fit], target.y[~groups.fit])
-        )
-        for only, split in ((fit - evaluated, "fitted on"), (evaluated - fit, "evaluated")):
-            names = ", ".join(target.classes[k] for k in sorted(only)[:3]) + (", ..." if len(only) > 3 else "")
-            if only:
-                self.notes.append(f"{len(only):,} of {len(target.classes):,} classes are only {split} ({names})")
-
-    def measure(self, rows: Rows | Scores, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
-        """From a probe that is fitted on the true labels, or on others."""
-        assert not callable(rows)
-        return probe(rows[1].numpy(), self.target, self.groups.fit, self.groups.number, y_fit)
-
-    def chance(self, rows: Rows | Scores) -> dict[str, Statistic]:
-        """From a probe that is fitted on permuted labels."""
-        return self.measure(rows, np.random.default_rng(self.seed).permutation(self.y[self.groups.fit]))

@@ -117,12 +117,11 @@ def composition_rows(sequences: Sequence[str], fit: np.ndarray) -> Rows:
 
 def alignment(sequences: Sequence[str]) -> Representation:
     """MMseqs2's search among the evaluated sequences, for retrieval."""
-    return Representation(
-        ALIGNMENT,
-        "baseline",
-        None,
-        lambda fit: alignment_scores([sequences[row] for row in np.flatnonzero(~fit).tolist()]),
-    )
+
+    def make(fit: np.ndarray) -> Scores:
+        return alignment_scores([sequences[row] for row in np.flatnonzero(~fit).tolist()])
+
+    return Representation(ALIGNMENT, "baseline", None, make)
 
 
 def alignment_scores(sequences: Sequence[str]) -> Scores:

@@ -92,25 +92,6 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
     return torch.cat(blocks)
 
 
-def linear_cka(student: Tensor, teacher: Tensor) -> float:
-    """Linear centred kernel alignment, ``‖Sᵀ T‖² / (‖Sᵀ S‖ ‖Tᵀ T‖)`` of column-centred outputs (Kornblith et al. 2019).
-
-    1 when the two differ by a rotation, a scale and a shift only; 0 when either is constant.
-
-    >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
-    >>> rotated = teacher @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) + 5
-    >>> f"{linear_cka(rotated, teacher):.6f}"
-    '1.000000'
-    """
-    s, t = _centred(student), _centred(teacher)
-    if any(c.norm() <= 1e-12 * raw.double().norm() for c, raw in ((s, student), (t, teacher))):
-        return 0.0  # what is left is rounding
-    if len(s) < max(s.shape[1], t.shape[1]):
-        gram_s, gram_t = s @ s.T, t @ t.T  # (N, N); their inner product is ‖Sᵀ T‖²
-        return ((gram_s * gram_t).sum() / (gram_s.norm() * gram_t.norm())).item()
-    return ((s.T @ t).square().sum() / ((s.T @ s).norm() * (t.T @ t).norm())).item()
-
-
 def effective_rank(eigenvalues: Tensor) -> float:
     """Exponential of the entropy of a covariance's normalised spectrum, ``exp(−Σ p log p)`` (Roy and Vetterli 2007).
 

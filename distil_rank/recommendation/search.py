@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import RetrievalTrial, Trial, make_trial
+from distil_rank.evaluation.evaluate import RetrievalTrial, Trial, headline_of, make_trial
 from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, alignment_scores, composition_rows
 from distil_rank.evaluation.task import Groups
 from distil_rank.measure.statistics import Interval, Statistic, retained_with_confidence
@@ -114,7 +114,7 @@ class Evaluator:
             rows = task.rows[inside]
             groups = Groups(problem.group[rows], own[inside] == FIT, "")
             trial = make_trial(task.target.subset(inside), groups, max_queries, seed)
-            name = trial.headline(metric)
+            name = headline_of(trial, metric)
             reference = trial.measure(fitted.represent(full_pipeline(problem), rows))[name]
             if not reference.value > 0:
                 raise InputError(

@@ -139,7 +139,7 @@ def run_experiment(
     methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
     methods |= {method: [layer] for method, layer in baselines.items()}
     methods |= {RECIPE: recipe.students, OURS: ours.students}
-    function = function_retained(module.teacher, methods, module.output_mean, data)
+    function = function_retained(module.teacher, methods, data)
     seconds = {"closed_form": solving, RECIPE: recipe.seconds, OURS: ours.seconds + solving}
     rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
 

@@ -110,7 +110,7 @@ def test_the_teacher_keeps_all_of_its_function_and_a_constant_next_to_nothing(la
     mean = teacher(moments.mean.float()).detach()
     students = {name: [layer] for name, layer in solved_students(teacher, moments, 64).items()}
     replacements = {"constant": [ConstantOutput(mean + 1)], "itself": [teacher], **students}
-    measured = function_retained(teacher, replacements, mean, labelled)
+    measured = function_retained(teacher, replacements, labelled)
     assert measured.keys() == replacements.keys()
     assert measured["itself"].retained == Interval(1, 1, 1) and measured["itself"].metric == "mAP"
     assert measured["constant"].retained.value < 0.3
@@ -127,4 +127,4 @@ def test_data_without_labels_or_with_one_class_have_none(tmp_path):
         data = EmbeddingDataModule(str(tmp_path / "a.npz"))
         data.setup()
         teacher = nn.Linear(8, 8)
-        assert function_retained(teacher, {"svd": [teacher]}, torch.zeros(8), data) == {}
+        assert function_retained(teacher, {"svd": [teacher]}, data) == {}

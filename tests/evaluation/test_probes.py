@@ -2,17 +2,22 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.probes import probe, probe_metrics
-from distil_rank.evaluation.task import Target, make_target
+from distil_rank.evaluation.probes import METRICS, ProbeTrial
+from distil_rank.evaluation.task import Groups, Target, make_target
 from distil_rank.options.evaluation import LabelOptions
 
 GROUPS = np.arange(400) // 10
 FIT = GROUPS < 25
+
+
+def probe(x, target, fit, number, y_fit=None):
+    return ProbeTrial(target, Groups(number, fit, ""), 0).measure((torch.from_numpy(x), torch.from_numpy(x)), y_fit)
 
 
 def separable(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +30,7 @@ def test_classification_is_what_scikit_learn_gives():
     x, y = separable()
     target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
     measured = probe(x, target, FIT, GROUPS)
-    assert tuple(measured) == probe_metrics(target)
+    assert tuple(measured) == METRICS["classification"]
     scaler = StandardScaler().fit(x[FIT])
     by_strength = [
         accuracy_score(
