@@ -118,7 +118,7 @@ def _confirmed(
         metrics=tuple(one.metric for one in evaluator.trials),
         keep=o.keep,
         weigh=o.weigh,
-        verdict=enough if reached else "nothing keeps it",
+        verdict=enough if reached else "nothing retains it",
         chosen=chosen,
         confirmed=confirmed,
         full=full,

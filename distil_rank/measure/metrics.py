@@ -1,8 +1,8 @@
-"""How much of a teacher's function a student keeps.
+"""How much of a teacher's function a student retains.
 
 Functions of outputs `(N, m)`: rows are proteins (or residues). `mean (m,)` is always the mean of the teacher's outputs
 over the *training* rows. Figures of rows are `(N,)` float64. The headline is what a constant cannot win: R², the
-centred cosine, the neighbours kept. Raw cosine is here to be compared.
+centred cosine, the neighbours retained. Raw cosine is here to be compared.
 """
 
 import torch
@@ -51,7 +51,7 @@ def energy(teacher: Tensor, mean: Tensor | None = None) -> Tensor:
 
 
 def r2(student: Tensor, teacher: Tensor, mean: Tensor) -> float:
-    """Share of the teacher's variance kept, ``1 − Σ ‖s − t‖² / Σ ‖t − mean‖²``: 1 is perfect, 0 no better than `mean`.
+    """Share of the teacher's variance retained, ``1 − Σ ‖s − t‖² / Σ ‖t − mean‖²``: 1 is perfect, 0 as good as `mean`.
 
     >>> teacher = torch.tensor([[1.0], [3.0]])
     >>> r2(torch.tensor([[1.0], [2.0]]), teacher, mean=torch.tensor([2.0]))
@@ -64,7 +64,7 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
     """Share of each row's k nearest neighbours among the teacher's outputs that are among the student's too.
 
     ``|kNN_s(i) ∩ kNN_t(i)| / k`` with Euclidean distance, a row not being its own neighbour. Distances do not change
-    when a constant is added, so the overlap judges directions kept, not the bias. With N rows k is cut to N − 1; chance
+    when a constant is added, so the overlap measures directions, not the bias. With N rows k is cut to N − 1; chance
     is k / (N − 1). Memory grows with `chunk` x N.
 
     >>> teacher = torch.tensor([[0.0], [1.0], [3.0], [7.0]])

@@ -71,7 +71,7 @@ class Recommendation:
     metrics: tuple[str, ...]
     keep: float
     weigh: str
-    verdict: str  # confirmed, not confirmed, or nothing keeps it: the pipeline is then the one that retains most
+    verdict: str  # confirmed, not confirmed, or nothing retains it: the pipeline is then the one that retains most
     chosen: Outcome  # on the validation groups
     confirmed: Outcome  # the same on the confirmation groups: the claim
     full: Outcome  # the full vector on the confirmation groups

@@ -133,7 +133,7 @@ def draw_spectrum(ax: Axes, spectrum: Spectrum, rank: int) -> None:
 
 
 def draw_pareto(ax: Axes, curve: Sequence[ParetoPoint], rank: int) -> None:
-    """What each rank keeps: predicted from the training rows, and measured on held-out rows."""
+    """What each rank retains: predicted from the training rows, and measured on held-out rows."""
     ax.set_title("closed form: fidelity against rank")
     ranks = [point.rank for point in curve]
     low, high = [point.r2_low for point in curve], [point.r2_high for point in curve]

@@ -207,7 +207,7 @@ def answer_lines(result: Recommendation) -> list[str]:
     verdict = {
         "confirmed": f"at least the {result.keep:g} that was asked for",
         "not confirmed": f"NOT CONFIRMED, at least {own.at_least:.3f} where {result.keep:g} was asked for",
-        "nothing keeps it": f"NOTHING RETAINS {result.keep:g} on the validation groups; this retains most",
+        "nothing retains it": f"NOTHING RETAINS {result.keep:g} on the validation groups; this retains most",
     }[result.verdict]
     once = f"measured once on {result.proteins[2]:,} proteins of {result.groups[2]:,} untouched groups"
     return [use, f"{cost}.", f"It retains {shares}, {once}: {verdict}."]
