@@ -30,11 +30,11 @@ from distil_rank.codes.search import DecoyScores
 from distil_rank.codes.train import train_encoder
 from distil_rank.data.files import load_matrix
 from distil_rank.data.mmseqs import mmseqs_binary
-from distil_rank.evaluation.baselines import alignment_scores
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import LabelledData
 from distil_rank.evaluation.representations import (
     Representation,
+    alignment,
     full_vector,
     module_output,
     variance_student,
@@ -42,7 +42,7 @@ from distil_rank.evaluation.representations import (
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import AugmentationOptions, CodeOptions
 from distil_rank.options.evaluation import LabelOptions
-from distil_rank.report.evaluation import evaluation_report
+from distil_rank.report.tables import evaluation_report
 
 RESULTS = Path("results/codes")
 COPIES = Path("results/copies")
@@ -109,10 +109,9 @@ def scope(last: LabelledData, early: LabelledData) -> None:
     representations = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
     representations += [variance_student(x, 64), *(opq_of_full_vector(x, books) for books in (4, 8, 16, 32))]
     representations += [*encoders(last, "last layer"), *encoders(early, "early layer")]
-    scores = None
     if mmseqs_binary() is not None and sequences is not None:
-        scores = lambda: alignment_scores([sequences[row] for row in last.groups.evaluated])  # noqa: E731
-    report = evaluation_report(evaluate(last.target, last.groups, representations, last.labels, scores, last.notes))
+        representations.append(alignment(sequences))
+    report = evaluation_report(evaluate(last.target, last.groups, representations, last.labels, last.notes))
     report.save(RESULTS / "scope" / "evaluation")
     report.show()
 

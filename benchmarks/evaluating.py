@@ -26,9 +26,8 @@ SIZES = ((14_000, 320), (100_000, 1280))
 def measure(rows: int, dim: int) -> str:
     """One line of the table: evaluate `rows` vectors of width `dim` in this process."""
     from distil_rank.evaluation.evaluate import evaluate
-    from distil_rank.evaluation.groups import make_groups
     from distil_rank.evaluation.representations import full_vector, variance_student
-    from distil_rank.evaluation.task import make_target
+    from distil_rank.evaluation.task import make_groups, make_target
     from distil_rank.options.evaluation import LabelOptions
 
     rng = np.random.default_rng(0)

@@ -19,7 +19,6 @@ from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.data.files import load_matrix
 from distil_rank.data.mmseqs import mmseqs_clusters
 from distil_rank.errors import InputError
-from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.labelled import (
     OWN_LABELS,
     UNLABELLED,
@@ -29,7 +28,7 @@ from distil_rank.evaluation.labelled import (
     unlabelled,
 )
 from distil_rank.evaluation.retrieval import Relevance
-from distil_rank.evaluation.task import Target
+from distil_rank.evaluation.task import Groups, Target
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType, int8_scale
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.noise_metric import Directions, WithinSums, noise_directions, whitening_directions

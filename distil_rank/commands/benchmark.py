@@ -14,7 +14,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result
 from distil_rank.options.training import BenchmarkOptions, DistilOptions
 from distil_rank.report import figures
-from distil_rank.report.comparison import comparison_report
+from distil_rank.report.tables import comparison_report
 from distil_rank.report.writer import publish, run_folder
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage

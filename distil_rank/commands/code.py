@@ -22,7 +22,7 @@ from distil_rank.evaluation.labelled import UNLABELLED, LabelledData, labelled_s
 from distil_rank.evaluation.representations import full_vector, module_output, variance_student
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import CodeOptions
-from distil_rank.report.evaluation import evaluation_report
+from distil_rank.report.tables import evaluation_report
 from distil_rank.report.writer import publish, run_folder, show_facts
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
@@ -114,7 +114,7 @@ def _fitted(
         title = f"codes, {options.metric}, rank {options.rank}, {options.dtype}"
         codes = module_output(title, encoder.eval(), x)
         representations = [full_vector(x), variance_student(x, options.rank), codes]
-        evaluation = evaluate(target, groups, representations, proteins.labels, None, notes, seed=options.seed)
+        evaluation = evaluate(target, groups, representations, proteins.labels, notes, seed=options.seed)
 
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)

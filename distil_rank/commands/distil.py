@@ -16,7 +16,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result, TeacherResult
 from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.options.training import DistilOptions
-from distil_rank.report.comparison import comparison_report
+from distil_rank.report.tables import comparison_report
 from distil_rank.report.writer import run_folder, set_latest
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -13,14 +12,21 @@ from distil_rank.commands.embed import embed
 from distil_rank.compression.saved import load, read_manifest
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.baselines import NO_MMSEQS, alignment_scores, composition
 from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.evaluate import evaluate as evaluate_task
 from distil_rank.evaluation.labelled import LabelledData, load_matching, open_labelled
-from distil_rank.evaluation.representations import Representation, full_vector, module_output, variance_student
+from distil_rank.evaluation.representations import (
+    NO_MMSEQS,
+    Representation,
+    alignment,
+    composition,
+    full_vector,
+    module_output,
+    variance_student,
+)
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import EvaluateOptions
-from distil_rank.report.evaluation import evaluation_report
+from distil_rank.report.tables import evaluation_report
 from distil_rank.report.writer import publish, run_folder
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage
@@ -38,14 +44,16 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         source = str(embed(EmbedOptions(o.fasta, store, o.backbone, precision=o.precision)).store)
     proteins = open_labelled(source, o.labels, o.task, o.groups, o.fit_fraction, o.seed)
     sequences, about = proteins.embeddings.sequences, proteins.embeddings.provenance
-    notes, alignment = list(proteins.notes), None
     representations, runs = _representations(o, proteins)
+    notes, searched = list(proteins.notes), o.alignment and proteins.target.kind == "retrieval"
     if sequences is None:
         notes.append("No sequences in the data: not compared with composition and MMseqs2.")
-    elif proteins.target.kind == "retrieval" and o.alignment and mmseqs_binary() is None:
-        notes.append(NO_MMSEQS)
-    elif proteins.target.kind == "retrieval" and o.alignment:
-        alignment = partial(alignment_scores, [sequences[row] for row in proteins.groups.evaluated])
+    else:
+        representations.append(composition(sequences))
+        if searched and mmseqs_binary() is None:
+            notes.append(NO_MMSEQS)
+        elif searched:
+            representations.append(alignment(sequences))
 
     log.info("Evaluating %d representations: %s", len(representations), proteins.groups.description)
     place = Path(o.output) / "evaluate" / Path(proteins.source).stem
@@ -55,9 +63,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "evaluate", f"{place.name} {proteins.target.kind}", params=params, tags=lineage(about) | runs
     ) as run:
         target, groups = proteins.target, proteins.groups
-        evaluation = evaluate_task(
-            target, groups, representations, proteins.labels, alignment, notes, o.max_queries, o.metric, o.seed
-        )
+        evaluation = evaluate_task(target, groups, representations, proteins.labels, notes, o.metric, o.seed)
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)
         for file in report.save(folder / "evaluation"):
@@ -72,7 +78,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 
 
 def _representations(o: EvaluateOptions, proteins: LabelledData) -> tuple[list[Representation], dict[str, str]]:
-    """The full vector first, then students, other matrices and the composition; and tags of the students' runs."""
+    """The full vector first, then students and other matrices; and tags of the students' runs."""
     x, runs = proteins.embeddings.x, dict[str, str]()
     ranks = [rank for rank in RANKS if rank < x.shape[1]] if o.ranks is None else o.ranks
     representations = [full_vector(x), *(variance_student(x, rank) for rank in ranks)]
@@ -89,11 +95,6 @@ def _representations(o: EvaluateOptions, proteins: LabelledData) -> tuple[list[R
         name, _, path = one.rpartition("=")
         other = load_matching(path, proteins.embeddings.ids)
         representations.append(full_vector(other, name or Path(path).name, "matrix"))
-    if proteins.embeddings.sequences is not None:
-        representations.append(composition(proteins.embeddings.sequences))
-    names = [one.name for one in representations]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"Expected different names of representations but {repeated!r} comes twice; rename one.")
     return representations, runs
 
 

@@ -20,17 +20,23 @@ from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import default_store
 from distil_rank.embedding.store import Store
-from distil_rank.evaluation.baselines import ALIGNMENT, COMPOSITION, NO_MMSEQS, alignment_scores, composition
-from distil_rank.evaluation.evaluate import RetrievalTrial
 from distil_rank.evaluation.labelled import OWN_LABELS
+from distil_rank.evaluation.representations import NO_MMSEQS
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import RecommendOptions
-from distil_rank.recommendation.costs import measure_costs, query_seconds
-from distil_rank.recommendation.pipelines import Fitted, full_pipeline
+from distil_rank.recommendation.pipelines import Fitted, full_pipeline, measure_costs
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, open_problem, subset_of
-from distil_rank.recommendation.result import Baseline, Outcome, Recommendation
-from distil_rank.recommendation.search import Costs, Evaluator, cheapest, pareto_front, search_pipelines, within_limits
-from distil_rank.report.recommendation import configuration, recommendation_report
+from distil_rank.recommendation.search import (
+    Costs,
+    Evaluator,
+    Outcome,
+    Recommendation,
+    cheapest,
+    pareto_front,
+    search_pipelines,
+    within_limits,
+)
+from distil_rank.report.tables import configuration, recommendation_report
 from distil_rank.report.writer import run_folder, set_latest
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage
@@ -100,22 +106,10 @@ def _confirmed(
     # The one look at the confirmation groups.
     evaluator = Evaluator(fitted, CONFIRM, o.metric)
     confirmed, full = (evaluator.outcome(one, costs) for one in (chosen.pipeline, full_pipeline(problem)))
-    first, baselines, sequences = evaluator.trials[0], list[Baseline](), problem.sequences
-    if sequences is not None:
-        rows = composition(sequences).make(problem.split == FIT)
-        score = first.trial.measure((rows[0][first.rows], rows[1][first.rows]))[first.metric].value
-        baselines.append(Baseline(COMPOSITION, score / first.reference.value))
-        if o.alignment and isinstance(first.trial, RetrievalTrial):
-            if mmseqs_binary() is None:
-                notes.append(NO_MMSEQS)
-            else:
-                aligned = first.trial.measure_scores(alignment_scores([sequences[row] for row in first.rows]))
-                baselines.append(Baseline(ALIGNMENT, aligned[first.metric].value / first.reference.value))
+    searched = o.alignment and problem.sequences is not None and problem.tasks[0].target.kind == "retrieval"
+    if searched and mmseqs_binary() is None:
+        notes.append(NO_MMSEQS)
 
-    encoders = [fitted.encoder(one.pipeline) for one in (chosen, full)]
-    seconds = query_seconds(encoders, [problem.layers[one.pipeline.layer] for one in (chosen, full)])
-    if seconds is None:
-        notes.append("A query's time was not measured: faiss is missing (pip install faiss-cpu).")
     splits = [problem.split == split for split in (FIT, VALIDATE, CONFIRM)]
     enough = "confirmed" if confirmed.at_least >= o.keep else "not confirmed"
     return Recommendation(
@@ -124,15 +118,14 @@ def _confirmed(
         metrics=tuple(one.metric for one in evaluator.trials),
         keep=o.keep,
         weigh=o.weigh,
-        verdict=enough if reached else "nothing keeps it",
+        verdict=enough if reached else "nothing retains it",
         chosen=chosen,
         confirmed=confirmed,
         full=full,
         front=tuple(pareto_front(outcomes)),
         outcomes=tuple(outcomes),
         costs=tuple(costs.values()),
-        baselines=tuple(baselines),
-        query_seconds=seconds,
+        baselines=tuple(evaluator.baselines(o.alignment)),
         proteins=tuple(int(rows.sum()) for rows in splits),
         groups=tuple(len(np.unique(problem.group[rows])) for rows in splits),
         grouping=problem.groups,

@@ -8,7 +8,7 @@ from distil_rank.commands.benchmark import distil_several
 from distil_rank.commands.train_teacher import largest_rank, open_data
 from distil_rank.evaluation.results import Result
 from distil_rank.options.training import DistilOptions, SweepOptions
-from distil_rank.report.comparison import comparison_report
+from distil_rank.report.tables import comparison_report
 
 RANKS = (8, 16, 32, 64, 128)
 

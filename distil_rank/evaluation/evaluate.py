@@ -7,7 +7,7 @@ that is fitted on the others.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,12 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.baselines import ALIGNMENT, COMPOSITION
-from distil_rank.evaluation.groups import Groups
-from distil_rank.evaluation.probes import probe, probe_metrics
-from distil_rank.evaluation.representations import Representation, Role, Rows
+from distil_rank.evaluation.probes import ProbeTrial
+from distil_rank.evaluation.representations import COMPOSITION, Representation, Role, Rows
 from distil_rank.evaluation.retrieval import Relevance, Scores, inner_product, retrieve
-from distil_rank.evaluation.task import Target
+from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.statistics import Interval, Statistic, estimate, mean, resample_counts, retained
 
 MAX_QUERIES = 10_000  # evaluated proteins that are searched with at most; every one is a target
@@ -66,49 +64,38 @@ def evaluate(
     groups: Groups,
     representations: Sequence[Representation],
     labels: str = "",
-    alignment: Callable[[], Scores] | None = None,
     notes: Sequence[str] = (),
-    max_queries: int = MAX_QUERIES,
     metric: str | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Evaluate representations of the same proteins on the same rows, beside chance; the first one is the reference.
 
-    `alignment` makes the scores among the *evaluated* proteins, in their order (retrieval only). At most
-    `max_queries` of
-    them are searched with. `metric` is the headline, by default the first that the task has.
+    `metric` is the headline, by default the first that the task has.
 
     Raises:
         InputError: nothing to evaluate on, nothing to fit on, or a metric that the task does not have.
     """
-    trial = make_trial(target, groups, max_queries, seed)
-    headline = trial.headline(metric)
+    trial = make_trial(target, groups, seed=seed)
+    headline, names = headline_of(trial, metric), [one.name for one in representations]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"Expected different names of representations but {repeated!r} comes twice; rename one.")
     counts, reference = resample_counts(trial.evaluated_groups), dict[str, Statistic]()
     entries: list[Entry] = []
 
-    def add(name: str, role: Role, stored: float | None, statistics: dict[str, Statistic], started: float) -> None:
-        seconds = time.perf_counter() - started
+    def add(name: str, role: Role, stored: float | None, statistics: dict[str, Statistic], seconds: float = 0) -> None:
         scores = {key: estimate(statistic, counts) for key, statistic in statistics.items()}
         shares = {key: retained(statistics[key], full, counts) for key, full in reference.items()}
         known = {key: share for key, share in shares.items() if share is not None}
         entries.append(Entry(name, role, stored, scores, known, seconds))
 
-    with tqdm(total=len(representations) + (alignment is not None), desc="evaluate", disable=None) as bar:
-        for one in representations:
-            bar.set_postfix_str(one.name)
-            started = time.perf_counter()
-            rows = one.make(groups.fit)
-            statistics = trial.measure(rows)
-            add(one.name, one.role, one.bytes, statistics, started)
-            if not reference:
-                reference |= statistics
-                add("chance", "chance", None, trial.chance(rows), time.perf_counter())
-            bar.update()
-        if alignment is not None and isinstance(trial, RetrievalTrial):
-            bar.set_postfix_str(ALIGNMENT)
-            started = time.perf_counter()
-            add(ALIGNMENT, "baseline", None, trial.measure_scores(alignment()), started)
-            bar.update()
+    for one in tqdm(representations, desc="evaluate", disable=None):
+        started = time.perf_counter()
+        rows = one.make(groups.fit)
+        statistics = trial.measure(rows)
+        add(one.name, one.role, one.bytes, statistics, time.perf_counter() - started)
+        if not reference:
+            reference |= statistics
+            add("chance", "chance", None, trial.chance(rows))
     lines = [*notes, *trial.notes, *(one.note for one in representations if one.note)]
     full = entries[0].scores[headline].value
     for entry in entries:
@@ -128,17 +115,18 @@ class Trial(Protocol):
     notes: list[str]
     evaluated_groups: int
 
-    def headline(self, metric: str | None) -> str:
-        """The metric of this name, or the first."""
-        if metric is not None and metric not in self.metrics:
-            raise InputError(f"Expected --metric out of {', '.join(self.metrics)} but got {metric!r}.")
-        return metric or self.metrics[0]
+    def measure(self, rows: Rows | Scores) -> dict[str, Statistic]:
+        """By metric, sums over the evaluated groups; of scores for retrieval alone."""
 
-    def measure(self, rows: Rows) -> dict[str, Statistic]:
-        """By metric, sums over the evaluated groups."""
-
-    def chance(self, rows: Rows) -> dict[str, Statistic]:
+    def chance(self, rows: Rows | Scores) -> dict[str, Statistic]:
         """The same with permuted labels."""
+
+
+def headline_of(trial: Trial, metric: str | None) -> str:
+    """The metric of this name, or the trial's first."""
+    if metric is not None and metric not in trial.metrics:
+        raise InputError(f"Expected --metric out of {', '.join(trial.metrics)} but got {metric!r}.")
+    return metric or trial.metrics[0]
 
 
 def make_trial(target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0) -> Trial:
@@ -148,11 +136,11 @@ def make_trial(target: Target, groups: Groups, max_queries: int = MAX_QUERIES, s
     return ProbeTrial(target, groups, seed)
 
 
-class RetrievalTrial(Trial):
+class RetrievalTrial:
     """Search among the evaluated proteins."""
 
     def __init__(self, relevance: Relevance, groups: Groups, max_queries: int, seed: int) -> None:
-        self.rows, self.seed, self.notes = groups.evaluated, seed, []
+        self.rows, self.seed, self.notes = groups.evaluated, seed, list[str]()
         self.relevance = relevance.subset(self.rows)
         self.metrics = self.relevance.metrics
         level, name = self.relevance.levels[self.relevance.level], self.relevance.names[self.relevance.level]
@@ -172,45 +160,13 @@ class RetrievalTrial(Trial):
         self.group = np.unique(groups.number[self.rows][self.queries], return_inverse=True)[1]
         self.evaluated_groups = self.group.max() + 1
 
-    def measure(self, rows: Rows) -> dict[str, Statistic]:
-        """From a search with all queries."""
-        return self.measure_scores(inner_product(rows[0][self.rows], rows[1][self.rows]))
-
-    def measure_scores(self, scores: Scores, relevance: Relevance | None = None) -> dict[str, Statistic]:
-        """The same from scores among the evaluated proteins, with other labels if given."""
+    def measure(self, rows: Rows | Scores, relevance: Relevance | None = None) -> dict[str, Statistic]:
+        """From a search with all queries, by the true labels or by others."""
+        scores = rows if callable(rows) else inner_product(rows[0][self.rows], rows[1][self.rows])
         figures = retrieve(scores, relevance or self.relevance, self.queries, seed=self.seed)
         return {name: mean(values, self.group) for name, values in figures.items()}
 
-    def chance(self, rows: Rows) -> dict[str, Statistic]:
-        """The queries among one another, with permuted labels."""
+    def chance(self, rows: Rows | Scores) -> dict[str, Statistic]:
+        """From the same search, by permuted labels."""
         order = np.random.default_rng(self.seed).permutation(len(self.rows))
-        queries = rows[0][self.rows]
-        return self.measure_scores(inner_product(queries, queries), self.relevance.subset(order))
-
-
-class ProbeTrial(Trial):
-    """A linear model on top of the vectors."""
-
-    def __init__(self, target: Target, groups: Groups, seed: int) -> None:
-        assert target.y is not None
-        self.target, self.y, self.groups, self.seed, self.notes = target, target.y, groups, seed, []
-        self.metrics = probe_metrics(target)
-        self.evaluated_groups = len(np.unique(groups.number[~groups.fit]))
-        if target.kind == "regression":
-            return
-        fit, evaluated = (
-            set((np.flatnonzero(y.any(axis=0)) if y.ndim == 2 else np.unique(y)).tolist())
-            for y in (target.y[groups.fit], target.y[~groups.fit])
-        )
-        for only, split in ((fit - evaluated, "fitted on"), (evaluated - fit, "evaluated")):
-            names = ", ".join(target.classes[k] for k in sorted(only)[:3]) + (", ..." if len(only) > 3 else "")
-            if only:
-                self.notes.append(f"{len(only):,} of {len(target.classes):,} classes are only {split} ({names})")
-
-    def measure(self, rows: Rows, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
-        """From a probe that is fitted on the true labels, or on others."""
-        return probe(rows[1].numpy(), self.target, self.groups.fit, self.groups.number, y_fit)
-
-    def chance(self, rows: Rows) -> dict[str, Statistic]:
-        """From a probe that is fitted on permuted labels."""
-        return self.measure(rows, np.random.default_rng(self.seed).permutation(self.y[self.groups.fit]))
+        return self.measure(rows, self.relevance.subset(order))

@@ -15,9 +15,8 @@ from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.layers import split_source
 from distil_rank.errors import InputError, examples
-from distil_rank.evaluation.groups import Groups, make_groups
 from distil_rank.evaluation.retrieval import Relevance
-from distil_rank.evaluation.task import Target, make_target
+from distil_rank.evaluation.task import Groups, Target, make_groups, make_target
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 MOST_CLUSTERED = 20_000  # proteins that are set apart by MMseqs2 clusters where nobody asks for them

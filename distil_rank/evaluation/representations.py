@@ -1,37 +1,48 @@
-"""Representations of the same proteins, side by side: the full vector, students, other matrices.
+"""Representations of the same proteins, side by side: the full vector, students, other matrices, and baselines.
 
-What has to be fitted (a mean, directions) is fitted on the rows of the fit groups only.
+What has to be fitted (a mean, directions) is fitted on the rows of the fit groups only. The baselines need no
+embedding: amino-acid composition, and MMseqs2 search among the evaluated sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
+from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, mmseqs_binary
 from distil_rank.errors import InputError
+from distil_rank.evaluation.retrieval import Scores
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import solve
 
 BLOCK_ROWS = 16_384  # of a pass over a matrix that may be memory-mapped
-FULL = "full vector"
+FULL, COMPOSITION, ALIGNMENT = "full vector", "composition", "MMseqs2"
+NO_MMSEQS = f"MMseqs2 is not installed, so not compared with it: {MMSEQS_INSTALLATION}."
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
+SEARCH = ["--dbtype", "1", "-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
 Role = Literal["reference", "student", "matrix", "baseline", "chance"]
 Rows = tuple[Tensor, Tensor]  # queries and targets, `(N, d)` float32 of unit length; they differ where codes are stored
 
 
 @dataclass(frozen=True)
 class Representation:
-    """Vectors to be compared by their inner product, made when their turn comes, so that one set is in memory."""
+    """Vectors to be compared by their inner product, or scores, made when their turn comes: one set is in memory."""
 
     name: str
     role: Role
-    bytes: float  # stored for each protein
-    make: Callable[[np.ndarray], Rows]  # maps the rows to fit on, (N,) bool, to the vectors
+    bytes: float | None  # stored for each protein; None where nothing is
+    make: Callable[[np.ndarray], Rows | Scores]  # of the rows to fit on, (N,) bool; scores are among the other rows
     note: str | None = None  # what a reader must know of it
 
 
@@ -85,6 +96,58 @@ def module_output(name: str, module: nn.Module, x: np.ndarray, note: str | None 
 
     stored = float(getattr(module, "bytes_per_protein", 0)) or 4.0 * (getattr(module, "rank", None) or x.shape[1])
     return Representation(name, "student", stored, make, note)
+
+
+def composition(sequences: Sequence[str]) -> Representation:
+    """Amino-acid composition and length."""
+    stored = 4.0 * (len(AMINO_ACIDS) + 1)
+    return Representation(COMPOSITION, "baseline", stored, partial(composition_rows, sequences))
+
+
+def composition_rows(sequences: Sequence[str], fit: np.ndarray) -> Rows:
+    """Shares of the twenty amino acids and the logarithm of the length, each standardised on the fit rows."""
+    counts = np.array([[sequence.upper().count(letter) for letter in AMINO_ACIDS] for sequence in sequences])
+    lengths = np.maximum([len(sequence) for sequence in sequences], 1)[:, None]
+    features = np.hstack([counts / lengths, np.log(lengths)])
+    spread = features[fit].std(axis=0)
+    features = (features - features[fit].mean(axis=0)) / np.where(spread > 0, spread, 1)
+    rows = F.normalize(torch.from_numpy(features).float())
+    return rows, rows
+
+
+def alignment(sequences: Sequence[str]) -> Representation:
+    """MMseqs2's search among the evaluated sequences, for retrieval."""
+
+    def make(fit: np.ndarray) -> Scores:
+        return alignment_scores([sequences[row] for row in np.flatnonzero(~fit).tolist()])
+
+    return Representation(ALIGNMENT, "baseline", None, make)
+
+
+def alignment_scores(sequences: Sequence[str]) -> Scores:
+    """Scores of every sequence against every other by MMseqs2's bit score; −∞ where no alignment was found."""
+    binary = mmseqs_binary()
+    if binary is None:
+        raise InputError(f"Expected MMseqs2 to search with but there is none: {MMSEQS_INSTALLATION}.")
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as name:
+        folder = Path(name)
+        fasta, hits = folder / "sequences.fasta", folder / "hits.tsv"
+        fasta.write_text("".join(f">{row}\n{sequence}\n" for row, sequence in enumerate(sequences)))
+        files: list[str | Path] = [fasta, fasta, hits, folder / "tmp"]
+        options = ["-v", "1", *SEARCH, "--format-output", "query,target,bits"]
+        result = subprocess.run([binary, "easy-search", *files, *options], capture_output=True, text=True, check=False)
+        if result.returncode:
+            message = (result.stdout + result.stderr).strip().splitlines() or ["no message"]
+            raise InputError(f"Expected MMseqs2 to search but it ended with status {result.returncode}: {message[-1]}")
+        table = np.loadtxt(hits, dtype=np.float64, ndmin=2, delimiter="\t") if hits.stat().st_size else np.empty((0, 3))
+    pairs = table[:, 0].astype(int), table[:, 1].astype(int)
+    bits = csr_array((table[:, 2].astype(np.float32), pairs), shape=(len(sequences), len(sequences)))
+
+    def scores(queries: np.ndarray, targets: np.ndarray) -> Tensor:
+        block = bits[queries][:, targets].toarray()
+        return torch.from_numpy(np.where(block > 0, block, -np.inf).astype(np.float32))
+
+    return scores
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:

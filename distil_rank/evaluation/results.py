@@ -24,23 +24,10 @@ METHOD_NOTE = (
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Interval):
     """A held-out figure with its 95 % interval over proteins, and its standard deviation over seeds if several."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
     std: float | None = None
-
-    @classmethod
-    def of(cls, interval: Interval) -> Estimate:
-        """The figure with its interval."""
-        return cls(interval.value, interval.low, interval.high)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Both ends of the interval; the value itself where there is none."""
-        return (self.value if self.low is None else self.low), (self.value if self.high is None else self.high)
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class FunctionRetained:
 
     task: str
     metric: str
-    retained: Estimate
+    retained: Interval
 
 
 @dataclass(frozen=True)

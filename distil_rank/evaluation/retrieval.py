@@ -67,8 +67,7 @@ def retrieve(
                         benchmark on SCOPe (van Kempen et al. 2024)
 
     A protein that was not found at all (a score of −∞) adds nothing to average precision. `seed` draws the order in
-    which
-    ties are broken; `queries` are indices, all by default.
+    which ties are broken; `queries` are indices, all by default.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.7, 0.6]])
     >>> relevance = Relevance(np.array([[0, 0, 1, 1]]), ("class",))

@@ -1,8 +1,8 @@
-"""How much of a teacher's function a student keeps.
+"""How much of a teacher's function a student retains.
 
 Functions of outputs `(N, m)`: rows are proteins (or residues). `mean (m,)` is always the mean of the teacher's outputs
 over the *training* rows. Figures of rows are `(N,)` float64. The headline is what a constant cannot win: R², the
-centred cosine, the neighbours kept. Raw cosine is here to be compared.
+centred cosine, the neighbours retained. Raw cosine is here to be compared.
 """
 
 import torch
@@ -51,7 +51,7 @@ def energy(teacher: Tensor, mean: Tensor | None = None) -> Tensor:
 
 
 def r2(student: Tensor, teacher: Tensor, mean: Tensor) -> float:
-    """Share of the teacher's variance kept, ``1 − Σ ‖s − t‖² / Σ ‖t − mean‖²``: 1 is perfect, 0 no better than `mean`.
+    """Share of the teacher's variance retained, ``1 − Σ ‖s − t‖² / Σ ‖t − mean‖²``: 1 is perfect, 0 as good as `mean`.
 
     >>> teacher = torch.tensor([[1.0], [3.0]])
     >>> r2(torch.tensor([[1.0], [2.0]]), teacher, mean=torch.tensor([2.0]))
@@ -64,7 +64,7 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
     """Share of each row's k nearest neighbours among the teacher's outputs that are among the student's too.
 
     ``|kNN_s(i) ∩ kNN_t(i)| / k`` with Euclidean distance, a row not being its own neighbour. Distances do not change
-    when a constant is added, so the overlap judges directions kept, not the bias. With N rows k is cut to N − 1; chance
+    when a constant is added, so the overlap measures directions, not the bias. With N rows k is cut to N − 1; chance
     is k / (N − 1). Memory grows with `chunk` x N.
 
     >>> teacher = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
@@ -90,25 +90,6 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
             near.append(distance.topk(k, largest=False).indices)
         blocks.append((near[0][:, :, None] == near[1][:, None]).any(2).double().mean(1))
     return torch.cat(blocks)
-
-
-def linear_cka(student: Tensor, teacher: Tensor) -> float:
-    """Linear centred kernel alignment, ``‖Sᵀ T‖² / (‖Sᵀ S‖ ‖Tᵀ T‖)`` of column-centred outputs (Kornblith et al. 2019).
-
-    1 when the two differ by a rotation, a scale and a shift only; 0 when either is constant.
-
-    >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
-    >>> rotated = teacher @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) + 5
-    >>> f"{linear_cka(rotated, teacher):.6f}"
-    '1.000000'
-    """
-    s, t = _centred(student), _centred(teacher)
-    if any(c.norm() <= 1e-12 * raw.double().norm() for c, raw in ((s, student), (t, teacher))):
-        return 0.0  # what is left is rounding
-    if len(s) < max(s.shape[1], t.shape[1]):
-        gram_s, gram_t = s @ s.T, t @ t.T  # (N, N); their inner product is ‖Sᵀ T‖²
-        return ((gram_s * gram_t).sum() / (gram_s.norm() * gram_t.norm())).item()
-    return ((s.T @ t).square().sum() / ((s.T @ s).norm() * (t.T @ t).norm())).item()
 
 
 def effective_rank(eigenvalues: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Intervals over groups of related proteins, and the one rule by which training is kept.
+"""Intervals over groups of related proteins, and the one rule that says whether training made a student better.
 
 A metric is a table of sums, one line for each group (a protein, a cluster, a family), and a function of the column
 totals. A bootstrap sample draws groups with replacement: how often each came up is a row of a count matrix, and every
@@ -101,11 +101,11 @@ def is_tie(statistic: Statistic, other: Statistic, counts: np.ndarray) -> bool:
 
 
 def clearly_better(before: np.ndarray, after: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval:
-    """The mean gain of training in a *loss* (lower is better): retain what was trained where `low > 0`.
+    """The mean gain of training in a *loss* (lower is better): it helped where `low > 0`.
 
-    The one rule by which this package keeps what it trains: the lower end of the 95 % interval of the mean of
+    The one rule by which this package takes what it trained: the lower end of the 95 % interval of the mean of
     `before - after`, each `(N,)`, by a paired bootstrap over groups, is above 0. With fewer than two groups there is no
-    interval, its ends are NaN, and nothing is retained. Of a score, give the negative.
+    interval, and its ends are NaN. Of a score, give the negative.
 
     >>> rows = np.arange(100)
     >>> before = np.linspace(1, 2, 100)

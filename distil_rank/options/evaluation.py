@@ -74,7 +74,6 @@ class EvaluateOptions:
         alignment: Search with MMseqs2 too, where it is installed (retrieval only).
         metric: That is reported first; by default mAP (retrieval), accuracy, macro_f1 or spearman.
         fit_fraction: Share of the proteins to fit on.
-        max_queries: Evaluated proteins to search with at most.
         seed: Of the draw of groups.
         output: Folder for results.
     """
@@ -92,17 +91,14 @@ class EvaluateOptions:
     alignment: bool = True
     metric: str | None = None
     fit_fraction: float = 0.5
-    max_queries: int = 10_000
     seed: int = 0
     output: str = "results"
 
     def check(self) -> None:
         """Raises `InputError` for values out of range, files that are not there and options that contradict."""
         _check_vectors(self)
-        if self.max_queries < 1 or min(self.ranks or [1]) < 1:
-            raise InputError(
-                f"Expected --max_queries and --ranks of at least 1 but got {self.max_queries} and {self.ranks}."
-            )
+        if min(self.ranks or [1]) < 1:
+            raise InputError(f"Expected --ranks of at least 1 but got {self.ranks}.")
         if not 0 < self.fit_fraction < 1:
             raise InputError(f"Expected --fit_fraction between 0 and 1 but got {self.fit_fraction}.")
         for folder in self.students:

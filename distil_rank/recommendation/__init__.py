@@ -1,1 +1,1 @@
-"""The cheapest pipeline that keeps a task's function."""
+"""The cheapest pipeline that retains a task's function."""

@@ -1,19 +1,30 @@
-"""What can be recommended: a layer of the backbone, a metric, a rank and a type of number; fitted in closed form."""
+"""What can be recommended, and what it costs: a layer of the backbone, a metric, a rank and a type of number.
+
+Encoders are fitted in closed form. Time is measured on this machine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from distil_rank.codes.fit import FittedMetric, fit_metric, origin_of
+from distil_rank.embedding.layers import State
+from distil_rank.embedding.run import embed, options_like
+from distil_rank.embedding.store import open_storage, read_provenance
+from distil_rank.errors import InputError
 from distil_rank.evaluation.representations import Rows
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType
 from distil_rank.options.codes import Metric
 from distil_rank.recommendation.problem import FIT, Problem
-from distil_rank.recommendation.result import Pipeline
 
 IN_MEMORY = 4  # fits: all metrics of a layer, and one more
 RANKS = (16, 32, 64, 128, 256)
@@ -22,6 +33,40 @@ TYPES: Mapping[Metric, tuple[CodeType, ...]] = {
     "whitened": ("float32", "int8", "bit"),
     "invariant": ("float32", "int8", "bit"),
 }
+BITS = {"float32": 32, "int8": 8, "bit": 1}
+TIMED, TIMED_WIDE, WIDE = 256, 16, 640  # proteins that are timed; fewer where the vectors are at least this wide
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One way from a sequence to what is stored of it."""
+
+    layer: str | None  # of the backbone, as the store names it; None where the vectors do not tell
+    metric: Metric
+    rank: int  # numbers of each code
+    dtype: CodeType  # of these numbers
+
+    @property
+    def bytes(self) -> int:
+        """Stored for each protein.
+
+        >>> Pipeline("4", "invariant", 30, "bit").bytes, Pipeline("4", "variance", 30, "float32").bytes
+        (4, 120)
+        """
+        return -(-self.rank * BITS[self.dtype] // 8)
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f"layer {self.layer}, "
+        return f"{where}{self.metric} {self.rank} x {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the backbone takes up to one layer, measured here."""
+
+    layer: str | None
+    share: float  # of the time of the full depth
+    seconds_per_1000: float  # proteins of these lengths
 
 
 def grid(problem: Problem) -> list[Pipeline]:
@@ -48,19 +93,17 @@ class Fitted:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._fits: dict[tuple[str | None, Metric], FittedMetric] = {}
+        self._fit = lru_cache(IN_MEMORY)(self._fit_layer)
+
+    def _fit_layer(self, layer: str | None, metric: Metric) -> FittedMetric:
+        problem, fit = self.problem, self.problem.split == FIT
+        noise = problem.noise(layer, fit) if problem.noise and metric == "invariant" else None
+        origin = origin_of(problem.about[layer])
+        return fit_metric(problem.layers[layer], fit, metric, noise, provenance=origin)
 
     def encoder(self, pipeline: Pipeline) -> CodeEncoder:
         """The encoder of one pipeline."""
-        layer, metric, problem = pipeline.layer, pipeline.metric, self.problem
-        if (layer, metric) not in self._fits:
-            while len(self._fits) >= IN_MEMORY:
-                del self._fits[next(iter(self._fits))]
-            fit = problem.split == FIT
-            noise = problem.noise(layer, fit) if problem.noise and metric == "invariant" else None
-            origin = origin_of(problem.about[layer])
-            self._fits[layer, metric] = fit_metric(problem.layers[layer], fit, metric, noise, provenance=origin)
-        return self._fits[layer, metric].encoder(pipeline.rank, pipeline.dtype)
+        return self._fit(pipeline.layer, pipeline.metric).encoder(pipeline.rank, pipeline.dtype)
 
     @torch.no_grad()
     def represent(self, pipeline: Pipeline, rows: np.ndarray) -> Rows:
@@ -68,3 +111,35 @@ class Fitted:
         encoder = self.encoder(pipeline)
         x = torch.from_numpy(np.ascontiguousarray(self.problem.layers[pipeline.layer][rows]))
         return encoder(x), F.normalize(encoder.decode(encoder.encode(x)))
+
+
+def measure_costs(
+    layers: Sequence[str | None], about: Mapping[str, Any], sequences: Sequence[str] | None
+) -> tuple[dict[str | None, Cost], str]:
+    """Time of a backbone that stops behind each layer, on some of the proteins, of all lengths alike.
+
+    By layer, as the store names them; empty where the backbone or the sequences are not at hand. And in words what was
+    measured or why not.
+    """
+    if sequences is None or about.get("backbone") is None or None in layers:
+        return {}, "Time was not measured: the vectors do not tell their backbone and layer, or have no sequences."
+    states = {name: State.parse(name) for name in layers}
+    count = TIMED_WIDE if about.get("dim", 0) >= WIDE else TIMED
+    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+    chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))]
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as name:
+        fasta = Path(name) / "timed.fasta"
+        fasta.write_text("".join(f">{row}\n{sequences[row]}\n" for row in chosen))
+        settings = options_like(about, about.get("source"))
+        deepest = max(state.layer for state in states.values())
+        try:
+            embed(fasta, Path(name) / "store", about["backbone"], **{**settings, "layer": deepest})
+        except InputError as error:
+            return {}, f"Time was not measured: {error}"
+        [extraction] = read_provenance(open_storage(Path(name) / "store"))["extractions"]
+    measured = {one["layer"]: one for one in extraction["layer_costs"]}
+    costs = {
+        name: Cost(name, measured[state.layer]["share"], measured[state.layer]["seconds_per_1000"])
+        for name, state in states.items()
+    }
+    return costs, f"Time was measured on {len(chosen):,} of the proteins, of all lengths alike, {about['precision']}."

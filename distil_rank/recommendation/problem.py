@@ -225,23 +225,20 @@ def subset_of(fasta: str, labels: LabelOptions, proteins: int, seed: int, folder
     if len(everything) <= proteins:
         return fasta, None
     dice = np.random.default_rng(seed)
-    chosen = dice.permutation(len(everything))[:proteins].tolist()
+    chosen = dice.permutation(len(everything))
     if labels.source is not None:
         first = labels.source if Path(labels.source).is_file() else labels.source.split(",")[0]
         table = read_labels(replace(labels, source=first)).labels
-        rows = [row for row, one in enumerate(everything) if one.id in table]
-        if not rows:
+        members: dict[str, list[int]] = {}
+        for row in chosen:
+            if everything[row].id in table:
+                members.setdefault(table[everything[row].id], []).append(row)
+        if not members:
             raise InputError(f"Expected labels of the proteins in the FASTA file but {first} has none of them.")
-        classes = np.unique([table[everything[row].id] for row in rows], return_inverse=True)[1]
-        most = max(proteins // (classes.max() + 1), proteins // LARGE, 1)
-        members: dict[int, list[int]] = {}
-        for index in dice.permutation(len(rows)):
-            members.setdefault(int(classes[index]), []).append(rows[index])
-        chosen = []
-        for number in dice.permutation(list(members)):
-            some = members[number][:most]
-            chosen += some if len(chosen) + len(some) <= proteins else []
-    text = "".join(f">{everything[row].id}\n{everything[row].sequence}\n" for row in sorted(chosen))
+        most = max(proteins // len(members), proteins // LARGE, 1)
+        chosen = np.concatenate([members[name][:most] for name in dice.permutation(sorted(members))])
+    chosen = np.sort(chosen[:proteins])
+    text = "".join(f">{everything[row].id}\n{everything[row].sequence}\n" for row in chosen)
     path = folder / f"subset-{hashlib.sha256(text.encode()).hexdigest()[:12]}.fasta"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

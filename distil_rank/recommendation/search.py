@@ -1,4 +1,7 @@
-"""Compare pipelines on validation groups, choose the cheapest that retains enough, confirm it on untouched groups."""
+"""Compare pipelines on validation groups, choose the cheapest that retains enough, confirm it on untouched groups.
+
+The result is a `Recommendation`; JSON is its serialisation, and docs/recommend.md documents the keys.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,79 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import Trial, make_trial
-from distil_rank.evaluation.groups import Groups
+from distil_rank.evaluation.evaluate import RetrievalTrial, Trial, headline_of, make_trial
+from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, alignment_scores, composition_rows
+from distil_rank.evaluation.task import Groups
 from distil_rank.measure.statistics import Interval, Statistic, retained_with_confidence
 from distil_rank.options.evaluation import Weigh
-from distil_rank.recommendation.pipelines import Fitted, full_pipeline, grid
+from distil_rank.recommendation.pipelines import Cost, Fitted, Pipeline, full_pipeline, grid
 from distil_rank.recommendation.problem import FIT, VALIDATE, Problem
-from distil_rank.recommendation.result import Cost, Outcome, Pipeline
 
+SCHEMA = 1
 QUERIES = 2000  # validation proteins that each pipeline is searched with at most
 ONE_SIDED = 0.90  # level of an interval whose lower end 95 % lie above
 Costs = Mapping[str | None, Cost]  # by layer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One pipeline on the groups of one split."""
+
+    pipeline: Pipeline
+    bytes: int  # stored for each protein
+    time: float | None  # share of the full backbone's; None where it could not be measured
+    scores: tuple[float, ...]  # by task
+    retained: tuple[Interval, ...]  # by task, the score over the full vector's
+
+    @property
+    def worst(self) -> float:
+        """What is retained of the task that suffers most."""
+        return min(interval.value for interval in self.retained)
+
+    @property
+    def at_least(self) -> float:
+        """The lower end of the interval of the task whose lower end is lowest."""
+        return min(interval.low for interval in self.retained)
+
+    @property
+    def after_margin(self) -> float:
+        """As far below the lower end as that is below the estimate, on a logarithmic scale."""
+        return min(i.low**2 / i.value if i.low > 0 else i.low for i in self.retained)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What needs no embedding, on the confirmation groups, first task."""
+
+    name: str
+    retained: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to use, what it costs, what it retains."""
+
+    source: str
+    tasks: tuple[str, ...]
+    metrics: tuple[str, ...]
+    keep: float
+    weigh: str
+    verdict: str  # confirmed, not confirmed, or nothing retains it: the pipeline is then the one that retains most
+    chosen: Outcome  # on the validation groups
+    confirmed: Outcome  # the same on the confirmation groups: the claim
+    full: Outcome  # the full vector on the confirmation groups
+    front: tuple[Outcome, ...]  # pipelines that no other beats in time, bytes and function, on the validation groups
+    outcomes: tuple[Outcome, ...]  # all pipelines on the validation groups
+    costs: tuple[Cost, ...]
+    baselines: tuple[Baseline, ...]  # on the confirmation groups
+    proteins: tuple[int, ...]  # in each split: fit, validate, confirm
+    groups: tuple[int, ...]  # in each split
+    grouping: str
+    noise: str
+    seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +114,7 @@ class Evaluator:
             rows = task.rows[inside]
             groups = Groups(problem.group[rows], own[inside] == FIT, "")
             trial = make_trial(task.target.subset(inside), groups, max_queries, seed)
-            name = trial.headline(metric)
+            name = headline_of(trial, metric)
             reference = trial.measure(fitted.represent(full_pipeline(problem), rows))[name]
             if not reference.value > 0:
                 raise InputError(
@@ -70,6 +134,17 @@ class Evaluator:
             shares.append(interval or Interval(share, -math.inf, math.inf))
         time = costs[pipeline.layer].share if pipeline.layer in costs else None
         return Outcome(pipeline, pipeline.bytes, time, tuple(scores), tuple(shares))
+
+    def baselines(self, alignment: bool) -> list[Baseline]:
+        """What composition and, where it is wanted and can be, MMseqs2 reach on the first task."""
+        sequences, one = self.fitted.problem.sequences, self.trials[0]
+        if sequences is None:
+            return []
+        rows = composition_rows(sequences, self.fitted.problem.split == FIT)[0][one.rows]
+        scores = {COMPOSITION: one.trial.measure((rows, rows))}
+        if alignment and isinstance(one.trial, RetrievalTrial) and mmseqs_binary() is not None:
+            scores[ALIGNMENT] = one.trial.measure(alignment_scores([sequences[row] for row in one.rows]))
+        return [Baseline(name, score[one.metric].value / one.reference.value) for name, score in scores.items()]
 
 
 def within_limits(

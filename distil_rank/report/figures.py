@@ -1,9 +1,10 @@
-"""The figures of a result. They are drawn from it alone, so a saved result can be drawn again later."""
+"""The pictures of results. They are drawn from these alone, so a saved result can be drawn again later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, ParetoPoint, Result, Spectrum, TeacherResult
+from distil_rank.recommendation.pipelines import Pipeline
+from distil_rank.recommendation.search import Recommendation
 
 # Okabe and Ito's palette: told apart by the colour-blind, and the same for a method in every figure.
 COLOURS = {
@@ -25,6 +29,14 @@ COLOURS = {
     RECIPE: "#0072B2",
     OURS: "#009E73",
 }
+ROLE_COLOURS = {
+    "reference": "#000000",
+    "student": "#0072B2",
+    "matrix": "#009E73",
+    "baseline": "#D55E00",
+    "chance": "#999999",
+}
+CHOSEN, FRONT, OTHER, BASELINE = "#D55E00", "#0072B2", "#BBBBBB", "#009E73"
 NAMES = {"svd": "SVD", "svd_bias": "SVD + bias", "closed_form": "closed form"}
 SMALLEST = 1e-8  # what a logarithmic axis shows for nothing lost
 LOWEST_R2 = -0.25  # where the sweep's axis ends; the plain SVD can lie far below
@@ -101,7 +113,7 @@ def draw_comparison(ax: Axes, comparison: Sequence[ComparisonRow]) -> None:
     ax.set_title("lost on held-out rows")
     for y, row in enumerate(reversed(comparison)):
         r2, cosine, colour = row.metrics["r2"], row.metrics["cosine"].value, COLOURS[row.method]
-        interval = [max(1 - bound, SMALLEST) for bound in r2.interval]
+        interval = [max(1 - bound, SMALLEST) for bound in (r2.low, r2.high)]
         ax.plot(interval, [y, y], color=colour, lw=3, alpha=0.6)
         ax.plot(max(1 - r2.value, SMALLEST), y, "o", color=colour)
         ax.plot(max(1 - cosine, SMALLEST), y, "o", mfc="white", mec=colour, ms=5)
@@ -121,7 +133,7 @@ def draw_spectrum(ax: Axes, spectrum: Spectrum, rank: int) -> None:
 
 
 def draw_pareto(ax: Axes, curve: Sequence[ParetoPoint], rank: int) -> None:
-    """What each rank keeps: predicted from the training rows, and measured on held-out rows."""
+    """What each rank retains: predicted from the training rows, and measured on held-out rows."""
     ax.set_title("closed form: fidelity against rank")
     ranks = [point.rank for point in curve]
     low, high = [point.r2_low for point in curve], [point.r2_high for point in curve]
@@ -145,7 +157,7 @@ def sweep(result: Result, path: Path) -> Path:
         ax = axes[0, 0]
         for method, marker in ((OURS, "o"), (RECIPE, "^"), ("svd", "v")):
             r2 = [teacher.row(method).metrics["r2"] for teacher in teachers]
-            spread = list(zip(*((one.value - one.interval[0], one.interval[1] - one.value) for one in r2), strict=True))
+            spread = [one.value - one.low for one in r2], [one.high - one.value for one in r2]
             marks: Any = {"color": COLOURS[method], "marker": marker, "ms": 4, "capsize": 2}
             ax.errorbar(ranks, [one.value for one in r2], spread, label=f"{NAMES.get(method, method)}, R²", **marks)
         knn = [teacher.row(OURS).metrics["knn_overlap"].value for teacher in teachers]
@@ -156,3 +168,65 @@ def sweep(result: Result, path: Path) -> Path:
         ax.set_title(f"{teachers[0].teacher} teacher, {result.data.source} ({result.data.backbone})")
         ax.legend()
     return path
+
+
+def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Function against bytes, with lines for what needs no embedding and for chance."""
+    headline = evaluation.headline
+    stored = [entry for entry in evaluation.entries if entry.bytes is not None and entry.role != "baseline"]
+    widest = max(entry.bytes or 0 for entry in stored)
+    with picture(path, 1, 1, (6.5, 4.5)) as axes:
+        ax = axes[0, 0]
+        for entry in stored:
+            score, colour, x = entry.scores[headline], ROLE_COLOURS[entry.role], entry.bytes or 0
+            spread = ([score.value - score.low], [score.high - score.value])
+            ax.errorbar(x, score.value, spread, fmt="o", color=colour, capsize=2)
+            place: Any = {"xytext": (-6, 3), "ha": "right"} if x == widest else {"xytext": (6, 3), "ha": "left"}
+            ax.annotate(entry.name, (x, score.value), textcoords="offset points", fontsize=7, color=colour, **place)
+        for entry in evaluation.entries:
+            if style := {"baseline": "--", "chance": ":"}.get(entry.role):
+                reference_line(ax, entry.name, entry.scores[headline].value, ROLE_COLOURS[entry.role], style)
+        bytes_axis(ax)
+        ax.set_title(evaluation_title(evaluation), loc="left")
+        ax.set_ylabel(headline)
+        ax.set_ylim(bottom=0)
+        ax.margins(x=0.12)
+
+
+def evaluation_title(evaluation: Evaluation) -> str:
+    """What stands above its table and its picture."""
+    return f"{evaluation.task} by {evaluation.labels}: {evaluation.evaluated:,} proteins evaluated"
+
+
+def draw_recommendation(result: Recommendation, path: Path) -> None:
+    """Function retained against bytes, and against time where it was measured; the choice is marked."""
+    timed = len({outcome.time for outcome in result.outcomes}) > 1
+    with picture(path, 1, 1 + timed, (6.5, 4.6), sharey=True) as axes:
+        first, *others = axes[0]
+        _panel(first, result, {outcome.pipeline: outcome.bytes for outcome in result.outcomes})
+        bytes_axis(first)
+        first.set_ylabel(f"{result.metrics[0]} ÷ the full vector's")
+        first.set_title(f"{len(result.outcomes):,} pipelines for {' and '.join(result.tasks)}", loc="left")
+        for ax in others:
+            _panel(ax, result, {outcome.pipeline: outcome.time or 1.0 for outcome in result.outcomes})
+            ax.set(xlabel="share of the full backbone's time", xlim=(0, 1.08))
+
+
+def _panel(ax: Axes, result: Recommendation, x: Mapping[Pipeline, float]) -> None:
+    """All pipelines, the front, the choice with the confirmed interval, and lines for what it is compared with."""
+    front = {outcome.pipeline for outcome in result.front}
+    rest = [one for one in result.outcomes if one.pipeline not in front]
+    ax.scatter([x[one.pipeline] for one in rest], [one.worst for one in rest], 8, OTHER, label="other pipelines")
+    label = "Pareto front (validation groups)"
+    ax.scatter([x[one.pipeline] for one in result.front], [one.worst for one in result.front], 16, FRONT, label=label)
+    if result.chosen.pipeline in x:
+        one = min(result.confirmed.retained, key=attrgetter("value"))
+        spread = ([one.value - one.low], [one.high - one.value])
+        marks: Any = {"fmt": "*", "ms": 13, "color": CHOSEN, "capsize": 3, "label": "chosen, confirmed (95 %)"}
+        ax.errorbar(x[result.chosen.pipeline], one.value, spread, zorder=3, **marks)
+    reference_line(ax, "full vector", 1)
+    ax.axhline(result.keep, color=CHOSEN, lw=1, ls=":")
+    for baseline in result.baselines:
+        reference_line(ax, baseline.name, baseline.retained, BASELINE, "--")
+    ax.set_ylim(bottom=0)
+    ax.legend(loc="lower right", fontsize=7)

@@ -6,7 +6,7 @@ import copy
 import pickle
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
-from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, solved_students
-from distil_rank.evaluation.function import function_retained
+from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, function_retained, solved_students
 from distil_rank.evaluation.results import (
     OURS,
     RECIPE,
@@ -140,9 +139,9 @@ def run_experiment(
     methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
     methods |= {method: [layer] for method, layer in baselines.items()}
     methods |= {RECIPE: recipe.students, OURS: ours.students}
-    function = function_retained(module.teacher, methods, module.output_mean, data)
+    function = function_retained(module.teacher, methods, data)
     seconds = {"closed_form": solving, RECIPE: recipe.seconds, OURS: ours.seconds + solving}
-    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function_retained=function)
+    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
 
     n, m, reached = teacher.in_features, teacher.out_features, module.layer.rank
     predicted = float(r2_curve(module.spectrum[0])[reached - 1])
@@ -262,11 +261,11 @@ def pareto(module: DistilModule, held_out: HeldOut) -> list[ParetoPoint]:
     nested = LowRankLinear.from_factors(factors, module.moments.mean)
     ranks = [rank for rank in PARETO_RANKS if rank < full] + [full]
     slices = {str(rank): [nested.truncate(rank)] for rank in ranks}
-    rows = compare(teacher, slices, module.output_mean, replace(held_out, labels=None), optimum=str(full))
+    rows = compare(teacher, slices, module.output_mean, held_out, optimum=str(full))
     points, curve = [], r2_curve(module.spectrum[0])
     for rank, row in zip(ranks, rows, strict=True):
         r2, knn = row.metrics["r2"], row.metrics["knn_overlap"]
-        points.append(ParetoPoint(rank, float(curve[rank - 1]), r2.value, *r2.interval, knn.value, row.parameters))
+        points.append(ParetoPoint(rank, float(curve[rank - 1]), r2.value, r2.low, r2.high, knn.value, row.parameters))
     return points
 
 

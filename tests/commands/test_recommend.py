@@ -1,7 +1,6 @@
 """The `recommend` command: files, MLflow, what it refuses."""
 
 import json
-import sys
 from pathlib import Path
 
 import mlflow
@@ -72,15 +71,6 @@ def test_nothing_keeps_it(workplace, monkeypatch, capsys):
     untimed(monkeypatch)
     assert main(["recommend", "--data", SAMPLE, "--keep", "1.9", *QUICK]) == 0
     assert "NOTHING RETAINS 1.9" in " ".join(capsys.readouterr().out.split())
-
-
-def test_without_faiss_a_query_has_no_time(workplace, monkeypatch, capsys):
-    untimed(monkeypatch)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    assert main(["recommend", "--data", SAMPLE, *QUICK]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "A query's time was not measured: faiss is missing" in printed and "µs" not in printed
-    assert json.loads(Path("results/recommend/latest/recommendation.json").read_text())["query_seconds"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Representations side by side."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,17 @@ import torch
 from distil_rank.data.files import load_matrix
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.baselines import alignment_scores, composition
-from distil_rank.evaluation.evaluate import evaluate
-from distil_rank.evaluation.groups import make_groups
+from distil_rank.evaluation.evaluate import evaluate, make_trial
 from distil_rank.evaluation.labelled import open_labelled
-from distil_rank.evaluation.representations import full_vector, module_output, variance_student
-from distil_rank.evaluation.task import make_target
+from distil_rank.evaluation.representations import (
+    alignment,
+    alignment_scores,
+    composition,
+    full_vector,
+    module_output,
+    variance_student,
+)
+from distil_rank.evaluation.task import make_groups, make_target
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import solve
@@ -78,10 +85,12 @@ def test_a_better_baseline_is_named():
 def test_alignment_is_a_baseline(opened):
     rows = opened.groups.evaluated
     sequences = [opened.embeddings.sequences[row] for row in rows]
-    scores = alignment_scores(sequences)(np.arange(5), np.arange(len(rows)))
-    assert scores.shape == (5, len(rows)) and (scores.argmax(1) == torch.arange(5)).all()  # each finds itself
+    scores = alignment_scores(sequences)
+    block = scores(np.arange(5), np.arange(len(rows)))
+    assert block.shape == (5, len(rows)) and (block.argmax(1) == torch.arange(5)).all()  # each finds itself
     x = opened.embeddings.x
-    done = evaluate(opened.target, opened.groups, [full_vector(x)], alignment=lambda: alignment_scores(sequences))
+    searched = replace(alignment(opened.embeddings.sequences), make=lambda _: scores)
+    done = evaluate(opened.target, opened.groups, [full_vector(x), searched])
     assert done.entry("MMseqs2").scores["mAP"].value > done.entries[0].scores["mAP"].value
     assert any("MMseqs2 search reaches" in note for note in done.notes)
 
@@ -95,8 +104,8 @@ def test_the_headline_is_chosen(opened):
 
 
 def test_fewer_queries_are_told(opened):
-    done = evaluate(opened.target, opened.groups, [full_vector(opened.embeddings.x)], max_queries=50)
-    assert any(note.startswith("FEWER QUERIES: 50 of 3") for note in done.notes)
+    trial = make_trial(opened.target, opened.groups, max_queries=50)
+    assert any(note.startswith("FEWER QUERIES: 50 of 3") for note in trial.notes) and len(trial.queries) == 50
 
 
 def test_classes_in_one_split_only_are_told(opened):

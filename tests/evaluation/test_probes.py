@@ -8,12 +8,16 @@ from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.probes import linear_probe, probe, probe_metrics
-from distil_rank.evaluation.task import Target, make_target
+from distil_rank.evaluation.probes import METRICS, ProbeTrial
+from distil_rank.evaluation.task import Groups, Target, make_target
 from distil_rank.options.evaluation import LabelOptions
 
 GROUPS = np.arange(400) // 10
 FIT = GROUPS < 25
+
+
+def probe(x, target, fit, number, y_fit=None):
+    return ProbeTrial(target, Groups(number, fit, ""), 0).measure((torch.from_numpy(x), torch.from_numpy(x)), y_fit)
 
 
 def separable(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +30,7 @@ def test_classification_is_what_scikit_learn_gives():
     x, y = separable()
     target = make_target([f"c{k}" for k in y], LabelOptions(), "classification")
     measured = probe(x, target, FIT, GROUPS)
-    assert tuple(measured) == probe_metrics(target)
+    assert tuple(measured) == METRICS["classification"]
     scaler = StandardScaler().fit(x[FIT])
     by_strength = [
         accuracy_score(
@@ -79,30 +83,3 @@ def test_what_is_refused():
         probe(x, target, GROUPS == 0, GROUPS)
     with pytest.raises(InputError, match="two classes to fit a probe on"):
         probe(x, Target("classification", y=np.where(FIT, 0, y), classes=target.classes), FIT, GROUPS)
-
-
-@pytest.mark.parametrize("columns", [6, 200])  # fewer and more than the rows: both solves
-def test_the_probe_tells_separable_classes_apart(columns):
-    generator = torch.Generator().manual_seed(3)
-    labels = torch.randint(3, (150,), generator=generator)
-    features = (
-        100 + torch.randn(150, columns, generator=generator) + 4 * torch.randn(3, columns, generator=generator)[labels]
-    )
-    features[:, 0] = 1.0  # a constant column
-    predicted = linear_probe(features[:100], labels[:100], features[100:])
-    assert (predicted == labels[100:]).double().mean() > 0.95
-    assert torch.equal(predicted, linear_probe(features[:100], labels[:100], features[100:]))
-
-
-@pytest.mark.parametrize("rows", [20, 80])
-def test_the_probe_is_ridge_regression_on_one_hot_labels(rows):
-    generator = torch.Generator().manual_seed(4)
-    features = torch.randn(rows, 40, generator=generator, dtype=torch.float64)
-    labels = torch.randint(4, (rows,), generator=generator)
-    x = (features - features.mean(0)) / features.std(0, correction=0)
-    one_hot = torch.nn.functional.one_hot(labels).double()
-    # ridge regression as ordinary least squares with rows added
-    stacked = torch.cat([x, (0.1 * rows) ** 0.5 * torch.eye(40, dtype=torch.float64)])
-    target = torch.cat([one_hot - one_hot.mean(0), torch.zeros(40, 4, dtype=torch.float64)])
-    expected = (x @ torch.linalg.lstsq(stacked, target).solution + one_hot.mean(0)).argmax(1)
-    assert torch.equal(linear_probe(features, labels, features), expected)

@@ -25,7 +25,7 @@ from distil_rank.evaluation.results import (
     TeacherResult,
 )
 from distil_rank.measure.latency import LayerLatency
-from distil_rank.report.comparison import comparison_report
+from distil_rank.report.tables import comparison_report
 
 METRICS = ("r2", "centred_cosine", "knn_overlap", "cosine_p5", "cosine", "relative_mse")
 

@@ -12,9 +12,8 @@ from distil_rank.data.files import load_matrix
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation import problem
-from distil_rank.recommendation.pipelines import Fitted
+from distil_rank.recommendation.pipelines import Fitted, Pipeline
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, open_problem, subset_of
-from distil_rank.recommendation.result import Pipeline
 from distil_rank.recommendation.search import Evaluator
 
 SAMPLE = Path(__file__).parents[2] / "data" / "functions"
@@ -44,7 +43,7 @@ def test_without_labels_copies_look_for_their_originals(tmp_path, monkeypatch):
     bare = replace(data, labels=None)
     monkeypatch.setattr(problem, "load_vectors", lambda _: bare)
     monkeypatch.setattr(problem, "own_labels", lambda *_: None)
-    opened = open_problem(str(SAMPLE), LabelOptions(), folder=tmp_path)
+    opened = open_problem(str(SAMPLE), LabelOptions(), groups="none", folder=tmp_path)
     assert opened.tasks[0].name == "augmented copies" and len(opened.split) == 706 + len(opened.split[706:])
     assert set(opened.split[706:]) == {VALIDATE, CONFIRM}
     fitted = Fitted(opened)

@@ -8,14 +8,20 @@ import pytest
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
-from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.representations import full_vector
+from distil_rank.evaluation.task import Groups
 from distil_rank.measure.statistics import Interval
 from distil_rank.options.evaluation import LabelOptions
-from distil_rank.recommendation.pipelines import Fitted, full_pipeline, grid
+from distil_rank.recommendation.pipelines import Cost, Fitted, Pipeline, full_pipeline, grid
 from distil_rank.recommendation.problem import CONFIRM, FIT, open_problem
-from distil_rank.recommendation.result import Cost, Outcome, Pipeline
-from distil_rank.recommendation.search import Evaluator, cheapest, pareto_front, search_pipelines, within_limits
+from distil_rank.recommendation.search import (
+    Evaluator,
+    Outcome,
+    cheapest,
+    pareto_front,
+    search_pipelines,
+    within_limits,
+)
 
 
 @pytest.fixture(scope="module")

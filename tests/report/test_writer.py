@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from distil_rank.report import writer
-from distil_rank.report.comparison import NARROW
+from distil_rank.report.tables import NARROW
 from distil_rank.report.writer import Report, Table, link, publish, run_folder, set_latest
 
-HEAD = ["method", "R²", "95 %", "cen. cos", "kNN@10", "cos p5", "cosine", "rel. MSE", "optimum", "probe"]
+HEAD = ["method", "R²", "95 %", "cen. cos", "kNN@10", "cos p5", "cosine", "rel. MSE", "optimum", "function"]
 ROW = [
     "Distil-Rank",
     "-0.9986",

@@ -1,0 +1,213 @@
+"""Each result as a report: of a comparison, of an evaluation, of a recommendation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distil_rank.embedding.layers import split_source
+from distil_rank.evaluation.evaluate import Evaluation
+from distil_rank.evaluation.results import OURS, Result, TeacherResult
+from distil_rank.measure.statistics import Interval
+from distil_rank.recommendation.search import Recommendation
+from distil_rank.report import figures
+from distil_rank.report.writer import Report, Table, number
+
+EVALUATION_SCHEMA = RECOMMENDATION_SCHEMA = 1  # of the JSON; a comparison has its own
+NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10", "function")
+COLUMNS = {
+    "r2": "R²",
+    "centred_cosine": "cen. cos",
+    "knn_overlap": "kNN@10",
+    "cosine_p5": "cos p5",
+    "cosine": "cosine",
+    "relative_mse": "rel. MSE",
+}
+SUMMARY = {"r2": 3, "cosine": 4, "relative_mse": 4}  # columns of the summary, with their digits
+EVALUATION_METHOD = (
+    "Evaluated on groups that nothing was fitted on. Intervals are 95 % percentile intervals of a paired bootstrap "
+    "over groups (2000 samples, the same for every row). Retained: score ÷ the full vector's; ≈ marks a tie with it: "
+    "the interval holds 1."
+)
+METRICS = {"variance": "principal components", "whitened": "whitened directions", "invariant": "the invariant code"}
+NUMBERS = {"bit": "signs", "int8": "int8 numbers", "float32": "float32 numbers"}
+RECOMMENDATION_METHOD = (
+    "Chosen on validation groups by the one-sided 95 % lower end of what is retained; the claim comes from "
+    "confirmation groups that nothing was fitted or chosen on. Intervals: t-interval of the logarithm of the ratio, "
+    "jackknife over groups. Retained: score ÷ the full vector's."
+)
+
+
+def comparison_report(result: Result) -> Report:
+    """Each teacher's comparison, and the original's table: plain SVD beside our student."""
+    tables, draw = [*map(teacher_table, result.teachers), summary_table(result)], partial(figures.final_report, result)
+    return Report(tables, comparison_notes(result), result.method_note, data=asdict(result), draw=draw)
+
+
+def teacher_table(teacher: TeacherResult) -> Table:
+    """Every method on the same held-out rows."""
+    seeds = max(row.seeds for row in teacher.comparison)
+    trained = f" (trained rows: mean of {seeds} seeds)" if seeds > 1 else ""
+    labelled = any(row.function_retained for row in teacher.comparison)
+    first, *others = COLUMNS.values()
+    head, rows = ["method", first, "95 %", *others, "optimum", *["function"] * labelled], []
+    for row in teacher.comparison:
+        value, *values = (number(row.metrics[key].value) for key in COLUMNS)
+        tie = " ≈" if row.ties_with_optimum and row.method != "closed_form" else ""
+        cells = [row.method, value, _ends(row.metrics["r2"]), *values, f"{100 * row.share_of_optimum:.1f} %{tie}"]
+        if labelled:
+            cells.append("–" if row.function_retained is None else number(row.function_retained.retained.value, 3))
+        rows.append(cells)
+    return Table(f"{teacher.teacher} teacher, rank {teacher.rank}{trained}", head, rows, NARROW)
+
+
+def summary_table(result: Result) -> Table:
+    """The original's table: plain SVD beside our student, per teacher."""
+    rows = []
+    for teacher in result.teachers:
+        svd, ours = teacher.row("svd").metrics, teacher.row(OURS).metrics
+        speed_up = teacher.speed_up()
+        pairs = [f"{number(svd[key].value, n)} → {number(ours[key].value, n)}" for key, n in SUMMARY.items()]
+        speed = "–" if speed_up is None else f"{speed_up:.1f}x"
+        rows.append([teacher.teacher, str(teacher.rank), *pairs, f"{teacher.parameters.ratio:.2f}x", speed])
+    head = ["teacher", "rank", "R²: SVD → ours", "cosine", "rel. MSE", "parameters", "speed-up"]
+    return Table("Plain SVD beside Distil-Rank", head, rows, NARROW)
+
+
+def comparison_notes(result: Result) -> list[str]:
+    """What a reader must know beside the numbers: fallbacks, warnings, predicted and measured R²."""
+    data = result.data
+    lines = [f"NOTE: {data.fallback}"] if data.fallback else []
+    lines.append(
+        f"Data: {data.source} ({data.backbone}, {data.pooling} pooling); train / validation / test rows "
+        f"{data.rows.train} / {data.rows.val} / {data.rows.test}; split by {data.split}."
+    )
+    for teacher in result.teachers:
+        lines.append(
+            f"{teacher.teacher}: rank {teacher.rank} predicted R² {teacher.predicted_r2:.4f} on the training "
+            f"rows, held-out {teacher.held_out_r2:.4f}{teacher.rank_note}. {teacher.training_note}"
+            + (f" {teacher.held_out_note}." if teacher.held_out_note else "")
+        )
+        function = next((row.function_retained for row in teacher.comparison if row.function_retained), None)
+        if function:
+            share = f"function is the share retained of the teacher's {function.metric}"
+            lines.append(f"{teacher.teacher}: {share}, {function.task}.")
+        if teacher.check.warning:
+            lines.append(f"WARNING: {teacher.check.warning}")
+    return [*lines, f"Machine: {result.machine}."]
+
+
+def evaluation_report(evaluation: Evaluation) -> Report:
+    """Each representation with its bytes, scores and what it retains of the full vector's."""
+    data, draw = {"schema": EVALUATION_SCHEMA, **asdict(evaluation)}, partial(figures.draw_evaluation, evaluation)
+    notes = [f"Groups: {evaluation.groups}.", *evaluation.notes]
+    return Report([evaluation_table(evaluation)], notes, EVALUATION_METHOD, data=data, draw=draw)
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """A row for each representation, the headline's columns first."""
+    headline, *others = evaluation.metrics
+    rows = []
+    for entry in evaluation.entries:
+        score, retained = entry.scores[headline], entry.retained.get(headline)
+        cells = [
+            entry.name,
+            "–" if entry.bytes is None else f"{entry.bytes:,.0f}",
+            number(score.value, 3),
+            _ends(score),
+        ]
+        if retained is None:
+            cells += ["1" if entry.role == "reference" else "–", ""]
+        else:
+            cells += [f"{retained.value:.3f}{' ≈' if 1 in retained else ''}", _ends(retained)]
+        rows.append(cells + [number(entry.scores[metric].value, 3) for metric in others])
+    head = ["representation", "bytes", headline, "95 %", "retained", "retained 95 %", *others]
+    return Table(figures.evaluation_title(evaluation), head, rows, (*others[::-1], "95 %", "retained 95 %"))
+
+
+def _ends(interval: Interval) -> str:
+    return "" if not math.isfinite(interval.low) else f"[{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def recommendation_report(result: Recommendation) -> Report:
+    """The Pareto front on the validation groups, with the three lines of the answer."""
+    fit, validate, confirm = result.proteins[:3]
+    groups = " / ".join(f"{count:,}" for count in result.groups[:3])
+    notes = [
+        f"Groups ({result.grouping}): {groups} with {fit:,} / {validate:,} / {confirm:,} proteins to fit, to choose "
+        "and to confirm on.",
+        f"Noise of the invariant metric: {result.noise}.",
+        f"{len(result.outcomes):,} pipelines compared in {result.seconds:.0f} s.",
+    ]
+    for one in result.baselines:
+        if one.retained >= 1:
+            warning = f"{one.name} needs no embedding and does no worse than the full vector on {result.tasks[0]}."
+            notes.append(f"WARNING: {warning}")
+        notes.append(f"{one.name} on the confirmation groups: {one.retained:.3f} of the full vector.")
+    answer = Table("", ["what to use, what it costs, what it retains"], [[line] for line in answer_lines(result)])
+    data = {"schema": RECOMMENDATION_SCHEMA, **asdict(result)}
+    draw = partial(figures.draw_recommendation, result)
+    return Report([recommendation_table(result)], [*notes, *result.notes], RECOMMENDATION_METHOD, answer, data, draw)
+
+
+def recommendation_table(result: Recommendation) -> Table:
+    """The Pareto front on the validation groups; the choice is marked."""
+    timed = any(outcome.time is not None for outcome in result.front)
+    head = ["pipeline", "bytes", *(["time"] if timed else [])]
+    for name in result.tasks:
+        head += [f"retained, {name}"] if len(result.tasks) > 1 else ["retained", "at least"]
+    rows = []
+    for outcome in result.front:
+        mark = " ←" if outcome.pipeline == result.chosen.pipeline else ""
+        cells = [f"{outcome.pipeline}{mark}", f"{outcome.bytes:,}"]
+        cells += [f"{outcome.time:.2f}" if outcome.time is not None else "–"] if timed else []
+        for interval in outcome.retained:
+            cells += [f"{interval.value:.3f}", *([f"{interval.low:.3f}"] if len(result.tasks) == 1 else [])]
+        rows.append(cells)
+    title = f"Pipelines for {' and '.join(result.tasks)}: the Pareto front on the validation groups"
+    return Table(title, head, rows)
+
+
+def configuration(result: Recommendation, encoder: Path, about: Mapping[str, Any]) -> str:
+    """Options of `distil-rank embed` for the chosen pipeline, as YAML, under the three lines."""
+    keys = ("backbone", "pooling", "precision", "long", "max_length")
+    options = {key: about[key] for key in keys if about.get(key) is not None}
+    if options.get("precision") == "int8" and about.get("source"):
+        options["calibration"] = str(split_source(about["source"])[0])
+    if result.chosen.pipeline.layer is not None:
+        options["layer"] = result.chosen.pipeline.layer
+    options["code"] = str(encoder)
+    words = "".join(f"# {line}\n" for line in answer_lines(result))
+    return words + "".join(f"{key}: {json.dumps(value)}\n" for key, value in options.items())  # JSON is YAML
+
+
+def answer_lines(result: Recommendation) -> list[str]:
+    """What to use, what it costs, what it retains and how sure that is: three lines."""
+    own, full, pipeline = result.confirmed, result.full, result.chosen.pipeline
+    where = "" if pipeline.layer is None else f"layer {pipeline.layer} and "
+    use = f"Use {where}{METRICS[pipeline.metric]} of {pipeline.rank} {NUMBERS[pipeline.dtype]}."
+
+    less = f"{full.bytes / own.bytes:,.0f}x less"
+    cost = f"It takes {own.bytes:,} bytes a protein instead of {full.bytes:,} ({less})"
+    exits = {one.layer: one.seconds_per_1000 for one in result.costs}
+    if pipeline.layer in exits and own.time is not None:
+        whole = max(one.seconds_per_1000 / one.share for one in result.costs)
+        seconds = f"{exits[pipeline.layer]:.3g} s per 1,000 proteins instead of {whole:.3g}"
+        cost += f" and {own.time:.2f} of the time ({seconds})"
+
+    shares = " and ".join(
+        f"{one.value:.3f} of the full vector's {metric} on {name} (95 %: {one.low:.3f} to {one.high:.3f})"
+        for name, metric, one in zip(result.tasks, result.metrics, own.retained, strict=True)
+    )
+    verdict = {
+        "confirmed": f"at least the {result.keep:g} that was asked for",
+        "not confirmed": f"NOT CONFIRMED, at least {own.at_least:.3f} where {result.keep:g} was asked for",
+        "nothing retains it": f"NOTHING RETAINS {result.keep:g} on the validation groups; this retains most",
+    }[result.verdict]
+    once = f"measured once on {result.proteins[2]:,} proteins of {result.groups[2]:,} untouched groups"
+    return [use, f"{cost}.", f"It retains {shares}, {once}: {verdict}."]
