@@ -31,8 +31,8 @@ from distil_rank.evaluation.labelled import (
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType, int8_scale
-from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.noise_metric import Directions, WithinSums, noise_directions, whitening_directions
+from distil_rank.lowrank.moments import Moments, MomentSums
+from distil_rank.lowrank.solvers import Directions, noise_directions
 from distil_rank.options.codes import AugmentationOptions, CodeOptions, Metric, NoiseSource
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.origin import VectorOrigin
@@ -96,10 +96,10 @@ def fit_metric(
     Args:
         x: vectors `(N, d)` float32; may be memory-mapped.
         fit: which rows to fit on, `(N,)` bool.
-        metric: `variance`, principal components; `whitened`, the same at equal variance; `invariant`, within-class
-            whitening: what varies most in units of the noise.
-        noise: covariance N of what should not matter, `(d, d)`, for `invariant`.
-        regularisation: of N, in units of its mean eigenvalue.
+        metric: what varies most in units of N. `variance`: of the identity, principal components; `whitened`: of the
+            vectors' own covariance, the same at equal variance; `invariant`: of `noise`, within-class whitening.
+        noise: covariance of what should not matter, `(d, d)`, for `invariant`.
+        regularisation: of N, in units of its mean eigenvalue; `variance` has none, `whitened` needs some.
         seed: of the choice of rows that `FittedMetric.sample` keeps.
         provenance: of the vectors, to be passed on to the encoders.
     """
@@ -109,17 +109,17 @@ def fit_metric(
     if len(rows) < 2:
         raise InputError(f"Expected at least 2 proteins to fit on but got {len(rows)}.")
     moments = Moments.of(torch.from_numpy(block) for block in blocks(x, rows))
-    about = {**(provenance or {}), "metric": metric, "rows": len(rows)}
+    S, about = moments.covariance, {**(provenance or {}), "metric": metric, "rows": len(rows)}
+    if not S.diagonal().sum() > 0:
+        raise InputError("Expected vectors that vary but all are the same; give other proteins.")
     if metric == "variance":
-        directions = whitening_directions(moments.covariance, power=0)
-    elif metric == "whitened":
-        directions = whitening_directions(moments.covariance, 1.0, regularisation)
-    elif noise is None or noise.shape != moments.covariance.shape:
-        shape = "none" if noise is None else f"one of {tuple(noise.shape)}"
-        raise InputError(f"Expected a noise covariance of {tuple(moments.covariance.shape)} but got {shape}.")
+        directions = noise_directions(S, torch.eye(len(S)))
     else:
-        directions = noise_directions(moments.covariance, noise, regularisation)
-    if metric != "variance":
+        N = S if metric == "whitened" else noise
+        if N is None or N.shape != S.shape:
+            shape = "none" if N is None else f"one of {tuple(N.shape)}"
+            raise InputError(f"Expected a noise covariance of {tuple(S.shape)} but got {shape}.")
+        directions = noise_directions(S, N, regularisation)
         about["regularisation"] = regularisation
     chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:RETAINED_ROWS])
     return FittedMetric(metric, moments.mean, directions, torch.from_numpy(np.asarray(x[chosen])), about)
@@ -132,20 +132,25 @@ def blocks(x: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def group_noise(x: np.ndarray, fit: np.ndarray, group: np.ndarray) -> Tensor:
-    """What varies within groups of the rows to use, `(d, d)`; rows whose group is negative have none."""
+    """What varies within groups of the rows to use, `(d, d)` float64; rows whose group is negative have none.
+
+    With rows `x_i` of group g and their mean `m_g` it is `Σ_g Σ_i (x_i − m_g)(x_i − m_g)ᵀ / Σ_g (n_g − 1)`, summed up
+    over some thousands of rows at a time.
+    """
     rows = np.flatnonzero(fit & (group >= 0))
     rows = rows[np.argsort(group[rows], kind="stable")]
-    sums = WithinSums.zeros(x.shape[1])
-    ends = np.flatnonzero(np.diff(group[rows], append=-1)) + 1  # of each group in `rows`
-    start = 0
-    for end in ends.tolist():
-        if end - start >= BLOCK_ROWS or end == len(rows):
-            part = rows[start:end]
-            sums.add_groups(torch.from_numpy(np.asarray(x[part])), torch.from_numpy(group[part]))
-            start = end
-    if not sums.freedom:
+    starts = np.flatnonzero(np.diff(group[rows], prepend=-1))  # of each group in `rows`
+    blocks_start = starts[np.unique(np.searchsorted(starts, np.arange(0, len(rows), BLOCK_ROWS), "right") - 1)]
+    sums, freedom = MomentSums.zeros(x.shape[1]), 0
+    for part in np.split(rows, blocks_start[1:]):
+        block = np.asarray(x[part], dtype=np.float64)
+        _, first, member, counts = np.unique(group[part], True, True, True)
+        means = np.add.reduceat(block, first) / counts[:, None]
+        sums.add(torch.from_numpy(block - means[member]))
+        freedom += len(part) - len(counts)
+    if not freedom:
         raise InputError("Expected groups with at least two proteins to fit on but each protein is alone in its own.")
-    return sums.covariance()
+    return (sums.outer + sums.outer.T) / (2 * freedom)
 
 
 def copy_noise(originals: np.ndarray, copies: np.ndarray, owner: np.ndarray) -> Tensor:
