@@ -8,8 +8,7 @@ import safetensors.torch
 import torch
 
 from distil_rank.artefact import write_atomically
-from distil_rank.compression.export import to_dense, to_onnx, to_torch
-from distil_rank.compression.saved import load
+from distil_rank.compression.saved import load, to_dense, to_onnx, to_torch
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.options.compression import ExportOptions

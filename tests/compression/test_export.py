@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from distil_rank.compression import export
-from distil_rank.compression.export import to_dense, to_onnx, to_torch
+from distil_rank.compression import saved
+from distil_rank.compression.saved import to_dense, to_onnx, to_torch
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
@@ -82,7 +82,7 @@ def test_dense_again_for_those_who_cannot_change_the_architecture(case):
 
 def test_an_export_that_is_wrong_is_not_retained(tmp_path, case, monkeypatch):
     pytest.importorskip("onnx")
-    monkeypatch.setattr(export, "TOLERANCE", 0.0)
+    monkeypatch.setattr(saved, "TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match="differs from the layer"):
         to_onnx(case[1], tmp_path / "layer.onnx")
     assert not list(tmp_path.iterdir())
