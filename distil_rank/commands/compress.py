@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from distil_rank.commands.lineage import lineage
-from distil_rank.compression.compress import HEAD, CompressionReport
+from distil_rank.compression.compress import CompressionReport
 from distil_rank.compression.compress import compress as compress_model
 from distil_rank.compression.own_layer import load_linear
 from distil_rank.compression.saved import save
@@ -23,7 +23,6 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.metrics import energy, residual
 from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from distil_rank.options.compression import CompressOptions
-from distil_rank.report.writer import Report, Table
 from distil_rank.tracking.registry import log_student
 from distil_rank.tracking.run import start_run
 
@@ -73,6 +72,6 @@ def compress(options: CompressOptions) -> CompressionReport:
         for path in sorted(folder.iterdir()):
             run.log_artifact(path)
         log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2["value"]})
-    Report([Table("", HEAD, report.cells())], report.notes()).show()
+    print(report)
     log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
     return report
