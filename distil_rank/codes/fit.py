@@ -1,6 +1,6 @@
 """One metric fitted once: nested directions, from which an encoder of any rank and type follows.
 
-The noise of the metric comes from augmented copies, labels or clusters of the proteins that may be fitted on.
+The noise of the metric comes from augmented copies or labels of the proteins that may be fitted on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.data.files import load_matrix
-from distil_rank.data.mmseqs import CLUSTER_CACHE, mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.evaluation.groups import Groups
 from distil_rank.evaluation.labelled import (
@@ -181,7 +180,7 @@ def copies_of(proteins: LabelledData, fit: bool, how: AugmentationOptions, folde
     if vectors.sequences is None:
         raise InputError(
             f"Expected sequences in {proteins.source} to make augmented copies of but it has none; give a store made "
-            "by embed, or another source of noise (--noise labels or clusters), or --metric whitened."
+            "by embed, or another source of noise (--noise labels), or --metric whitened."
         )
     split = np.flatnonzero(proteins.groups.fit == fit)
     how = how if fit else replace(how, proteins=EVALUATION_COPIES, copies=1, seed=how.seed + 1)
@@ -214,19 +213,7 @@ def noise_of(proteins: LabelledData, source: NoiseSource, how: AugmentationOptio
         copies = copies_of(proteins, True, how, folder)
         words = f"{len(copies.x):,} augmented copies of {len(np.unique(copies.owner)):,} proteins"
         return copy_noise(vectors.x, copies.x, copies.owner), words
-    if source == "labels":
-        if proteins.labels == UNLABELLED or proteins.target.relevance is None:
-            raise InputError(
-                "Expected labels of a retrieval task for --noise labels but got none; give --labels.source."
-            )
-        relevance = proteins.target.relevance
-        return group_noise(vectors.x, fit, relevance.levels[0]), f"labels: each {relevance.names[0]}"
-    clusters = vectors.clusters
-    if clusters is None:
-        if vectors.sequences is None:
-            raise InputError(
-                f"Expected clusters or sequences in {proteins.source} for --noise clusters but got neither."
-            )
-        clusters = mmseqs_clusters(vectors.sequences, vectors.ids, cache=CLUSTER_CACHE)
-    number = np.unique(clusters, return_inverse=True)[1]
-    return group_noise(vectors.x, fit, number), "clusters of the sequences"
+    relevance = proteins.target.relevance
+    if proteins.labels == UNLABELLED or relevance is None:
+        raise InputError("Expected labels of a retrieval task for --noise labels but got none; give --labels.source.")
+    return group_noise(vectors.x, fit, relevance.levels[0]), f"labels: each {relevance.names[0]}"

@@ -13,7 +13,6 @@ from distil_rank.codes.store import ENCODER, load_encoder, manifest_of, own_enco
 from distil_rank.codes.train import train_encoder
 from distil_rank.commands.lineage import lineage_of_vectors
 from distil_rank.compression.saved import save
-from distil_rank.embedding.cluster import workers_on
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, Store
 from distil_rank.embedding.store_writer import StoreWriter
@@ -40,7 +39,6 @@ def code(options: CodeOptions) -> None:
     An encoder that `--encoder` names, or that an interrupted run left in the store of codes, is not fitted again.
     """
     StoreWriter(options.codes, CODES).check_folder()  # before anything is embedded or written
-    workers = workers_on(options.ray_address, options.ray_cores) if options.engine == "ray" else None
     deciding = {name: getattr(options, name) for name in DECIDING}
     deciding |= {f"labels_{name}": value for name, value in asdict(options.labels).items()}
     deciding |= {"noise": options.noise, **asdict(options.augmentation)} if options.metric == "invariant" else {}
@@ -76,7 +74,7 @@ def code(options: CodeOptions) -> None:
             return
         write_encoder(encoder, options.codes, metrics=_metrics(evaluation), data=encoder.provenance)
 
-    store = write_codes(Store.open(source), options.codes, encoder, workers)
+    store = write_codes(Store.open(source), options.codes, encoder)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", encoder.bytes_per_protein)
     show_facts("Codes", {"encoder": place, "store": store.path})
 

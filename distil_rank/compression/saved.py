@@ -3,8 +3,8 @@
 model.safetensors   the weights: of one layer, or of a whole model with student layers in it
 manifest.json       shapes, ranks, provenance, R²; the hashes of the file and its own (`distil_rank.artefact`)
 
-For other runtimes there are `to_dense`, `to_torch` and `to_onnx`. For integers, hand the ONNX file to ONNX Runtime's
-own quantiser (`onnxruntime.quantization`).
+For other runtimes there are `to_onnx`, whose file ONNX Runtime's own quantiser (`onnxruntime.quantization`) takes for
+integers, and `to_dense`.
 """
 
 from __future__ import annotations
@@ -225,29 +225,6 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def to_torch(model: nn.Module, path: str | Path, example: Tensor) -> Path:
-    """Save a layer or model as a `torch.export` program for any number of rows; it runs without this package.
-
-    Args:
-        model: takes one tensor.
-        path: the `.pt2` file.
-        example: an input, `(rows, …)`.
-
-    Raises:
-        RuntimeError: the program does not give what the model gives.
-    """
-    path, model = Path(path), copy.deepcopy(model).cpu().eval()
-    example = torch.cat([example, example])[: max(2, len(example))].cpu()  # one row would fix the number at one
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
-    with torch.no_grad():
-        for rows in (example, torch.cat([example] * 3)):
-            _check_same(loaded(rows), model(rows), path)
-    return path
-
-
 def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
     """Save a layer as an ONNX graph, `(rows, n)` → `(rows, m)` float32 for any number of rows; ONNX Runtime checks it.
 
@@ -272,12 +249,9 @@ def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         for rows in (1, 7):
             x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows))
-            _check_same(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), plain(x), path)
+            output, expected = torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), plain(x)
+            difference = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+            if not difference <= TOLERANCE:
+                path.unlink()
+                raise RuntimeError(f"{path.name} differs from the layer by {difference:.2g} of its largest output.")
     return path
-
-
-def _check_same(output: Tensor, expected: Tensor, path: Path) -> None:
-    error = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not error <= TOLERANCE:
-        path.unlink()
-        raise RuntimeError(f"The exported {path.name} differs from the layer by {error:.2g} of its largest output.")

@@ -11,7 +11,7 @@ from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 Metric = Literal["variance", "whitened", "invariant"]
 CodeType = Literal["float32", "int8", "bit"]
-NoiseSource = Literal["copies", "labels", "clusters"]
+NoiseSource = Literal["copies", "labels"]
 FITTING = ("metric", "rank", "dtype", "noise", "regularisation", "augmentation", "train", "groups", "fit_fraction")
 FORMATS = (".faiss", ".npy", ".npz", ".h5", ".hdf5")  # that codes are exported to
 
@@ -64,7 +64,7 @@ class CodeOptions:
         dtype: float32, int8 or bit (signs, eight to a byte).
         codes: Folder or address of the store of codes; encoding goes on where it stopped.
         encoder: Folder of an encoder that is there, such as recommend leaves; nothing is fitted or evaluated then.
-        noise: What should not matter: differences of augmented copies, within labels or within clusters.
+        noise: What should not matter: differences of augmented copies, or within labels.
         augmentation: How copies are made.
         labels: Where labels come from; without any, proteins are to be found by their augmented copies.
         task: Kind of the task; auto decides by the labels.
@@ -74,9 +74,6 @@ class CodeOptions:
         train: Steps of training towards the neighbours of the full-rank code, kept only where it clearly helps; 0 for
             the closed form alone. Codes of the variance metric are not trained.
         seed: Of all draws.
-        engine: What encodes the store: this process, or ray, whose workers may come and go.
-        ray_address: HOST:PORT of a Ray cluster; by default one is started on this machine.
-        ray_cores: CPU cores of each of Ray's workers; by default all of this machine's.
         output: Folder for results.
     """
 
@@ -95,9 +92,6 @@ class CodeOptions:
     regularisation: float = 0.1
     train: int = 600
     seed: int = 0
-    engine: Literal["local", "ray"] = "local"
-    ray_address: str | None = None
-    ray_cores: int | None = None
     output: str = "results"
 
     def check(self) -> None:
@@ -115,10 +109,8 @@ class CodeOptions:
             raise InputError(f"Expected --fit_fraction between 0 and 1 but got {self.fit_fraction}.")
         if self.metric != "invariant" and self.noise != "copies":
             raise InputError(f"Expected --noise with the invariant metric only but got it with {self.metric}.")
-        if self.engine == "local" and (self.ray_address or self.ray_cores):
-            raise InputError(
-                "Expected --ray_address and --ray_cores with --engine ray only; add it, or leave them out."
-            )
+        if self.metric == "whitened" and not self.regularisation:
+            raise InputError("Expected --regularisation above 0 with whitened, or no direction comes before another.")
         changed = [name for name in FITTING if getattr(self, name) != getattr(CodeOptions(), name)]
         if self.encoder is not None and changed:
             raise InputError(
