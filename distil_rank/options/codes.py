@@ -128,7 +128,7 @@ class SearchOptions:
         queries: Queries that are embedded already, a store of the same backbone, layer and pooling.
         self: Search with the codes themselves, each against all others.
         hits: Of each query at most.
-        evalue: Hits of a greater E-value are left out.
+        evalue: Hits of a greater E-value are left out; 10 by default.
         decoys: Reversed proteins that E-values are estimated with; 0 for none.
         exact: Whether every query looks at every code; by default where there are not too many.
         out: The table, tab separated: query, target, score, rank, E-value.
