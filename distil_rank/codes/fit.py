@@ -6,10 +6,10 @@ The noise of the metric comes from augmented copies or labels of the proteins th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ from distil_rank.origin import VectorOrigin
 
 log = logging.getLogger(__name__)
 
-METRICS: tuple[Metric, ...] = get_args(Metric)
 REGULARISATION = 0.1  # of N, in units of its mean eigenvalue
 GAIN = 0.25  # see `FittedMetric.weight`
 BLOCK_ROWS = 16_384  # of a pass over a matrix that may be memory-mapped
@@ -102,12 +101,11 @@ def fit_metric(
         seed: of the choice of rows that `FittedMetric.sample` keeps.
         provenance: of the vectors, to be passed on to the encoders.
     """
-    if metric not in METRICS:
-        raise InputError(f"Expected a metric out of {', '.join(METRICS)} but got {metric!r}.")
     rows = np.flatnonzero(fit)
     if len(rows) < 2:
         raise InputError(f"Expected at least 2 proteins to fit on but got {len(rows)}.")
-    moments = Moments.of(torch.from_numpy(block) for block in blocks(x, rows))
+    starts = range(0, len(rows), BLOCK_ROWS)
+    moments = Moments.of(torch.from_numpy(np.asarray(x[rows[start : start + BLOCK_ROWS]])) for start in starts)
     S, about = moments.covariance, {**(provenance or {}), "metric": metric, "rows": len(rows)}
     if not S.diagonal().sum() > 0:
         raise InputError("Expected vectors that vary but all are the same; give other proteins.")
@@ -122,12 +120,6 @@ def fit_metric(
         about["regularisation"] = regularisation
     chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:RETAINED_ROWS])
     return FittedMetric(metric, moments.mean, directions, torch.from_numpy(np.asarray(x[chosen])), about)
-
-
-def blocks(x: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows of a matrix, a few thousand at a time."""
-    for start in range(0, len(rows), BLOCK_ROWS):
-        yield np.asarray(x[rows[start : start + BLOCK_ROWS]])
 
 
 def group_noise(x: np.ndarray, fit: np.ndarray, group: np.ndarray) -> Tensor:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from distil_rank.artefact import check_writable
 from distil_rank.codes.index import CodeIndex, import_faiss
@@ -47,24 +48,7 @@ def search(options: SearchOptions) -> tuple[int, int]:
     tags = {"digest": store.digest, "encoder": store.manifest["code"]["sha256"]}
     name = f"{Path(options.codes).name} {options.fasta or options.queries or 'self'}"
     with start_run("search", name, params={**asdict(options), **facts}, tags=tags) as run:
-        if options.fasta is not None:
-            proteins, cleaning = read_proteins(options.fasta)
-            if cleaning.counts["empty"]:
-                raise InputError(
-                    f"Expected residues in every query of {options.fasta} but {cleaning.counts['empty']:,} of "
-                    f"{cleaning.counts['records']:,} have none; remove them."
-                )
-            names = [protein.id for protein in proteins]
-            with TemporaryDirectory(prefix="distil-rank-") as folder:
-                sequences = [protein.sequence for protein in proteins]
-                queries = encoder(vectors_like(sequences, store, Path(folder), "queries"))
-        elif options.queries is not None:
-            source = Store.open(options.queries)
-            encoder.check_origin(manifest_of(source), options.queries)
-            names, queries = source.ids, encoder(torch.from_numpy(np.array(source.embeddings())))
-        else:
-            decoded = encoder.decode(torch.from_numpy(np.array(store.embeddings())))
-            names, queries = store.ids, F.normalize(decoded, dim=1)
+        names, queries = _queries(options, store)
         decoys = decoy_scores(store, options.decoys, output / "decoys", options.seed) if options.decoys else None
         least, most = decoys.least(len(store)) if decoys else 0.0, options.evalue or EVALUE
         if most < least:
@@ -97,3 +81,23 @@ def search(options: SearchOptions) -> tuple[int, int]:
     title = f"{hits:,} hits of {len(names):,} queries{shown}: {table}"
     Table(title, Hit._fields, rows).show()
     return len(names), hits
+
+
+def _queries(options: SearchOptions, store: CodeStore) -> tuple[list[str], Tensor]:
+    """Names of the queries, and what is searched with, `(Q, r)` of unit length."""
+    if options.fasta is not None:
+        proteins, cleaning = read_proteins(options.fasta)
+        if empty := cleaning.counts["empty"]:
+            raise InputError(
+                f"Expected residues in every query of {options.fasta} but {empty:,} of "
+                f"{cleaning.counts['records']:,} have none; remove them."
+            )
+        with TemporaryDirectory(prefix="distil-rank-") as folder:
+            vectors = vectors_like([protein.sequence for protein in proteins], store, Path(folder), "queries")
+        return [protein.id for protein in proteins], store.encoder(vectors)
+    if options.queries is not None:
+        source = Store.open(options.queries)
+        store.encoder.check_origin(manifest_of(source), options.queries)
+        return source.ids, store.encoder(torch.from_numpy(np.array(source.embeddings())))
+    decoded = store.encoder.decode(torch.from_numpy(np.array(store.embeddings())))
+    return store.ids, F.normalize(decoded, dim=1)

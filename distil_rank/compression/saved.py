@@ -34,6 +34,7 @@ DTYPES = {
 }
 OPSET = 17  # of ONNX: old enough for any runtime of the last years; nothing newer is needed
 TOLERANCE = 1e-4  # of an export's check, relative to the largest output
+ENCODER_SHAPE = ("in_features", "rank", "dtype")  # what builds a `CodeEncoder`
 SHAPE = ("in_features", "out_features", "rank", "bias", "input_mean")  # what builds a `LowRankLinear`
 Student = LowRankLinear | CodeEncoder
 # What tensors and descriptions raise that do not belong together, or are no tensors at all
@@ -164,11 +165,15 @@ def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 def _describe(student: Student) -> dict[str, Any]:
     if isinstance(student, CodeEncoder):
-        return {"kind": "encoder", **student.options, "provenance": student.provenance}
-    m, n, bias = student.out_features, student.in_features, student.bias is not None
+        shape = {name: getattr(student, name) for name in ENCODER_SHAPE}
+        return {"kind": "encoder", **shape, "provenance": student.provenance}
     return {
         "kind": "low_rank",
-        **dict(zip(SHAPE, (n, m, student.rank, bias, student.input_mean is not None), strict=True)),
+        "in_features": student.in_features,
+        "out_features": student.out_features,
+        "rank": student.rank,
+        "bias": student.bias is not None,
+        "input_mean": student.input_mean is not None,
         "dtype": str(student.A.dtype).removeprefix("torch."),
         "provenance": student.provenance,
     }
@@ -184,8 +189,7 @@ def _empty(description: Mapping[str, Any]) -> Student:
         shape = {key: description[key] for key in SHAPE}
         student = LowRankLinear(**shape, device="meta", dtype=DTYPES[description["dtype"]])
     else:
-        options = {key: description[key] for key in ("in_features", "rank", "dtype")}
-        student = CodeEncoder(**options, device="meta")
+        student = CodeEncoder(**{key: description[key] for key in ENCODER_SHAPE}, device="meta")
     student.provenance = dict(description["provenance"])
     return student
 

@@ -83,11 +83,6 @@ class CodeEncoder(nn.Module):
         return self.weight.shape[0]
 
     @property
-    def options(self) -> dict[str, Any]:
-        """What the constructor takes."""
-        return {"in_features": self.in_features, "rank": self.rank, "dtype": self.dtype}
-
-    @property
     def digest(self) -> str:
         """SHA-256 of all numbers: equal digests mean equal codes."""
         numbers = tensor_digest(self.mean, self.weight, self.scale, None)  # the last was for centroids, once

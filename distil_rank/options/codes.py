@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions, TaskKind
@@ -37,19 +37,12 @@ class AugmentationOptions:
     def check(self) -> None:
         """Raises `InputError` for shares and numbers out of range."""
         if not 0 < self.window <= 1 or not 0 <= self.substitutions <= 1:
-            raise InputError(
-                "Expected a window in (0, 1] and substitutions in [0, 1] but got "
-                f"{self.window} and {self.substitutions}."
-            )
+            rates = f"{self.window} and {self.substitutions}"
+            raise InputError(f"Expected a window in (0, 1] and substitutions in [0, 1] but got {rates}.")
         if self.window == 1 and self.substitutions == 0:
-            raise InputError(
-                "Expected copies that differ from the protein but got a window of 1 without substitutions; lower the "
-                "window or raise substitutions."
-            )
+            raise InputError("Expected copies that differ: lower the window of 1, or raise the substitutions of 0.")
         if self.proteins < 1 or self.copies < 1:
-            raise InputError(
-                f"Expected at least 1 protein and 1 copy of each but got {self.proteins} and {self.copies}."
-            )
+            raise InputError(f"Expected at least 1 protein and 1 copy but got {self.proteins} and {self.copies}.")
 
 
 @dataclass(frozen=True)
@@ -100,11 +93,6 @@ class CodeOptions:
         for name, least in (("rank", 1), ("train", 0), ("regularisation", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"Expected --{name} of at least {least} but got {getattr(self, name)}.")
-        for name, choices in (("metric", Metric), ("dtype", CodeType), ("noise", NoiseSource)):
-            if getattr(self, name) not in get_args(choices):
-                raise InputError(
-                    f"Expected --{name} out of {', '.join(get_args(choices))} but got {getattr(self, name)!r}."
-                )
         if not 0 < self.fit_fraction < 1:
             raise InputError(f"Expected --fit_fraction between 0 and 1 but got {self.fit_fraction}.")
         if self.metric != "invariant" and self.noise != "copies":

@@ -21,8 +21,6 @@ from distil_rank.options.codes import AugmentationOptions, CodeOptions, SearchOp
         (CodeOptions(rank=0), "--rank of at least 1"),
         (CodeOptions(train=-1), "--train of at least 0"),
         (CodeOptions(regularisation=-1), "--regularisation"),
-        (CodeOptions(metric="euclidean"), "'euclidean'"),
-        (CodeOptions(dtype="pq"), "'pq'"),
         (CodeOptions(fit_fraction=1), "between 0 and 1"),
         (CodeOptions(metric="whitened", noise="labels"), "invariant metric only"),
         (CodeOptions(metric="whitened", regularisation=0), "--regularisation above 0"),
