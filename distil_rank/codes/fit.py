@@ -39,7 +39,7 @@ from distil_rank.origin import VectorOrigin
 log = logging.getLogger(__name__)
 
 REGULARISATION = 0.1  # of N, in units of its mean eigenvalue
-GAIN = 0.25  # see `FittedMetric.weight`
+GAIN = 0.25  # see `FittedMetric.encoder`
 BLOCK_ROWS = 16_384  # of a pass over a matrix that may be memory-mapped
 RETAINED_ROWS = 20_000  # of the fit rows, for the scales of int8
 EVALUATION_COPIES = 300  # of proteins that nothing was fitted on
@@ -55,8 +55,8 @@ class FittedMetric:
     sample: Tensor
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def weight(self, rank: int) -> Tensor:
-        """The map of one rank, `(r, d)`: each direction at a variance of `λ^(2 gain)`.
+    def encoder(self, rank: int, dtype: CodeType = "float32") -> CodeEncoder:
+        """The encoder of one rank, in [1, d], and type of code: each direction at a variance of `λ^(2 gain)`.
 
         At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance` and
         `whitened` it is ½: their directions are scaled as they should be.
@@ -67,11 +67,7 @@ class FittedMetric:
         values, V = self.directions.values[:rank], self.directions.V[:, :rank]
         gain = GAIN if self.metric == "invariant" else 0.5
         floor = values[0] * torch.finfo(torch.float32).eps
-        return ((V * values.clamp_min(floor) ** (gain - 0.5)).T).float()
-
-    def encoder(self, rank: int, dtype: CodeType = "float32") -> CodeEncoder:
-        """The encoder of one rank, in [1, d], and type of code."""
-        weight, mean = self.weight(rank), self.mean.float()
+        weight, mean = (V * values.clamp_min(floor) ** (gain - 0.5)).T.float(), self.mean.float()
         scale = torch.full((rank,), rank**-0.5) if dtype == "bit" else None
         if dtype == "int8":
             scale = int8_scale(CodeEncoder.of(mean, weight)(self.sample))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import heapq
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -310,24 +309,19 @@ def allocate(
     if budget < least:
         raise InputError(f"Expected room for rank 1 in all {len(spectra)} layers ({least} weights) but got {budget}.")
 
-    def gain(name: str, k: int) -> float:
-        total = float(spectra[name].sum())
-        share = float(spectra[name][k]) / total if total > 0 else 0.0
-        return (2.0 if k == 0 else share) / sum(shapes[name])  # no layer goes without
-
-    queue = [(-gain(name, 0), name) for name in spectra]
-    heapq.heapify(queue)
-    while queue:
-        _, name = heapq.heappop(queue)
-        m, n = shapes[name]
-        next_rank = (rank[name] or 0) + 1
-        dense = next_rank >= break_even_rank(n, m)
-        price = m * n if dense else next_rank * (m + n)
-        if sum(cost.values()) - cost[name] + price > budget:
+    steps = []  # residual removed for each weight, by the rank after k in a layer
+    for name, spectrum in spectra.items():
+        total = float(spectrum.sum())
+        shares = [2.0, *(value / total for value in spectrum.tolist()[1:] if value > 0)]  # no layer goes without
+        steps += [(-share / sum(shapes[name]), name, k) for k, share in enumerate(shares)]
+    for _, name, k in sorted(steps):
+        if rank[name] != k:  # dense by now, or there was no room for a rank before
             continue
-        cost[name], rank[name] = price, None if dense else next_rank
-        if not dense and next_rank < len(spectra[name]) and spectra[name][next_rank] > 0:
-            heapq.heappush(queue, (-gain(name, next_rank), name))
+        m, n = shapes[name]
+        dense = k + 1 >= break_even_rank(n, m)
+        price = m * n if dense else (k + 1) * (m + n)
+        if sum(cost.values()) - cost[name] + price <= budget:
+            cost[name], rank[name] = price, None if dense else k + 1
     return rank
 
 

@@ -47,7 +47,7 @@ def test_variance_is_the_closed_form():
     fit = np.ones(len(x), bool)
     found = fit_metric(x, fit, "variance")
     factors = solve(torch.eye(24), None, 6, "closed_form", Moments.of(torch.from_numpy(x)))
-    ours = found.weight(6).double()
+    ours = found.encoder(6).weight.double()
     assert torch.allclose(ours.T @ ours, factors.A.T @ factors.A, atol=1e-5)
 
 
