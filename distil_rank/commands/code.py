@@ -17,7 +17,7 @@ from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import Evaluation, evaluate
+from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import UNLABELLED, LabelledData, labelled_source
 from distil_rank.evaluation.representations import full_vector, module_output, variance_student
 from distil_rank.lowrank.encoder import CodeEncoder
@@ -66,13 +66,11 @@ def code(options: CodeOptions) -> None:
         log.info("Going on with the encoder in %s, which was fitted with the same options.", options.codes)
     else:
         proteins = open_proteins(options)
-        encoder, place, evaluation = _fitted(options, deciding, proteins)
-        log.info("Encoder: %s (distil_rank.load reads it).", place)
-        evaluation_report(evaluation).show()
+        encoder, place, metrics = _fitted(options, deciding, proteins)
         if proteins.embeddings.provenance.get("format") != "store":
             log.warning("No codes were written: %s is no store of embeddings (make one with embed).", source)
             return
-        write_encoder(encoder, options.codes, metrics=_metrics(evaluation), data=encoder.provenance)
+        write_encoder(encoder, options.codes, metrics=metrics, data=encoder.provenance)
 
     store = write_codes(Store.open(source), options.codes, encoder)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", encoder.bytes_per_protein)
@@ -81,8 +79,8 @@ def code(options: CodeOptions) -> None:
 
 def _fitted(
     options: CodeOptions, deciding: dict[str, Any], proteins: LabelledData
-) -> tuple[CodeEncoder, Path, Evaluation]:
-    """A new encoder, where it is saved, and how well it does, as one MLflow run."""
+) -> tuple[CodeEncoder, Path, dict[str, Any]]:
+    """A new encoder, where it is saved, and what is saved beside it of how well it does, as one MLflow run."""
     name = f"{Path(proteins.source).stem}-{options.metric}-r{options.rank}-{options.dtype}"
     place, copies = Path(options.output) / "code" / name, Path(options.output) / "copies"
     x, groups, about = proteins.embeddings.x, proteins.groups, proteins.embeddings.provenance
@@ -117,8 +115,10 @@ def _fitted(
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)
         files = report.save(folder / "evaluation")
-        saved = save(encoder, folder / ENCODER, metrics=_metrics(evaluation), data=encoder.provenance)
         headline, entry = evaluation.headline, evaluation.entries[-1]
+        intervals: dict[str, Any] = {name: asdict(interval) for name, interval in entry.scores.items()}
+        intervals["retained"] = {name: asdict(interval) for name, interval in entry.retained.items()}
+        saved = save(encoder, folder / ENCODER, metrics=intervals, data=encoder.provenance)
         metrics = {"score": entry.scores[headline].value, "full": evaluation.entries[0].scores[headline].value}
         if share := entry.retained.get(headline):
             metrics |= {"retained": share.value, "retained_low": share.low, "retained_high": share.high}
@@ -129,11 +129,6 @@ def _fitted(
             run.log_artifact(file)
         run.note(report.markdown())
         publish(folder, place)
-    return encoder, place / ENCODER, evaluation
-
-
-def _metrics(evaluation: Evaluation) -> dict[str, Any]:
-    """What is saved beside an encoder of how well it does."""
-    entry = evaluation.entries[-1]
-    retained = {name: asdict(interval) for name, interval in entry.retained.items()}
-    return {**{name: asdict(interval) for name, interval in entry.scores.items()}, "retained": retained}
+    log.info("Encoder: %s (distil_rank.load reads it).", place / ENCODER)
+    report.show()
+    return encoder, place / ENCODER, intervals
