@@ -63,7 +63,7 @@ def compress(options: CompressOptions) -> CompressionReport:
         share = estimate(ratio(lost, spread), resample_counts(len(lost)))
         r2 = {"value": 1 - share.value, "low": 1 - share.high, "high": 1 - share.low}
 
-        folder = save(student, o.output, metrics={"held_out_r2": r2, **report.to_dict()}, data=asdict(about))
+        folder = save(student, o.output, metrics={"held_out_r2": r2, "layers": [asdict(row)]}, data=asdict(about))
         run.log_params({"rank": row.rank})
         figures = {"test/r2": r2["value"], "predicted_r2": row.predicted_r2, "speed_up": row.dense_us / row.student_us}
         run.log_metrics({**figures, "parameter_ratio": row.dense_parameters / row.parameters})

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -95,11 +95,6 @@ class CompressionReport:
     def parameters(self) -> tuple[int, int]:
         """Of these layers, before and after."""
         return sum(row.dense_parameters for row in self.layers), sum(row.parameters for row in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values: everything but the model."""
-        outputs = None if self.outputs is None else asdict(self.outputs)
-        return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
 
     def __str__(self) -> str:
         """A Markdown table, and what it does not say."""
