@@ -21,7 +21,7 @@ from script import run, save_markdown
 from torch import Tensor, nn
 
 from distil_rank import LowRankLinear
-from distil_rank.compression.export import to_onnx
+from distil_rank.compression.saved import to_onnx
 from distil_rank.lowrank.low_rank import break_even_rank
 from distil_rank.measure.latency import Timing, paired_ratio, time_interleaved, torch_threads
 

@@ -44,7 +44,7 @@ COMMANDS = {
     "benchmark": Command("training:BenchmarkOptions", "the three teachers of the original, one table"),
     "sweep": Command("training:SweepOptions", "one teacher at several ranks"),
     "compress": Command("compression:CompressOptions", "one layer of your own model, to a folder that deploys"),
-    "export": Command("compression:ExportOptions", "a saved layer to ONNX, torch.export or one dense layer"),
+    "export": Command("compression:ExportOptions", "a saved layer to ONNX or one dense layer"),
     "evaluate": Command("evaluation:EvaluateOptions", "representations of the same proteins on a labelled task"),
     "code": Command("codes:CodeOptions", "a few bytes for each protein of a store, fitted and evaluated"),
     "search": Command("codes:SearchOptions", "proteins against a store of codes: hits with E-values"),

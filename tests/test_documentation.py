@@ -191,7 +191,6 @@ def test_python_blocks_on_pages_without_a_claim_are_missed():
     assert with_python == HOLDS.keys()
 
 
-@pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch.export's own, about its own file
 @pytest.mark.parametrize("name", HOLDS)
 def test_python(name, prepared, backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -123,7 +123,7 @@ def embed_copies(
     if about.get("weights_sha256") is None or about.get("backbone") is None:
         raise InputError(
             "Expected vectors of a known backbone to embed augmented copies with but these do not tell theirs; give a "
-            "store made by embed, or another source of noise (--noise labels or clusters)."
+            "store made by embed, or another source of noise (--noise labels)."
         )
     texts = [text for row in chosen for text in augmented(sequences[row], how)]
     names = [str(one["layer"]) for one in layers]

@@ -1,15 +1,15 @@
 """One metric fitted once: nested directions, from which an encoder of any rank and type follows.
 
-The noise of the metric comes from augmented copies, labels or clusters of the proteins that may be fitted on.
+The noise of the metric comes from augmented copies or labels of the proteins that may be fitted on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.data.files import load_matrix
-from distil_rank.data.mmseqs import mmseqs_clusters
 from distil_rank.errors import InputError
 from distil_rank.evaluation.labelled import (
     OWN_LABELS,
@@ -30,17 +29,16 @@ from distil_rank.evaluation.labelled import (
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Groups, Target
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType, int8_scale
-from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.noise_metric import Directions, WithinSums, noise_directions, whitening_directions
+from distil_rank.lowrank.moments import Moments, MomentSums
+from distil_rank.lowrank.solvers import Directions, noise_directions
 from distil_rank.options.codes import AugmentationOptions, CodeOptions, Metric, NoiseSource
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.origin import VectorOrigin
 
 log = logging.getLogger(__name__)
 
-METRICS: tuple[Metric, ...] = get_args(Metric)
 REGULARISATION = 0.1  # of N, in units of its mean eigenvalue
-GAIN = 0.25  # see `FittedMetric.weight`
+GAIN = 0.25  # see `FittedMetric.encoder`
 BLOCK_ROWS = 16_384  # of a pass over a matrix that may be memory-mapped
 RETAINED_ROWS = 20_000  # of the fit rows, for the scales of int8
 EVALUATION_COPIES = 300  # of proteins that nothing was fitted on
@@ -56,8 +54,8 @@ class FittedMetric:
     sample: Tensor
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def weight(self, rank: int) -> Tensor:
-        """The map of one rank, `(r, d)`: each direction at a variance of `λ^(2 gain)`.
+    def encoder(self, rank: int, dtype: CodeType = "float32") -> CodeEncoder:
+        """The encoder of one rank, in [1, d], and type of code: each direction at a variance of `λ^(2 gain)`.
 
         At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance` and
         `whitened` it is ½: their directions are scaled as they should be.
@@ -68,11 +66,7 @@ class FittedMetric:
         values, V = self.directions.values[:rank], self.directions.V[:, :rank]
         gain = GAIN if self.metric == "invariant" else 0.5
         floor = values[0] * torch.finfo(torch.float32).eps
-        return ((V * values.clamp_min(floor) ** (gain - 0.5)).T).float()
-
-    def encoder(self, rank: int, dtype: CodeType = "float32") -> CodeEncoder:
-        """The encoder of one rank, in [1, d], and type of code."""
-        weight, mean = self.weight(rank), self.mean.float()
+        weight, mean = (V * values.clamp_min(floor) ** (gain - 0.5)).T.float(), self.mean.float()
         scale = torch.full((rank,), rank**-0.5) if dtype == "bit" else None
         if dtype == "int8":
             scale = int8_scale(CodeEncoder.of(mean, weight)(self.sample))
@@ -95,56 +89,54 @@ def fit_metric(
     Args:
         x: vectors `(N, d)` float32; may be memory-mapped.
         fit: which rows to fit on, `(N,)` bool.
-        metric: `variance`, principal components; `whitened`, the same at equal variance; `invariant`, within-class
-            whitening: what varies most in units of the noise.
-        noise: covariance N of what should not matter, `(d, d)`, for `invariant`.
-        regularisation: of N, in units of its mean eigenvalue.
+        metric: what varies most in units of N. `variance`: of the identity, principal components; `whitened`: of the
+            vectors' own covariance, the same at equal variance; `invariant`: of `noise`, within-class whitening.
+        noise: covariance of what should not matter, `(d, d)`, for `invariant`.
+        regularisation: of N, in units of its mean eigenvalue; `variance` has none, `whitened` needs some.
         seed: of the choice of rows that `FittedMetric.sample` keeps.
         provenance: of the vectors, to be passed on to the encoders.
     """
-    if metric not in METRICS:
-        raise InputError(f"Expected a metric out of {', '.join(METRICS)} but got {metric!r}.")
     rows = np.flatnonzero(fit)
     if len(rows) < 2:
         raise InputError(f"Expected at least 2 proteins to fit on but got {len(rows)}.")
-    moments = Moments.of(torch.from_numpy(block) for block in blocks(x, rows))
-    about = {**(provenance or {}), "metric": metric, "rows": len(rows)}
+    starts = range(0, len(rows), BLOCK_ROWS)
+    moments = Moments.of(torch.from_numpy(np.asarray(x[rows[start : start + BLOCK_ROWS]])) for start in starts)
+    S, about = moments.covariance, {**(provenance or {}), "metric": metric, "rows": len(rows)}
+    if not S.diagonal().sum() > 0:
+        raise InputError("Expected vectors that vary but all are the same; give other proteins.")
     if metric == "variance":
-        directions = whitening_directions(moments.covariance, power=0)
-    elif metric == "whitened":
-        directions = whitening_directions(moments.covariance, 1.0, regularisation)
-    elif noise is None or noise.shape != moments.covariance.shape:
-        shape = "none" if noise is None else f"one of {tuple(noise.shape)}"
-        raise InputError(f"Expected a noise covariance of {tuple(moments.covariance.shape)} but got {shape}.")
+        directions = noise_directions(S, torch.eye(len(S)))
     else:
-        directions = noise_directions(moments.covariance, noise, regularisation)
-    if metric != "variance":
+        N = S if metric == "whitened" else noise
+        if N is None or N.shape != S.shape:
+            shape = "none" if N is None else f"one of {tuple(N.shape)}"
+            raise InputError(f"Expected a noise covariance of {tuple(S.shape)} but got {shape}.")
+        directions = noise_directions(S, N, regularisation)
         about["regularisation"] = regularisation
     chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:RETAINED_ROWS])
     return FittedMetric(metric, moments.mean, directions, torch.from_numpy(np.asarray(x[chosen])), about)
 
 
-def blocks(x: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows of a matrix, a few thousand at a time."""
-    for start in range(0, len(rows), BLOCK_ROWS):
-        yield np.asarray(x[rows[start : start + BLOCK_ROWS]])
-
-
 def group_noise(x: np.ndarray, fit: np.ndarray, group: np.ndarray) -> Tensor:
-    """What varies within groups of the rows to use, `(d, d)`; rows whose group is negative have none."""
+    """What varies within groups of the rows to use, `(d, d)` float64; rows whose group is negative have none.
+
+    With rows `x_i` of group g and their mean `m_g` it is `Σ_g Σ_i (x_i − m_g)(x_i − m_g)ᵀ / Σ_g (n_g − 1)`, summed up
+    over some thousands of rows at a time.
+    """
     rows = np.flatnonzero(fit & (group >= 0))
     rows = rows[np.argsort(group[rows], kind="stable")]
-    sums = WithinSums.zeros(x.shape[1])
-    ends = np.flatnonzero(np.diff(group[rows], append=-1)) + 1  # of each group in `rows`
-    start = 0
-    for end in ends.tolist():
-        if end - start >= BLOCK_ROWS or end == len(rows):
-            part = rows[start:end]
-            sums.add_groups(torch.from_numpy(np.asarray(x[part])), torch.from_numpy(group[part]))
-            start = end
-    if not sums.freedom:
+    starts = np.flatnonzero(np.diff(group[rows], prepend=-1))  # of each group in `rows`
+    blocks_start = starts[np.unique(np.searchsorted(starts, np.arange(0, len(rows), BLOCK_ROWS), "right") - 1)]
+    sums, freedom = MomentSums.zeros(x.shape[1]), 0
+    for part in np.split(rows, blocks_start[1:]):
+        block = np.asarray(x[part], dtype=np.float64)
+        _, first, member, counts = np.unique(group[part], True, True, True)
+        means = np.add.reduceat(block, first) / counts[:, None]
+        sums.add(torch.from_numpy(block - means[member]))
+        freedom += len(part) - len(counts)
+    if not freedom:
         raise InputError("Expected groups with at least two proteins to fit on but each protein is alone in its own.")
-    return sums.covariance()
+    return (sums.outer + sums.outer.T) / (2 * freedom)
 
 
 def copy_noise(originals: np.ndarray, copies: np.ndarray, owner: np.ndarray) -> Tensor:
@@ -175,7 +167,7 @@ def copies_of(proteins: LabelledData, fit: bool, how: AugmentationOptions, folde
     if vectors.sequences is None:
         raise InputError(
             f"Expected sequences in {proteins.source} to make augmented copies of but it has none; give a store made "
-            "by embed, or another source of noise (--noise labels or clusters), or --metric whitened."
+            "by embed, or another source of noise (--noise labels), or --metric whitened."
         )
     split = np.flatnonzero(proteins.groups.fit == fit)
     how = how if fit else replace(how, proteins=EVALUATION_COPIES, copies=1, seed=how.seed + 1)
@@ -208,19 +200,7 @@ def noise_of(proteins: LabelledData, source: NoiseSource, how: AugmentationOptio
         copies = copies_of(proteins, True, how, folder)
         words = f"{len(copies.x):,} augmented copies of {len(np.unique(copies.owner)):,} proteins"
         return copy_noise(vectors.x, copies.x, copies.owner), words
-    if source == "labels":
-        if proteins.labels == UNLABELLED or proteins.target.relevance is None:
-            raise InputError(
-                "Expected labels of a retrieval task for --noise labels but got none; give --labels.source."
-            )
-        relevance = proteins.target.relevance
-        return group_noise(vectors.x, fit, relevance.levels[0]), f"labels: each {relevance.names[0]}"
-    clusters = vectors.clusters
-    if clusters is None:
-        if vectors.sequences is None:
-            raise InputError(
-                f"Expected clusters or sequences in {proteins.source} for --noise clusters but got neither."
-            )
-        clusters = mmseqs_clusters(vectors.sequences, vectors.ids)
-    number = np.unique(clusters, return_inverse=True)[1]
-    return group_noise(vectors.x, fit, number), "clusters of the sequences"
+    relevance = proteins.target.relevance
+    if proteins.labels == UNLABELLED or relevance is None:
+        raise InputError("Expected labels of a retrieval task for --noise labels but got none; give --labels.source.")
+    return group_noise(vectors.x, fit, relevance.levels[0]), f"labels: each {relevance.names[0]}"

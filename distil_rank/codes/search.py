@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +25,20 @@ from distil_rank.data.files import save_matrix
 from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 
-COLUMNS = ("query", "target", "score", "rank", "evalue")
-Hit = tuple[str, str, float, int, float]  # a line of the table
 TAIL = 0.002  # share of the decoys' scores that the tail is fitted to
 LEAST = 200  # scores in the tail, as far as there are any
-LEAST_SHARE = 1e-300  # a bounded tail ends, but an E-value of 0 would claim certainty
 SAMPLED_TARGETS = 20_000  # that decoys are compared with
 BLOCK = 4096  # of queries that are searched and written at once
+
+
+class Hit(NamedTuple):
+    """A line of the table; without decoys the E-value is NaN."""
+
+    query: str
+    target: str
+    score: float
+    rank: int
+    evalue: float
 
 
 def vectors_like(sequences: list[str], store: CodeStore, folder: Path, kind: str) -> Tensor:
@@ -51,27 +59,31 @@ class DecoyScores:
 
     Up to a high threshold the share of decoy scores that reach s is counted; the excess over it follows a generalised
     Pareto distribution (Pickands, Annals of Statistics 3, 1975). Its shape is fitted: scores end at 1, so that an
-    exponential tail, right for the unbounded scores of alignments, would state far too many false hits.
+    exponential tail, right for the unbounded scores of alignments, would state far too many false hits. Beyond all
+    decoys nothing is known, so that no E-value is below that of a single score.
 
     Attributes:
-        scores: the sorted scores below the threshold, thinned.
+        below: the sorted scores below the threshold, thinned.
         rate: share of all scores above the threshold.
         shape: of the excess; below 0 the tail ends.
+        count: of all scores.
     """
 
-    scores: np.ndarray
+    below: np.ndarray
     threshold: float
     rate: float
     scale: float
     shape: float
+    count: int
 
     @classmethod
     def of(cls, scores: np.ndarray) -> DecoyScores:
         """From scores of any shape.
 
         >>> tail = DecoyScores.of(np.random.default_rng(0).exponential(0.1, 100_000))
-        >>> bool(abs(tail.evalues(np.array([1.0]), targets=1)[0] / np.exp(-10) - 1) < 0.5)
-        True
+        >>> evalues = tail.evalues(np.array([0.9, 9.0]), targets=1)
+        >>> bool(abs(evalues[0] / np.exp(-9) - 1) < 0.5), float(evalues[1])
+        (True, 1e-05)
         """
         flat = np.sort(scores, axis=None)
         if len(flat) < 2:
@@ -81,21 +93,25 @@ class DecoyScores:
         excess = np.maximum(flat[-count:].astype(np.float64) - threshold, np.finfo(np.float32).eps)
         shape, _, scale = genpareto.fit(excess, floc=0)
         below = flat[: -count : max(1, len(flat) // 10_000)]
-        return cls(below, threshold, count / len(flat), float(scale), float(shape))
+        return cls(below, threshold, count / len(flat), float(scale), float(shape), len(flat))
 
     def evalues(self, scores: np.ndarray, targets: int) -> np.ndarray:
         """False hits of these scores or better to expect for one query among so many targets; any shape."""
-        below = 1 - np.searchsorted(self.scores, scores) / len(self.scores) * (1 - self.rate)
-        excess = np.maximum(scores - self.threshold, 0)
-        beyond = np.maximum(self.rate * genpareto.sf(excess, self.shape, scale=self.scale), LEAST_SHARE)
-        return targets * np.where(scores > self.threshold, beyond, np.maximum(below, self.rate))
+        counted = 1 - np.searchsorted(self.below, scores) / len(self.below) * (1 - self.rate)
+        tail = self.rate * genpareto.sf(np.maximum(scores - self.threshold, 0), self.shape, scale=self.scale)
+        share = np.where(scores > self.threshold, tail, np.maximum(counted, self.rate))
+        return np.maximum(targets * share, self.least(targets))
+
+    def least(self, targets: int) -> float:
+        """The least E-value that this many scores can tell."""
+        return targets / self.count
 
 
 def decoy_scores(store: CodeStore, decoys: int, folder: Path, seed: int = 0) -> DecoyScores:
     """Scores that so many reversed proteins of the store reach among its codes.
 
     Read from its end a sequence has the same composition, repeats and low complexity, and no relative; its own original
-    is left out for that composition.
+    does not count as found, for that composition.
     """
     dice = np.random.default_rng(seed)
     chosen = np.sort(dice.permutation(len(store))[:decoys])
@@ -103,13 +119,15 @@ def decoy_scores(store: CodeStore, decoys: int, folder: Path, seed: int = 0) -> 
     queries = store.encoder(vectors_like(reversed_sequences, store, folder, "decoys"))
     rows = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
     targets = F.normalize(store.encoder.decode(torch.from_numpy(store.embeddings()[rows])), dim=1)
-    return DecoyScores.of((queries @ targets.T).numpy()[chosen[:, None] != rows])
+    scores = (queries @ targets.T).numpy()
+    scores[chosen[:, None] == rows] = -1
+    return DecoyScores.of(scores)
 
 
 def search_blocks(
     names: list[str], queries: Tensor, index: CodeIndex, ids: list[str], decoys: DecoyScores | None, k: int, own: bool
 ) -> Iterator[list[Hit]]:
-    """Hits of all queries, a block at a time: query, target, score, rank and E-value (NaN without decoys).
+    """The k best hits of all queries, a block at a time.
 
     Queries are `(Q, r)`, of unit length; `own` says that they are the targets, which then do not find themselves.
     """
@@ -122,7 +140,7 @@ def search_blocks(
         for number, columns in enumerate(zip(scores, rows, evalues, strict=True), start):
             hits = [hit for hit in zip(*columns, strict=True) if hit[1] >= 0 and not (own and hit[1] == number)][:k]
             for rank, (score, row, evalue) in enumerate(hits, 1):
-                lines.append((names[number], ids[row], float(score), rank, float(evalue)))
+                lines.append(Hit(names[number], ids[row], float(score), rank, float(evalue)))
         yield lines
 
 

@@ -8,8 +8,8 @@ codes/
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from distil_rank.artefact import MANIFEST
 from distil_rank.compression.saved import load, save
-from distil_rank.embedding.cluster import Cluster, compute_elastically
 from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.precision import CALIBRATION, NOTES, read_calibration
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import Location, absolute
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, SETTINGS, Store, open_storage
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -76,14 +75,13 @@ def manifest_of(source: Store) -> dict[str, Any]:
     return manifest if source.layer is None else {**manifest, "layer": source.layer.entry}
 
 
-def write_codes(source: Store, path: Location, encoder: CodeEncoder, cluster: Cluster | None = None) -> CodeStore:
+def write_codes(source: Store, path: Location, encoder: CodeEncoder) -> CodeStore:
     """Encode a store of embeddings, shard after shard; what is there already stays.
 
     Args:
         source: pooled embeddings.
         path: folder or address of the codes, which holds the encoder.
         encoder: fitted to vectors of the same backbone, layer and pooling.
-        cluster: whose workers encode; by default this process does.
 
     Raises:
         InputError: encoder and store do not belong together, or the folder holds other codes.
@@ -103,21 +101,10 @@ def write_codes(source: Store, path: Location, encoder: CodeEncoder, cluster: Cl
         if calibration is not None and not writer.manifest:
             writer.storage.write(CALIBRATION, calibration.content())
         writer.plan(_proteins(source), settings, description, CleaningReport(str(source.path)))
-        pending = writer.pending()
-        if cluster is None:
-            for shard in tqdm(pending, desc="encode", unit="shard", disable=None):
-                _encode_shard(writer, shard, source, encoder)
-        else:
-            here = absolute(source.path)
-            work = partial(_work, here if source.layer is None else f"{here}:{source.layer}", absolute(path), encoder)
-            compute_elastically(pending, work, cluster, "encode")
+        for shard in tqdm(writer.pending(), desc="encode", unit="shard", disable=None):
+            _encode_shard(writer, shard, source, encoder)
         writer.finish()
         return CodeStore.open(path)
-
-
-def _work(source: Location, path: Location, encoder: CodeEncoder) -> Callable[[Shard], None]:
-    """What encodes a shard, made in a worker."""
-    return partial(_encode_shard, StoreWriter(path, CODES), source=Store.open(source), encoder=encoder)
 
 
 def _proteins(source: Store) -> Iterator[Protein]:

@@ -12,12 +12,11 @@ from distil_rank.codes.fit import copies_of, copy_task, fit_metric, noise_of, op
 from distil_rank.codes.store import ENCODER, load_encoder, manifest_of, own_encoder, write_codes, write_encoder
 from distil_rank.codes.train import train_encoder
 from distil_rank.compression.saved import save
-from distil_rank.embedding.cluster import workers_on
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import Evaluation, evaluate
+from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import UNLABELLED, LabelledData, labelled_source
 from distil_rank.evaluation.representations import full_vector, module_output, variance_student
 from distil_rank.lowrank.encoder import CodeEncoder
@@ -40,7 +39,6 @@ def code(options: CodeOptions) -> None:
     An encoder that `--encoder` names, or that an interrupted run left in the store of codes, is not fitted again.
     """
     StoreWriter(options.codes, CODES).check_folder()  # before anything is embedded or written
-    workers = workers_on(options.ray_address, options.ray_cores) if options.engine == "ray" else None
     deciding = {name: getattr(options, name) for name in DECIDING}
     deciding |= {f"labels_{name}": value for name, value in asdict(options.labels).items()}
     deciding |= {"noise": options.noise, **asdict(options.augmentation)} if options.metric == "invariant" else {}
@@ -68,23 +66,21 @@ def code(options: CodeOptions) -> None:
         log.info("Going on with the encoder in %s, which was fitted with the same options.", options.codes)
     else:
         proteins = open_proteins(options)
-        encoder, place, evaluation = _fitted(options, deciding, proteins)
-        log.info("Encoder: %s (distil_rank.load reads it).", place)
-        evaluation_report(evaluation).show()
+        encoder, place, metrics = _fitted(options, deciding, proteins)
         if proteins.embeddings.provenance.get("format") != "store":
             log.warning("No codes were written: %s is no store of embeddings (make one with embed).", source)
             return
-        write_encoder(encoder, options.codes, metrics=_metrics(evaluation), data=encoder.provenance)
+        write_encoder(encoder, options.codes, metrics=metrics, data=encoder.provenance)
 
-    store = write_codes(Store.open(source), options.codes, encoder, workers)
+    store = write_codes(Store.open(source), options.codes, encoder)
     log.info("Codes: %s, %s proteins of %s bytes", store.path, f"{len(store):,}", encoder.bytes_per_protein)
     show_facts("Codes", {"encoder": place, "store": store.path})
 
 
 def _fitted(
     options: CodeOptions, deciding: dict[str, Any], proteins: LabelledData
-) -> tuple[CodeEncoder, Path, Evaluation]:
-    """A new encoder, where it is saved, and how well it does, as one MLflow run."""
+) -> tuple[CodeEncoder, Path, dict[str, Any]]:
+    """A new encoder, where it is saved, and what is saved beside it of how well it does, as one MLflow run."""
     name = f"{Path(proteins.source).stem}-{options.metric}-r{options.rank}-{options.dtype}"
     place, copies = Path(options.output) / "code" / name, Path(options.output) / "copies"
     x, groups, about = proteins.embeddings.x, proteins.groups, proteins.embeddings.provenance
@@ -119,8 +115,10 @@ def _fitted(
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)
         files = report.save(folder / "evaluation")
-        saved = save(encoder, folder / ENCODER, metrics=_metrics(evaluation), data=encoder.provenance)
         headline, entry = evaluation.headline, evaluation.entries[-1]
+        intervals: dict[str, Any] = {name: asdict(interval) for name, interval in entry.scores.items()}
+        intervals["retained"] = {name: asdict(interval) for name, interval in entry.retained.items()}
+        saved = save(encoder, folder / ENCODER, metrics=intervals, data=encoder.provenance)
         metrics = {"score": entry.scores[headline].value, "full": evaluation.entries[0].scores[headline].value}
         if share := entry.retained.get(headline):
             metrics |= {"retained": share.value, "retained_low": share.low, "retained_high": share.high}
@@ -131,11 +129,6 @@ def _fitted(
             run.log_artifact(file)
         run.note(report.markdown())
         publish(folder, place)
-    return encoder, place / ENCODER, evaluation
-
-
-def _metrics(evaluation: Evaluation) -> dict[str, Any]:
-    """What is saved beside an encoder of how well it does."""
-    entry = evaluation.entries[-1]
-    retained = {name: asdict(interval) for name, interval in entry.retained.items()}
-    return {**{name: asdict(interval) for name, interval in entry.scores.items()}, "retained": retained}
+    log.info("Encoder: %s (distil_rank.load reads it).", place / ENCODER)
+    report.show()
+    return encoder, place / ENCODER, intervals

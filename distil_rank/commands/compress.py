@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from distil_rank.compression.compress import HEAD, CompressionReport
+from distil_rank.compression.compress import CompressionReport
 from distil_rank.compression.compress import compress as compress_model
 from distil_rank.compression.own_layer import load_linear
 from distil_rank.compression.saved import save
@@ -22,7 +22,6 @@ from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.metrics import energy, residual
 from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
 from distil_rank.options.compression import CompressOptions
-from distil_rank.report.writer import Report, Table
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
 from distil_rank.tracking.training import log_student
@@ -64,7 +63,7 @@ def compress(options: CompressOptions) -> CompressionReport:
         share = estimate(ratio(lost, spread), resample_counts(len(lost)))
         r2 = {"value": 1 - share.value, "low": 1 - share.high, "high": 1 - share.low}
 
-        folder = save(student, o.output, metrics={"held_out_r2": r2, **report.to_dict()}, data=asdict(about))
+        folder = save(student, o.output, metrics={"held_out_r2": r2, "layers": [asdict(row)]}, data=asdict(about))
         run.log_params({"rank": row.rank})
         figures = {"test/r2": r2["value"], "predicted_r2": row.predicted_r2, "speed_up": row.dense_us / row.student_us}
         run.log_metrics({**figures, "parameter_ratio": row.dense_parameters / row.parameters})
@@ -73,6 +72,6 @@ def compress(options: CompressOptions) -> CompressionReport:
         for path in sorted(folder.iterdir()):
             run.log_artifact(path)
         log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2["value"]})
-    Report([Table("", HEAD, report.cells())], report.notes()).show()
+    print(report)
     log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
     return report

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors.torch
-import torch
 
 from distil_rank.artefact import write_atomically
-from distil_rank.compression.export import to_dense, to_onnx, to_torch
-from distil_rank.compression.saved import load
+from distil_rank.compression.saved import load, to_dense, to_onnx
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.options.compression import ExportOptions
 
-FILES = {"onnx": "layer.onnx", "torch": "layer.pt2", "dense": "dense.safetensors"}
+FILES = {"onnx": "layer.onnx", "dense": "dense.safetensors"}
 
 
 def export(options: ExportOptions) -> Path:
@@ -27,8 +25,6 @@ def export(options: ExportOptions) -> Path:
     path = Path(options.output or Path(options.artefact) / FILES[options.to])
     if options.to == "onnx":
         to_onnx(student, path)
-    elif options.to == "torch":
-        to_torch(student, path, torch.zeros(2, student.in_features, dtype=student.A.dtype))
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, safetensors.torch.save(dict(to_dense(student).state_dict())))

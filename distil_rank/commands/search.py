@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from distil_rank.artefact import check_writable
 from distil_rank.codes.index import CodeIndex, import_faiss
-from distil_rank.codes.search import COLUMNS, Hit, decoy_scores, export_codes, search_blocks, vectors_like
+from distil_rank.codes.search import Hit, decoy_scores, export_codes, search_blocks, vectors_like
 from distil_rank.codes.store import CodeStore, manifest_of
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.storage import atomic_file
@@ -26,6 +27,7 @@ from distil_rank.tracking.run import start_run
 
 log = logging.getLogger(__name__)
 
+EVALUE = 10.0  # above which hits are listed only on request
 SHOWN = 20  # hits that are printed
 MAX_ARTEFACT = 64 * 2**20  # bytes of a table of hits that is kept with the run
 
@@ -46,33 +48,22 @@ def search(options: SearchOptions) -> tuple[int, int]:
     tags = {"digest": store.digest, "encoder": store.manifest["code"]["sha256"]}
     name = f"{Path(options.codes).name} {options.fasta or options.queries or 'self'}"
     with start_run("search", name, params={**asdict(options), **facts}, tags=tags) as run:
-        if options.fasta is not None:
-            proteins, cleaning = read_proteins(options.fasta)
-            if cleaning.counts["empty"]:
-                raise InputError(
-                    f"Expected residues in every query of {options.fasta} but {cleaning.counts['empty']:,} of "
-                    f"{cleaning.counts['records']:,} have none; remove them."
-                )
-            names = [protein.id for protein in proteins]
-            with TemporaryDirectory(prefix="distil-rank-") as folder:
-                sequences = [protein.sequence for protein in proteins]
-                queries = encoder(vectors_like(sequences, store, Path(folder), "queries"))
-        elif options.queries is not None:
-            source = Store.open(options.queries)
-            encoder.check_origin(manifest_of(source), options.queries)
-            names, queries = source.ids, encoder(torch.from_numpy(np.array(source.embeddings())))
-        else:
-            decoded = encoder.decode(torch.from_numpy(np.array(store.embeddings())))
-            names, queries = store.ids, F.normalize(decoded, dim=1)
+        names, queries = _queries(options, store)
         decoys = decoy_scores(store, options.decoys, output / "decoys", options.seed) if options.decoys else None
+        least, most = decoys.least(len(store)) if decoys else 0.0, options.evalue or EVALUE
+        if most < least:
+            raise InputError(
+                f"Expected --evalue of at least {least:.2g}, all that {options.decoys:,} decoys can tell of "
+                f"{len(store):,} targets, but got {most:g}; raise --decoys."
+            )
         index = CodeIndex(store.embeddings(), encoder, options.exact, options.seed)
 
         first: list[Hit] = []
         started, hits = time.perf_counter(), 0
         with atomic_file(table) as file:
-            file.write(("#" + "\t".join(COLUMNS) + "\n").encode())
+            file.write(("#" + "\t".join(Hit._fields) + "\n").encode())
             for block in search_blocks(names, queries, index, store.ids, decoys, options.hits, options.self):
-                lines = [line for line in block if options.evalue is None or line[-1] <= options.evalue]
+                lines = [hit for hit in block if not hit.evalue > most]  # without decoys it is NaN
                 text = "".join(f"{q}\t{t}\t{score:.4f}\t{rank}\t{evalue:.2e}\n" for q, t, score, rank, evalue in lines)
                 file.write(text.encode())
                 hits += len(lines)
@@ -82,7 +73,31 @@ def search(options: SearchOptions) -> tuple[int, int]:
         if table.stat().st_size <= MAX_ARTEFACT:
             run.log_artifact(table)
     log.info("Hits: %s (%s of %s queries, %.2f s)", table, f"{hits:,}", f"{len(names):,}", seconds)
-    rows = [[q, t, f"{score:.3f}", str(rank), f"{evalue:.1e}"] for q, t, score, rank, evalue in first]
+    rows = []
+    for hit in first:
+        evalue = f"< {least:.2g}" if hit.evalue <= least else f"{hit.evalue:.1e}"
+        rows.append([hit.query, hit.target, f"{hit.score:.3f}", str(hit.rank), evalue])
     shown = f", the first {len(rows)} below" if hits > len(rows) else ""
-    Table(f"{hits:,} hits of {len(names):,} queries{shown}: {table}", list(COLUMNS), rows).show()
+    title = f"{hits:,} hits of {len(names):,} queries{shown}: {table}"
+    Table(title, Hit._fields, rows).show()
     return len(names), hits
+
+
+def _queries(options: SearchOptions, store: CodeStore) -> tuple[list[str], Tensor]:
+    """Names of the queries, and what is searched with, `(Q, r)` of unit length."""
+    if options.fasta is not None:
+        proteins, cleaning = read_proteins(options.fasta)
+        if empty := cleaning.counts["empty"]:
+            raise InputError(
+                f"Expected residues in every query of {options.fasta} but {empty:,} of "
+                f"{cleaning.counts['records']:,} have none; remove them."
+            )
+        with TemporaryDirectory(prefix="distil-rank-") as folder:
+            vectors = vectors_like([protein.sequence for protein in proteins], store, Path(folder), "queries")
+        return [protein.id for protein in proteins], store.encoder(vectors)
+    if options.queries is not None:
+        source = Store.open(options.queries)
+        store.encoder.check_origin(manifest_of(source), options.queries)
+        return source.ids, store.encoder(torch.from_numpy(np.array(source.embeddings())))
+    decoded = store.encoder.decode(torch.from_numpy(np.array(store.embeddings())))
+    return store.ids, F.normalize(decoded, dim=1)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import heapq
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -33,9 +32,10 @@ from distil_rank.measure.latency import compare_layers
 log = logging.getLogger(__name__)
 
 Rank = int | float | str
+Forward = Callable[[nn.Module, Any], Any]
+Mask = Callable[[Any], Tensor | None]
 LATENCY_BATCH = 32
 MAX_OUTPUTS = 2**26  # numbers of the original model's output that are kept to compare with
-HEAD = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", f"µs for {LATENCY_BATCH} rows"]
 
 
 @dataclass(frozen=True)
@@ -96,36 +96,23 @@ class CompressionReport:
         """Of these layers, before and after."""
         return sum(row.dense_parameters for row in self.layers), sum(row.parameters for row in self.layers)
 
-    def cells(self) -> list[list[str]]:
-        """A line of the table under `HEAD` for each layer."""
-        lines = []
+    def __str__(self) -> str:
+        """A Markdown table, and what it does not say."""
+        head = ["layer", "shape", "rank", "parameters", "predicted R²", "held-out R²", f"µs for {LATENCY_BATCH} rows"]
+        table = [head, ["---"] * len(head)]
         for row in self.layers:
             cells = [f"dense: {row.note}", f"{row.parameters:,}", "", "", ""]
             if row.rank is not None:
                 cells = [str(row.rank), f"{row.dense_parameters:,} → {row.parameters:,}", f"{row.predicted_r2:.4f}"]
                 cells += ["" if row.held_out_r2 is None else f"{row.held_out_r2:.4f}"]
                 cells += [f"{row.dense_us:.0f} → {row.student_us:.0f}"]
-            lines.append([row.name, f"{row.in_features} → {row.out_features}", *cells])
-        return lines
-
-    def notes(self) -> list[str]:
-        """What the table does not say."""
+            table.append([row.name, f"{row.in_features} → {row.out_features}", *cells])
         before, after = self.parameters
         notes = [f"Parameters of these layers: {before:,} → {after:,} ({after / before:.1%})."]
         if (o := self.outputs) is not None:
             figures = f"R² {o.r2:.4f}, predictions retained {o.predictions_retained:.2%}"
             notes.append(f"The whole model's output on {o.rows:,} held-out rows: {figures}.")
-        return notes
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values: everything but the model."""
-        outputs = None if self.outputs is None else asdict(self.outputs)
-        return {"layers": [asdict(row) for row in self.layers], "outputs": outputs}
-
-    def __str__(self) -> str:
-        """A Markdown table and the notes."""
-        table = [HEAD, ["---"] * len(HEAD), *self.cells()]
-        return "\n".join([*(f"| {' | '.join(line)} |" for line in table), "", *self.notes()])
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in table), "", *notes])
 
     _repr_markdown_ = __str__  # a table in a notebook
 
@@ -138,8 +125,8 @@ def compress(
     held_out: Iterable[Any] | Tensor | None = None,
     parameters: float | None = None,
     solver: Solver = "closed_form",
-    forward: Callable[[nn.Module, Any], Any] = call_model,
-    mask: Callable[[Any], Tensor | None] = attention_mask,
+    forward: Forward = call_model,
+    mask: Mask = attention_mask,
     inplace: bool = True,
 ) -> CompressionReport:
     """Replace linear layers inside a model by the best low-rank students for your data, in one pass over it.
@@ -182,54 +169,68 @@ def compress(
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     shared = {name for name, layer in dense.items() if holders[id(layer.weight)] > 1}  # as tied embeddings are
 
-    batches = 0
-    originals: list[tuple[Any, Tensor]] = []  # held-out batches and what the model makes of them
-    with evaluating(model), Capture(dense) as capture:
-        for batch, is_held_out in with_held_out(data, held_out):
-            batches += 1
-            capture.mask, capture.held_out = as_mask(mask(batch)), is_held_out
-            target = output_rows(forward(model, batch), capture.mask)
-            if is_held_out and target is not None and sum(rows.numel() for _, rows in originals) < MAX_OUTPUTS:
-                originals.append((batch, target))
-    if not batches:
-        raise InputError("Expected batches to calibrate on but `data` holds none.")
-    if idle := [name for name in dense if name not in capture.inputs]:
-        raise InputError(
-            f"Expected {idle[0]!r} to run when the model does but it never did (its weights may be read by another"
-            " module, as nn.MultiheadAttention does); leave it out."
-        )
+    inputs, originals = _run(model, dense, with_held_out(data, held_out), forward, mask)
     if parameters is not None:
         own = {name: layer for name, layer in dense.items() if name not in shared}
-        ranks |= _within_budget(own, dense, capture.inputs, parameters)
+        ranks |= _within_budget(own, dense, inputs, parameters)
 
     rows: list[LayerRow] = []
     students: dict[str, nn.Module] = {}  # by every name in the model
-    for name, inputs in capture.inputs.items():
-        row, student = _solved(name, dense[name], ranks[name], inputs, solver, name in shared)
+    for name, sums in inputs.items():
+        row, student = _solved(name, dense[name], ranks[name], sums, solver, name in shared)
         rows.append(row)
         if student is not None:
             places = [path for path, one in model.named_modules(remove_duplicate=False) if one is dense[name]]
             students |= dict.fromkeys(places, student)
     before = {path: model.get_submodule(path) for path in students}
     install(model, students)
+    try:
+        return CompressionReport(model, rows, _output_fidelity(model, originals, forward, mask))
+    except BaseException:
+        install(model, before)  # never leave a model that does not run
+        raise
+
+
+def _run(
+    model: nn.Module, dense: Mapping[str, nn.Linear], batches: Iterable[tuple[Any, bool]], forward: Forward, mask: Mask
+) -> tuple[dict[str, LayerInputs], list[tuple[Any, Tensor]]]:
+    """The one pass: what the layers are given, and held-out batches with what the model makes of them."""
+    count = 0
+    originals: list[tuple[Any, Tensor]] = []
+    with evaluating(model), Capture(dense) as capture:
+        for batch, is_held_out in batches:
+            count += 1
+            capture.mask, capture.held_out = as_mask(mask(batch)), is_held_out
+            target = output_rows(forward(model, batch), capture.mask)
+            if is_held_out and target is not None and sum(rows.numel() for _, rows in originals) < MAX_OUTPUTS:
+                originals.append((batch, target))
+    if not count:
+        raise InputError("Expected batches to calibrate on but `data` holds none.")
+    if idle := [name for name in dense if name not in capture.inputs]:
+        raise InputError(
+            f"Expected {idle[0]!r} to run when the model does but it never did (its weights may be read by another"
+            " module, as nn.MultiheadAttention does); leave it out."
+        )
+    return capture.inputs, originals
+
+
+def _output_fidelity(
+    model: nn.Module, originals: list[tuple[Any, Tensor]], forward: Forward, mask: Mask
+) -> OutputFidelity | None:
+    """The model with its students on held-out batches, beside what it gave before."""
     if not originals:
         log.warning(
             "The model's output is not compared: nothing was held out (give `held_out`, or 5 batches at least), or it"
             " is no rows (give `forward=lambda model, batch: …` that returns the tensor that matters)."
         )
-        return CompressionReport(model, rows)
-    try:
-        with evaluating(model):
-            outputs = [cast(Tensor, output_rows(forward(model, x), as_mask(mask(x)))) for x, _ in originals]
-    except BaseException:
-        install(model, before)  # never leave a model that does not run
-        raise
+        return None
+    with evaluating(model):
+        outputs = [cast(Tensor, output_rows(forward(model, batch), as_mask(mask(batch)))) for batch, _ in originals]
     output, target = torch.cat(outputs).double(), torch.cat([rows for _, rows in originals]).double()
     residual, variance = float((output - target).square().sum()), float((target - target.mean(0)).square().sum())
     r2 = 1 - residual / variance if variance > 0 else float(residual == 0)
     ours, theirs = (x.argmax(1) if x.shape[1] > 1 else x > 0 for x in (output, target))
-    fidelity = OutputFidelity(len(target), r2, float((ours == theirs).double().mean()))
-    return CompressionReport(model, rows, fidelity)
+    return OutputFidelity(len(target), r2, float((ours == theirs).double().mean()))
 
 
 def _requested_ranks(
@@ -303,24 +304,19 @@ def allocate(
     if budget < least:
         raise InputError(f"Expected room for rank 1 in all {len(spectra)} layers ({least} weights) but got {budget}.")
 
-    def gain(name: str, k: int) -> float:
-        total = float(spectra[name].sum())
-        share = float(spectra[name][k]) / total if total > 0 else 0.0
-        return (2.0 if k == 0 else share) / sum(shapes[name])  # no layer goes without
-
-    queue = [(-gain(name, 0), name) for name in spectra]
-    heapq.heapify(queue)
-    while queue:
-        _, name = heapq.heappop(queue)
-        m, n = shapes[name]
-        next_rank = (rank[name] or 0) + 1
-        dense = next_rank >= break_even_rank(n, m)
-        price = m * n if dense else next_rank * (m + n)
-        if sum(cost.values()) - cost[name] + price > budget:
+    steps = []  # residual removed for each weight, by the rank after k in a layer
+    for name, spectrum in spectra.items():
+        total = float(spectrum.sum())
+        shares = [2.0, *(value / total for value in spectrum.tolist()[1:] if value > 0)]  # no layer goes without
+        steps += [(-share / sum(shapes[name]), name, k) for k, share in enumerate(shares)]
+    for _, name, k in sorted(steps):
+        if rank[name] != k:  # dense by now, or there was no room for a rank before
             continue
-        cost[name], rank[name] = price, None if dense else next_rank
-        if not dense and next_rank < len(spectra[name]) and spectra[name][next_rank] > 0:
-            heapq.heappush(queue, (-gain(name, next_rank), name))
+        m, n = shapes[name]
+        dense = k + 1 >= break_even_rank(n, m)
+        price = m * n if dense else (k + 1) * (m + n)
+        if sum(cost.values()) - cost[name] + price <= budget:
+            cost[name], rank[name] = price, None if dense else k + 1
     return rank
 
 

@@ -43,8 +43,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise InputError(f"Expected a saved model at {path} but there is nothing; check the path.")
     try:
-        if path.suffix == ".json":
-            return _read_shards(path)
+        if path.suffix == ".json":  # an index of shards
+            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise InputError(f"Expected shards beside {path} but it names files elsewhere; save the model again.")
+            return {key: value for name in names for key, value in read_state_dict(path.parent / name).items()}
         return load_file(path) if path.suffix == ".safetensors" else _read_pytorch(path)
     except InputError:
         raise
@@ -58,13 +61,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise InputError(
             f"Expected plain tensors in {path} but it cannot be read safely ({reason}); save it again as .safetensors."
         ) from error
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if any(Path(name).name != name for name in names):
-        raise InputError(f"Expected shards beside {index} but it names files elsewhere; save the model again.")
-    return {key: value for name in names for key, value in read_state_dict(index.parent / name).items()}
 
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:

@@ -2,10 +2,15 @@
 
 model.safetensors   the weights: of one layer, or of a whole model with student layers in it
 manifest.json       shapes, ranks, provenance, R²; the hashes of the file and its own (`distil_rank.artefact`)
+
+For other runtimes there are `to_onnx`, whose file ONNX Runtime's own quantiser (`onnxruntime.quantization`) takes for
+integers, and `to_dense`.
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,9 @@ LICENCE = "Derived from the teacher's weights and fitted to the calibration data
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
+OPSET = 17  # of ONNX: old enough for any runtime of the last years; nothing newer is needed
+TOLERANCE = 1e-4  # of an export's check, relative to the largest output
+ENCODER_SHAPE = ("in_features", "rank", "dtype")  # what builds a `CodeEncoder`
 SHAPE = ("in_features", "out_features", "rank", "bias", "input_mean")  # what builds a `LowRankLinear`
 Student = LowRankLinear | CodeEncoder
 # What tensors and descriptions raise that do not belong together, or are no tensors at all
@@ -60,16 +68,13 @@ def save(
     for name, student in students.items():
         first = first_name.setdefault(student, name)
         layers[name] = _describe(student) if first == name else {"same_as": first}
-    tensors: dict[str, Tensor] = {}
-    stored: dict[tuple[Any, ...], str] = {}
-    aliases: dict[str, str] = {}  # further names of tensors that are shared (tied embeddings)
-    for name, value in model.state_dict().items():
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if value.numel() and key in stored:
-            aliases[name] = stored[key]
-            continue
-        stored[key] = name
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    state, first_key = model.state_dict(keep_vars=True), dict[int, str]()
+    aliases = {}  # further names of tensors that are shared (tied embeddings)
+    for key, value in state.items():
+        if first_key.setdefault(id(value), key) != key:
+            aliases[key] = first_key[id(value)]
+    layout = torch.contiguous_format
+    tensors = {key: state[key].detach().cpu().clone(memory_format=layout) for key in first_key.values()}
     _check_finite(tensors, "the model")
     manifest = {
         "format": FORMAT,
@@ -119,11 +124,11 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
             raise InputError(f"Expected `rank` in [1, {top}], up to that of {path}, but got {rank!r}.")
         students = {name: own[description.get("same_as", name)] for name, description in layers.items()}
         if not whole:
-            into = own[""]
+            into, students = own[""], {}
         elif into is None:
             raise InputError(f"Expected `into` to load {path}, a whole model; give one of the same architecture.")
         modules = dict(into.named_modules(remove_duplicate=False))
-        for name, student in students.items() if whole else ():
+        for name, student in students.items():
             expected = (getattr(student, "out_features", student.rank), student.in_features)
             shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
             if shape != expected:
@@ -131,12 +136,7 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
                 raise InputError(
                     f"Expected {name!r} of `into` to be {expected} but it is {actual}; give the same model."
                 )
-        install(into, students if whole else {})
-        try:
-            _assign(into, state)
-        except BaseException:
-            install(into, {name: modules[name] for name in students} if whole else {})
-            raise
+        _check_fits(state, into, students)
     except InputError:
         raise
     except UNFIT as error:
@@ -144,6 +144,10 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
         raise InputError(
             f"Expected tensors in {path} as its manifest has them but they do not fit: {reason}; save it again."
         ) from error
+    install(into, students)
+    device = next((value.device for value in into.parameters() if not value.is_meta), None)
+    into.load_state_dict(state, assign=True)
+    into.to(device)
     if rank is None:
         return into
     small = {name: student.truncate(min(rank, student.rank)) for name, student in own.items()}
@@ -161,11 +165,15 @@ def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 def _describe(student: Student) -> dict[str, Any]:
     if isinstance(student, CodeEncoder):
-        return {"kind": "encoder", **student.options, "provenance": student.provenance}
-    m, n, bias = student.out_features, student.in_features, student.bias is not None
+        shape = {name: getattr(student, name) for name in ENCODER_SHAPE}
+        return {"kind": "encoder", **shape, "provenance": student.provenance}
     return {
         "kind": "low_rank",
-        **dict(zip(SHAPE, (n, m, student.rank, bias, student.input_mean is not None), strict=True)),
+        "in_features": student.in_features,
+        "out_features": student.out_features,
+        "rank": student.rank,
+        "bias": student.bias is not None,
+        "input_mean": student.input_mean is not None,
         "dtype": str(student.A.dtype).removeprefix("torch."),
         "provenance": student.provenance,
     }
@@ -174,36 +182,80 @@ def _describe(student: Student) -> dict[str, Any]:
 def _empty(description: Mapping[str, Any]) -> Student:
     """A student of the right shape, without numbers: checked before anything is allocated."""
     kind = description["kind"]
-    if kind not in ("low_rank", "encoder", "code_map") or not isinstance(description["rank"], int):
+    if kind not in ("low_rank", "encoder") or not isinstance(description["rank"], int):
         raise InputError(f"Expected a layer of kind low_rank or encoder but got {kind!r}; make it again.")
     student: Student
     if kind == "low_rank":
         shape = {key: description[key] for key in SHAPE}
         student = LowRankLinear(**shape, device="meta", dtype=DTYPES[description["dtype"]])
-    else:  # `code_map` was an encoder's name in version 0.2
-        others = ("kind", "guard", "provenance")
-        options = {key: value for key, value in description.items() if key not in others and value is not None}
-        student = CodeEncoder(**options, device="meta")
+    else:
+        student = CodeEncoder(**{key: description[key] for key in ENCODER_SHAPE}, device="meta")
     student.provenance = dict(description["provenance"])
     return student
 
 
-def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads every tensor, or changes nothing: PyTorch itself would load those that fit before it complains."""
-    expected = model.state_dict()
+def _check_fits(state: Mapping[str, Tensor], model: nn.Module, students: Mapping[str, Student]) -> None:
+    """Whether tensors are all those of a model with these students in it: PyTorch would load those that fit first."""
+    replaced = tuple(f"{name}." for name in students)
+    expected = {key: value for key, value in model.state_dict().items() if not key.startswith(replaced)}
+    for name, student in students.items():
+        expected |= student.state_dict(prefix=f"{name}.")
     if wrong := sorted(expected.keys() ^ state.keys()):
         raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in expected else 'not expected'}")
-    for name, value in expected.items():
+    for key, value in expected.items():
         fresh = value.is_meta  # a student's own, whose dtype the manifest tells
-        if state[name].shape != value.shape or (fresh and state[name].dtype != value.dtype):
-            actual, right = ((tuple(one.shape), one.dtype) for one in (state[name], value))
-            raise ValueError(f"{name} is {actual}, not {right}")
-    device = next((value.device for value in model.parameters() if not value.is_meta), None)
-    model.load_state_dict(state, assign=True)
-    model.to(device)
+        if state[key].shape != value.shape or (fresh and state[key].dtype != value.dtype):
+            actual, right = ((tuple(one.shape), one.dtype) for one in (state[key], value))
+            raise ValueError(f"{key} is {actual}, not {right}")
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(f"Expected finite weights in {where} but {name!r} holds NaN or inf.")
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy with a plain `nn.Linear`, `W' = B A`, for each student: the same outputs from the original architecture.
+
+    A student always has a bias; where the dense layer had none, the copy's layer still has one.
+    """
+    if isinstance(model, LowRankLinear):
+        return model.to_linear()
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, LowRankLinear):
+            model.set_submodule(name, module.to_linear())
+    return model
+
+
+def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
+    """Save a layer as an ONNX graph, `(rows, n)` → `(rows, m)` float32 for any number of rows; ONNX Runtime checks it.
+
+    Half precision is widened to float32.
+
+    Raises:
+        InputError: onnx or onnxruntime is not installed.
+        RuntimeError: ONNX Runtime does not give what the layer gives.
+    """
+    try:
+        import onnx  # noqa: F401, PLC0415 - torch writes with it
+        import onnxruntime  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError("Expected onnx and onnxruntime but they are missing; pip install onnx onnxruntime.") from error
+    path, plain = Path(path), copy.deepcopy(layer).cpu().float().eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    example, axes = torch.zeros(2, layer.in_features), {"x": {0: "rows"}, "y": {0: "rows"}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter in its place needs onnxscript, for no gain
+        names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
+        torch.onnx.export(plain, (example,), path, **names, opset_version=OPSET, dynamo=False)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        for rows in (1, 7):
+            x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows))
+            output, expected = torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), plain(x)
+            difference = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+            if not difference <= TOLERANCE:
+                path.unlink()
+                raise RuntimeError(f"{path.name} differs from the layer by {difference:.2g} of its largest output.")
+    return path

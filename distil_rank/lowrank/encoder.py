@@ -68,7 +68,8 @@ class CodeEncoder(nn.Module):
         encoder = cls(weight.shape[1], len(weight), dtype, device=weight.device)
         for name, value in {"mean": mean, "weight": weight, "scale": scale}.items():
             if value is not None:
-                setattr(encoder, name, value.detach().float().clone())
+                # laid out as `load` will have it: products of other strides differ in their last bits
+                setattr(encoder, name, value.detach().float().clone(memory_format=torch.contiguous_format))
         return encoder
 
     @property
@@ -80,11 +81,6 @@ class CodeEncoder(nn.Module):
     def rank(self) -> int:
         """r."""
         return self.weight.shape[0]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the constructor takes."""
-        return {"in_features": self.in_features, "rank": self.rank, "dtype": self.dtype}
 
     @property
     def digest(self) -> str:

@@ -8,6 +8,18 @@ Every solver returns `Factors` of `y = B (A x) + c` for a teacher `y = W x + b` 
     closed_form  the best B A *and* c for E‖W x + b − (B A x + c)‖²: centred reduced-rank regression
 
 All of them are nested: the first k columns of B and rows of A are the same solver's answer for rank k.
+
+`noise_directions` answers the same question where errors are weighed by the noise that they are seen against. With the
+outputs `y` of covariance `S` and a noise covariance `N` of these outputs, the error of a student is measured in units
+of the noise, `E (y − ŷ)ᵀ N⁻¹ (y − ŷ)`. In the coordinates `N^-½ y` that is the squared error, so its best rank-r answer
+is known (Eckart and Young 1936; Izenman 1975): with the generalised eigenvectors
+
+    S v = λ N v,   vᵀ N v = 1,   λ₁ ≥ λ₂ ≥ …,
+
+project on the first r of them and come back by their duals, `ŷ = μ + N V Vᵀ (y − μ)`. The lost error is the sum of the
+dropped λ. These are the directions of linear discriminant analysis when N is a covariance within classes (Fisher 1936;
+Rao 1948), of a minimum noise fraction transform when it is one of noise (Green et al. 1988), and principal components
+when N is the identity. They are nested too.
 """
 
 from __future__ import annotations
@@ -31,6 +43,18 @@ class Factors(NamedTuple):
     A: Tensor  # (r, n)
     B: Tensor  # (m, r)
     c: Tensor  # (m,)
+
+
+class Directions(NamedTuple):
+    """Generalised eigenvectors of an output covariance S against a noise covariance N, best first.
+
+    Attributes:
+        values: λ, `(d,)`: signal over noise along each direction.
+        V: `(d, d)`: the code of an output is `Vᵀ (y − μ)`; its noise has unit variance, its signal variance λ.
+    """
+
+    values: Tensor
+    V: Tensor
 
 
 def check_rank(rank: int, weight: Tensor) -> None:
@@ -126,6 +150,32 @@ def output_spectrum(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
     # QR instead of dividing by √value: directions without any energy still come out orthonormal.
     Q, R = torch.linalg.qr(root @ P.flip(1))
     return values.flip(0).clamp_min(0), Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+
+
+def noise_directions(S: Tensor, N: Tensor, regularisation: float = 0.0) -> Directions:
+    """All generalised eigenvectors of `S v = λ N v`, in float64, for covariances `(d, d)`.
+
+    N becomes `N + ε (tr N / d) I`, with ε the regularisation, as for a covariance from few rows.
+
+    >>> S, N = torch.diag(torch.tensor([4.0, 9.0])), torch.diag(torch.tensor([1.0, 9.0]))
+    >>> values, V = noise_directions(S, N)
+    >>> values.tolist(), V.abs().round(decimals=4).tolist()
+    ([4.0, 1.0], [[1.0, 0.0], [0.0, 0.3333]])
+    """
+    S, N = S.double(), N.double()
+    scale = N.diagonal().mean()
+    if not scale > 0:
+        raise InputError("Expected noise that varies but all its differences are zero; give pairs that differ.")
+    N = N / scale + regularisation * torch.eye(len(N), dtype=N.dtype, device=N.device)
+    variances, Q = torch.linalg.eigh((N + N.T) / 2)
+    if not variances[0] > variances[-1] * len(N) * torch.finfo(N.dtype).eps:
+        raise InputError(
+            f"Expected noise in all {len(N)} dimensions but its covariance is singular: fewer pairs than dimensions, "
+            "or a dimension that never changes; give more pairs, or a regularisation above 0."
+        )
+    root = Q * (variances * scale).rsqrt()  # rootᵀ N root = I
+    values, U = torch.linalg.eigh(root.T @ ((S + S.T) / 2) @ root)
+    return Directions(values.flip(0).clamp_min(0), root @ U.flip(1))
 
 
 def r2_curve(eigenvalues: Tensor) -> Tensor:

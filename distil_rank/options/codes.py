@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 Metric = Literal["variance", "whitened", "invariant"]
 CodeType = Literal["float32", "int8", "bit"]
-NoiseSource = Literal["copies", "labels", "clusters"]
+NoiseSource = Literal["copies", "labels"]
 FITTING = ("metric", "rank", "dtype", "noise", "regularisation", "augmentation", "train", "groups", "fit_fraction")
 FORMATS = (".faiss", ".npy", ".npz", ".h5", ".hdf5")  # that codes are exported to
 
@@ -37,19 +37,12 @@ class AugmentationOptions:
     def check(self) -> None:
         """Raises `InputError` for shares and numbers out of range."""
         if not 0 < self.window <= 1 or not 0 <= self.substitutions <= 1:
-            raise InputError(
-                "Expected a window in (0, 1] and substitutions in [0, 1] but got "
-                f"{self.window} and {self.substitutions}."
-            )
+            rates = f"{self.window} and {self.substitutions}"
+            raise InputError(f"Expected a window in (0, 1] and substitutions in [0, 1] but got {rates}.")
         if self.window == 1 and self.substitutions == 0:
-            raise InputError(
-                "Expected copies that differ from the protein but got a window of 1 without substitutions; lower the "
-                "window or raise substitutions."
-            )
+            raise InputError("Expected copies that differ: lower the window of 1, or raise the substitutions of 0.")
         if self.proteins < 1 or self.copies < 1:
-            raise InputError(
-                f"Expected at least 1 protein and 1 copy of each but got {self.proteins} and {self.copies}."
-            )
+            raise InputError(f"Expected at least 1 protein and 1 copy but got {self.proteins} and {self.copies}.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class CodeOptions:
         dtype: float32, int8 or bit (signs, eight to a byte).
         codes: Folder or address of the store of codes; encoding goes on where it stopped.
         encoder: Folder of an encoder that is there, such as recommend leaves; nothing is fitted or evaluated then.
-        noise: What should not matter: differences of augmented copies, within labels or within clusters.
+        noise: What should not matter: differences of augmented copies, or within labels.
         augmentation: How copies are made.
         labels: Where labels come from; without any, proteins are to be found by their augmented copies.
         task: Kind of the task; auto decides by the labels.
@@ -74,9 +67,6 @@ class CodeOptions:
         train: Steps of training towards the neighbours of the full-rank code, kept only where it clearly helps; 0 for
             the closed form alone. Codes of the variance metric are not trained.
         seed: Of all draws.
-        engine: What encodes the store: this process, or ray, whose workers may come and go.
-        ray_address: HOST:PORT of a Ray cluster; by default one is started on this machine.
-        ray_cores: CPU cores of each of Ray's workers; by default all of this machine's.
         output: Folder for results.
     """
 
@@ -95,9 +85,6 @@ class CodeOptions:
     regularisation: float = 0.1
     train: int = 600
     seed: int = 0
-    engine: Literal["local", "ray"] = "local"
-    ray_address: str | None = None
-    ray_cores: int | None = None
     output: str = "results"
 
     def check(self) -> None:
@@ -106,19 +93,12 @@ class CodeOptions:
         for name, least in (("rank", 1), ("train", 0), ("regularisation", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"Expected --{name} of at least {least} but got {getattr(self, name)}.")
-        for name, choices in (("metric", Metric), ("dtype", CodeType), ("noise", NoiseSource)):
-            if getattr(self, name) not in get_args(choices):
-                raise InputError(
-                    f"Expected --{name} out of {', '.join(get_args(choices))} but got {getattr(self, name)!r}."
-                )
         if not 0 < self.fit_fraction < 1:
             raise InputError(f"Expected --fit_fraction between 0 and 1 but got {self.fit_fraction}.")
         if self.metric != "invariant" and self.noise != "copies":
             raise InputError(f"Expected --noise with the invariant metric only but got it with {self.metric}.")
-        if self.engine == "local" and (self.ray_address or self.ray_cores):
-            raise InputError(
-                "Expected --ray_address and --ray_cores with --engine ray only; add it, or leave them out."
-            )
+        if self.metric == "whitened" and not self.regularisation:
+            raise InputError("Expected --regularisation above 0 with whitened, or no direction comes before another.")
         changed = [name for name in FITTING if getattr(self, name) != getattr(CodeOptions(), name)]
         if self.encoder is not None and changed:
             raise InputError(
@@ -136,7 +116,7 @@ class SearchOptions:
         queries: Queries that are embedded already, a store of the same backbone, layer and pooling.
         self: Search with the codes themselves, each against all others.
         hits: Of each query at most.
-        evalue: Hits of a greater E-value are left out.
+        evalue: Hits of a greater E-value are left out; 10 by default.
         decoys: Reversed proteins that E-values are estimated with; 0 for none.
         exact: Whether every query looks at every code; by default where there are not too many.
         out: The table, tab separated: query, target, score, rank, E-value.

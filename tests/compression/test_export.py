@@ -1,14 +1,13 @@
 """Every exported form gives what the student gives, for any number of rows."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
 
-from distil_rank.compression import export
-from distil_rank.compression.export import to_dense, to_onnx, to_torch
+from distil_rank.compression import saved
+from distil_rank.compression.saved import to_dense, to_onnx
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
@@ -52,22 +51,6 @@ def test_missing_onnx_says_what_to_install(tmp_path, case, monkeypatch):
 
 
 @torch.no_grad()
-def test_an_exported_program_runs_without_this_package(tmp_path, case):
-    _, student, x = case
-    model = nn.Sequential(student, nn.Tanh(), nn.Linear(40, 2))
-    path = to_torch(model, tmp_path / "model.pt2", x[:1])
-    torch.save(x[:5], tmp_path / "x.pt")
-    code = f"""
-import sys; sys.modules["distil_rank"] = None
-import torch
-model = torch.export.load({str(path)!r}).module()
-torch.save(model(torch.load({str(tmp_path / "x.pt")!r})), {str(tmp_path / "y.pt")!r})
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(x[:5]))
-
-
-@torch.no_grad()
 def test_dense_again_for_those_who_cannot_change_the_architecture(case):
     _, student, x = case
     dense = to_dense(student)
@@ -82,7 +65,7 @@ def test_dense_again_for_those_who_cannot_change_the_architecture(case):
 
 def test_an_export_that_is_wrong_is_not_retained(tmp_path, case, monkeypatch):
     pytest.importorskip("onnx")
-    monkeypatch.setattr(export, "TOLERANCE", 0.0)
+    monkeypatch.setattr(saved, "TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match="differs from the layer"):
         to_onnx(case[1], tmp_path / "layer.onnx")
     assert not list(tmp_path.iterdir())

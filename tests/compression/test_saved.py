@@ -12,7 +12,6 @@ from torch import nn
 from distil_rank import artefact
 from distil_rank.compression.saved import load, read_manifest, save
 from distil_rank.errors import InputError
-from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 
@@ -222,20 +221,3 @@ def test_what_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path):
             load(tmp_path, into=other, **options)
         assert isinstance(other.dense, nn.Linear)
         assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-
-
-def test_a_folder_of_version_02_still_loads(tmp_path):
-    layer, encoder = student(), CodeEncoder.of(torch.zeros(3), torch.eye(3), "bit", torch.ones(3))
-    for module, name in ((layer, "layer"), (encoder, "code_map")):
-        save(module, tmp_path / name)
-        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
-        manifest["layers"][""] |= {"guard": {"scale": 1.0}} | ({"kind": name} if name == "code_map" else {})
-        save_file({".sketch": torch.ones(2, 20)}, tmp_path / name / "guard.safetensors")
-        file = tmp_path / name / "guard.safetensors"
-        manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": artefact.sha256_of(file)}
-        manifest["sha256"] = artefact._manifest_digest(manifest)
-        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    assert torch.equal(load(tmp_path / "layer").A, layer.A)
-    assert load(tmp_path / "code_map").digest == encoder.digest
-    save(layer, tmp_path / "layer")
-    assert {file.name for file in (tmp_path / "layer").iterdir()} == {"manifest.json", "model.safetensors"}

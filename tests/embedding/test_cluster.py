@@ -11,22 +11,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
 from distil_rank.cli import main
-from distil_rank.codes.fit import fit_metric
-from distil_rank.codes.store import CodeStore, write_codes, write_encoder
-from distil_rank.commands.code import code
-from distil_rank.compression.saved import save
 from distil_rank.embedding import cluster as ray_cluster
 from distil_rank.embedding.cluster import Cluster, compute_elastically
 from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
-from distil_rank.options.codes import CodeOptions
 from tests.stores import content
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the ray extra)")
@@ -84,7 +78,7 @@ def wait_until(condition, process, log, seconds=120):
 
 @pytest.mark.slow
 def test_one_worker_killed_and_one_that_joins_late(tiny_esm2, tmp_path, cluster, empty_database):
-    """The whole sample, then codes of it; the same bytes as from one process."""
+    """The whole sample; the same bytes as from one process."""
     backbone, one, two = str(tiny_esm2.fair_esm), tmp_path / "one", tmp_path / "two"
     command = ["embed", "--fasta", SAMPLE, "--store", two, "--backbone", backbone, "--engine", "ray"]
     command += [part for name, value in OPTIONS.items() for part in (f"--{name}", value)]
@@ -102,18 +96,6 @@ def test_one_worker_killed_and_one_that_joins_late(tiny_esm2, tmp_path, cluster,
     assert told.count("a worker joined on") == 3 and told.count("a worker died: vectors-") == 1, told
     assert content(two) == content(one)
     Store.open(two).verify()
-
-    store = Store.open(two)
-    about = {key: store.manifest[key] for key in ("weights_sha256", "layer", "pooling")}
-    x = store.embeddings()
-    encoder = fit_metric(x, np.ones(len(x), bool), "whitened", provenance=about).encoder(8, "bit")
-    write_encoder(encoder, tmp_path / "codes", data=about)
-    write_codes(store, tmp_path / "codes", encoder)
-    saved = str(save(encoder, tmp_path / "encoder", data=about))
-    options = {"engine": "ray", "ray_address": cluster.address, "ray_cores": 1, "codes": str(tmp_path / "workers")}
-    code(CodeOptions(str(two), encoder=saved, **options))
-    assert content(tmp_path / "workers") == content(tmp_path / "codes")
-    CodeStore.open(tmp_path / "workers").verify()
 
 
 def test_what_ends_the_work(cluster, monkeypatch):

@@ -1,14 +1,16 @@
 """Generalised eigenvectors against scipy, gradient descent, scikit-learn's discriminants and today's closed form."""
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from distil_rank.codes import fit
+from distil_rank.codes.fit import group_noise
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.noise_metric import WithinSums, noise_directions, whitening_directions
-from distil_rank.lowrank.solvers import Factors, solve
+from distil_rank.lowrank.solvers import Factors, noise_directions, solve
 
 
 def spd(size: int, seed: int) -> torch.Tensor:
@@ -74,24 +76,21 @@ def test_within_classes_it_is_linear_discriminant_analysis():
     torch.manual_seed(1)
     centres, y = torch.randn(4, 5).double() * 2, torch.arange(400) % 4
     x = centres[y] + torch.randn(400, 5).double() @ spd(5, 4)
-    sums = WithinSums.zeros(5)
-    sums.add_groups(x, y)
-    ours = x @ noise_directions(Moments.of(x).covariance, sums.covariance()).V[:, :3]
+    within = group_noise(x.numpy(), np.ones(400, bool), y.numpy())
+    ours = x @ noise_directions(Moments.of(x).covariance, within).V[:, :3]
     theirs = LinearDiscriminantAnalysis(solver="eigen").fit(x.numpy(), y.numpy()).transform(x.numpy())
     for mine, other in zip((ours - ours.mean(0)).T, torch.from_numpy(theirs).T, strict=True):
         assert abs(torch.corrcoef(torch.stack([mine, other]))[0, 1]) > 1 - 1e-9
 
 
-@pytest.mark.parametrize("power", [0.0, 0.3, 1.0])
-def test_whitening_is_a_noise_of_the_outputs_own_covariance(power):
+def test_noise_of_the_outputs_own_covariance_whitens_them():
     S = spd(8, 5)
     variances, Q = torch.linalg.eigh(S)
-    found = whitening_directions(S, power)
-    N = Q @ torch.diag(variances**power) @ Q.T
+    found = noise_directions(S, S, 0.1)
+    N = S + 0.1 * variances.mean() * torch.eye(8, dtype=torch.float64)
     assert torch.allclose(found.V.T @ N @ found.V, torch.eye(8, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(S @ found.V, N @ found.V * found.values, atol=1e-9)
-    if power < 1:
-        assert torch.allclose(found.values, noise_directions(S, N).values)
+    scale = (variances + 0.1 * variances.mean()).rsqrt()
+    assert torch.allclose((Q.T @ found.V).abs(), torch.diag(scale).flip(1), atol=1e-9), "principal components, rescaled"
 
 
 def test_what_is_refused():
@@ -100,17 +99,16 @@ def test_what_is_refused():
     for call, message in [
         (lambda: noise_directions(spd(5, 0), few), "regularisation"),
         (lambda: noise_directions(spd(5, 0), torch.zeros(5, 5)), "differ"),
-        (lambda: whitening_directions(few), "regularisation"),
-        (lambda: whitening_directions(torch.zeros(5, 5)), "all are the same"),
     ]:
         with pytest.raises(InputError) as caught:
             call()
         assert message in str(caught.value)
     assert noise_directions(spd(5, 0), few, 0.01).values.isfinite().all()
-    assert whitening_directions(few, 1.0, 0.01).values.isfinite().all()
 
 
-def test_groups_in_any_order_and_in_any_number_of_calls():
+@pytest.mark.parametrize("rows_at_once", [1, 7, 10_000])
+def test_within_groups_in_any_order_and_in_any_number_of_blocks(monkeypatch, rows_at_once):
+    monkeypatch.setattr(fit, "BLOCK_ROWS", rows_at_once)
     torch.manual_seed(0)
     x, group = torch.randn(60, 5), torch.randint(0, 9, (60,))
     expected, freedom = torch.zeros(5, 5).double(), 0
@@ -118,16 +116,11 @@ def test_groups_in_any_order_and_in_any_number_of_calls():
         rows = x[group == number].double()
         expected += torch.cov(rows.T, correction=0).reshape(5, 5) * len(rows)
         freedom += len(rows) - 1
-    at_once, streamed = WithinSums.zeros(5), WithinSums.zeros(5)
-    at_once.add_groups(x, group)
-    for number in group.unique():
-        streamed.add_groups(x[group == number], group[group == number])
-    assert at_once.freedom == streamed.freedom == freedom
-    assert torch.allclose(at_once.covariance(), expected / freedom)
-    assert torch.allclose(streamed.covariance(), at_once.covariance())
+    found = group_noise(x.numpy(), np.ones(60, bool), group.numpy())
+    assert torch.allclose(found, expected / freedom)
 
 
-def test_rows_that_are_alone_say_nothing():
-    sums = WithinSums.zeros(3)
-    sums.add_groups(torch.randn(4, 3), torch.arange(4))
-    assert sums.freedom == 0 and not sums.covariance().any()
+@pytest.mark.parametrize("count", [0, 4])
+def test_rows_that_are_alone_say_nothing(count):
+    with pytest.raises(InputError, match="alone in its own"):
+        group_noise(np.ones((count, 3)), np.ones(count, bool), np.arange(count))

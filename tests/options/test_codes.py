@@ -21,11 +21,9 @@ from distil_rank.options.codes import AugmentationOptions, CodeOptions, SearchOp
         (CodeOptions(rank=0), "--rank of at least 1"),
         (CodeOptions(train=-1), "--train of at least 0"),
         (CodeOptions(regularisation=-1), "--regularisation"),
-        (CodeOptions(metric="euclidean"), "'euclidean'"),
-        (CodeOptions(dtype="pq"), "'pq'"),
         (CodeOptions(fit_fraction=1), "between 0 and 1"),
         (CodeOptions(metric="whitened", noise="labels"), "invariant metric only"),
-        (CodeOptions(ray_cores=2), "--engine ray only"),
+        (CodeOptions(metric="whitened", regularisation=0), "--regularisation above 0"),
         (CodeOptions(encoder="folder", rank=8), "no --rank with --encoder"),
         (SearchOptions(), "--export, but got none"),
         (SearchOptions(fasta="x", self=True), "but got --fasta and --self"),
@@ -43,7 +41,7 @@ def test_what_is_refused(options, message):
 
 def test_what_is_taken():
     CodeOptions().check()
-    CodeOptions(data="store", encoder="folder", codes="others", engine="ray", ray_cores=1).check()
+    CodeOptions(data="store", encoder="folder", codes="others").check()
     SearchOptions(self=True).check()
     SearchOptions(export="out.npz").check()
 
