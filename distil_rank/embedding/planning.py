@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -19,7 +20,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
-from distil_rank.embedding.storage import BATCH_ROWS, Storage
+from distil_rank.embedding.storage import BATCH_ROWS, UNFINISHED, Storage
 from distil_rank.embedding.store import settings_of
 from distil_rank.errors import InputError
 
@@ -79,7 +80,8 @@ def write_new_proteins(
         InputError: the store has a protein of one of the names with another sequence, or the disk is full.
     """
     try:
-        with store.scratch() as folder, duckdb.connect(str(Path(folder) / "index.duckdb")) as database:
+        folder = tempfile.TemporaryDirectory(dir=store.scratch, prefix=UNFINISHED)
+        with folder as scratch, duckdb.connect(str(Path(scratch) / "index.duckdb")) as database:
             database.execute(f"set threads = 1; set memory_limit = '{MEMORY_LIMIT}'")  # Python parses meanwhile
             database.execute("set preserve_insertion_order = false")
             _read(database, store, proteins, manifest)

@@ -194,7 +194,7 @@ class Store:
     def verify(self) -> None:
         """Reads every file and compares its SHA-256; raises `InputError` where one was changed."""
         for file in self.manifest["proteins"] + self.manifest["shards"]:
-            if self.storage.sha256_of_content(file["file"]) != file["sha256"]:
+            if self.storage.sha256(file["file"]) != file["sha256"]:
                 where = self.storage.where(file["file"])
                 raise InputError(f"Expected {where} unchanged but its SHA-256 differs; embed again.")
 

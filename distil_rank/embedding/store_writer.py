@@ -103,7 +103,7 @@ class StoreWriter:
         if added:
             manifest["shards"] += new_shards(self.storage, name, manifest)
             entry = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
-            manifest["proteins"].append({**entry, **_fingerprint(self.storage, name)})
+            manifest["proteins"].append({**entry, **self.storage.fingerprint(name)})
         self._write_manifest(manifest)
         return added
 
@@ -245,7 +245,7 @@ class StoreWriter:
         self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
-        """Sets size and hash of complete shards, clears those of damaged ones; deletes killed runs' temporary files."""
+        """Sets size and hash of complete shards, clears those of damaged ones."""
         sizes = self.storage.entries()
         for shard in manifest["shards"]:
             file = shard["file"]
@@ -260,9 +260,8 @@ class StoreWriter:
                 rows = table["row"].to_numpy()
                 shard["vectors"] = len(rows)
                 shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
-                shard.update(_fingerprint(self.storage, file))
+                shard.update(self.storage.fingerprint(file))
                 self.storage.delete_folder(Shard.of(shard, manifest).parts)
-        self.storage.delete_unfinished()
 
     def _computed(self, name: str, key: str, columns: Sequence[str] | None = None) -> pa.Table | None:
         """What was computed for this key; a file with another key, or a damaged one, is deleted."""
@@ -309,7 +308,3 @@ def _table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[s
         for name, vectors in columns.items()
     }
     return pa.table({"row": pa.array(rows, pa.int64()), **arrays}, metadata=metadata)
-
-
-def _fingerprint(storage: Storage, name: str) -> dict[str, Any]:
-    return {"bytes": storage.size(name), "sha256": storage.sha256(name)}

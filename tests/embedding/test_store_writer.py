@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_resumes(tmp_path, monkeypatch,
 
 def test_temporary_files_of_killed_runs_are_deleted(tmp_path):
     plan(tmp_path / "s", proteins("MK"))
-    for name in (".proteins-00001.arrow", ".vectors-00000.arrow.123", ".manifest.json.77"):
+    for name in (".unfinished-1-proteins-00001.arrow", ".unfinished-77-manifest.json"):
         (tmp_path / "s" / name).touch()
     writer, _ = plan(tmp_path / "s", proteins("MK"))
     fill(writer)
