@@ -163,8 +163,7 @@ class Store:
         path, content = storage.location, content or cls.content
         manifest = read_manifest(storage, content)
         if manifest is None:
-            noun = content.removeprefix("distil-rank ")
-            raise InputError(f"Expected a store of {noun} at {path} but it has no manifest.json; make it with embed.")
+            raise InputError(f"Expected {content} at {path} but it has no manifest.json; make it with embed.")
         pending = [shard for shard in manifest["shards"] if "sha256" not in shard]
         if pending:
             raise InputError(
@@ -303,21 +302,20 @@ def settings_of(manifest: dict[str, Any]) -> list[Any]:
 
 def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any] | None:
     """The manifest of a store, finished or not, or None; `InputError` where it is damaged, or of another content."""
-    noun = content.removeprefix("distil-rank ")
     file = storage.where("manifest.json")
     try:
         text = storage.read_bytes("manifest.json")
         manifest: dict[str, Any] = json.loads(text)
-        matches = manifest["format"] == content and manifest["version"] == VERSION
+        kind, version = manifest["format"], manifest["version"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"Expected the manifest of a store of {noun} in {file} but it cannot be read.") from error
-    if not matches and {manifest["format"], content} == {EMBEDDINGS, CODES}:
-        holds = manifest["format"].split()[-1]
-        raise InputError(f"Expected a store of {noun} at {storage.location} but it holds {holds}.")
-    if not matches:
-        raise InputError(f"Expected {content} version {VERSION} in {file} but got another; make the store again.")
+        raise InputError(f"Expected the manifest of a store of {content} in {file} but it cannot be read.") from error
+    if (kind, version) != (content, VERSION):
+        raise InputError(
+            f"Expected {content} version {VERSION} in {storage.location} but it holds {kind} version {version}; make "
+            "the store again, or choose another."
+        )
     try:
         _Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -325,8 +323,8 @@ def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any]
         names = [part for part in first["loc"] if isinstance(part, str)]
         invalid = ": ".join(names) or str(first["ctx"]["error"])
         raise InputError(
-            f"Expected the manifest of a store of {noun} in {file} but {invalid} is missing or wrong; restore it, or "
-            "choose another store."
+            f"Expected the manifest of a store of {content} in {file} but {invalid} is missing or wrong; restore it, "
+            "or choose another store."
         ) from error
     return manifest
 

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import Location, Storage
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import (
     EMBEDDINGS,
     PROVENANCE,
@@ -74,16 +74,13 @@ class StoreWriter:
         description: dict[str, Any],
         report: CleaningReport,
     ) -> int:
-        """Adds the proteins that the store lacks and cuts their sequences into shards.
+        """Adds the proteins that the store lacks and cuts their sequences into shards; returns how many they are.
 
         Args:
             proteins: Names, which may repeat, and cleaned sequences.
             settings: What the vectors depend on, at least `pooling`, `dim`, `long` and `max_length`.
             description: Further entries of a new store's manifest, such as the backbone's name.
-            report: What reading `proteins` changed; kept in the manifest.
-
-        Returns:
-            The number of added proteins.
+            report: What reading `proteins` changed, for the manifest.
 
         Raises:
             InputError: the settings differ from the store's, or the store has a name with another sequence.
@@ -111,10 +108,9 @@ class StoreWriter:
         """Raises `InputError` where there is something else than a store, or what is left of one's first files."""
         if self.manifest:
             return
-        for name, size in self.storage.entries().items():
+        for name in self.storage.entries():
             own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
-            another = size is None and self.storage.size(f"{name}/manifest.json") is not None  # a store below this one
-            if not own and not another:
+            if not own:
                 raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {name}.")
 
     def update(self, **entries: Any) -> None:
@@ -163,8 +159,8 @@ class StoreWriter:
         self._write_manifest(manifest)
         for file in reopened:
             self.storage.delete(file)
-        shards = (f"{PARTS}/{name}" for name, size in self.storage.entries(PARTS).items() if size is None)
-        for part in (part for shard in shards for part in self._parts(shard)):  # of shards in progress
+        folders = [name for name, size in self.storage.entries(PARTS).items() if size is None]
+        for part in (part for name in folders for part in self._parts(f"{PARTS}/{name}")):  # of shards in progress
             table = self.storage.table(part)
             missing = len(_rows_of(table)) - len(np.unique(table["row"].to_numpy()))
             if missing and _retries(table, memory, every):
