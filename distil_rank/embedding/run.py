@@ -160,7 +160,7 @@ def embed(
             figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
             writer.record_extraction(**environment(device), **figures, layer_costs=[asdict(cost) for cost in costs])
         wait_for("finished")
-        opened = Store.read(writer.storage, writer.content)  # before the lock is released
+        opened = Store.open(writer.path, writer.content)  # before the lock is released
         wait_for("opened")
 
     return _summary(opened, added, report, computed, residues, seconds, costs)

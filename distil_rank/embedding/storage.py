@@ -140,6 +140,10 @@ class Storage:
         """Deletes a folder and all that is in it, if it exists."""
         shutil.rmtree(self.where(name), ignore_errors=True)
 
+    def _delete_unfinished(self) -> None:
+        for left in Path(self.location).glob(f"{UNFINISHED}*"):
+            left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the exclusive lock, or raises `InputError`. A folder that is new and empty at the end is deleted."""
@@ -158,10 +162,10 @@ class Storage:
                 f"Expected a folder that can be written at {folder} but got: {error.strerror}; choose another store."
             ) from error
         try:
-            for left in folder.glob(f"{UNFINISHED}*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            self._delete_unfinished()
             yield
         finally:
+            self._delete_unfinished()  # of this run's killed workers
             (folder / LOCK).unlink(missing_ok=True)  # before it is released: FileLock does not take a deleted file
             lock.release()
             if new:

@@ -124,19 +124,16 @@ class Store:
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _pick(self, layer: str | None) -> State | None:
-        names = ", ".join(map(str, self.layers))
-        if not self.layers:
-            if layer not in (None, str(self.manifest.get("layer"))):
-                only = self.manifest.get("layer")
-                raise InputError(f"Expected layer {layer} in the store {self.path} but it holds layer {only} only.")
-            return None
-        if layer is None:
-            last = self.layers[-1]
-            logger.info("%s holds the layers %s: taking %s, the last (…:LAYER takes another)", self.path, names, last)
-            return last
-        if State.parse(layer) not in self.layers:
-            raise InputError(f"Expected a layer out of {names}, which the store {self.path} holds, but got {layer}.")
-        return State.parse(layer)
+        names = [str(state) for state in self.layers] or [str(self.manifest.get("layer"))]
+        if layer is None and self.layers:
+            layer = names[-1]
+            text = "%s holds the layers %s: taking %s, the last (…:LAYER takes another)"
+            logger.info(text, self.path, ", ".join(names), layer)
+        if layer not in (None, *names):
+            raise InputError(
+                f"Expected a layer out of {', '.join(names)}, which the store {self.path} holds, but got {layer}."
+            )
+        return State.parse(layer) if self.layers else None
 
     @property
     def path(self) -> Location:
@@ -155,12 +152,7 @@ class Store:
             InputError: it is no store, is unfinished, lacks the layer, or a file is missing or has another size.
         """
         path, layer = split_source(path)
-        return cls.read(open_storage(path), content, layer)
-
-    @classmethod
-    def read(cls, storage: Storage, content: str | None = None, layer: str | None = None) -> Self:
-        """Opens a finished store whose files are at hand; see `open`."""
-        path, content = storage.location, content or cls.content
+        storage, content = open_storage(path), content or cls.content
         manifest = read_manifest(storage, content)
         if manifest is None:
             raise InputError(f"Expected {content} at {path} but it has no manifest.json; make it with embed.")

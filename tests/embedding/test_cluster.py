@@ -145,8 +145,9 @@ def test_a_signal_leaves_no_process_behind(tiny_esm2, tmp_path, empty_database):
     command = ["embed", "--fasta", SAMPLE, "--store", store, "--backbone", tiny_esm2.fair_esm, "--engine", "ray"]
     command += ["--precision", "fp32", "--max_tokens", 200]
     process, log = start(command, tmp_path, empty_database)
-    wait_until(lambda: "a worker joined" in log.read_text(), process, log)
-    servers = psutil.Process(process.pid).children(recursive=True)
+    children = psutil.Process(process.pid).children
+    wait_until(lambda: any(_command(child).startswith("ray::_Worker") for child in children(True)), process, log)
+    servers = children(recursive=True)
     assert any("raylet" in _command(server) for server in servers)
     process.send_signal(signal.SIGTERM)  # handled as Ctrl-C is while Ray is connected
     assert process.wait(timeout=60) == 130, log.read_text()
