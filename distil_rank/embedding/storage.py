@@ -181,7 +181,7 @@ class Storage:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write atomically: temporary file, fsync, rename, fsync of the folder; `InputError` where it fails."""
-    temporary = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}")  # which does not end in .arrow
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

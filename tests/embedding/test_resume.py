@@ -70,7 +70,7 @@ def test_killed_while_planning(tiny_esm2, tmp_path, forks):
     fasta = tmp_path / "in.fasta"
     write_fasta(fasta, 50, 20)
     (tmp_path / "store").mkdir()
-    (tmp_path / "store" / ".unfinished-1-proteins-00000.arrow").write_bytes(b"half a table")
+    (tmp_path / "store" / ".unfinished-proteins-00000.arrow.1").write_bytes(b"half a table")
     (tmp_path / "store" / ".lock").touch()
     process = forks.Process(target=attempt, args=(fasta, tmp_path / "store", str(tiny_esm2.fair_esm), tmp_path / "log"))
     process.start()

@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_resumes(tmp_path, monkeypatch,
 
 def test_temporary_files_of_killed_runs_are_deleted(tmp_path):
     plan(tmp_path / "s", proteins("MK"))
-    for name in (".unfinished-1-proteins-00001.arrow", ".unfinished-77-manifest.json"):
+    for name in (".unfinished-proteins-00001.arrow.123", ".unfinished-manifest.json.77"):
         (tmp_path / "s" / name).touch()
     writer, _ = plan(tmp_path / "s", proteins("MK"))
     fill(writer)
@@ -170,6 +170,18 @@ def test_temporary_files_of_killed_runs_are_deleted(tmp_path):
         "proteins-00000.arrow",
         "vectors-00000.arrow",
     ]
+
+
+def test_a_part_whose_writing_was_killed_is_no_part(tmp_path, monkeypatch):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
+    (shard,) = writer.pending()
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", lambda *_: None)
+        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+        writer.write_part(shard, [0], [1], np.zeros((1, 3), np.float32))
+    assert len(list((tmp_path / "s" / shard.parts).iterdir())) == 1 and writer.done(shard) == set()
+    fill(writer)
+    assert Store.open(tmp_path / "s").embeddings()[:, 0].tolist() == [0, 1]
 
 
 def test_a_shard_sealed_before_the_kill_is_not_computed_again(tmp_path):
