@@ -204,7 +204,7 @@ def _summary(
     manifest, skipped = store.manifest, store.skipped
     if skipped:
         logger.warning(
-            "%s skipped for lack of memory: %s%s; try again with --retry-skipped on a device with more memory",
+            "%s skipped for lack of memory: %s%s; try again with --retry_skipped on a device with more memory",
             *(f"{len(skipped):,}", ", ".join(skipped[:MAX_NAMED]), ", ..." if len(skipped) > MAX_NAMED else ""),
         )
     return EmbedSummary(
