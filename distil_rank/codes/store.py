@@ -66,7 +66,9 @@ def own_encoder(store: Location) -> CodeEncoder | None:
 def write_encoder(encoder: CodeEncoder, store: Location, **about: Any) -> None:
     """Puts an encoder into a store of codes; `about` is what `save` takes of its data and its metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        open_storage(store).write_folder(ENCODER, save(encoder, folder, **about), MANIFEST)
+        files = sorted(save(encoder, folder, **about).iterdir(), key=lambda file: file.name == MANIFEST)
+        for file in files:  # the manifest last
+            open_storage(store).write(f"{ENCODER}/{file.name}", file.read_bytes())
 
 
 def manifest_of(source: Store) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,8 +30,6 @@ ANSWER_SECONDS = 10.0  # for a cluster's address to accept a connection; Ray its
 OBJECT_STORE_BYTES = 128 * 2**20  # of a cluster started here; vectors go straight into the store, not through Ray
 DEATHS = 3  # of workers on the same shard, after which the shard is taken to be the cause
 WAIT_SECONDS = 60.0  # for the first worker, before a line says what is missing
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,32 +82,31 @@ def _connected(address: str | None) -> Iterator[Any]:
             signal.signal(signal.SIGTERM, handler)
 
 
-class _Worker(Generic[Result]):
+class _Worker:
     """One process on one device."""
 
-    def start(self, make: Callable[[], Callable[[Shard], Result]]) -> str:
+    def start(self, make: Callable[[], Callable[[Shard], Any]]) -> str:
         """Loads what computing takes; returns the machine's name. No constructor, so that errors come back."""
         self._compute = make()
         return platform.node()
 
-    def compute(self, shard: Shard) -> Result:
+    def compute(self, shard: Shard) -> Any:
         return self._compute(shard)
 
 
 def compute_elastically(
-    shards: Sequence[Shard], make: Callable[[], Callable[[Shard], Result]], cluster: Cluster, progress: str
-) -> list[Result]:
-    """Computes shards on all devices of a cluster, whichever are there at the time.
+    shards: Sequence[Shard], make: Callable[[], Callable[[Shard], Any]], cluster: Cluster, progress: str
+) -> list[Any]:
+    """Computes shards on all devices of a cluster, whichever are there at the time; results are in no order.
 
-    `make` is called in each worker, and returns what computes a shard; `progress` is what the bar calls the work. The
-    results are in the order in which they came.
+    `make` is called in each worker, and returns what computes a shard; `progress` is what the bar calls the work.
 
     Raises:
         InputError: raised by a worker, or several died on the same shard.
     """
-    results: list[Result] = []
     if not shards:
-        return results
+        return []
+    results: list[Any] = []
     waiting = deque(sorted(shards, key=lambda shard: -shard.residues))
     deaths: Counter[str] = Counter()
     busy: dict[Any, tuple[Any, Shard | None]] = {}  # by what is awaited: the worker, None while it starts
@@ -120,26 +117,23 @@ def compute_elastically(
     ):
         remote = ray.remote(num_cpus=cluster.cores, num_gpus=cluster.gpus, max_restarts=0)(_Worker)
         made = ray.put(make)
-        while waiting or busy:
+        while len(results) < len(shards):
             starting = [awaited for awaited, (_, shard) in busy.items() if shard is None]
             if waiting and not starting:
                 worker = remote.remote()
                 busy[worker.start.remote(made)] = worker, None
-            elif starting and not waiting:  # nothing is left for the worker that was asked for
-                ray.kill(busy.pop(starting[0])[0])
-                continue
-            ready, _ = ray.wait(list(busy), num_returns=1, timeout=WAIT_SECONDS)
+            ready, _ = ray.wait(list(busy), timeout=WAIT_SECONDS)
             if not ready:
                 level = logging.WARNING if len(starting) == len(busy) else logging.DEBUG
                 logger.log(level, "no device of the cluster is free: waiting (Ray: %s)", ray.cluster_resources())
                 continue
             worker, shard = busy.pop(ready[0])
+            doing = "starting" if shard is None else f"computing {shard.file}"
             try:
                 result = ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:  # raised in the worker
                 raise InputError(str(error.cause)) if isinstance(error.cause, InputError) else error from error
             except ray.exceptions.RayError as error:  # the worker is no more
-                doing = "starting" if shard is None else f"computing {shard.file}"
                 deaths[doing] += 1
                 if deaths[doing] >= DEATHS:
                     raise InputError(
@@ -147,7 +141,7 @@ def compute_elastically(
                         f"{' '.join(str(error).split())[:300]}; lower --max_tokens, or give each more memory, and run "
                         "the same command again."
                     ) from error
-                logger.warning("a worker died: %s again", doing if shard is None else shard.file)
+                logger.warning("a worker died %s: once more", doing)
                 waiting.extendleft([] if shard is None else [shard])
                 continue
             if shard is None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
-from distil_rank.embedding.storage import BATCH_ROWS, Storage
+from distil_rank.embedding.storage import BATCH_ROWS, UNFINISHED, Storage
 from distil_rank.embedding.store import settings_of
 from distil_rank.errors import InputError
 
@@ -63,23 +64,16 @@ class Shard:
 def write_new_proteins(
     store: Storage, name: str, proteins: Iterable[Protein], manifest: dict[str, Any], report: CleaningReport
 ) -> int:
-    """Writes the table of the proteins that the store lacks, if there are any.
+    """Writes the table of the proteins that the store lacks, if there are any; returns their number.
 
-    Args:
-        store: Where its files are.
-        name: File name of the table.
-        proteins: Names, which may repeat, and cleaned sequences.
-        manifest: The store's.
-        report: Gets the counts of repeated and renamed proteins.
-
-    Returns:
-        The number of new proteins.
+    Counts of repeated and renamed proteins go into the report.
 
     Raises:
         InputError: the store has a protein of one of the names with another sequence, or the disk is full.
     """
     try:
-        with store.scratch() as folder, duckdb.connect(str(Path(folder) / "index.duckdb")) as database:
+        folder = tempfile.TemporaryDirectory(dir=store.scratch, prefix=UNFINISHED)
+        with folder as scratch, duckdb.connect(str(Path(scratch) / "index.duckdb")) as database:
             database.execute(f"set threads = 1; set memory_limit = '{MEMORY_LIMIT}'")  # Python parses meanwhile
             database.execute("set preserve_insertion_order = false")
             _read(database, store, proteins, manifest)
@@ -127,7 +121,6 @@ def _number(database: duckdb.DuckDBPyConnection, query: str) -> int:
 def _insert(database: duckdb.DuckDBPyConnection, table: str, rows: pa.Table | pa.RecordBatch | dict[str, Any]) -> None:
     database.register("block", pa.table(rows))
     database.execute(f"insert into {table} by name from block")
-    database.unregister("block")
 
 
 def _read(
@@ -201,42 +194,36 @@ def _next_row(manifest: dict[str, Any]) -> int:
 
 def new_shards(store: Storage, name: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Manifest entries for shards of about equal work that hold the rows of a table that it does not list yet."""
-    first = _next_row(manifest)
+    row = _next_row(manifest)
     low, high = SHARD_RESIDUES
-    size = min(max(sum(int(work.sum()) for work, _ in _work(store, name, first)) // SHARD_COUNT, low), high)
+    size = min(max(sum(_work(store, name, row)) // SHARD_COUNT, low), high)
     if manifest["pooling"] == "residue":
         size = min(size, SHARD_BYTES // (4 * manifest["dim"] * max(len(manifest.get("layers", [])), 1)))
     shards: list[dict[str, Any]] = []
-    for (start, row, before), (stop, next_row, after) in pairwise(_boundaries(store, name, first, size)):
-        if row < next_row:  # not repeated sequences alone
+    start = rows = residues = 0  # of the shard that is being filled: its first line, distinct sequences, their residues
+
+    def end_at(stop: int) -> None:
+        nonlocal start, row, rows, residues
+        if rows:  # not repeated sequences alone
             file = f"vectors-{len(manifest['shards']) + len(shards):05d}.arrow"
-            shards.append(
-                {"file": file, "rows": [row, next_row], "proteins": [name, start, stop], "residues": after - before}
-            )
+            extent = {"rows": [row, row + rows], "proteins": [name, start, stop], "residues": residues}
+            shards.append({"file": file, **extent})
+        start, row, rows, residues = stop, row + rows, 0, 0
+
+    line = 0
+    for line, work in enumerate(_work(store, name, row), start=1):
+        if residues + work > size and line - 1 > start:
+            end_at(line - 1)
+        rows, residues = rows + (work > 0), residues + work
+        if residues > size:  # one sequence alone
+            end_at(line)
+    end_at(line)
     return shards
 
 
-def _boundaries(store: Storage, name: str, first: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Line of the table, next new row and residues before it, where a shard begins and at the end of the table."""
-    line = start = residues = 0  # `start`: the line where the current shard begins
-    row, limit = first, size  # `limit`: residues that the current shard must not exceed
-    yield start, row, residues
-    for work, rows in _work(store, name, first):
-        cumulative = residues + np.cumsum(work)
-        while (stop := int(np.searchsorted(cumulative, limit, "right"))) < len(work):
-            stop += line + stop == start  # a shard has at least one protein
-            if stop:
-                residues, row = int(cumulative[stop - 1]), int(rows[stop - 1])
-            start, limit = line + stop, residues + size
-            yield start, row, residues
-        line, residues, row = line + len(work), int(cumulative[-1]), int(rows[-1])
-    if start < line:
-        yield line, row, residues
-
-
-def _work(store: Storage, name: str, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each batch of a table: residues of each sequence at its first appearance, and the next new row after it."""
+def _work(store: Storage, name: str, row: int) -> Iterator[int]:
+    """For each line of a table: residues of a sequence at its first appearance, where `row` goes on, 0 otherwise."""
     for batch in store.batches(name, ["length", "row"]):
-        after = np.maximum.accumulate(np.concatenate([[first], batch["row"].to_numpy() + 1]))
-        yield np.where(np.diff(after) > 0, batch["length"].to_numpy(), 0), after[1:]
-        first = int(after[-1])
+        for length, number in zip(batch["length"].to_pylist(), batch["row"].to_pylist(), strict=True):
+            yield length if number == row else 0
+            row += number == row

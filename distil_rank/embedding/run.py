@@ -160,7 +160,7 @@ def embed(
             figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
             writer.record_extraction(**environment(device), **figures, layer_costs=[asdict(cost) for cost in costs])
         wait_for("finished")
-        opened = Store.read(writer.storage, writer.content)  # before the lock is released
+        opened = Store.open(writer.path, writer.content)  # before the lock is released
         wait_for("opened")
 
     return _summary(opened, added, report, computed, residues, seconds, costs)
@@ -204,7 +204,7 @@ def _summary(
     manifest, skipped = store.manifest, store.skipped
     if skipped:
         logger.warning(
-            "%s skipped for lack of memory: %s%s; try again with --retry-skipped, or on a device with more memory",
+            "%s skipped for lack of memory: %s%s; try again with --retry_skipped on a device with more memory",
             *(f"{len(skipped):,}", ", ".join(skipped[:MAX_NAMED]), ", ..." if len(skipped) > MAX_NAMED else ""),
         )
     return EmbedSummary(
@@ -322,8 +322,7 @@ class Extraction:
         compared = "bf16_cosine" in read_provenance(writer.storage)
         if request.precision != "bf16" and choice.precision == "bf16" and untouched and not compared:
             self._compare_bf16()
-        retried = writer.retry_skipped(memory_of(self.device), request.retry_skipped)
-        if retried:
+        if request.retry_skipped and (retried := writer.retry_skipped()):
             logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
         return added, report
 
@@ -438,7 +437,7 @@ class Extraction:
                 )
             if self.request.encoder is not None:
                 vectors = self.request.encoder.encode(torch.from_numpy(vectors[0])).numpy()
-            self.writer.write_part(batch.shard, batch.rows, result.counts, vectors, memory_of(self.device))
+            self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
         if batch.last:
             self.writer.seal(batch.shard)
 

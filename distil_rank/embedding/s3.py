@@ -19,11 +19,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pyarrow as pa
@@ -33,12 +32,14 @@ from distil_rank.embedding.storage import LOCK, S3, Storage
 from distil_rank.errors import InputError
 
 try:
+    from botocore.exceptions import BotoCoreError
     from obstore import open_reader
+    from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
     from obstore.store import S3Store
 except ImportError as missing:
     raise InputError(
-        f"Expected obstore for a store at {S3}… but it is missing; pip install 'distil-rank[s3]'."
+        f"Expected obstore and boto3 for a store at {S3}… but got: {missing}; pip install 'distil-rank[s3]'."
     ) from missing
 
 logger = logging.getLogger(__name__)
@@ -47,14 +48,13 @@ SECONDS = 30.0  # without a sign of life, after which a holder counts as dead
 LOOKS = 10  # at the object in that time; counted, so that a pause of the observer is not taken for one of the holder
 BLOCK = 2**23  # bytes of an object that are read at once
 RETRIES: Any = {"max_retries": 5, "retry_timeout": timedelta(minutes=1)}
-_forked = threading.Event()
-os.register_at_fork(after_in_child=_forked.set)  # the child has none of the threads that obstore works with
+PROCESS = os.getpid()  # a fork has none of the threads that obstore works with
 
 
 @contextmanager
 def _requests(where: str) -> Iterator[None]:
     """Requests to the server, whose errors become ours."""
-    if _forked.is_set():
+    if os.getpid() != PROCESS:
         raise InputError(f"Expected to reach {where} but this process was forked; start it by spawn.")
     try:
         yield
@@ -69,22 +69,20 @@ def _requests(where: str) -> Iterator[None]:
 
 
 class S3Storage(Storage):
-    """Objects below a prefix. Credentials, region and endpoint come from `AWS_…`, or from where boto3 finds them."""
+    """Objects below a prefix. Credentials and region are those that boto3 finds: `AWS_…`, a profile, single sign-on."""
 
     def __init__(self, location: str):
-        bucket, _, prefix = location.removeprefix(S3).partition("/")
-        if not bucket or not prefix.strip("/"):
+        bucket, _, prefix = location.removeprefix(S3).strip("/").partition("/")
+        if not bucket or not prefix:
             raise InputError(f"Expected {S3}BUCKET/NAME but got {location}.")
-        super().__init__(f"{S3}{bucket}/{prefix.strip('/')}")
-        options: dict[str, Any] = {"client_options": {"allow_http": True}, "retry_config": RETRIES}
-        if "AWS_ACCESS_KEY_ID" not in os.environ and find_spec("boto3"):
-            from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415  (profiles, single sign-on)
-
-            try:
-                options["credential_provider"] = Boto3CredentialProvider()
-            except ValueError as error:
-                raise InputError(f"Expected credentials for {location} but there are none; set AWS_PROFILE.") from error
-        self._files = S3Store(bucket, prefix=prefix.strip("/"), **options)
+        super().__init__(f"{S3}{bucket}/{prefix}")
+        self.scratch = None
+        try:
+            credentials = Boto3CredentialProvider()
+        except (ValueError, BotoCoreError) as error:
+            raise InputError(f"Expected credentials for {location} but there are none; set AWS_PROFILE.") from error
+        options: Any = {"client_options": {"allow_http": True}, "retry_config": RETRIES}
+        self._files = S3Store(bucket, prefix=prefix, credential_provider=credentials, **options)
         self._lease: Lease | None = None
 
     def read_bytes(self, name: str) -> bytes:  # noqa: D102 - as the class above
@@ -98,26 +96,21 @@ class S3Storage(Storage):
         return {**dict.fromkeys(Path(one).name for one in listed["common_prefixes"]), **files}
 
     def size(self, name: str) -> int | None:  # noqa: D102
-        try:
-            with _requests(self.where(name)):
-                return self._files.head(name)["size"]
-        except FileNotFoundError:
-            return None
+        with suppress(FileNotFoundError), _requests(self.where(name)):
+            return self._files.head(name)["size"]
+        return None
 
-    def sha256(self, name: str) -> str:  # noqa: D102
+    def fingerprint(self, name: str) -> dict[str, Any]:  # noqa: D102
         with _requests(self.where(name)):
-            attributes: Any = self._files.get(name, options={"head": True}).attributes
-        return attributes.get("sha256") or self.sha256_of_content(name)
+            answer: Any = self._files.get(name, options={"head": True})
+        return {"bytes": answer.meta["size"], "sha256": answer.attributes.get("sha256") or self.sha256(name)}
 
-    def _source(self, name: str, stream: bool = False, whole: bool = False) -> pa.NativeFile:
-        size = self.size(name)
-        if size is None:
-            raise FileNotFoundError(self.where(name))
-        if whole or size <= BLOCK:
-            return pa.BufferReader(self.read_bytes(name))
+    @contextmanager
+    def _source(self, name: str, stream: bool = False) -> Iterator[pa.NativeFile]:
         with _requests(self.where(name)):
-            file = open_reader(self._files, name, buffer_size=BLOCK if stream else 2**20, size=size)
-        return pa.PythonFile(_File(file), mode="r")
+            file = open_reader(self._files, name, buffer_size=BLOCK)
+            calls = {call: getattr(file, call) for call in ("read", "seek", "tell", "close")}
+            yield pa.PythonFile(SimpleNamespace(**calls, closed=False), mode="r")  # obstore's has no `closed`
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:  # noqa: D102
@@ -129,7 +122,7 @@ class S3Storage(Storage):
                     f"Expected to keep the exclusive access to {self.location} but this process did not answer for "
                     f"{SECONDS:.0f} seconds and another has taken over; wait for it."
                 )
-            attributes: Any = {"sha256": sha256_of(Path(file.name))}
+            attributes: Any = {"sha256": sha256_of(file.name)}
             with _requests(self.where(name)):  # one upload, or several parts that appear together
                 self._files.put(name, Path(file.name), attributes=attributes)
 
@@ -141,9 +134,6 @@ class S3Storage(Storage):
         with _requests(self.where(name)):
             self._files.delete([one["path"] for one in self._files.list(name).collect()])
 
-    def delete_unfinished(self) -> None:
-        """Nothing: what was not uploaded whole is no object."""
-
     @contextmanager
     def lock(self) -> Iterator[None]:  # noqa: D102
         self._lease = Lease(self._files, str(self.location))
@@ -153,31 +143,15 @@ class S3Storage(Storage):
         finally:
             self._lease = None
 
-    def scratch(self) -> AbstractContextManager[str]:  # noqa: D102
-        return tempfile.TemporaryDirectory()
-
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:  # noqa: D102
+        files = [f"{name}/{file}" for file in self.entries(name)] or [name] * (self.size(name) is not None)
         with tempfile.TemporaryDirectory() as folder:
-            with _requests(self.where(name)):
-                below = [one["path"] for one in self._files.list(name).collect()]
-            for one in below or [name] * (self.size(name) is not None):
-                path = Path(folder) / one
+            for file in files:
+                path = Path(folder) / file
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(self.read_bytes(one))
+                path.write_bytes(self.read_bytes(file))
             yield Path(folder) / name
-
-
-class _File:
-    """An object that can be read from anywhere, with the attribute that pyarrow misses in obstore's."""
-
-    closed = False
-
-    def __init__(self, file: Any):
-        self._file = file
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 class Lease:
@@ -185,10 +159,8 @@ class Lease:
 
     def __init__(self, files: S3Store, where: str):
         self.files, self.where = files, where
-        holder = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4().hex}"
-        self._contents = (f"{holder} {number}" for number in count())
-        self._version: str | None = None
-        self._lost = False
+        self._holder = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4().hex} "
+        self._version: str | None = None  # of the object, as this process last saw it
         self._mutex = threading.Lock()
 
     @contextmanager
@@ -198,12 +170,9 @@ class Lease:
         end = threading.Event()
 
         def keep() -> None:
-            while not end.wait(SECONDS / LOOKS * 2):
-                try:
-                    if not self.renew():
-                        return
-                except InputError as error:  # a connection that comes back
-                    logger.warning("%s", error)
+            while not end.wait(SECONDS / 5):
+                with suppress(InputError):  # a connection that comes back
+                    self.renew()
 
         thread = threading.Thread(target=keep, daemon=True)
         thread.start()
@@ -218,56 +187,40 @@ class Lease:
 
     def acquire(self) -> None:
         """Takes the lease, from a dead holder where there is one; raises `InputError` where it lives."""
-        first = last = self._read()
-        for look in range(LOOKS):
-            if first is None or last is None:
+        last, alive = self._read(), False
+        if last is not None:
+            logger.info("%s is locked: looking for %.0f s whether its holder is alive", self.where, SECONDS)
+        for _ in range(LOOKS):
+            if last is None or alive:
                 break
-            if look == 0:
-                logger.info("%s is locked: looking for %.0f s whether its holder is alive", self.where, SECONDS)
             time.sleep(SECONDS / LOOKS)
-            last = self._read()
-            if last is not None and last[1] != first[1]:
-                raise self._refused(last[0])
+            before, last = last, self._read()
+            alive = last not in (None, before)
         self._version = None if last is None else last[1]
-        if not self._put():
-            raise self._refused(b"another process")
-
-    def _refused(self, content: bytes) -> InputError:
-        who = content.decode(errors="replace").partition("\n")[0]
-        return InputError(
-            f"Expected exclusive access to {self.where} but {who} is filling it; wait for it, or choose another store."
-        )
+        if alive or not self.renew():
+            holder = last[0].decode(errors="replace").partition("\n")[0] if last else "another process"
+            raise InputError(
+                f"Expected exclusive access to {self.where} but {holder} is filling it; wait for it, or choose another "
+                "store."
+            )
 
     def renew(self) -> bool:
-        """Writes a sign of life; whether the lease is still this process's."""
-        with self._mutex:
-            self._lost = self._lost or not self._put()
-            return not self._lost
+        """Writes a sign of life in place of the version that this process knows; whether the lease is still its own."""
+        content = f"{self._holder}{time.time_ns()}".encode()
+        mode: Any = "create" if self._version is None else {"e_tag": self._version}
+        with self._mutex, _requests(f"{self.where}/{LOCK}"):
+            try:
+                self._version = self.files.put(LOCK, content, mode=mode)["e_tag"]
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+                last = self._read()
+                if last is None or not last[0].startswith(self._holder.encode()):
+                    return False
+                self._version = last[1]  # the upload was accepted, its answer lost
+        return True
 
     def _read(self) -> tuple[bytes, str | None] | None:
         """Content and version of the object; None where there is none."""
-        try:
-            with _requests(f"{self.where}/{LOCK}"):
-                answer = self.files.get(LOCK)
-                return answer.bytes().to_bytes(), answer.meta["e_tag"]
-        except FileNotFoundError:
-            return None
-
-    def _upload(self, content: bytes) -> str | None:
-        """The object's new version; None where it is not the one any more that this lease knows."""
-        with _requests(f"{self.where}/{LOCK}"):
-            try:
-                mode: Any = "create" if self._version is None else {"e_tag": self._version}
-                return self.files.put(LOCK, content, mode=mode)["e_tag"]
-            except (AlreadyExistsError, PreconditionError):
-                return None
-
-    def _put(self) -> bool:
-        """Writes the object in place of the version that this lease knows; whether it is this lease's then."""
-        content = next(self._contents).encode()
-        version = self._upload(content)
-        if version is None:  # unless the answer to an accepted upload was lost, and it was sent again
-            last = self._read()
-            version = last[1] if last is not None and last[0] == content else None
-        self._version = version or self._version
-        return version is not None
+        with suppress(FileNotFoundError), _requests(f"{self.where}/{LOCK}"):
+            answer = self.files.get(LOCK)
+            return answer.bytes().to_bytes(), answer.meta["e_tag"]
+        return None

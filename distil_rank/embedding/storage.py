@@ -10,11 +10,10 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 from filelock import FileLock, Timeout
@@ -26,7 +25,7 @@ Location = str | Path  # a folder, or s3://BUCKET/NAME
 S3 = "s3://"
 LOCK = ".lock"
 BATCH_ROWS = 4096  # lines in each record batch of a table of proteins but the last
-TEMPORARY = ".planning-"  # prefix of a folder for temporary files
+UNFINISHED = ".unfinished-"  # prefix of temporary files and folders, which a killed process leaves behind
 _SCHEME = re.compile(r"[a-z0-9+]+:/")  # also of an address that `Path` has shortened
 
 
@@ -51,48 +50,45 @@ class Storage:
 
     def __init__(self, location: Location):
         self.location = location
+        self.scratch: Location | None = location  # where temporary folders go; None is the machine's place for them
 
     def where(self, name: str) -> str:
         """A file as messages name it."""
         return f"{self.location}/{name}"
 
-    def _path(self, name: str) -> Path:
-        return Path(self.location) / name
-
     def read_bytes(self, name: str) -> bytes:
         """A file's content, or `FileNotFoundError`."""
-        return self._path(name).read_bytes()
+        return Path(self.where(name)).read_bytes()
 
     def entries(self, folder: str = "") -> dict[str, int | None]:
         """Size in bytes of each file in a folder, None for a folder in it; nothing if it does not exist."""
-        place = self._path(folder)
+        place = Path(self.where(folder))
         paths = sorted(place.iterdir()) if place.is_dir() else []
         return {path.name: None if path.is_dir() else path.stat().st_size for path in paths}
 
     def size(self, name: str) -> int | None:
         """Size of a file in bytes; None where there is none."""
-        path = self._path(name)
+        path = Path(self.where(name))
         return path.stat().st_size if path.exists() else None
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of a file as it was written, in hexadecimal."""
-        return self.sha256_of_content(name)
-
-    def sha256_of_content(self, name: str) -> str:
-        """SHA-256 of a file, which is read for it."""
+        """SHA-256 of a file, which is read for it, in hexadecimal."""
         with self._source(name, stream=True) as source:
             return hashlib.file_digest(source, "sha256").hexdigest()
 
-    def _source(self, name: str, stream: bool = False, whole: bool = False) -> pa.NativeFile:
-        """A file to read: in parts, from beginning to end with little memory (mapped pages count as such), or all."""
-        path = str(self._path(name))
-        return pa.OSFile(path) if stream else pa.memory_map(path)
+    def fingerprint(self, name: str) -> dict[str, Any]:
+        """Size and SHA-256 of a file, as it was written."""
+        return {"bytes": self.size(name), "sha256": self.sha256(name)}
+
+    def _source(self, name: str, stream: bool = False) -> AbstractContextManager[pa.NativeFile]:
+        """A file to read; as a stream with little memory (mapped pages count as such)."""
+        return pa.OSFile(self.where(name)) if stream else pa.memory_map(self.where(name))
 
     @contextmanager
     def _reader(self, name: str, columns: Sequence[str] | None, stream: bool = False) -> Iterator[pa.RecordBatchReader]:
         """Reads an Arrow file, of which other columns stay unread; raises `InputError` where it is damaged."""
         try:
-            with self._source(name, stream, whole=columns is None) as source:
+            with self._source(name, stream) as source:
                 reader = pa.ipc.open_file(source)
                 if columns is not None:
                     fields = sorted(reader.schema.get_field_index(column) for column in columns)
@@ -115,10 +111,7 @@ class Storage:
         first = start // BATCH_ROWS
         with self._reader(name, columns) as reader:
             batches = [reader.get_batch(number) for number in range(first, 1 + (stop - 1) // BATCH_ROWS)]
-            lines = pa.Table.from_batches(batches).select(columns).slice(start - first * BATCH_ROWS, stop - start)
-            if len(lines) != stop - start:
-                raise pa.ArrowInvalid("batches of another size")
-        return lines
+        return pa.Table.from_batches(batches).select(columns).slice(start - first * BATCH_ROWS, stop - start)
 
     def batches(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """The record batches of an Arrow file, one in memory at a time."""
@@ -127,8 +120,8 @@ class Storage:
                 yield reader.get_batch(number).select(columns)
 
     def writing(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """A file to write; it appears when the context ends without an exception; see `atomic_file`."""
-        return atomic_file(self._path(name))
+        """A file to write; it appears when the context ends without an exception."""
+        return atomic_file(Path(self.where(name)))
 
     def write(self, name: str, content: bytes | pa.Table) -> None:
         """Writes bytes, or a table as an Arrow file."""
@@ -139,26 +132,17 @@ class Storage:
                 with pa.ipc.new_file(file, content.schema) as writer:
                     writer.write_table(content)
 
-    def write_folder(self, name: str, files: Path, last: str) -> None:
-        """Writes all files of a folder on a disk, the one that makes them complete last."""
-        for path in sorted(files.iterdir(), key=lambda path: (path.name == last, path.name)):
-            self.write(f"{name}/{path.name}", path.read_bytes())
-
     def delete(self, name: str) -> None:
         """Deletes a file, if it exists."""
-        self._path(name).unlink(missing_ok=True)
+        Path(self.where(name)).unlink(missing_ok=True)
 
     def delete_folder(self, name: str) -> None:
         """Deletes a folder and all that is in it, if it exists."""
-        shutil.rmtree(self._path(name), ignore_errors=True)
+        shutil.rmtree(self.where(name), ignore_errors=True)
 
-    def delete_unfinished(self) -> None:
-        """Deletes what killed processes have left of files that never appeared; the caller holds the lock."""
-        folder = Path(self.location)
-        for temporary in [*folder.glob(".*.arrow*"), *folder.glob(".*.json.*")]:
-            temporary.unlink(missing_ok=True)
-        for left in folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(left, ignore_errors=True)
+    def _delete_unfinished(self) -> None:
+        for left in Path(self.location).glob(f"{UNFINISHED}*"):
+            left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -167,8 +151,7 @@ class Storage:
         lock = FileLock(folder / LOCK, blocking=False)
         try:
             new = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            lock.acquire()  # makes the folder, too
         except Timeout:
             raise InputError(
                 f"Expected exclusive access to {folder} but another process is filling it; wait for it, or choose "
@@ -179,28 +162,26 @@ class Storage:
                 f"Expected a folder that can be written at {folder} but got: {error.strerror}; choose another store."
             ) from error
         try:
+            self._delete_unfinished()
             yield
         finally:
+            self._delete_unfinished()  # of this run's killed workers
             (folder / LOCK).unlink(missing_ok=True)  # before it is released: FileLock does not take a deleted file
             lock.release()
             if new:
                 with suppress(OSError):  # a refused request leaves no empty folder
                     folder.rmdir()
 
-    def scratch(self) -> AbstractContextManager[str]:
-        """A folder on a disk for temporary files, deleted at the end."""
-        return tempfile.TemporaryDirectory(dir=self.location, prefix=TEMPORARY)
-
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
         """A file or folder as a path on a disk, for reading only; it need not exist."""
-        yield self._path(name)
+        yield Path(self.where(name))
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write atomically: temporary file, fsync, rename, fsync of the folder; `InputError` where it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}")  # which does not end in .arrow
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

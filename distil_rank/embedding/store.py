@@ -124,19 +124,16 @@ class Store:
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _pick(self, layer: str | None) -> State | None:
-        names = ", ".join(map(str, self.layers))
-        if not self.layers:
-            if layer not in (None, str(self.manifest.get("layer"))):
-                only = self.manifest.get("layer")
-                raise InputError(f"Expected layer {layer} in the store {self.path} but it holds layer {only} only.")
-            return None
-        if layer is None:
-            last = self.layers[-1]
-            logger.info("%s holds the layers %s: taking %s, the last (…:LAYER takes another)", self.path, names, last)
-            return last
-        if State.parse(layer) not in self.layers:
-            raise InputError(f"Expected a layer out of {names}, which the store {self.path} holds, but got {layer}.")
-        return State.parse(layer)
+        names = [str(state) for state in self.layers] or [str(self.manifest.get("layer"))]
+        if layer is None and self.layers:
+            layer = names[-1]
+            text = "%s holds the layers %s: taking %s, the last (…:LAYER takes another)"
+            logger.info(text, self.path, ", ".join(names), layer)
+        if layer not in (None, *names):
+            raise InputError(
+                f"Expected a layer out of {', '.join(names)}, which the store {self.path} holds, but got {layer}."
+            )
+        return State.parse(layer) if self.layers else None
 
     @property
     def path(self) -> Location:
@@ -155,16 +152,10 @@ class Store:
             InputError: it is no store, is unfinished, lacks the layer, or a file is missing or has another size.
         """
         path, layer = split_source(path)
-        return cls.read(open_storage(path), content, layer)
-
-    @classmethod
-    def read(cls, storage: Storage, content: str | None = None, layer: str | None = None) -> Self:
-        """Opens a finished store whose files are at hand; see `open`."""
-        path, content = storage.location, content or cls.content
+        storage, content = open_storage(path), content or cls.content
         manifest = read_manifest(storage, content)
         if manifest is None:
-            noun = content.removeprefix("distil-rank ")
-            raise InputError(f"Expected a store of {noun} at {path} but it has no manifest.json; make it with embed.")
+            raise InputError(f"Expected {content} at {path} but it has no manifest.json; make it with embed.")
         pending = [shard for shard in manifest["shards"] if "sha256" not in shard]
         if pending:
             raise InputError(
@@ -194,7 +185,7 @@ class Store:
     def verify(self) -> None:
         """Reads every file and compares its SHA-256; raises `InputError` where one was changed."""
         for file in self.manifest["proteins"] + self.manifest["shards"]:
-            if self.storage.sha256_of_content(file["file"]) != file["sha256"]:
+            if self.storage.sha256(file["file"]) != file["sha256"]:
                 where = self.storage.where(file["file"])
                 raise InputError(f"Expected {where} unchanged but its SHA-256 differs; embed again.")
 
@@ -303,21 +294,20 @@ def settings_of(manifest: dict[str, Any]) -> list[Any]:
 
 def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any] | None:
     """The manifest of a store, finished or not, or None; `InputError` where it is damaged, or of another content."""
-    noun = content.removeprefix("distil-rank ")
     file = storage.where("manifest.json")
     try:
         text = storage.read_bytes("manifest.json")
         manifest: dict[str, Any] = json.loads(text)
-        matches = manifest["format"] == content and manifest["version"] == VERSION
+        kind, version = manifest["format"], manifest["version"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"Expected the manifest of a store of {noun} in {file} but it cannot be read.") from error
-    if not matches and {manifest["format"], content} == {EMBEDDINGS, CODES}:
-        holds = manifest["format"].split()[-1]
-        raise InputError(f"Expected a store of {noun} at {storage.location} but it holds {holds}.")
-    if not matches:
-        raise InputError(f"Expected {content} version {VERSION} in {file} but got another; make the store again.")
+        raise InputError(f"Expected the manifest of a store of {content} in {file} but it cannot be read.") from error
+    if (kind, version) != (content, VERSION):
+        raise InputError(
+            f"Expected {content} version {VERSION} in {storage.location} but it holds {kind} version {version}; make "
+            "the store again, or choose another."
+        )
     try:
         _Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -325,8 +315,8 @@ def read_manifest(storage: Storage, content: str = EMBEDDINGS) -> dict[str, Any]
         names = [part for part in first["loc"] if isinstance(part, str)]
         invalid = ": ".join(names) or str(first["ctx"]["error"])
         raise InputError(
-            f"Expected the manifest of a store of {noun} in {file} but {invalid} is missing or wrong; restore it, or "
-            "choose another store."
+            f"Expected the manifest of a store of {content} in {file} but {invalid} is missing or wrong; restore it, "
+            "or choose another store."
         ) from error
     return manifest
 

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
 from distil_rank.embedding.sequences import CleaningReport, Protein
-from distil_rank.embedding.storage import Location, Storage
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import (
     EMBEDDINGS,
     PROVENANCE,
@@ -41,7 +41,6 @@ from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-MORE_MEMORY = 1.05  # times the memory of the device that skipped a sequence: retry; a machine's own varies a little
 # what a store holds beside its .arrow files and the manifest
 OWN_NAMES = (PARTS, PROVENANCE, "encoder", "calibration.safetensors")
 
@@ -74,16 +73,13 @@ class StoreWriter:
         description: dict[str, Any],
         report: CleaningReport,
     ) -> int:
-        """Adds the proteins that the store lacks and cuts their sequences into shards.
+        """Adds the proteins that the store lacks and cuts their sequences into shards; returns how many they are.
 
         Args:
             proteins: Names, which may repeat, and cleaned sequences.
             settings: What the vectors depend on, at least `pooling`, `dim`, `long` and `max_length`.
             description: Further entries of a new store's manifest, such as the backbone's name.
-            report: What reading `proteins` changed; kept in the manifest.
-
-        Returns:
-            The number of added proteins.
+            report: What reading `proteins` changed, for the manifest.
 
         Raises:
             InputError: the settings differ from the store's, or the store has a name with another sequence.
@@ -103,7 +99,7 @@ class StoreWriter:
         if added:
             manifest["shards"] += new_shards(self.storage, name, manifest)
             entry = {"file": name, "rows": added, "source": Path(report.source).name, "cleaning": dict(report.counts)}
-            manifest["proteins"].append({**entry, **_fingerprint(self.storage, name)})
+            manifest["proteins"].append({**entry, **self.storage.fingerprint(name)})
         self._write_manifest(manifest)
         return added
 
@@ -111,10 +107,9 @@ class StoreWriter:
         """Raises `InputError` where there is something else than a store, or what is left of one's first files."""
         if self.manifest:
             return
-        for name, size in self.storage.entries().items():
+        for name in self.storage.entries():
             own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
-            another = size is None and self.storage.size(f"{name}/manifest.json") is not None  # a store below this one
-            if not own and not another:
+            if not own:
                 raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {name}.")
 
     def update(self, **entries: Any) -> None:
@@ -141,33 +136,31 @@ class StoreWriter:
         manifest = self.manifest
         return [Shard.of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
 
-    def retry_skipped(self, memory: int, every: bool = False) -> int:
-        """Makes skipped sequences pending where the device has more bytes of memory than the one that skipped them.
+    def retry_skipped(self) -> int:
+        """Makes skipped sequences pending again and returns their number; the caller holds the lock.
 
-        The caller holds the lock. Killed at any moment, it loses no vector. Returns the number of sequences to retry.
+        Killed at any moment, it loses no vector.
         """
         manifest = self.manifest
-        reopened: list[str] = []
-        retried = 0
+        reopened, retried = [], 0
         for entry in manifest["shards"]:
-            file = entry["file"]
-            if not entry.get("skipped") or not _retries(table := self.storage.table(file), memory, every):
+            if not entry.get("skipped"):
                 continue
+            table = self.storage.table(entry["file"])
             rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
             if len(rows):
                 vectors = np.stack([vectors_of(table, name) for name in self._columns()])
                 self.write_part(Shard.of(entry, manifest), rows.tolist(), counts.tolist(), vectors)
             retried += entry["skipped"]
+            reopened.append(entry["file"])
             _reopen(entry)
-            reopened.append(file)
         self._write_manifest(manifest)
         for file in reopened:
             self.storage.delete(file)
-        shards = (f"{PARTS}/{name}" for name, size in self.storage.entries(PARTS).items() if size is None)
-        for part in (part for shard in shards for part in self._parts(shard)):  # of shards in progress
+        folders = [name for name, size in self.storage.entries(PARTS).items() if size is None]
+        for part in (part for name in folders for part in self._parts(f"{PARTS}/{name}")):  # of shards in progress
             table = self.storage.table(part)
-            missing = len(_rows_of(table)) - len(np.unique(table["row"].to_numpy()))
-            if missing and _retries(table, memory, every):
+            if missing := len(_rows_of(table)) - len(np.unique(table["row"].to_numpy())):
                 retried += missing
                 self.storage.delete(part)
         return retried
@@ -203,9 +196,7 @@ class StoreWriter:
                 rows.update(_rows_of(table))
         return rows
 
-    def write_part(
-        self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray, memory: int | None = None
-    ) -> None:
+    def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
         """Writes one batch.
 
         Args:
@@ -213,11 +204,8 @@ class StoreWriter:
             rows: Of its sequences.
             counts: Vectors of each; 0 for a skipped one.
             vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
-            memory: Bytes of the device's; recorded where it skipped a sequence.
         """
         metadata = {"key": shard.key, "rows": json.dumps(rows)}
-        if memory is not None and 0 in counts:
-            metadata["memory"] = str(memory)
         columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
         table = _table(np.repeat(rows, counts), columns, metadata)
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
@@ -236,16 +224,12 @@ class StoreWriter:
             )
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
-        metadata = {"key": shard.key}
-        memories = [int(part.schema.metadata[b"memory"]) for part in parts if b"memory" in part.schema.metadata]
-        if memories:
-            metadata["memory"] = str(min(memories))
         columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
-        self.storage.write(shard.file, _table(rows[order], columns, metadata))
+        self.storage.write(shard.file, _table(rows[order], columns, {"key": shard.key}))
         self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
-        """Sets size and hash of complete shards, clears those of damaged ones; deletes killed runs' temporary files."""
+        """Sets size and hash of complete shards, clears those of damaged ones."""
         sizes = self.storage.entries()
         for shard in manifest["shards"]:
             file = shard["file"]
@@ -260,9 +244,8 @@ class StoreWriter:
                 rows = table["row"].to_numpy()
                 shard["vectors"] = len(rows)
                 shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
-                shard.update(_fingerprint(self.storage, file))
+                shard.update(self.storage.fingerprint(file))
                 self.storage.delete_folder(Shard.of(shard, manifest).parts)
-        self.storage.delete_unfinished()
 
     def _computed(self, name: str, key: str, columns: Sequence[str] | None = None) -> pa.Table | None:
         """What was computed for this key; a file with another key, or a damaged one, is deleted."""
@@ -287,11 +270,6 @@ class StoreWriter:
             self.storage.delete_folder(PARTS)
 
 
-def _retries(table: pa.Table, memory: int, every: bool) -> bool:
-    recorded = table.schema.metadata.get(b"memory")
-    return every or (recorded is not None and memory > MORE_MEMORY * int(recorded))
-
-
 def _rows_of(part: pa.Table) -> list[int]:
     """The rows of a finished batch, including skipped sequences."""
     return list(json.loads(part.schema.metadata[b"rows"]))
@@ -309,7 +287,3 @@ def _table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[s
         for name, vectors in columns.items()
     }
     return pa.table({"row": pa.array(rows, pa.int64()), **arrays}, metadata=metadata)
-
-
-def _fingerprint(storage: Storage, name: str) -> dict[str, Any]:
-    return {"bytes": storage.size(name), "sha256": storage.sha256(name)}

@@ -51,7 +51,7 @@ class EmbedOptions:
         engine: What uses several devices; ray's workers may come and go.
         ray_address: HOST:PORT of a Ray cluster; by default one starts here.
         ray_cores: Cores of each worker; one beside a GPU, otherwise all.
-        retry_skipped: Compute again what was skipped for lack of memory.
+        retry_skipped: Compute again what was skipped for lack of memory, say on another device.
         calibration: Store or file whose int8 calibration to use.
         code: Folder of an encoder, or store of its codes: writes codes.
     """

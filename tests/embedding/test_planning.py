@@ -79,7 +79,7 @@ def test_names_and_rows_are_those_of_dictionaries(tmp_path_factory, first, secon
                 for part in Storage(store).table(file["file"]).to_batches()[:-1]
             }
             assert sizes <= {batch}
-    assert not list(store.glob(".planning-*"))
+    assert not list(store.glob(".unfinished-*"))
 
 
 @given(
@@ -142,7 +142,7 @@ def test_what_duckdb_cannot_do_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_killed_plan_leaves_nothing_behind_the_next(tmp_path):
-    (tmp_path / "s" / ".planning-killed").mkdir(parents=True)
+    (tmp_path / "s" / ".unfinished-killed").mkdir(parents=True)
     writer = StoreWriter(tmp_path / "s")
     settings = {"dim": 3, "pooling": "mean", "long": "window", "max_length": 9}
     with writer.lock():

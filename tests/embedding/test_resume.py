@@ -15,12 +15,12 @@ from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from tests.stores import MAX_TOKENS, attempt, content, lines, write_fasta
 
-KILLS = 20
+KILLS = 10
 
 
-def test_twenty_kills(tiny_esm2, tmp_path, forks):
+def test_killed_again_and_again(tiny_esm2, tmp_path, forks):
     fasta, log = tmp_path / "in.fasta", tmp_path / "log"
-    write_fasta(fasta, 900, 60)  # about 150 batches
+    write_fasta(fasta, 450, 60)  # about 75 batches
 
     def start(store, log):
         process = forks.Process(target=attempt, args=(fasta, store, str(tiny_esm2.fair_esm), log, "all"))
@@ -70,7 +70,7 @@ def test_killed_while_planning(tiny_esm2, tmp_path, forks):
     fasta = tmp_path / "in.fasta"
     write_fasta(fasta, 50, 20)
     (tmp_path / "store").mkdir()
-    (tmp_path / "store" / ".proteins-00000.arrow").write_bytes(b"half a table")
+    (tmp_path / "store" / ".unfinished-proteins-00000.arrow.1").write_bytes(b"half a table")
     (tmp_path / "store" / ".lock").touch()
     process = forks.Process(target=attempt, args=(fasta, tmp_path / "store", str(tiny_esm2.fair_esm), tmp_path / "log"))
     process.start()

@@ -13,12 +13,12 @@ from distil_rank.embedding.store import Store, open_storage
 from distil_rank.errors import InputError
 from tests.stores import attempt, content, lines, write_fasta
 
-KILLS = 8
+KILLS = 5
 
 
 def attempt_in_s3(env, *arguments):
     os.environ.update(env)
-    lease.SECONDS = 0.4
+    lease.SECONDS = 0.2
     attempt(*arguments)
 
 
@@ -29,7 +29,7 @@ def content_in_s3(store):
 
 def test_killed_and_resumed(tiny_esm2, tmp_path, forks, s3, s3_server):
     fasta, log, backbone, layer = tmp_path / "in.fasta", tmp_path / "log", str(tiny_esm2.fair_esm), "all"
-    write_fasta(fasta, 400, 60)
+    write_fasta(fasta, 250, 60)
     whole = forks.Process(target=attempt, args=(fasta, tmp_path / "whole", backbone, tmp_path / "whole.log", layer))
     whole.start()
     whole.join()
