@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from functools import cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +19,6 @@ from torch import Tensor
 
 from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
-from distil_rank.embedding.hardware import keep_freed_memory
 from distil_rank.embedding.layers import State
 from distil_rank.options.embed import Pooling
 
@@ -27,12 +29,10 @@ LAST, LEAST = 4, 4  # a batch has a quarter of the tokens that are left, but not
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
 
 
-class _HasTexts(Protocol):
-    @property
-    def texts(self) -> list[str]: ...
+# glibc's M_MMAP_THRESHOLD (at most 32), M_TRIM_THRESHOLD and M_TOP_PAD, in MiB
+MALLOC_OPTIONS = {-3: 32, -1: 1024, -2: 64}
 
-
-Batch = TypeVar("Batch", bound=_HasTexts)
+Name = TypeVar("Name")  # of a batch
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,10 @@ class Embedder:
     ):
         self.layers = tuple(layers or [State(backbone.num_layers)])
         shared = precision == "fp32" and torch.device(device).type == "cpu"  # the model's own weights serve
-        model = backbone.model if shared else backbone.streamed
-        self.encoder = encoder or FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer)
+        if encoder is None:
+            model = backbone.model if shared else backbone.remapped()
+            encoder = FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer)
+        self.encoder = encoder
         self.alphabet, self.dim = backbone.alphabet, backbone.dim
         self.pooling, self.window, self.max_tokens = pooling, window, max_tokens
 
@@ -148,8 +150,8 @@ class Embedder:
         """Batches that `stream` computes at once."""
         return torch.get_num_threads() if self._narrow else 1
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
-        """Embeds batch after batch and yields them in order, each with its vectors.
+    def stream(self, batches: Iterable[tuple[Name, list[str]]]) -> Iterator[tuple[Name, Embedded]]:
+        """Embeds named batches and yields the vectors of each with its name, in order.
 
         On a CPU each core computes its own batch where the model is narrow, which avoids synchronising after every
         operation. A wide model's operations are large enough for all cores to share each. A GPU computes one batch
@@ -160,18 +162,18 @@ class Embedder:
         if self.encoder.device.type == "cpu":
             keep_freed_memory()
         if threads == 1:
-            yield from ((batch, self.embed(batch.texts)) for batch in batches)
+            yield from ((name, self.embed(texts)) for name, texts in batches)
             return
-        waiting: deque[tuple[Batch, Future[Embedded]]] = deque()
+        waiting: deque[tuple[Name, Future[Embedded]]] = deque()
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
-                for batch in batches:
-                    waiting.append((batch, pool.submit(self.embed, batch.texts)))
+                for name, texts in batches:
+                    waiting.append((name, pool.submit(self.embed, texts)))
                     if len(waiting) > threads:
                         first, future = waiting.popleft()
                         yield first, future.result()
-                yield from ((batch, future.result()) for batch, future in waiting)
+                yield from ((name, future.result()) for name, future in waiting)
         finally:
             torch.set_num_threads(threads)
 
@@ -270,3 +272,12 @@ def windows(length: int, window: int | None) -> list[tuple[int, int]]:
     number = -(-(length - window) // step) + 1
     starts = [round(i * (length - window) / (number - 1)) for i in range(number)]
     return [(start, start + window) for start in starts]
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tells glibc to keep the memory of freed tensors for the next ones, instead of returning it after every batch."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, mebibytes in MALLOC_OPTIONS.items():
+            mallopt(option, mebibytes << 20)

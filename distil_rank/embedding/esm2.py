@@ -12,7 +12,7 @@ norm's scale and shift are folded into the linear map that follows, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -24,8 +24,6 @@ from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
-from distil_rank.embedding.backbone import StreamedModel
-from distil_rank.embedding.hardware import return_freed_memory
 from distil_rank.embedding.layers import LayerClock
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
@@ -77,7 +75,7 @@ class FusedEncoder:
 
     def __init__(
         self,
-        model: ESM2 | StreamedModel,
+        model: ESM2,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layer: int | None = None,
@@ -94,9 +92,8 @@ class FusedEncoder:
         self.frequencies = exact.self_attn.rot_emb.inv_freq.float().cpu().clone()  # of the rotary embedding
         self.first = self._project(self.embedding, self._layer(exact, torch.float32, torch.float32))
         self.clock = LayerClock(self.layer, self.device)
-        return_freed_memory()
 
-    def _convert(self, modules: Sequence[Any]) -> Sequence[Any]:
+    def _convert(self, modules: Iterable[Any]) -> list[Any]:
         """The parameters of each layer, as `_apply` wants them."""
         return [
             self._layer(module, self.dtype, self.attention_dtype if number < EXACT else self.dtype)
@@ -241,6 +238,11 @@ def attend_sequentially(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> 
         result = F.scaled_dot_product_attention(one[0], one[1], one[2], attn_mask=mask)
         attended[start:stop] = result[0].transpose(0, 1)
     return attended
+
+
+def has_bf16_units() -> bool:
+    """Whether this processor has units for bfloat16 (AVX512-BF16 or AMX)."""
+    return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
 
 
 @lru_cache(maxsize=256)  # more than a batch has different lengths; every layer uses the same masks

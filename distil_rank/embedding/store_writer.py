@@ -41,7 +41,6 @@ from distil_rank.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-MORE_MEMORY = 1.05  # times the memory of the device that skipped a sequence: retry; a machine's own varies a little
 # what a store holds beside its .arrow files and the manifest
 OWN_NAMES = (PARTS, PROVENANCE, "encoder", "calibration.safetensors")
 
@@ -141,18 +140,19 @@ class StoreWriter:
         manifest = self.manifest
         return [Shard.of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
 
-    def retry_skipped(self, memory: int, every: bool = False) -> int:
-        """Makes skipped sequences pending where the device has more bytes of memory than the one that skipped them.
+    def retry_skipped(self) -> int:
+        """Makes skipped sequences pending; returns their number.
 
-        The caller holds the lock. Killed at any moment, it loses no vector. Returns the number of sequences to retry.
+        The caller holds the lock. Killed at any moment, it loses no vector.
         """
         manifest = self.manifest
         reopened: list[str] = []
         retried = 0
         for entry in manifest["shards"]:
             file = entry["file"]
-            if not entry.get("skipped") or not _retries(table := self.storage.table(file), memory, every):
+            if not entry.get("skipped"):
                 continue
+            table = self.storage.table(file)
             rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
             if len(rows):
                 vectors = np.stack([vectors_of(table, name) for name in self._columns()])
@@ -167,7 +167,7 @@ class StoreWriter:
         for part in (part for shard in shards for part in self._parts(shard)):  # of shards in progress
             table = self.storage.table(part)
             missing = len(_rows_of(table)) - len(np.unique(table["row"].to_numpy()))
-            if missing and _retries(table, memory, every):
+            if missing:
                 retried += missing
                 self.storage.delete(part)
         return retried
@@ -203,9 +203,7 @@ class StoreWriter:
                 rows.update(_rows_of(table))
         return rows
 
-    def write_part(
-        self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray, memory: int | None = None
-    ) -> None:
+    def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
         """Writes one batch.
 
         Args:
@@ -213,11 +211,8 @@ class StoreWriter:
             rows: Of its sequences.
             counts: Vectors of each; 0 for a skipped one.
             vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
-            memory: Bytes of the device's; recorded where it skipped a sequence.
         """
         metadata = {"key": shard.key, "rows": json.dumps(rows)}
-        if memory is not None and 0 in counts:
-            metadata["memory"] = str(memory)
         columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
         table = _table(np.repeat(rows, counts), columns, metadata)
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
@@ -236,12 +231,8 @@ class StoreWriter:
             )
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
-        metadata = {"key": shard.key}
-        memories = [int(part.schema.metadata[b"memory"]) for part in parts if b"memory" in part.schema.metadata]
-        if memories:
-            metadata["memory"] = str(min(memories))
         columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
-        self.storage.write(shard.file, _table(rows[order], columns, metadata))
+        self.storage.write(shard.file, _table(rows[order], columns, {"key": shard.key}))
         self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
@@ -285,11 +276,6 @@ class StoreWriter:
         finished = all("sha256" in shard for shard in manifest["shards"])
         if finished and self.storage.size(f"{PARTS}/manifest.json") is None:  # unless a store of that name
             self.storage.delete_folder(PARTS)
-
-
-def _retries(table: pa.Table, memory: int, every: bool) -> bool:
-    recorded = table.schema.metadata.get(b"memory")
-    return every or (recorded is not None and memory > MORE_MEMORY * int(recorded))
 
 
 def _rows_of(part: pa.Table) -> list[int]:

@@ -23,7 +23,7 @@ STRATEGY = "ddp"  # by default
 
 Pooling = Literal["mean", "bos", "residue"]
 Precision = Literal["auto", "fp32", "bf16", "int8", "auto-int8"]
-Long = Literal["window", "truncate", "error"]
+Long = Literal["window", "truncate"]
 Accelerator = Literal["auto", "cpu", "cuda"]
 Engine = Literal["lightning", "ray"]
 CHOICES = {"pooling": Pooling, "precision": Precision, "long": Long, "accelerator": Accelerator, "engine": Engine}
@@ -52,7 +52,7 @@ class EmbedOptions:
         ray_address: HOST:PORT of a Ray cluster; by default one starts here.
         ray_cores: Cores of each worker; one beside a GPU, otherwise all.
         retry_skipped: Compute again what was skipped for lack of memory.
-        calibration: Store or file whose int8 calibration to use.
+        calibration: Store whose int8 calibration to use, with its comparison.
         code: Folder of an encoder, or store of its codes: writes codes.
     """
 

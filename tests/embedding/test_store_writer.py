@@ -220,11 +220,11 @@ def test_a_manifest_that_lost_its_last_shard_is_refused(tmp_path, monkeypatch):
 
 
 def skipped(path):
-    """A store of rows 0 to 2, of which 1 was skipped with 100 bytes of memory."""
+    """A store of rows 0 to 2, of which 1 was skipped."""
     writer, _ = plan(path, proteins("MK", "MV", "ML"))
     (shard,) = writer.pending()
-    writer.write_part(shard, [0], [1], np.zeros((1, 3), np.float32), memory=100)
-    writer.write_part(shard, [1, 2], [0, 1], np.full((1, 3), 2, np.float32), memory=100)
+    writer.write_part(shard, [0], [1], np.zeros((1, 3), np.float32))
+    writer.write_part(shard, [1, 2], [0, 1], np.full((1, 3), 2, np.float32))
     return writer, shard
 
 
@@ -241,9 +241,9 @@ def test_retrying_loses_nothing_when_killed(tmp_path, monkeypatch, killed_at):
 
             patch.setattr(*(("pathlib.Path.unlink",) if killed_at == "unlink" else (StoreWriter, killed_at)), killed)
         with pytest.raises(KeyboardInterrupt) if killed_at else nullcontext():
-            assert writer.retry_skipped(200) == 1
+            assert writer.retry_skipped() == 1
     plan(tmp_path / "s", proteins("MK", "MV", "ML"))
-    writer.retry_skipped(200)
+    writer.retry_skipped()
     (shard,) = writer.pending()
     assert writer.done(shard) == {0, 2}
     fill(writer)
@@ -254,22 +254,9 @@ def test_retrying_loses_nothing_when_killed(tmp_path, monkeypatch, killed_at):
 
 def test_a_skipped_sequence_of_a_shard_in_progress_is_retried(tmp_path):
     writer, shard = skipped(tmp_path / "s")
-    assert writer.retry_skipped(100) == 0
     assert writer.done(shard) == {0, 1, 2}
-    assert writer.retry_skipped(200) == 1
+    assert writer.retry_skipped() == 1
     assert writer.done(shard) == {0}, "its batch is computed again"
-
-
-def test_a_skipped_sequence_of_an_older_store_is_retried_on_request(tmp_path):
-    writer, _ = plan(tmp_path / "s", proteins("MK"))
-    (shard,) = writer.pending()
-    writer.write_part(shard, [0], [0], np.zeros((0, 3), np.float32))
-    writer.seal(shard)
-    writer.finish()
-    assert writer.retry_skipped(10**15) == 0
-    assert writer.retry_skipped(1, every=True) == 1
-    fill(writer)
-    assert len(Store.open(tmp_path / "s")) == 1
 
 
 def test_a_truncated_part_is_computed_again(tmp_path):

@@ -23,11 +23,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially
-from distil_rank.embedding.hardware import has_bf16_units, return_freed_memory
+from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially, has_bf16_units
 from distil_rank.embedding.int8 import kernels
-from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
-from distil_rank.embedding.int8.linear import Int8Layer
+from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, Int8Layer
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.errors import InputError
 
@@ -62,12 +60,13 @@ class Int8Encoder(FusedEncoder):
         self._threads = 1  # of the pool, or the caller's own
         self._table = torch.cat(exact.first, dim=1)  # of the first layer's queries, keys and values
         if self.layer:
-            migration = calibration.migration(calibration.layers[0].out, exact.layers[0].out[0])
+            migration = calibration.migration(calibration.layers[0].out, exact.exact_layer(exact.layers[0]).out[0])
             self._table[:, 2 * width :] /= migration
-        layers = enumerate(exact.layers)
-        self.layers = [Int8Layer.rounded(number, layer, calibration, self._low) for number, layer in layers]
+        self.layers = [
+            Int8Layer.rounded(number, exact.exact_layer(module), calibration, self._low)
+            for number, module in enumerate(exact.layers)
+        ]
         self.clock = LayerClock(self.layer, self.device)
-        return_freed_memory()
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
