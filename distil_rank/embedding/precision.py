@@ -1,7 +1,7 @@
 """Which arithmetic to compute in: by what the hardware has, by request, and as far as a comparison with fp32 allows.
 
-A store is compared before anything is in it: int8 is calibrated on the first proteins of the input and compared with fp32
-on those that follow, in one exact pass; bf16, where it was not asked for by name, is compared on the first.
+Compared is before a store has anything: int8 is calibrated on the first proteins of the input and compared with fp32 on
+those that follow, in one exact pass; bf16, where it was not asked for by name, is compared on the first.
 """
 
 from __future__ import annotations
@@ -117,38 +117,46 @@ def choose(
         return PrecisionChoice(requested)
     reasons = []
     if requested != "auto":
-        if (reason := int8_missing(device)) is not None:
-            reasons.append(reason)
-        elif stored:
-            return PrecisionChoice("int8")  # which the store refuses
-        elif options.calibration is not None:
-            return taken_over(options.calibration, backbone, layer)
-        else:
-            calibration, encoder, figures = calibrate(backbone, sequences, layer)
-            if figures.suffices(MIN_INT8_COSINE, MIN_INT8_NEIGHBOURS):
-                logger.info("computing in int8: %s", figures)
-                notes = {"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"}
-                return PrecisionChoice("int8", calibration, encoder, notes)
-            if requested == "int8":
-                raise InputError(
-                    f"Expected int8 to reach a cosine of {MIN_INT8_COSINE} to fp32 and to retain "
-                    f"{MIN_INT8_NEIGHBOURS:.0%} of the neighbours but got {figures}; use this backbone in bf16 or fp32."
-                )
-            reasons.append(f"int8 is too far from fp32: {figures}")
-    precision, rounded, cosine = native_precision(device), None, None
+        rounded = in_int8(options, bool(stored), device, backbone, sequences, layer)
+        if isinstance(rounded, PrecisionChoice):
+            return rounded
+        reasons.append(rounded)
+    precision, encoder, cosine = native_precision(device), None, None
     if precision == "bf16" and not stored:
-        rounded, figures = compare_bf16(backbone, sequences, layer, device)
+        encoder, figures = compare_bf16(backbone, sequences, layer, device)
         cosine = figures.worst_cosine
-        if not figures.suffices(MIN_BF16_COSINE):
-            precision, rounded = "fp32", None
-            reasons.append(f"bf16 is too far from fp32: {figures}")
-        else:
+        if figures.suffices(MIN_BF16_COSINE):
             logger.info("computing in bf16: %s", figures)
-    if not reasons:
-        return PrecisionChoice(precision, encoder=rounded, bf16_cosine=cosine)
-    sentence = f"{'; '.join(reasons)}: going on in {precision}"
-    logger.warning(sentence)
-    return PrecisionChoice(precision, None, rounded, {"precision_note": sentence}, cosine)
+        else:
+            precision, encoder = "fp32", None
+            reasons.append(f"bf16 is too far from fp32: {figures}")
+    notes = {"precision_note": f"{'; '.join(reasons)}: going on in {precision}"} if reasons else {}
+    for note in notes.values():
+        logger.warning(note)
+    return PrecisionChoice(precision, None, encoder, notes, cosine)
+
+
+def in_int8(
+    options: EmbedOptions, stored: bool, device: torch.device, backbone: Backbone, sequences: Sequence[str], layer: int
+) -> PrecisionChoice | str:
+    """int8 as `choose` was asked for it, or why not."""
+    if (reason := int8_missing(device)) is not None:
+        return reason
+    if stored:
+        return PrecisionChoice("int8")  # which the store refuses
+    if options.calibration is not None:
+        return taken_over(options.calibration, backbone, layer)
+    calibration, encoder, figures = calibrate(backbone, sequences, layer)
+    if figures.suffices(MIN_INT8_COSINE, MIN_INT8_NEIGHBOURS):
+        logger.info("computing in int8: %s", figures)
+        notes = {"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"}
+        return PrecisionChoice("int8", calibration, encoder, notes)
+    if options.precision == "int8":
+        raise InputError(
+            f"Expected int8 to reach a cosine of {MIN_INT8_COSINE} to fp32 and to retain {MIN_INT8_NEIGHBOURS:.0%} of "
+            f"the neighbours but got {figures}; use this backbone in bf16 or fp32."
+        )
+    return f"int8 is too far from fp32: {figures}"
 
 
 def native_precision(device: torch.device) -> str:

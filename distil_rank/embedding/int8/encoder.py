@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially, has_bf16_units
+from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially, has_bf16_units, return_freed_memory
 from distil_rank.embedding.int8 import kernels
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, Int8Layer
 from distil_rank.embedding.layers import LayerClock
@@ -67,6 +67,7 @@ class Int8Encoder(FusedEncoder):
             for number, module in enumerate(exact.layers)
         ]
         self.clock = LayerClock(self.layer, self.device)
+        return_freed_memory()
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:

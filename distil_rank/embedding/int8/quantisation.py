@@ -1,4 +1,4 @@
-"""The weights in int8: one scale per output channel, inputs with one scale per token, migrated by what activations reach.
+"""Weights in int8 with a scale per output channel, for inputs with a scale per token, by the ranges of activations.
 
     y = W x + b  ≈  s_x (s_w ⊙ (W₈ x₈)) + b        W₈ = round(W / s_w), x₈ = round(x / s_x)
 
@@ -30,7 +30,7 @@ from esm.model.esm2 import ESM2
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distil_rank.embedding.esm2 import EXACT, Affine, FusedEncoder, folded
+from distil_rank.embedding.esm2 import EXACT, Affine, FusedEncoder, folded, return_freed_memory
 from distil_rank.errors import InputError
 
 ALPHA = 0.5  # how much of the difference moves: the paper's choice, and as good as any here
@@ -113,6 +113,7 @@ class CalibrationEncoder(FusedEncoder):
 
     def exact_layer(self, module: Any) -> Any:
         """One layer's parameters in float32, both norms folded."""
+        return_freed_memory()  # the last layer's
         layer = self._layer(module, torch.float32, torch.float32)
         norm2, (fc1,) = folded(layer.norm2, layer.fc1)
         return layer._replace(norm2=norm2, fc1=fc1)
