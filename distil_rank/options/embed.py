@@ -116,9 +116,6 @@ class EmbedOptions:
             raise InputError("Expected no --devices or --num_nodes with --engine ray, which takes all that is free.")
         if find_spec("ray") is None:
             raise InputError("Expected Ray for --engine ray but it is missing; pip install 'distil-rank[ray]'.")
-        host, _, port = (self.ray_address or "localhost:1").rpartition(":")
-        if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise InputError(f"Expected --ray_address HOST:PORT, such as 10.0.0.1:6379, but got {self.ray_address}.")
 
 
 def check_backbone(name: str) -> None:

@@ -191,21 +191,15 @@ def attend(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor)
     for first in range(0, len(q), together):
         some = slice(first, first + together)
         for row in range(0, length, size):
-            weights, sums = _weights(q[some, row : row + size], k[some], length - row, length, scale)
-            mixed = torch.bmm(weights, v[some])
+            scores = torch.bmm(q[some, row : row + size], k[some])
+            sums = np.empty(scores.shape[:2], np.float32)
+            visible = min(length - row, scores.shape[1]), length  # queries and keys
+            if not kernels.exponentiate(_array(scores), *visible, scale, sums):
+                scores = torch.bmm(q[some, row : row + size], k[some])
+                kernels.subtract_maxima(_array(scores), *visible, sums)
+                kernels.exponentiate(_array(scores), *visible, scale, sums)
+            mixed = torch.bmm(scores, v[some])
             kernels.divide(_array(mixed), sums, out, start + row, start + length, heads.start + first)
-
-
-def _weights(q: Tensor, k: Tensor, queries: int, keys: int, scale: np.float32) -> tuple[Tensor, NDArray[np.float32]]:
-    """Powers of the scores of so many queries and keys, (H, Q, K), and their sums, (H, Q)."""
-    scores = torch.bmm(q, k)
-    sums = np.empty(scores.shape[:2], np.float32)
-    visible = min(queries, scores.shape[1]), keys
-    if not kernels.exponentiate(_array(scores), *visible, scale, sums):
-        scores = torch.bmm(q, k)
-        kernels.subtract_maxima(_array(scores), *visible, sums)
-        kernels.exponentiate(_array(scores), *visible, scale, sums)
-    return scores, sums
 
 
 def _attend_in_fp32(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:
