@@ -251,15 +251,10 @@ def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable
     else:
         embedder = Embedder(backbone, precision=precision, layers=[State(layer)])
 
-    class Batch(list):
-        @property
-        def texts(self) -> list[str]:
-            return [sequences[i] for i in self]
-
     def run() -> list[torch.Tensor]:
         means: list[Any] = [None] * len(sequences)
-        batches = map(Batch, embedder.batches([len(text) for text in sequences]))
-        for batch, result in embedder.stream(batches):
+        batches = embedder.batches([len(text) for text in sequences])
+        for batch, result in embedder.stream((batch, [sequences[i] for i in batch]) for batch in batches):
             for i, vector in zip(batch, result.vectors, strict=True):
                 means[i] = vector
         return means

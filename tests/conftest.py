@@ -17,8 +17,7 @@ from servers import s3_process
 
 from distil_rank.data.files import load_matrix
 from distil_rank.embedding import precision
-from distil_rank.embedding.hardware import has_int8_units
-from distil_rank.embedding.int8.linear import Int8Linear
+from distil_rank.embedding.int8.quantisation import Int8Linear, has_int8_units
 from tests.esm2_files import hugging_face_folder
 
 LAYERS, DIM, HEADS = 2, 32, 4

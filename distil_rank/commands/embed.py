@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distil_rank.codes.store import load_encoder, own_encoder, write_encoder
 from distil_rank.embedding import run as embedding
+from distil_rank.embedding.extraction import default_store
 from distil_rank.embedding.run import EmbedSummary
 from distil_rank.embedding.store import CODES, EMBEDDINGS
 from distil_rank.embedding.store_writer import StoreWriter
@@ -25,7 +26,7 @@ def embed(options: EmbedOptions) -> EmbedSummary:
     Raises:
         InputError: see `distil_rank.embedding.run.embed`; or the encoder is for another layer or pooling.
     """
-    settings = {**asdict(options), "store": options.store or embedding.default_store(options.fasta)}
+    settings = {**asdict(options), "store": options.store or default_store(options.fasta)}
     encoder = None
     folder = settings.pop("code")
     if folder is not None:

@@ -17,8 +17,8 @@ from distil_rank.commands.evaluate import metric_name
 from distil_rank.compression.saved import save
 from distil_rank.data.files import LABELLED, sample
 from distil_rank.data.mmseqs import mmseqs_binary
+from distil_rank.embedding.extraction import default_store
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.run import default_store
 from distil_rank.embedding.store import Store
 from distil_rank.evaluation.labelled import OWN_LABELS
 from distil_rank.evaluation.representations import NO_MMSEQS

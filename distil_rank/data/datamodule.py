@@ -19,8 +19,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from distil_rank.data.files import SYNTHETIC, Embeddings, find_source, load_matrix, read_clusters
 from distil_rank.data.split import DataDescription, Split, SplitSizes, make_split
+from distil_rank.embedding.extraction import default_store
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.run import default_store, embed
+from distil_rank.embedding.run import embed
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
 

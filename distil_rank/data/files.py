@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from distil_rank.embedding.extraction import STORES
 from distil_rank.embedding.layers import split_source
-from distil_rank.embedding.run import STORES
 from distil_rank.embedding.sequences import accession, name_in_header
 from distil_rank.embedding.storage import Location, atomic_file, is_remote
 from distil_rank.embedding.store import Store, embedding_run, stores_in

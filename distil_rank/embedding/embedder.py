@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from functools import cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
-from distil_rank.embedding.hardware import keep_freed_memory
 from distil_rank.embedding.layers import State
 from distil_rank.options.embed import Pooling
 
@@ -27,12 +28,10 @@ LAST, LEAST = 4, 4  # a batch has a quarter of the tokens that are left, but not
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
 
 
-class _HasTexts(Protocol):
-    @property
-    def texts(self) -> list[str]: ...
+# glibc's M_MMAP_THRESHOLD (at most 32), M_TRIM_THRESHOLD and M_TOP_PAD, in MiB
+MALLOC_OPTIONS = {-3: 32, -1: 1024, -2: 64}
 
-
-Batch = TypeVar("Batch", bound=_HasTexts)
+Name = TypeVar("Name")  # of a batch
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,9 @@ class _Piece(NamedTuple):
     """Part of a sequence that goes through the model in one pass."""
 
     owner: int
-    start: int
     text: str
-    weights: Tensor  # of its residues, (L,), or of its BOS, (1,), in the sum that is the result
+    rows: slice  # of the result, to which it adds
+    weights: Tensor  # of its residues, (L,), or of its BOS, (1,), in that sum
 
 
 class Embedder:
@@ -89,8 +88,10 @@ class Embedder:
     ):
         self.layers = tuple(layers or [State(backbone.num_layers)])
         shared = precision == "fp32" and torch.device(device).type == "cpu"  # the model's own weights serve
-        model = backbone.model if shared else backbone.streamed
-        self.encoder = encoder or FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer)
+        if encoder is None:
+            model = backbone.model if shared else backbone.remapped()
+            encoder = FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer)
+        self.encoder = encoder
         self.alphabet, self.dim = backbone.alphabet, backbone.dim
         self.pooling, self.window, self.max_tokens = pooling, window, max_tokens
 
@@ -120,23 +121,27 @@ class Embedder:
 
     def embed(self, sequences: Sequence[str]) -> Embedded:
         """Embeds sequences of cleaned amino acids."""
+        per_residue = self.pooling == "residue"
+        counts = [len(text) if per_residue else 1 for text in sequences]
         pieces = []
-        for owner, text in enumerate(sequences):
+        for owner, (text, first) in enumerate(zip(sequences, np.cumsum([0, *counts[:-1]]).tolist(), strict=False)):
             extents = windows(len(text), self.window)
             covered = torch.zeros(len(text))
             for start, stop in extents:
                 covered[start:stop] += 1
-            weights = 1 / (covered if self.pooling == "residue" else covered * len(text))
+            weights = 1 / (covered if per_residue else covered * len(text))
             for start, stop in extents:
+                rows = slice(first + start, first + stop) if per_residue else slice(first, first + 1)
                 own = torch.full((1,), 1 / len(extents)) if self.pooling == "bos" else weights[start:stop]
-                pieces.append(_Piece(owner, start, text[start:stop], own))
-        per_residue = self.pooling == "residue"
-        counts = [len(text) if per_residue else 1 for text in sequences]
-        empty = torch.zeros(len(self.layers), sum(counts), self.dim, device=self.encoder.device)
-        sums = _Sums(empty, counts, per_residue)
+                pieces.append(_Piece(owner, text[start:stop], rows, own))
+        vectors = torch.zeros(len(self.layers), sum(counts), self.dim, device=self.encoder.device)
+        skipped: set[int] = set()
         for group in self.batches([len(piece.text) for piece in pieces], tapered=False):
-            self._add([pieces[i] for i in group], sums)
-        return sums.result()
+            self._add([pieces[i] for i in group], vectors, skipped)
+        if not skipped:
+            return Embedded(vectors, counts)
+        fits = np.array([owner not in skipped for owner in range(len(counts))])
+        return Embedded(vectors[:, torch.from_numpy(fits.repeat(counts))], (fits * counts).tolist())
 
     @property
     def _narrow(self) -> bool:
@@ -148,8 +153,8 @@ class Embedder:
         """Batches that `stream` computes at once."""
         return torch.get_num_threads() if self._narrow else 1
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
-        """Embeds batch after batch and yields them in order, each with its vectors.
+    def stream(self, batches: Iterable[tuple[Name, list[str]]]) -> Iterator[tuple[Name, Embedded]]:
+        """Embeds named batches and yields the vectors of each with its name, in order.
 
         On a CPU each core computes its own batch where the model is narrow, which avoids synchronising after every
         operation. A wide model's operations are large enough for all cores to share each. A GPU computes one batch
@@ -160,28 +165,31 @@ class Embedder:
         if self.encoder.device.type == "cpu":
             keep_freed_memory()
         if threads == 1:
-            yield from ((batch, self.embed(batch.texts)) for batch in batches)
+            yield from ((name, self.embed(texts)) for name, texts in batches)
             return
-        waiting: deque[tuple[Batch, Future[Embedded]]] = deque()
+        waiting: deque[tuple[Name, Future[Embedded]]] = deque()
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
-                for batch in batches:
-                    waiting.append((batch, pool.submit(self.embed, batch.texts)))
+                for name, texts in batches:
+                    waiting.append((name, pool.submit(self.embed, texts)))
                     if len(waiting) > threads:
                         first, future = waiting.popleft()
                         yield first, future.result()
-                yield from ((batch, future.result()) for batch, future in waiting)
+                yield from ((name, future.result()) for name, future in waiting)
         finally:
             torch.set_num_threads(threads)
 
-    def _add(self, pieces: list[_Piece], sums: _Sums) -> None:
-        """Adds these pieces' contributions to their sequences' vectors."""
-        pieces = [piece for piece in pieces if piece.owner not in sums.skipped]
+    def _add(self, pieces: list[_Piece], vectors: Tensor, skipped: set[int]) -> None:
+        """Adds these pieces' contributions to the vectors, or their owners to those that do not fit into memory."""
+        pieces = [piece for piece in pieces if piece.owner not in skipped]
         if not pieces:
             return
         try:
-            sums.add(pieces, self._contributions(pieces))
+            contributions = self._contributions(pieces)
+            sizes = [piece.rows.stop - piece.rows.start for piece in pieces]
+            for piece, part in zip(pieces, contributions.split(sizes, dim=1), strict=True):
+                vectors[:, piece.rows] += part
             return
         except (MemoryError, RuntimeError) as error:
             full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -192,68 +200,32 @@ class Embedder:
             torch.cuda.empty_cache()
         if len(pieces) == 1:
             logger.warning("skipped a sequence: %s residues do not fit into memory", f"{len(pieces[0].text):,}")
-            sums.skipped.add(pieces[0].owner)
+            skipped.add(pieces[0].owner)
             return
         tokens = sum(len(piece.text) + 2 for piece in pieces)
         if tokens // 2 < self.max_tokens:
             self.max_tokens = tokens // 2
             logger.warning("out of memory with %s tokens at once; continuing with half of them", f"{tokens:,}")
-        self._add(pieces[: len(pieces) // 2], sums)
-        self._add(pieces[len(pieces) // 2 :], sums)
+        self._add(pieces[: len(pieces) // 2], vectors, skipped)
+        self._add(pieces[len(pieces) // 2 :], vectors, skipped)
 
     @torch.no_grad()
     def _contributions(self, pieces: list[_Piece]) -> Tensor:
-        """Weighted sums of the pieces, (layers, pieces, dim), or their weighted residues, (layers, residues, dim)."""
+        """What pieces add to their rows, one after the other, (layers, rows, dim)."""
         tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)
-        pool = self._pooling(pieces, lengths)
+        starts, device = np.cumsum([0, *lengths[:-1]]), self.encoder.device
+        residues = [np.arange(start + 1, start + length - 1) for start, length in zip(starts, lengths, strict=True)]
+        taken = torch.from_numpy(starts if self.pooling == "bos" else np.concatenate(residues)).to(device)
+        weights = torch.cat([piece.weights for piece in pieces]).to(device)[:, None]
+        each = torch.tensor([len(piece.text) for piece in pieces], device=device)
         parts = []
         for number, hidden in enumerate(self.encoder.states(tokens, lengths)):
             for state in (state for state in self.layers if state.layer == number):
                 normed = state.normed or number == self.encoder.depth
-                parts.append(pool(self.encoder.normed(hidden) if normed else hidden))
+                weighted = (self.encoder.normed(hidden) if normed else hidden)[taken] * weights
+                mean = self.pooling == "mean"
+                parts.append(torch.segment_reduce(weighted, "sum", lengths=each, axis=0) if mean else weighted)
         return torch.stack(parts)
-
-    def _pooling(self, pieces: list[_Piece], lengths: list[int]) -> Callable[[Tensor], Tensor]:
-        """The map from the hidden states of all tokens, (T, dim), to one layer's contributions."""
-        device = self.encoder.device
-        if self.pooling == "bos":
-            first = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=device)
-            per_piece = torch.cat([piece.weights for piece in pieces]).to(device)[:, None]
-            return lambda hidden: hidden[first] * per_piece
-        on_host = torch.cat([F.pad(piece.weights, (1, 1)) for piece in pieces])  # BOS and EOS have none
-        per_token = on_host.to(device)[:, None]
-        if self.pooling == "residue":
-            residues = on_host.nonzero()[:, 0].to(device)  # all but BOS and EOS; a GPU would have to be asked how many
-            return lambda hidden: hidden[residues] * per_token[residues]
-        on_device = torch.tensor(lengths, device=device)
-        return lambda hidden: torch.segment_reduce(hidden * per_token, "sum", lengths=on_device, axis=0)
-
-
-class _Sums:
-    """Accumulates the contributions of pieces into the vectors of their sequences."""
-
-    def __init__(self, vectors: Tensor, counts: list[int], per_residue: bool):
-        self.vectors, self.counts, self.per_residue = vectors, counts, per_residue
-        self.first = np.cumsum([0, *counts]).tolist()
-        self.skipped: set[int] = set()
-
-    def add(self, pieces: list[_Piece], contributions: Tensor) -> None:
-        owners = [piece.owner for piece in pieces]
-        if not self.per_residue and len(set(owners)) == len(owners):  # each owner once: a single indexed addition
-            self.vectors[:, [self.first[owner] for owner in owners]] += contributions
-            return
-        sizes = [len(piece.text) if self.per_residue else 1 for piece in pieces]
-        for piece, part in zip(pieces, contributions.split(sizes, dim=1), strict=True):
-            start = self.first[piece.owner] + (piece.start if self.per_residue else 0)
-            self.vectors[:, start : start + part.shape[1]] += part
-
-    def result(self) -> Embedded:
-        if not self.skipped:
-            return Embedded(self.vectors, self.counts)
-        counts = [0 if owner in self.skipped else count for owner, count in enumerate(self.counts)]
-        parts = self.vectors.split(self.counts, dim=1)
-        retained = [part for owner, part in enumerate(parts) if owner not in self.skipped]
-        return Embedded(torch.cat(retained, dim=1) if retained else self.vectors[:, :0], counts)
 
 
 def windows(length: int, window: int | None) -> list[tuple[int, int]]:
@@ -270,3 +242,12 @@ def windows(length: int, window: int | None) -> list[tuple[int, int]]:
     number = -(-(length - window) // step) + 1
     starts = [round(i * (length - window) / (number - 1)) for i in range(number)]
     return [(start, start + window) for start in starts]
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tells glibc to keep the memory of freed tensors for the next ones, instead of returning it after every batch."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, mebibytes in MALLOC_OPTIONS.items():
+            mallopt(option, mebibytes << 20)

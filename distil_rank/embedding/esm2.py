@@ -12,7 +12,9 @@ norm's scale and shift are folded into the linear map that follows, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import sys
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -24,8 +26,6 @@ from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
-from distil_rank.embedding.backbone import StreamedModel
-from distil_rank.embedding.hardware import return_freed_memory
 from distil_rank.embedding.layers import LayerClock
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
@@ -77,7 +77,7 @@ class FusedEncoder:
 
     def __init__(
         self,
-        model: ESM2 | StreamedModel,
+        model: ESM2,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layer: int | None = None,
@@ -88,7 +88,8 @@ class FusedEncoder:
         self.heads, self.depth, self.eps = model.attention_heads, model.num_layers, model.emb_layer_norm_after.eps
         scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
         self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
-        self.norm_after = self._parameters(model.emb_layer_norm_after)
+        weight, bias = self._parameters(model.emb_layer_norm_after)
+        self.norm_after = weight.clone(), bias.clone()  # views would keep the model's file mapped
         self.layers = self._convert(model.layers[: self.layer])
         exact = model.layers[0]
         self.frequencies = exact.self_attn.rot_emb.inv_freq.float().cpu().clone()  # of the rotary embedding
@@ -96,7 +97,7 @@ class FusedEncoder:
         self.clock = LayerClock(self.layer, self.device)
         return_freed_memory()
 
-    def _convert(self, modules: Sequence[Any]) -> Sequence[Any]:
+    def _convert(self, modules: Iterable[Any]) -> list[Any]:
         """The parameters of each layer, as `_apply` wants them."""
         return [
             self._layer(module, self.dtype, self.attention_dtype if number < EXACT else self.dtype)
@@ -241,6 +242,18 @@ def attend_sequentially(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> 
         result = F.scaled_dot_product_attention(one[0], one[1], one[2], attn_mask=mask)
         attended[start:stop] = result[0].transpose(0, 1)
     return attended
+
+
+def has_bf16_units() -> bool:
+    """Whether this processor has units for bfloat16 (AVX512-BF16 or AMX)."""
+    return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
+
+
+def return_freed_memory() -> None:
+    """Returns to the system what lies between tensors that stay, as after the conversion of a layer's weights."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 @lru_cache(maxsize=256)  # more than a batch has different lengths; every layer uses the same masks

@@ -1,6 +1,7 @@
 """Which arithmetic to compute in: by what the hardware has, by request, and as far as a comparison with fp32 allows.
 
-int8 is calibrated on the first proteins of the input, and compared with fp32 on those that follow, in one exact pass.
+Compared is before a store has anything: int8 is calibrated on the first proteins of the input and compared with fp32 on
+those that follow, in one exact pass; bf16, where it was not asked for by name, is compared on the first.
 """
 
 from __future__ import annotations
@@ -10,20 +11,18 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from distil_rank.embedding.backbone import Backbone
-from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.hardware import has_bf16_units, has_int8_units, return_freed_memory
-from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
-from distil_rank.embedding.storage import Location, is_remote
+from distil_rank.embedding.esm2 import FusedEncoder, has_bf16_units, tokenise
+from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, has_int8_units
+from distil_rank.embedding.layers import LayerClock
+from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import open_storage
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -31,12 +30,12 @@ from distil_rank.options.embed import EmbedOptions
 
 logger = logging.getLogger(__name__)
 
-MIN_BF16_COSINE = 0.999  # to fp32; below it bf16 is not used
 HEAD = 64  # proteins that calibration and comparison may take
 CALIBRATION_TOKENS, CALIBRATION_LENGTH = 1024, 256
 COMPARED_TOKENS, COMPARED_LENGTH = 2048, 128
 CALIBRATION = "calibration.safetensors"  # in the store
 NOTES = ("int8_gate", "precision_note")  # entries of a store's manifest
+MIN_BF16_COSINE = 0.999  # to fp32; below it bf16 is not used
 MIN_INT8_COSINE = 0.99
 MIN_INT8_NEIGHBOURS = 0.8  # share of the nearest neighbours in fp32 that stay nearest in int8
 MAX_NEIGHBOURS = 10
@@ -44,21 +43,20 @@ MAX_NEIGHBOURS = 10
 
 @dataclass(frozen=True)
 class PrecisionAgreement:
-    """How closely int8 follows fp32 on some proteins."""
+    """How closely rounded arithmetic follows fp32 on some proteins."""
 
     worst_cosine: float  # of the mean-pooled vectors
     neighbours_retained: float | None  # share of the nearest in fp32, by centred cosine; None for too few proteins
     proteins: int
 
-    @property
-    def suffices(self) -> bool:
-        """Whether int8 may be used; not where a figure is NaN."""
+    def suffices(self, cosine: float, neighbours: float = 0.0) -> bool:
+        """Whether the figures are at least these; not where one is NaN."""
         retained = 1.0 if self.neighbours_retained is None else self.neighbours_retained
-        return self.worst_cosine >= MIN_INT8_COSINE and retained >= MIN_INT8_NEIGHBOURS
+        return self.worst_cosine >= cosine and retained >= neighbours
 
     def __str__(self) -> str:
         retained = self.neighbours_retained
-        share = "" if retained is None else f", {retained:.1%} of the neighbours kept"
+        share = "" if retained is None else f", {retained:.1%} of the neighbours retained"
         return f"worst cosine {self.worst_cosine:.5f} to fp32{share} ({self.proteins} proteins)"
 
 
@@ -86,8 +84,9 @@ class PrecisionChoice(NamedTuple):
 
     precision: str
     calibration: Calibration | None = None
-    encoder: FusedEncoder | None = None  # in int8, where it was made for the comparison
-    notes: Mapping[str, Any] = {}  # entries of a new store's manifest: the figures, or why int8 is not used
+    encoder: FusedEncoder | None = None  # where it was made for the comparison
+    notes: Mapping[str, Any] = {}  # entries of a new store's manifest: int8's figures, or why another is not used
+    bf16_cosine: float | None = None  # where it was compared
 
 
 def choose(
@@ -97,7 +96,6 @@ def choose(
     backbone: Backbone,
     sequences: Sequence[str],
     layer: int,
-    like: Location | None = None,
 ) -> PrecisionChoice:
     """Decides on the precision of a store; one that has a precision keeps it under `auto` and `auto-int8`.
 
@@ -108,7 +106,6 @@ def choose(
         backbone: The model.
         sequences: The first proteins of the input.
         layer: The last layer to compute.
-        like: Store of the same backbone whose calibration and comparison to take over.
 
     Raises:
         InputError: int8 was asked for by name and is too far from fp32; or the store has it and this device has not.
@@ -116,32 +113,50 @@ def choose(
     requested, stored = options.precision, store.manifest.get("precision")
     if stored and (requested.startswith("auto") or stored == requested):
         return PrecisionChoice(stored, store_calibration(store, device) if stored == "int8" else None)
-    if "int8" not in requested:
-        return PrecisionChoice(native_precision(device) if requested == "auto" else requested)
-    reason = int8_missing(device)
-    if reason is None and stored:
+    if requested in ("fp32", "bf16"):
+        return PrecisionChoice(requested)
+    reasons = []
+    if requested != "auto":
+        rounded = in_int8(options, bool(stored), device, backbone, sequences, layer)
+        if isinstance(rounded, PrecisionChoice):
+            return rounded
+        reasons.append(rounded)
+    precision, encoder, cosine = native_precision(device), None, None
+    if precision == "bf16" and not stored:
+        encoder, figures = compare_bf16(backbone, sequences, layer, device)
+        cosine = figures.worst_cosine
+        if figures.suffices(MIN_BF16_COSINE):
+            logger.info("computing in bf16: %s", figures)
+        else:
+            precision, encoder = "fp32", None
+            reasons.append(f"bf16 is too far from fp32: {figures}")
+    notes = {"precision_note": f"{'; '.join(reasons)}: going on in {precision}"} if reasons else {}
+    for note in notes.values():
+        logger.warning(note)
+    return PrecisionChoice(precision, None, encoder, notes, cosine)
+
+
+def in_int8(
+    options: EmbedOptions, stored: bool, device: torch.device, backbone: Backbone, sequences: Sequence[str], layer: int
+) -> PrecisionChoice | str:
+    """int8 as `choose` was asked for it, or why not."""
+    if (reason := int8_missing(device)) is not None:
+        return reason
+    if stored:
         return PrecisionChoice("int8")  # which the store refuses
-    if reason is None and like is not None:
-        manifest = json.loads(open_storage(like).read_bytes("manifest.json"))  # of embeddings or of codes
-        notes = {key: manifest[key] for key in NOTES if key in manifest}
-        return PrecisionChoice("int8", read_calibration(like), notes=notes)
-    if reason is None:
-        ready = None if options.calibration is None else read_calibration(options.calibration)
-        calibration, encoder, figures = calibrate(backbone, sequences, layer, ready)
-        if requested == "int8" and not figures.suffices:
-            raise InputError(
-                f"Expected int8 to reach a cosine of {MIN_INT8_COSINE} to fp32 and to keep {MIN_INT8_NEIGHBOURS:.0%} "
-                f"of the neighbours but got {figures}; use this backbone in bf16 or fp32."
-            )
-        if figures.suffices:
-            logger.info("computing in int8: %s", figures)
-            notes = {"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"}
-            return PrecisionChoice("int8", calibration, encoder, notes)
-        reason = f"int8 is too far from fp32: {figures}"
-    precision = native_precision(device)
-    sentence = f"{reason}: going on in {precision}"
-    logger.warning(sentence)
-    return PrecisionChoice(precision, notes={"precision_note": sentence})
+    if options.calibration is not None:
+        return taken_over(options.calibration, backbone, layer)
+    calibration, encoder, figures = calibrate(backbone, sequences, layer)
+    if figures.suffices(MIN_INT8_COSINE, MIN_INT8_NEIGHBOURS):
+        logger.info("computing in int8: %s", figures)
+        notes = {"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"}
+        return PrecisionChoice("int8", calibration, encoder, notes)
+    if options.precision == "int8":
+        raise InputError(
+            f"Expected int8 to reach a cosine of {MIN_INT8_COSINE} to fp32 and to retain {MIN_INT8_NEIGHBOURS:.0%} of "
+            f"the neighbours but got {figures}; use this backbone in bf16 or fp32."
+        )
+    return f"int8 is too far from fp32: {figures}"
 
 
 def native_precision(device: torch.device) -> str:
@@ -160,14 +175,22 @@ def int8_missing(device: torch.device) -> str | None:
     return None if find_spec("numba") else "int8 needs numba (pip install 'distil-rank[int8]')"
 
 
-def read_calibration(source: Location) -> Calibration:
-    """The calibration in a store, or in a file."""
-    if not is_remote(source):
-        source = Path(source).expanduser()
-        if source.is_file():
-            return Calibration.load(source)
-    with open_storage(source).local_copy(CALIBRATION) as path:
+def read_calibration(store: Location) -> Calibration:
+    """The calibration that a store was made with."""
+    with open_storage(store).local_copy(CALIBRATION) as path:
         return Calibration.load(path)
+
+
+def taken_over(store: Location, backbone: Backbone, layer: int) -> PrecisionChoice:
+    """int8 with the calibration and the comparison of another store; `InputError` where its weights are others."""
+    calibration, manifest = read_calibration(store), json.loads(open_storage(store).read_bytes("manifest.json"))
+    if manifest["weights_sha256"] != backbone.sha256:
+        raise InputError(
+            f"Expected the calibration of a store of {backbone.name} but {store} is of {manifest['backbone']}; name "
+            "another, or leave --calibration out."
+        )
+    encoder = int8_encoder(CalibrationEncoder(backbone.remapped(), layer), calibration)
+    return PrecisionChoice("int8", calibration, encoder, {key: manifest[key] for key in NOTES if key in manifest})
 
 
 def store_calibration(store: StoreWriter, device: torch.device) -> Calibration:
@@ -197,26 +220,33 @@ def calibrate(
     backbone: Backbone, sequences: Sequence[str], layer: int, ready: Calibration | None = None
 ) -> tuple[Calibration, FusedEncoder, PrecisionAgreement]:
     """Calibrates int8 on some of these proteins, unless a calibration is ready, and compares it with fp32 on others."""
-
-    def pooled(encoder: FusedEncoder, hidden: Tensor) -> Tensor:  # means over residues, (compared, dim)
-        hidden = encoder.normed(hidden) if encoder.layer == encoder.depth else hidden
-        return torch.stack([part[1:-1].mean(0) for part in hidden.split(lengths[len(fitted) :])])
-
     distinct = list(dict.fromkeys(sequences))
     fitted = list(_fragments(distinct, CALIBRATION_TOKENS, CALIBRATION_LENGTH))
     compared = list(_fragments(distinct[len(fitted) :] or distinct, COMPARED_TOKENS, COMPARED_LENGTH))
-    tokens, lengths = tokenise([*fitted, *compared], backbone.alphabet)
-    noted = sum(lengths[: len(fitted)])
-    exact = CalibrationEncoder(backbone.streamed, layer, noted)
-    states = exact.states(tokens, lengths)
-    for _ in tqdm(range(layer), desc="calibrate int8", unit="layer", disable=None):
-        next(states)
-    expected = pooled(exact, next(states)[noted:])
+    logger.info("calibrating int8 on %s proteins, and comparing it on %s", len(fitted), len(compared))
+    exact = CalibrationEncoder(backbone.remapped(), layer, sum(len(text) + 2 for text in fitted))
+    expected = pooled(exact, backbone, [*fitted, *compared])[len(fitted) :]
     calibration = ready or exact.calibration()
     encoder = int8_encoder(exact, calibration)
-    *_, hidden = encoder.states(tokens[noted:], lengths[len(fitted) :])
-    return_freed_memory()
-    return calibration, encoder, agreement(expected, pooled(encoder, hidden))
+    return calibration, encoder, agreement(expected, pooled(encoder, backbone, compared))
+
+
+def compare_bf16(
+    backbone: Backbone, sequences: Sequence[str], layer: int, device: torch.device
+) -> tuple[FusedEncoder, PrecisionAgreement]:
+    """The encoder in bf16, and how it compares with fp32 on some of these proteins."""
+    compared = list(_fragments(list(dict.fromkeys(sequences)), COMPARED_TOKENS, CALIBRATION_LENGTH))
+    expected = pooled(FusedEncoder(backbone.remapped(), torch.float32, device, layer), backbone, compared)
+    encoder = FusedEncoder(backbone.remapped(), torch.bfloat16, device, layer)
+    return encoder, agreement(expected, pooled(encoder, backbone, compared))
+
+
+def pooled(encoder: FusedEncoder, backbone: Backbone, sequences: list[str]) -> Tensor:
+    """Means over residues, (sequences, dim); the encoder's clock starts anew."""
+    tokens, lengths = tokenise(sequences, backbone.alphabet)
+    hidden = encoder(tokens, lengths).cpu()
+    encoder.clock = LayerClock(encoder.layer, encoder.device)
+    return torch.stack([part[1:-1].mean(0) for part in hidden.split(lengths)])
 
 
 def _fragments(sequences: Sequence[str], tokens: int, length: int) -> Iterator[str]:

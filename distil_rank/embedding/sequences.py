@@ -97,17 +97,7 @@ class _Record(NamedTuple):
 
 
 def read_proteins(path: str | Path) -> tuple[list[Protein], CleaningReport]:
-    """Cleaned proteins with unique names, in the order of the file, and what changed; errors as `iter_records`.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder) / "two.fasta"
-    ...     _ = file.write_text(">sp|P69905|HBA_HUMAN Hemoglobin\\nmvlsp*\\n>b\\n")
-    ...     proteins, report = read_proteins(file)
-    >>> proteins, str(report)
-    ([Protein(id='P69905', sequence='MVLSP')], '1 of 2 records kept, 1 in lowercase, 1 with stops removed, 1 empty \
-records left out')
-    """
+    """Cleaned proteins with unique names, in the order of the file, and what changed; errors as `iter_records`."""
     report, names, proteins = CleaningReport(str(path)), UniqueNames(), []
     for record in iter_records(path, report):
         name = names.resolve(record.id, record.sequence)

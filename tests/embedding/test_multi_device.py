@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distil_rank.embedding import precision
-from distil_rank.embedding.hardware import has_int8_units
-from distil_rank.embedding.planning import Shard
-from distil_rank.embedding.run import balanced, embed
+from distil_rank.embedding.int8.quantisation import has_int8_units
+from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.store_writer import StoreWriter
 from tests.stores import content, write_fasta
@@ -40,16 +37,6 @@ for job in sys.argv[2:]:
         line = f"REFUSED {error}\\n"
     os.write(1, line.encode())  # a single write: two processes share the pipe
 """
-
-
-@given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 8))
-def test_shards_are_balanced_by_work(work, ranks):
-    shards = [Shard(str(i), (i, i + 1), ("", 0, 1), residues, "") for i, residues in enumerate(work)]
-    parts = balanced(shards, ranks)
-    assert len(parts) == ranks
-    assert sorted(shard.file for part in parts for shard in part) == sorted(shard.file for shard in shards)
-    loads = [sum(shard.residues for shard in part) for part in parts]
-    assert max(loads) - min(loads) <= max(work, default=0)
 
 
 def interrupted(fasta: Path, store: Path, backbone: str) -> int:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from distil_rank.embedding import precision
-from distil_rank.embedding import run as extraction
-from distil_rank.embedding.embedder import Embedder
+from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.storage import Storage
 from distil_rank.embedding.store import Store, read_provenance
@@ -38,7 +37,7 @@ def run(tiny_esm2, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "native_precision", lambda device: "fp32")
 
     def call(fasta, store="store", **options):
-        return embed(fasta, tmp_path / store, str(tiny_esm2.fair_esm), accelerator="cpu", **options)
+        return embed(fasta, tmp_path / store, **{"backbone": str(tiny_esm2.fair_esm), "accelerator": "cpu", **options})
 
     return call
 
@@ -151,10 +150,13 @@ def test_a_store_in_int8_is_not_continued_where_sums_could_saturate(run, fasta, 
 
 
 @needs_units
-def test_a_calibration_of_another_model_is_refused(run, fasta, tmp_path):
+def test_a_calibration_of_another_model_is_refused(run, fasta, tmp_path, tiny_esm2):
     run(fasta, precision="int8", layer=1)
     with pytest.raises(InputError, match="Expected a calibration of 2 layers of width 32 but got 1 of width 32"):
         run(fasta, "other", precision="int8", calibration=tmp_path / "store")
+    with pytest.raises(InputError, match=r"Expected the calibration of a store of .* but .*store is of"):
+        run(fasta, "other", precision="int8", calibration=tmp_path / "store", backbone=str(tiny_esm2.safetensors))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("requested", ["int8", "auto-int8"])
@@ -190,21 +192,21 @@ def test_agreement_counts_neighbours_by_brute_force():
 
 
 def test_nan_does_not_suffice():
-    assert not precision.agreement(torch.ones(3, 2), torch.full((3, 2), torch.nan)).suffices
+    assert not precision.agreement(torch.ones(3, 2), torch.full((3, 2), torch.nan)).suffices(0.0)
 
 
 def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
     with caplog.at_level(logging.INFO):
         assert run(fasta).precision == "bf16"
-    assert "computing in bf16: cosine to fp32 of at least 0.99" in caplog.text
+    assert "computing in bf16: worst cosine 0.99" in caplog.text
     assert 0.999 < read_provenance(Storage(fasta.parent / "store"))["bf16_cosine"] < 1
     assert "going on in fp32" not in caplog.text
 
 
 def test_bf16_that_disagrees_is_replaced_by_fp32_with_a_warning(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
-    monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
+    monkeypatch.setattr(precision, "MIN_BF16_COSINE", 1.1)
     with caplog.at_level(logging.WARNING):
         assert run(fasta).precision == "fp32"
     assert "going on in fp32" in caplog.text
@@ -215,7 +217,7 @@ def test_bf16_that_disagrees_is_replaced_by_fp32_with_a_warning(run, fasta, monk
 
 def test_an_explicit_bf16_store_stays_bf16(run, fasta, monkeypatch):
     monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
-    monkeypatch.setattr(extraction, "MIN_BF16_COSINE", 1.1)
+    monkeypatch.setattr(precision, "MIN_BF16_COSINE", 1.1)
     assert run(fasta, precision="bf16").computed > 0
     assert (run(fasta).precision, run(fasta).computed) == ("bf16", 0)
     fasta.write_text(fasta.read_text() + ">new\nMKVLAAGIV\n")
@@ -224,15 +226,15 @@ def test_an_explicit_bf16_store_stays_bf16(run, fasta, monkeypatch):
 
 def test_bf16_with_nan_for_one_protein_is_replaced_by_fp32(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
-    original = Embedder.embed
+    original = FusedEncoder.__call__
 
-    def overflowing(self, sequences):
-        result = original(self, sequences)
-        if self.encoder.dtype == torch.bfloat16:
-            result.vectors[-1] = torch.nan
-        return result
+    def overflowing(self, tokens, lengths):
+        hidden = original(self, tokens, lengths)
+        if self.dtype == torch.bfloat16:
+            hidden[-2] = torch.nan
+        return hidden
 
-    monkeypatch.setattr(Embedder, "embed", overflowing)
+    monkeypatch.setattr(FusedEncoder, "__call__", overflowing)
     assert run(fasta).precision == "fp32"
     assert "going on in fp32" in caplog.text
 

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distil_rank.embedding import backbone as backbones
-from distil_rank.embedding import precision
-from distil_rank.embedding import run as extraction
+from distil_rank.embedding import extraction, precision
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.run import embed
@@ -175,7 +174,7 @@ def test_another_model_into_the_same_store_is_refused(run, fasta, tiny_esm2, tmp
     [
         ({"layer": 3}, "layers from 1 to 2"),
         ({"layer": "1,5"}, "layers from 1 to 2"),
-        ({"long": "error", "max_length": 15}, r"at most 15 residues in .*in\.fasta but d has 20; use --long window"),
+        ({"long": "error"}, "long to be one of window, truncate"),
         ({"max_length": 0}, "max_length of at least 1"),
         ({"devices": 2, "strategy": "telepathy"}, "Expected devices and a strategy .*'telepathy'"),
     ],
@@ -212,7 +211,7 @@ def test_truncated_proteins_have_fewer_vectors_than_residues(run, fasta):
 
 
 @pytest.fixture
-def device_memory(monkeypatch):
+def most_residues(monkeypatch):
     """Sets how many residues a fake device can compute at once."""
     contributions = Embedder._contributions
 
@@ -227,8 +226,8 @@ def device_memory(monkeypatch):
     return limit
 
 
-def test_a_protein_that_does_not_fit_is_skipped_with_a_warning(run, fasta, device_memory, caplog):
-    device_memory(residues=15)
+def test_a_protein_that_does_not_fit_is_skipped_with_a_warning(run, fasta, most_residues, caplog):
+    most_residues(15)
     summary = run(fasta)
     assert (summary.proteins, summary.skipped, summary.skipped_ids) == (3, 1, "d")
     assert "1 skipped for lack of memory: d" in caplog.text
@@ -239,21 +238,20 @@ def test_a_protein_that_does_not_fit_is_skipped_with_a_warning(run, fasta, devic
 
 
 @pytest.mark.parametrize("options", [{}, {"pooling": "residue"}, {"layer": "1,2"}])
-def test_on_request_a_skipped_protein_is_retried(run, fasta, device_memory, options):
-    device_memory(residues=30)
+def test_a_skipped_protein_is_retried_on_request(run, fasta, most_residues, options):
+    most_residues(30)
     expected = Store.open(run(fasta, **options).store).embeddings()
     shutil.rmtree(fasta.parent / "store")
-    device_memory(residues=5)
+    most_residues(5)
     assert run(fasta, **options).skipped_ids == "a, c, d"
-    for residues, retry, computed, skipped in [
+    for residues, retried, computed, skipped in [
         (30, False, 0, "a, c, d"),
         (15, True, 2, "d"),
-        (30, False, 0, "d"),
         (30, True, 1, None),
         (30, True, 0, None),
     ]:
-        device_memory(residues)
-        summary = run(fasta, retry_skipped=retry, **options)
+        most_residues(residues)
+        summary = run(fasta, **options, retry_skipped=retried)
         assert (summary.computed, summary.skipped_ids) == (computed, skipped)
     store = Store.open(fasta.parent / "store")
     store.verify()

@@ -1,7 +1,6 @@
 """A large file's hash is computed once, and again when the file changes."""
 
 import hashlib
-import json
 import os
 
 import pytest
@@ -34,14 +33,15 @@ def test_a_hash_is_kept_until_the_file_changes(hashed, tmp_path):
     assert hashed == ["a.pt", "b.pt", "a.pt"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"PATH": 3}', '{"PATH": [7]}'])
+@pytest.mark.parametrize("content", ["", "{", "abcd"])
 def test_a_damaged_cache_is_replaced(hashed, tmp_path, content):
     file = tmp_path / "a.pt"
     file.write_bytes(b"weights")
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "sha256.json").write_text(content.replace("PATH", str(file)))
+    cached_sha256(file)
+    [entry] = (tmp_path / "cache" / "sha256").iterdir()
+    entry.write_text(content)
     assert cached_sha256(file) == cached_sha256(file) == hashlib.sha256(b"weights").hexdigest()
-    assert hashed == ["a.pt"] and json.loads((tmp_path / "cache" / "sha256.json").read_text())
+    assert hashed == ["a.pt"] * 2
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(hashed, tmp_path):

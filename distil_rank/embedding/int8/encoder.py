@@ -23,11 +23,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially
-from distil_rank.embedding.hardware import has_bf16_units, return_freed_memory
+from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially, has_bf16_units, return_freed_memory
 from distil_rank.embedding.int8 import kernels
-from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
-from distil_rank.embedding.int8.linear import Int8Layer
+from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, Int8Layer
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.errors import InputError
 
@@ -62,10 +60,12 @@ class Int8Encoder(FusedEncoder):
         self._threads = 1  # of the pool, or the caller's own
         self._table = torch.cat(exact.first, dim=1)  # of the first layer's queries, keys and values
         if self.layer:
-            migration = calibration.migration(calibration.layers[0].out, exact.layers[0].out[0])
+            migration = calibration.migration(calibration.layers[0].out, exact.exact_layer(exact.layers[0]).out[0])
             self._table[:, 2 * width :] /= migration
-        layers = enumerate(exact.layers)
-        self.layers = [Int8Layer.rounded(number, layer, calibration, self._low) for number, layer in layers]
+        self.layers = [
+            Int8Layer.rounded(number, exact.exact_layer(module), calibration, self._low)
+            for number, module in enumerate(exact.layers)
+        ]
         self.clock = LayerClock(self.layer, self.device)
         return_freed_memory()
 
@@ -191,21 +191,15 @@ def attend(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor)
     for first in range(0, len(q), together):
         some = slice(first, first + together)
         for row in range(0, length, size):
-            weights, sums = _weights(q[some, row : row + size], k[some], length - row, length, scale)
-            mixed = torch.bmm(weights, v[some])
+            scores = torch.bmm(q[some, row : row + size], k[some])
+            sums = np.empty(scores.shape[:2], np.float32)
+            visible = min(length - row, scores.shape[1]), length  # queries and keys
+            if not kernels.exponentiate(_array(scores), *visible, scale, sums):
+                scores = torch.bmm(q[some, row : row + size], k[some])
+                kernels.subtract_maxima(_array(scores), *visible, sums)
+                kernels.exponentiate(_array(scores), *visible, scale, sums)
+            mixed = torch.bmm(scores, v[some])
             kernels.divide(_array(mixed), sums, out, start + row, start + length, heads.start + first)
-
-
-def _weights(q: Tensor, k: Tensor, queries: int, keys: int, scale: np.float32) -> tuple[Tensor, NDArray[np.float32]]:
-    """Powers of the scores of so many queries and keys, (H, Q, K), and their sums, (H, Q)."""
-    scores = torch.bmm(q, k)
-    sums = np.empty(scores.shape[:2], np.float32)
-    visible = min(queries, scores.shape[1]), keys
-    if not kernels.exponentiate(_array(scores), *visible, scale, sums):
-        scores = torch.bmm(q, k)
-        kernels.subtract_maxima(_array(scores), *visible, sums)
-        kernels.exponentiate(_array(scores), *visible, scale, sums)
-    return scores, sums
 
 
 def _attend_in_fp32(qkv: Tensor, start: int, length: int, heads: slice, attended: Tensor) -> None:

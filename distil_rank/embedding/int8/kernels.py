@@ -19,7 +19,7 @@ from numba.extending import overload
 from numpy.polynomial import Chebyshev, Polynomial
 from numpy.typing import NDArray
 
-from distil_rank.embedding.int8.linear import LEVELS, SMALLEST, UNSIGNED_LEVELS, ZERO_POINT
+from distil_rank.embedding.int8.quantisation import LEVELS, SMALLEST, UNSIGNED_LEVELS, ZERO_POINT
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -11,8 +11,8 @@ from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8 import encoder as int8_encoder
-from distil_rank.embedding.int8.calibration import Calibration, CalibrationEncoder
 from distil_rank.embedding.int8.encoder import Int8Encoder
+from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder
 from distil_rank.embedding.precision import calibrate
 from distil_rank.errors import InputError
 
@@ -97,18 +97,14 @@ def test_bytes_do_not_depend_on_the_batch_or_on_threads(model, wide, monkeypatch
     texts = proteins(12)
     encoder, backbone = encoder_of(model), backbone_of(model)
 
-    class Batch(list):
-        @property
-        def texts(self) -> list[str]:
-            return [texts[i] for i in self]
-
     def vectors(max_tokens: int, threads: int) -> torch.Tensor:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         one = Embedder(backbone, max_tokens=max_tokens, encoder=encoder)
         found = torch.zeros(len(texts), 128)
-        for batch, result in one.stream(map(Batch, one.batches([len(text) for text in texts]))):
-            found[list(batch)] = result.vectors
+        batches = one.batches([len(text) for text in texts])
+        for batch, result in one.stream((batch, [texts[i] for i in batch]) for batch in batches):
+            found[batch] = result.vectors
         torch.set_num_threads(before)
         return found
 

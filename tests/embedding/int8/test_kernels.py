@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from distil_rank.embedding.int8 import kernels
-from distil_rank.embedding.int8.linear import LEVELS, UNSIGNED_LEVELS, ZERO_POINT
+from distil_rank.embedding.int8.quantisation import LEVELS, UNSIGNED_LEVELS, ZERO_POINT
 
 
 def floats(*shape: int) -> torch.Tensor:

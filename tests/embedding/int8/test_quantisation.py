@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from distil_rank.embedding.hardware import has_int8_units
-from distil_rank.embedding.int8.linear import ZERO_POINT, Int8Linear, round_weight
+from distil_rank.embedding.int8.quantisation import ZERO_POINT, Int8Linear, has_int8_units, round_weight
+
+
+@pytest.mark.parametrize("flag", ["avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "avx512_f"])
+def test_units_follow_the_hardware(flag, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+    assert has_int8_units() == (flag in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 @pytest.mark.skipif(not has_int8_units(), reason="needs a processor with int8 units (VNNI or AMX)")

@@ -1,0 +1,218 @@
+"""What one process does for a store on its device: plan it under the lock, compute shards, write them.
+
+The batches of a shard follow from its sequences alone, so that a killed run's shards end in the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distil_rank.embedding.backbone import Backbone, load_backbone
+from distil_rank.embedding.embedder import Embedded, Embedder
+from distil_rank.embedding.esm2 import FusedEncoder
+from distil_rank.embedding.int8.quantisation import CalibrationEncoder
+from distil_rank.embedding.layers import LayerCost, State, layer_costs, parse_layers
+from distil_rank.embedding.planning import Shard
+from distil_rank.embedding.precision import CALIBRATION, HEAD, choose, int8_encoder, store_calibration
+from distil_rank.embedding.sequences import CleaningReport, iter_records, uncompressed_name
+from distil_rank.embedding.storage import absolute
+from distil_rank.embedding.store import CODES, EMBEDDINGS, layers_of
+from distil_rank.embedding.store_writer import StoreWriter
+from distil_rank.errors import InputError
+from distil_rank.lowrank.encoder import CodeEncoder
+from distil_rank.options.embed import EmbedOptions
+
+logger = logging.getLogger(__name__)
+
+STORES = Path("embeddings")  # where stores are created by default
+MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a batch: fits a CPU's caches, keeps a GPU busy
+
+
+class _Batch(NamedTuple):
+    """Sequences of one shard that go through the model together."""
+
+    shard: Shard
+    rows: list[int]
+    texts: list[str]
+    residues: int  # that the progress bar counts: with those computed by an earlier run
+    last: bool = False  # whether the shard is complete after it
+
+
+class Extraction:
+    """What one process does of a request, on its device.
+
+    Args:
+        options: What to embed, and how.
+        device: Where to compute.
+        encoder: Writes codes in place of the vectors.
+    """
+
+    def __init__(self, options: EmbedOptions, device: torch.device, encoder: CodeEncoder | None = None):
+        self.options, self.device, self.encoder = options, device, encoder
+        store = default_store(options.fasta) if options.store is None else options.store
+        self.writer = StoreWriter(store, EMBEDDINGS if encoder is None else CODES)
+        self._compared: FusedEncoder | None = None  # the encoder that `plan` made for its comparison
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The requested model; for `auto` the existing store's, if there is one."""
+        manifest = self.writer.manifest
+        if self.options.backbone != "auto" or not manifest:
+            return load_backbone(self.options.backbone)
+        if manifest["fallback"]:
+            logger.warning("%s (as when the store %s was made)", manifest["fallback"], self.writer.path)
+        return load_backbone(manifest["backbone"])
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The embedder with the store's settings."""
+        manifest = self.writer.manifest
+        layers = layers_of(manifest) or [State.parse(manifest["layer"])]
+        encoder, precision = self._compared, manifest["precision"]
+        if precision == "int8" and encoder is None:  # after a restart, and in other processes
+            calibration = store_calibration(self.writer, self.device)
+            encoder = int8_encoder(CalibrationEncoder(self.backbone.remapped(), layers[-1].layer), calibration)
+        tokens = self.options.max_tokens or MAX_TOKENS[self.device.type]
+        pooling, window = manifest["pooling"], manifest["max_length"]
+        return Embedder(self.backbone, pooling, precision, self.device, layers, window, tokens, encoder)
+
+    def plan(self) -> tuple[int, CleaningReport]:
+        """Adds new proteins, decides on the precision and writes the shards to compute; the caller holds the lock."""
+        options, writer = self.options, self.writer
+        writer.check_folder()
+        report = CleaningReport(str(options.fasta))
+        proteins = iter_records(options.fasta, report)
+        head = list(islice(proteins, HEAD))  # reports an unreadable file before a model is fetched
+
+        existing, backbone = writer.manifest, self.backbone
+        layers = parse_layers(options.layer, backbone.num_layers, backbone.name)
+        wanted = ",".join(map(str, layers))
+        stored = ",".join(map(str, layers_of(existing))) or str(existing.get("layer"))
+        if existing and wanted != stored:
+            raise InputError(
+                f"Expected layers {stored}, which the store {writer.path} was made with, but got {wanted}; "
+                f"use --layer {stored}, or choose another store."
+            )
+        sequences = [protein.sequence for protein in head]
+        choice = choose(options, writer, self.device, backbone, sequences, layers[-1].layer)
+        self._compared = choice.encoder
+        entries = [layer.entry for layer in layers]
+        settings: dict[str, Any] = {
+            "weights_sha256": backbone.sha256,
+            "dim": backbone.dim,
+            **({"layer": entries[0]} if len(entries) == 1 else {"layers": entries}),
+            "pooling": options.pooling,
+            "precision": choice.precision,
+            **({} if choice.calibration is None else {"calibration_sha256": choice.calibration.sha256}),
+            "long": options.long,
+            "max_length": options.max_length,
+        }
+        if self.encoder is not None:
+            self.encoder.check_origin(settings, f"this request to embed with {backbone.name}")
+            settings |= {"dim": self.encoder.code_width, "code": self.encoder.entry}
+        if choice.calibration is not None and not existing:
+            writer.storage.write(CALIBRATION, choice.calibration.content())
+        description = {"backbone": backbone.name, "fallback": backbone.fallback, **choice.notes}
+        added = writer.plan(chain(head, proteins), settings, description, report)
+        if choice.bf16_cosine is not None:
+            writer.record(bf16_cosine=choice.bf16_cosine)
+        logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", writer.path)
+        if report.counts["nucleotides"]:
+            logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
+        if options.retry_skipped and (retried := writer.retry_skipped()):
+            logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
+        return added, report
+
+    def worker(self, cores: int, gpus: int) -> Callable[[], Callable[[Shard], tuple[int, int]]]:
+        """What a worker of a cluster calls to compute shards; store and backbone must mean the same everywhere."""
+        backbone = Path(self.options.backbone)
+        name = str(backbone.absolute()) if backbone.exists() else self.options.backbone
+        options, encoder = replace(self.options, store=absolute(self.writer.path), backbone=name), self.encoder
+
+        def make() -> Callable[[Shard], tuple[int, int]]:
+            if not gpus:
+                torch.set_num_threads(cores)
+            extraction = Extraction(options, torch.device("cuda" if gpus else "cpu"), encoder)
+            return lambda shard: extraction.compute([shard], progress=False)
+
+        return make
+
+    def compute(self, shards: list[Shard], progress: bool = True) -> tuple[int, int]:
+        """Computes what is missing of some shards; a thread writes each batch while the next is computed.
+
+        Returns the number of distinct sequences computed, and of their residues.
+        """
+        computed = residues = 0
+        total = sum(shard.residues for shard in shards)
+        hidden = None if progress else True  # None: hidden unless standard error is a terminal
+        with (
+            tqdm(total=total, desc="embed", unit="residue", unit_scale=True, disable=hidden) as bar,
+            ThreadPoolExecutor(max_workers=1) as pool,
+        ):
+            writing: Future[None] | None = None
+            for batch, result in self.embedder.stream((batch, batch.texts) for batch in self._batches(shards)):
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(self._write, batch, result)
+                computed += len(batch.rows)
+                residues += sum(map(len, batch.texts))
+                bar.update(batch.residues)
+            if writing is not None:
+                writing.result()
+        return computed, residues
+
+    def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
+        """The batches to compute of each shard; its last one is empty and tells that the shard can be sealed."""
+        cut = self.options.max_length if self.options.long == "truncate" else None
+        for shard in shards:
+            if self.writer.is_sealed(shard):
+                yield _Batch(shard, [], [], shard.residues)
+                continue
+            texts = {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
+            rows, ready = list(texts), self.writer.done(shard)
+            for batch in self.embedder.batches([len(text) for text in texts.values()]):
+                missing = [rows[i] for i in batch if rows[i] not in ready]
+                residues = sum(len(texts[rows[i]]) for i in batch)
+                yield _Batch(shard, missing, [texts[row] for row in missing], residues)
+            yield _Batch(shard, [], [], 0, last=True)
+
+    def _write(self, batch: _Batch, result: Embedded) -> None:
+        if batch.rows:
+            vectors = result.layers.cpu().numpy()  # waits for the device
+            owner = np.repeat(batch.rows, result.counts)
+            invalid = owner[~np.isfinite(vectors).all(axis=(0, 2))]
+            if len(invalid):
+                raise InputError(
+                    f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
+                    f"check the weights {self.backbone.name}, or use another store with --precision fp32."
+                )
+            if self.encoder is not None:
+                vectors = self.encoder.encode(torch.from_numpy(vectors[0])).numpy()
+            self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
+        if batch.last:
+            self.writer.seal(batch.shard)
+
+    def costs(self, computed: int, residues: int, seconds: float) -> list[LayerCost]:
+        """What stopping behind each layer costs, as measured while computing."""
+        clock, threads = self.embedder.encoder.clock, self.embedder.parallel_batches
+        return layer_costs(clock, self.backbone.num_layers, seconds, computed, residues, threads)
+
+
+def default_store(fasta: str | Path) -> Path:
+    """The store of a file that is embedded without naming one.
+
+    >>> default_store("data/sample.fasta.gz").as_posix(), default_store("my.proteins.csv").as_posix()
+    ('embeddings/sample', 'embeddings/my.proteins')
+    """
+    return STORES / (Path(uncompressed_name(fasta)).stem.lstrip(".") or "proteins")
