@@ -22,7 +22,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
         raise InputError(f"Expected {name} of at least {low:g}{upper} but got {value:g}.")
 
 
-def check_rank(rank: float | str) -> None:
+def check_rank_option(rank: float | str) -> None:
     """Raises `InputError` unless this is a positive integer, a share in (0, 1) or `auto`."""
     valid = rank == "auto"
     if not isinstance(rank, str | bool):
@@ -184,7 +184,7 @@ class BenchmarkOptions(TrainTeacherOptions):
         """Raises `InputError` for what can be told before any work."""
         super().check()
         self.distil.check()
-        check_rank(self.rank)
+        check_rank_option(self.rank)
         if not self.seeds:
             raise InputError("Expected at least one seed but --seeds has none.")
 
@@ -243,6 +243,6 @@ class SweepOptions(TrainTeacherOptions):
         if self.ranks is not None and not len(self.ranks):
             raise InputError("Expected ranks to try but --ranks has none.")
         for rank in self.ranks or ():
-            check_rank(rank)
+            check_rank_option(rank)
         if not self.seeds:
             raise InputError("Expected at least one seed but --seeds has none.")
