@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -50,7 +51,7 @@ def distil_teacher(
     head = None if options.head is None else load_head(options.head)
     teacher = make_teacher(data, options.teacher, options.trainer, options.output, reuse=True)
     about = data.description()
-    params = {"teacher": teacher.name, "backbone": about.backbone, "rank_requested": options.rank}
+    params: dict[str, Any] = {"teacher": teacher.name, "backbone": about.backbone, "rank_requested": options.rank}
     params |= {"seeds": list(options.seeds), "head": options.head}
     params |= {"data": data.hparams, "distil": asdict(options.distil)}
     title = f"{teacher.name} r{options.rank} {options.distil.warm_start} {about.dim}-d {Path(about.source).stem}"
@@ -61,8 +62,15 @@ def distil_teacher(
             name = f"{Path(about.source).stem} {split}"  # MLflow takes two of one name and digest for the same
             run.log_dataset(shape, name=name, digest=about.digest, context=split, source=about.source)
         outcome, student = run_experiment(
-            *(teacher.name, teacher.layer, teacher.check, data),
-            *(options.rank, options.distil, head, options.trainer, options.seeds),
+            teacher.name,
+            teacher.layer,
+            teacher.check,
+            data,
+            options.rank,
+            options.distil,
+            head,
+            options.trainer,
+            options.seeds,
             logger=RunLogger(run),
             checkpoints=Path(options.output) / "checkpoints" / f"{teacher.name}-r{options.rank}",
             ckpt_path=options.ckpt_path,

@@ -153,7 +153,7 @@ class DistilModule(LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The mean loss of one batch, logged where the logger takes it: a call costs a quarter of a step."""
         loss = self.losses(batch)["loss"].mean()
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log("train/loss", loss)
         return loss
