@@ -76,12 +76,16 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     flags = {f"--{field.name}" for field in fields(options_class) if field.type == "bool"}
     pairs = zip(argv, [*argv[1:], "--"], strict=False)
     argv = [f"{one}=true" if one in flags and after[:2] == "--" else one for one, after in pairs]
+    # A list of one needs no brackets, nor does one with commas: --seeds 42, or --ranks 8,16.
+    lists = {f"--{field.name}" for field in fields(options_class) if field.type.startswith("Sequence[")}
+    pairs = zip(["", *argv], argv, strict=False)
+    argv = [f"[{one}]" if before in lists and one[:1] not in ("[", "-") else one for before, one in pairs]
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except jsonargparse.ArgumentError as error:
         raise InputError(f"{' '.join(str(error).split())} (see `{parser.prog} --help`)") from error
     options = options_class(**{field.name: getattr(values, field.name) for field in fields(options_class)})
-    if unknown := getattr(options, "trainer", {}).keys() - trainer_options():
+    if unknown := getattr(options, "trainer", {}).keys() - lightning_options():
         wrong = f"--trainer.{min(unknown)}"
         raise InputError(f"Expected options of Lightning's Trainer but got {wrong}; --trainer.help lists them.")
     options.check()
@@ -103,7 +107,7 @@ class _CompactHelp(jsonargparse.DefaultHelpFormatter):
         return f"{action.help or ''}{choices}{default}"
 
 
-def trainer_options() -> dict[str, str]:
+def lightning_options() -> dict[str, str]:
     """Options of Lightning's Trainer and their defaults, as its source has them: importing it takes seconds."""
     package = find_spec("lightning")
     assert package is not None and package.origin is not None
@@ -165,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: Expected a command out of {', '.join(COMMANDS)} but got {name!r}.", file=sys.stderr)
         return 2
     if "--trainer.help" in arguments and COMMANDS[name].options.startswith("training:"):
-        print("\n".join(f"--trainer.{key} (default: {value})" for key, value in trainer_options().items()))
+        print("\n".join(f"--trainer.{key} (default: {value})" for key, value in lightning_options().items()))
         return 0
     try:
         configure_output(verbosity)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from distil_rank.cli import COMMANDS, main, parse, trainer_options
+from distil_rank.cli import COMMANDS, lightning_options, main, parse
 from distil_rank.errors import InputError
 
 # One refusal a command: a value out of range, a contradiction, an unknown option, or a file that is not there.
@@ -59,13 +59,18 @@ def test_options_are_layered_from_files_and_the_command_line(tmp_path):
     assert options.trainer == {"max_steps": 7}
 
 
+@pytest.mark.parametrize(("written", "seeds"), [("42", [42]), ("1,2", [1, 2]), ("[1, 2]", [1, 2])])
+def test_a_list_needs_no_brackets(written, seeds):
+    assert parse("distil", ["--data.source", "synthetic", "--seeds", written]).seeds == seeds
+
+
 def test_trainer_options_are_those_of_the_installed_lightning():
     import inspect
 
     from lightning import Trainer
 
-    assert set(trainer_options()) < set(inspect.signature(Trainer.__init__).parameters)
-    assert "max_steps" in trainer_options()
+    assert set(lightning_options()) < set(inspect.signature(Trainer.__init__).parameters)
+    assert "max_steps" in lightning_options()
     with pytest.raises(InputError, match="max_stpes"):
         parse("distil", ["--data.source", "synthetic", "--trainer.max_stpes", "5"])
 

@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -49,15 +50,9 @@ def distil_teacher(
     head = None if options.head is None else load_head(options.head)
     teacher = make_teacher(data, options.teacher, options.trainer, options.output, reuse=True)
     about = data.description()
-    params = {
-        "teacher": teacher.name,
-        "backbone": about.backbone,
-        "rank_requested": options.rank,
-        "seeds": list(options.seeds),
-        "head": options.head,
-        "data": data.hparams,
-        "distil": asdict(options.distil),
-    }
+    params: dict[str, Any] = {"teacher": teacher.name, "backbone": about.backbone, "rank_requested": options.rank}
+    params |= {"seeds": list(options.seeds), "head": options.head}
+    params |= {"data": data.hparams, "distil": asdict(options.distil)}
     title = f"{teacher.name} r{options.rank} {options.distil.warm_start} {about.dim}-d {Path(about.source).stem}"
     tags = {**lineage(asdict(about)), "teacher_run": teacher.run_id}
     with start_run(experiment, title, params=params, tags=tags, parent=parent) as run:
@@ -65,7 +60,7 @@ def distil_teacher(
             shape = (getattr(about.rows, split), about.dim)
             name = f"{Path(about.source).stem} {split}"  # MLflow takes two of one name and digest for the same
             run.log_dataset(shape, name=name, digest=about.digest, context=split, source=about.source)
-        done = run_experiment(
+        outcome, student = run_experiment(
             teacher.name,
             teacher.layer,
             teacher.check,
@@ -79,14 +74,13 @@ def distil_teacher(
             checkpoints=Path(options.output) / "checkpoints" / f"{teacher.name}-r{options.rank}",
             ckpt_path=options.ckpt_path,
         )
-        outcome, student = replace(done.result, run_id=run.id), done.student
+        outcome = replace(outcome, run_id=run.id)
         result = Result(data=about, teachers=[outcome], seconds=time.perf_counter() - started)
         folder = run_folder(Path(options.output) / "distil" / f"{teacher.name}-r{outcome.rank}", run.id)
         save_report(result, folder / "summary", "report.png", run)
 
         digest = tensor_digest(teacher.layer.weight, teacher.layer.bias)
-        origin = {"warm_start": options.distil.warm_start, "trained_steps": done.trained_steps}
-        student.provenance |= {"teacher_sha256": digest, **origin}
+        student.provenance["teacher_sha256"] = digest
         held_out = {"held_out_r2": asdict(outcome.row(OURS).metrics["r2"])}
         save(student, folder / "student", metrics=held_out, data=asdict(about))
         saved = set_latest(folder) / "student"
@@ -116,11 +110,8 @@ def final_metrics(result: TeacherResult) -> dict[str, float]:
     ours = result.row(OURS)
     metrics = {f"test/{name}": estimate.value for name, estimate in ours.metrics.items()}
     metrics |= {f"test_svd/{name}": estimate.value for name, estimate in result.row("svd").metrics.items()}
-    metrics |= {
-        "predicted_r2": result.predicted_r2,
-        "parameter_ratio": result.parameters.ratio,
-        "share_of_optimum": ours.share_of_optimum,
-    }
+    metrics |= {"predicted_r2": result.predicted_r2, "parameter_ratio": result.parameters.ratio}
+    metrics["share_of_optimum"] = ours.share_of_optimum
     if (speed_up := result.speed_up()) is not None:
         metrics["speed_up"] = speed_up
     if ours.function_retained is not None:

@@ -85,19 +85,14 @@ def make_teacher(
         return saved
     about = data.description()
     params = {**settings, "backbone": about.backbone, "source": about.source}
-    with start_run(
-        "teacher", f"{name} {about.dim}-d {Path(about.source).stem}", params=params, tags=lineage(asdict(about))
-    ) as run:
+    title = f"{name} {about.dim}-d {Path(about.source).stem}"
+    with start_run("teacher", title, params=params, tags=lineage(asdict(about))) as run:
         if kind == "denoising":
             module = TeacherModule(None, options.noise, options.noise_scale, options.lr)
-            limits = {"max_steps": options.steps}
+            merged = trainer_options({**trainer, "max_steps": options.steps})
+            progress = Progress("training the teacher")
             seed_everything(options.seed, verbose=False)
-            fit = Trainer(
-                **trainer_options({**trainer, **limits}),
-                logger=RunLogger(run),
-                enable_checkpointing=False,
-                callbacks=[Progress("training the teacher")],
-            )
+            fit = Trainer(**merged, logger=RunLogger(run), enable_checkpointing=False, callbacks=[progress])
             fit.fit(module, datamodule=data)
             layer = module.layer.cpu()
             relative = options.noise_scale == "relative"
@@ -108,11 +103,8 @@ def make_teacher(
         figures = {key: value for key, value in asdict(check).items() if isinstance(value, float)}
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.contiguous() for key, value in layer.state_dict().items()}
-        save_file(
-            tensors,
-            path,
-            {"settings": json.dumps(settings), "run_id": run.id, "check": json.dumps(asdict(check))},
-        )
+        metadata = {"settings": json.dumps(settings), "run_id": run.id, "check": json.dumps(asdict(check))}
+        save_file(tensors, path, metadata)
         run.log_metrics(figures)
         if check.warning:
             run.set_tags({"warning": check.warning})

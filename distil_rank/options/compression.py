@@ -8,7 +8,7 @@ from typing import Literal
 
 from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
-from distil_rank.options.training import DataOptions, check_range, check_rank
+from distil_rank.options.training import DataOptions, check_range, check_rank_option
 
 FORMAT = "distil-rank"  # of the folder that `distil_rank.save` writes
 
@@ -36,7 +36,7 @@ class CompressOptions:
         if not self.model or not Path(self.model).exists():
             raise InputError(f"Expected a saved model at --model but got {self.model or 'none'!r}; give its file.")
         self.data.check()
-        check_rank(self.rank)
+        check_rank_option(self.rank)
         check_writable(self.output, FORMAT)
 
 

@@ -22,7 +22,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
         raise InputError(f"Expected {name} of at least {low:g}{upper} but got {value:g}.")
 
 
-def check_rank(rank: float | str) -> None:
+def check_rank_option(rank: float | str) -> None:
     """Raises `InputError` unless this is a positive integer, a share in (0, 1) or `auto`."""
     valid = rank == "auto"
     if not isinstance(rank, str | bool):
@@ -161,13 +161,9 @@ class TrainTeacherOptions:
 
 @dataclass(frozen=True)
 class BenchmarkOptions(TrainTeacherOptions):
-    """The three teachers of the original, one table.
+    """The three teachers of the original, one table; the teacher's `kind` is set to each in turn.
 
     Attributes:
-        data: The embeddings.
-        teacher: The denoiser's options; `kind` is set to each teacher in turn.
-        trainer: Options of Lightning's Trainer (`--trainer.help` lists them).
-        output: Folder for results.
         distil: How the students are trained.
         rank: An integer, a share of the teacher's output variance to retain (0.95), or `auto`.
         seeds: Of the trained students; the first one is saved.
@@ -181,23 +177,16 @@ class BenchmarkOptions(TrainTeacherOptions):
         """Raises `InputError` for what can be told before any work."""
         super().check()
         self.distil.check()
-        check_rank(self.rank)
+        check_rank_option(self.rank)
         if not self.seeds:
             raise InputError("Expected at least one seed but --seeds has none.")
 
 
 @dataclass(frozen=True)
 class DistilOptions(BenchmarkOptions):
-    """Distil one teacher and report what is retained.
+    """Distil one teacher, which is trained first unless that was done already, and report what is retained.
 
     Attributes:
-        data: The embeddings.
-        teacher: The dense layer; it is trained first unless that was done already.
-        trainer: Options of Lightning's Trainer (`--trainer.help` lists them).
-        output: Folder for results.
-        distil: How the student is trained.
-        rank: An integer, a share of the teacher's output variance to retain (0.95), or `auto`.
-        seeds: Of the trained students; the first one is saved.
         head: What stands behind the layer, to be matched at its end: steps like `tanh,head.safetensors:out_proj`.
         ckpt_path: Resume from this Lightning checkpoint.
     """
@@ -220,10 +209,6 @@ class SweepOptions(TrainTeacherOptions):
     """One teacher at several ranks.
 
     Attributes:
-        data: The embeddings.
-        teacher: The dense layer.
-        trainer: Options of Lightning's Trainer (`--trainer.help` lists them).
-        output: Folder for results.
         distil: How the students are trained.
         ranks: To try; by default 8, 16, 32, 64 and 128, as far as the layer is wide enough.
         seeds: Of the trained students.
@@ -235,11 +220,7 @@ class SweepOptions(TrainTeacherOptions):
 
     def check(self) -> None:
         """Raises `InputError` for what can be told before any work."""
-        super().check()
-        self.distil.check()
         if self.ranks is not None and not len(self.ranks):
             raise InputError("Expected ranks to try but --ranks has none.")
-        for rank in self.ranks or ():
-            check_rank(rank)
-        if not self.seeds:
-            raise InputError("Expected at least one seed but --seeds has none.")
+        for rank in self.ranks or (1,):
+            BenchmarkOptions(self.data, self.teacher, self.trainer, self.output, self.distil, rank, self.seeds).check()

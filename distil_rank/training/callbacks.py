@@ -110,9 +110,8 @@ class KeepIfBetter(Callback):
     each row's `loss`, and a `validation_step` that returns it.
 
     Attributes:
-        start_loss: mean validation loss before the first step.
-        best_loss: the lowest of any validation; that of the start where there was none.
-        gain: the interval of the mean difference, once training has ended.
+        start_loss, best_loss: mean validation loss before the first step, and the lowest of any validation.
+        gain: the interval of the mean difference. Like the losses, it is there once training has ended.
         better: whether training clearly helped, so that its student was retained.
     """
 
@@ -150,6 +149,7 @@ class KeepIfBetter(Callback):
             return
         data = getattr(trainer, "datamodule", None)
         groups = np.arange(len(self.start_rows)) if data is None else data.proteins("val")
+        self.start_loss, self.best_loss = float(self.start_rows.mean()), float(self.best_rows.mean())
         self.gain = clearly_better(self.start_rows.numpy(), self.best_rows.numpy(), groups)
         self.better = self.gain.low > 0
         pl_module.layer.load_state_dict(self.best if self.better else self.start)  # type: ignore[union-attr]
@@ -157,16 +157,6 @@ class KeepIfBetter(Callback):
             figures = {"start": self.start_loss, "best": self.best_loss, "retained": float(self.better)}
             metrics = {f"training/{name}": value for name, value in figures.items()}
             trainer.logger.log_metrics(metrics, step=trainer.global_step)
-
-    @property
-    def start_loss(self) -> float:
-        """Mean validation loss of the start."""
-        return float(self.start_rows.mean())
-
-    @property
-    def best_loss(self) -> float:
-        """Mean validation loss of the best student."""
-        return float(self.best_rows.mean())
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint."""

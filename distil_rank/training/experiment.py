@@ -83,15 +83,6 @@ class Trained:
     latency: Sequence[LayerLatency] = ()
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """An experiment on one teacher: the result for the report, and the first seed's student."""
-
-    result: TeacherResult
-    student: LowRankLinear
-    trained_steps: int
-
-
 def run_experiment(
     name: str,
     teacher: nn.Linear,
@@ -105,8 +96,10 @@ def run_experiment(
     logger: Logger | None = None,
     checkpoints: Path | None = None,
     ckpt_path: str | None = None,
-) -> Experiment:
+) -> tuple[TeacherResult, LowRankLinear]:
     """Distil one dense layer at one rank, and compare every method on the held-out rows.
+
+    Returns the result for the report, and the first seed's student.
 
     Args:
         name: of the teacher, for the report.
@@ -169,7 +162,9 @@ def run_experiment(
         validation_optimum=optimum,
         pareto=pareto(module, held_out),
     )
-    return Experiment(result, ours.students[0], ours.steps)
+    student = ours.students[0]
+    student.provenance |= {"warm_start": options.warm_start, "trained_steps": ours.steps}
+    return result, student
 
 
 def train_students(

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from distil_rank.training.losses import head_loss, layer_loss
+from distil_rank.training.distil import head_loss, layer_loss
 
 
 def test_a_row_of_zeros_has_a_finite_gradient():
