@@ -15,12 +15,12 @@ from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from tests.stores import MAX_TOKENS, attempt, content, lines, write_fasta
 
-KILLS = 20
+KILLS = 8
 
 
-def test_twenty_kills(tiny_esm2, tmp_path, forks):
+def test_eight_kills(tiny_esm2, tmp_path, forks):
     fasta, log = tmp_path / "in.fasta", tmp_path / "log"
-    write_fasta(fasta, 900, 60)  # about 150 batches
+    write_fasta(fasta, 450, 60)  # about 75 batches
 
     def start(store, log):
         process = forks.Process(target=attempt, args=(fasta, store, str(tiny_esm2.fair_esm), log, "all"))
@@ -42,7 +42,7 @@ def test_twenty_kills(tiny_esm2, tmp_path, forks):
     for kill in range(KILLS):
         already = lines(log)
         process = start(tmp_path / "killed", log)
-        if kill % 5:  # every fifth one at any moment, even before the first batch
+        if kill % 4:  # every fourth one at any moment, even before the first batch
             wait_for_work(process, log, already)
         time.sleep(dice.uniform(0, duration / KILLS))
         assert process.is_alive(), "the extraction was over before it had been killed often enough"
