@@ -1,6 +1,7 @@
 """What several test files share: a tiny ESM-2 as each kind of checkpoint, and a project with an empty run database."""
 
 import argparse
+import functools
 import logging
 import multiprocessing
 import shutil
@@ -15,6 +16,7 @@ from esm.model.esm2 import ESM2
 from hypothesis import settings
 from servers import s3_process
 
+from distil_rank.data import mmseqs
 from distil_rank.data.files import load_matrix
 from distil_rank.embedding import precision
 from distil_rank.embedding.int8.quantisation import Int8Linear, has_int8_units
@@ -42,6 +44,15 @@ def log_levels() -> None:
     logging.getLogger("distil_rank").setLevel(logging.NOTSET)
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clusters_once() -> Iterator[None]:
+    """MMseqs2 takes six seconds for few proteins as for many, and tests cluster the same ones again and again."""
+    run = functools.cache(lambda binary, sequences, real=mmseqs._run_mmseqs: real(binary, sequences))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmseqs, "_run_mmseqs", lambda binary, sequences: list(run(binary, tuple(sequences))))
+        yield
 
 
 @pytest.fixture(scope="module")

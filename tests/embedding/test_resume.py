@@ -42,7 +42,7 @@ def test_killed_again_and_again(tiny_esm2, tmp_path, forks):
     for kill in range(KILLS):
         already = lines(log)
         process = start(tmp_path / "killed", log)
-        if kill % 5:  # every fifth one at any moment, even before the first batch
+        if kill % 4:  # every fourth one at any moment, even before the first batch
             wait_for_work(process, log, already)
         time.sleep(dice.uniform(0, duration / KILLS))
         assert process.is_alive(), "the extraction was over before it had been killed often enough"

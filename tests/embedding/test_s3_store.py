@@ -13,7 +13,7 @@ from distil_rank.embedding.store import Store, open_storage
 from distil_rank.errors import InputError
 from tests.stores import attempt, content, lines, write_fasta
 
-KILLS = 5
+KILLS = 8
 
 
 def attempt_in_s3(env, *arguments):
