@@ -237,7 +237,6 @@ def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable
     """Ours, as `embed` calls it; `PRECISION@LAYER` stops after that layer."""
     from distil_rank.embedding.backbone import load_backbone
     from distil_rank.embedding.embedder import Embedder
-    from distil_rank.embedding.layers import State
 
     backbone = load_backbone(str(weights))
     precision, _, exit_layer = precision.partition("@")
@@ -247,9 +246,9 @@ def distil_rank(weights: Path, sequences: list[str], precision: str) -> Callable
 
         _, encoder, figures = calibrate(backbone, sequences, layer)
         print(figures, file=sys.stderr)
-        embedder = Embedder(backbone, layers=[State(layer)], encoder=encoder)
+        embedder = Embedder(backbone, layers=[layer], encoder=encoder)
     else:
-        embedder = Embedder(backbone, precision=precision, layers=[State(layer)])
+        embedder = Embedder(backbone, precision=precision, layers=[layer])
 
     def run() -> list[torch.Tensor]:
         means: list[Any] = [None] * len(sequences)

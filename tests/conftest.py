@@ -5,7 +5,7 @@ import functools
 import logging
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +47,13 @@ def log_levels() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def clusters_once() -> Iterator[None]:
-    """MMseqs2 takes six seconds for few proteins as for many, and tests cluster the same ones again and again."""
-    run = functools.cache(lambda binary, sequences, real=mmseqs._run_mmseqs: real(binary, sequences))
+def clusters_once() -> Iterator[Callable]:
+    """MMseqs2 takes six seconds for few proteins as for many, and tests cluster the same ones again and again; yields what does."""
+    real = mmseqs._run_mmseqs
+    run = functools.cache(real)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mmseqs, "_run_mmseqs", lambda binary, sequences: list(run(binary, tuple(sequences))))
-        yield
+        yield real
 
 
 @pytest.fixture(scope="module")

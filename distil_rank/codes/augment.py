@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from distil_rank.embedding.layers import State
 from distil_rank.embedding.run import OPTIONS, embed, options_like
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
@@ -132,7 +131,7 @@ def embed_copies(
     key = [asdict(how), chosen.tolist()]
     store = embed_like(texts, {**about, **several}, about.get("source"), Path(folder), "copies", key)
     copied = np.array([int(name) for name in store.ids])
-    stores = [store.at(State.parse(name)) for name in names] if several else [store]
+    stores = [store.at(int(name)) for name in names] if several else [store]
     owner = np.repeat(chosen, how.copies)[copied]
     return [Copies(one.embeddings(), owner) for one in stores]
 

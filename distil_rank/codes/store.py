@@ -74,7 +74,7 @@ def write_encoder(encoder: CodeEncoder, store: Location, **about: Any) -> None:
 def manifest_of(source: Store) -> dict[str, Any]:
     """The manifest of a store of embeddings, with the one layer that is read of several."""
     manifest = {key: value for key, value in source.manifest.items() if key != "layers"}
-    return manifest if source.layer is None else {**manifest, "layer": source.layer.entry}
+    return manifest if source.layer is None else {**manifest, "layer": source.layer}
 
 
 def write_codes(source: Store, path: Location, encoder: CodeEncoder) -> CodeStore:

@@ -245,7 +245,7 @@ def _read_store(path: Location) -> Embeddings:
     ids, sequences = store.ids, store.sequences
     description = {key: value for key, value in store.manifest.items() if key not in ("proteins", "shards")}
     if store.layer is not None:
-        description["layer"] = store.layer.entry
+        description["layer"] = store.layer
     return Embeddings(
         [ids[i] for i in owner],
         store.embeddings(),

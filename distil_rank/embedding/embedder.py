@@ -18,7 +18,6 @@ from torch import Tensor
 
 from distil_rank.embedding.backbone import Backbone
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
-from distil_rank.embedding.layers import State
 from distil_rank.options.embed import Pooling
 
 logger = logging.getLogger(__name__)
@@ -81,16 +80,16 @@ class Embedder:
         pooling: Pooling = "mean",
         precision: str = "fp32",
         device: torch.device | str = "cpu",
-        layers: Sequence[State] | None = None,
+        layers: Sequence[int] | None = None,
         window: int | None = None,
         max_tokens: int = 2048,
         encoder: FusedEncoder | None = None,
     ):
-        self.layers = tuple(layers or [State(backbone.num_layers)])
+        self.layers = tuple(layers or [backbone.num_layers])
         shared = precision == "fp32" and torch.device(device).type == "cpu"  # the model's own weights serve
         if encoder is None:
             model = backbone.model if shared else backbone.remapped()
-            encoder = FusedEncoder(model, DTYPES[precision], device, self.layers[-1].layer)
+            encoder = FusedEncoder(model, DTYPES[precision], device, self.layers[-1])
         self.encoder = encoder
         self.alphabet, self.dim = backbone.alphabet, backbone.dim
         self.pooling, self.window, self.max_tokens = pooling, window, max_tokens
@@ -220,9 +219,8 @@ class Embedder:
         each = torch.tensor([len(piece.text) for piece in pieces], device=device)
         parts = []
         for number, hidden in enumerate(self.encoder.states(tokens, lengths)):
-            for state in (state for state in self.layers if state.layer == number):
-                normed = state.normed or number == self.encoder.depth
-                weighted = (self.encoder.normed(hidden) if normed else hidden)[taken] * weights
+            if number in self.layers:
+                weighted = (self.encoder.normed(hidden) if number == self.encoder.depth else hidden)[taken] * weights
                 mean = self.pooling == "mean"
                 parts.append(torch.segment_reduce(weighted, "sum", lengths=each, axis=0) if mean else weighted)
         return torch.stack(parts)

@@ -22,12 +22,12 @@ from distil_rank.embedding.backbone import Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder
 from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.int8.quantisation import CalibrationEncoder
-from distil_rank.embedding.layers import LayerCost, State, layer_costs, parse_layers
+from distil_rank.embedding.layers import LayerCost, layer_costs, parse_layers
 from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.precision import CALIBRATION, HEAD, choose, int8_encoder, store_calibration
 from distil_rank.embedding.sequences import CleaningReport, iter_records, uncompressed_name
 from distil_rank.embedding.storage import absolute
-from distil_rank.embedding.store import CODES, EMBEDDINGS, layers_of
+from distil_rank.embedding.store import CODES, EMBEDDINGS
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
@@ -78,11 +78,11 @@ class Extraction:
     def embedder(self) -> Embedder:
         """The embedder with the store's settings."""
         manifest = self.writer.manifest
-        layers = layers_of(manifest) or [State.parse(manifest["layer"])]
+        layers = manifest.get("layers") or [manifest["layer"]]
         encoder, precision = self._compared, manifest["precision"]
         if precision == "int8" and encoder is None:  # after a restart, and in other processes
             calibration = store_calibration(self.writer, self.device)
-            encoder = int8_encoder(CalibrationEncoder(self.backbone.remapped(), layers[-1].layer), calibration)
+            encoder = int8_encoder(CalibrationEncoder(self.backbone.remapped(), layers[-1]), calibration)
         tokens = self.options.max_tokens or MAX_TOKENS[self.device.type]
         pooling, window = manifest["pooling"], manifest["max_length"]
         return Embedder(self.backbone, pooling, precision, self.device, layers, window, tokens, encoder)
@@ -98,20 +98,19 @@ class Extraction:
         existing, backbone = writer.manifest, self.backbone
         layers = parse_layers(options.layer, backbone.num_layers, backbone.name)
         wanted = ",".join(map(str, layers))
-        stored = ",".join(map(str, layers_of(existing))) or str(existing.get("layer"))
+        stored = ",".join(map(str, existing.get("layers") or [existing.get("layer")]))
         if existing and wanted != stored:
             raise InputError(
                 f"Expected layers {stored}, which the store {writer.path} was made with, but got {wanted}; "
                 f"use --layer {stored}, or choose another store."
             )
         sequences = [protein.sequence for protein in head]
-        choice = choose(options, writer, self.device, backbone, sequences, layers[-1].layer)
+        choice = choose(options, writer, self.device, backbone, sequences, layers[-1])
         self._compared = choice.encoder
-        entries = [layer.entry for layer in layers]
         settings: dict[str, Any] = {
             "weights_sha256": backbone.sha256,
             "dim": backbone.dim,
-            **({"layer": entries[0]} if len(entries) == 1 else {"layers": entries}),
+            **({"layer": layers[0]} if len(layers) == 1 else {"layers": layers}),
             "pooling": options.pooling,
             "precision": choice.precision,
             **({} if choice.calibration is None else {"calibration_sha256": choice.calibration.sha256}),

@@ -1,17 +1,14 @@
-"""A model's layers: how users name those to pool (`4`, `4n`, `3,4,5`, `all`, `STORE:4`), and what each costs.
+"""A model's layers: how users name those to pool (`4`, `3,4,5`, `all`, `STORE:4`), and what each costs.
 
-`4` is the output of layer 4, as fair-esm's `repr_layers=[4]` gives it. `4n` is the same after the model's final norm:
-the output of a backbone that ends there. The last layer always has its norm, as in fair-esm, and is plain `6`.
+`4` is the output of layer 4, as fair-esm's `repr_layers=[4]` gives it. The last layer's has the model's final norm.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,70 +17,39 @@ from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.errors import InputError
 from distil_rank.options.embed import check_layers
 
-STATE = re.compile(r"(\d+)(n?)")  # a layer as it is written
 SAMPLED = 20  # batches that are timed on a GPU, each of whose layers then waits for the one before
 
 
-class State(NamedTuple):
-    """The hidden states behind one layer."""
+def parse_layers(layers: int | str | None, depth: int, model: str = "the model") -> list[int]:
+    """The layers that are asked for, ascending: None is the last one; `InputError` for one that the model lacks.
 
-    layer: int  # from 1
-    normed: bool = False  # by the final norm, although the layer is not the last
-
-    @classmethod
-    def parse(cls, text: object) -> State:
-        """Reads `4` or `4n`, or raises `InputError`.
-
-        >>> State.parse(4), str(State.parse("4n"))
-        (State(layer=4, normed=False), '4n')
-        """
-        match = STATE.fullmatch(str(text).strip())
-        if match is None:
-            raise InputError(f"Expected a layer as a number, or as a number and n, but got {str(text)!r}.")
-        return cls(int(match[1]), bool(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.layer}{'n' if self.normed else ''}"
-
-    @property
-    def entry(self) -> int | str:
-        """As in a manifest: a plain layer is a number."""
-        return str(self) if self.normed else self.layer
-
-
-def parse_layers(layers: int | str | None, depth: int, model: str = "the model") -> list[State]:
-    """The states that are asked for, ascending: None is the last layer; `InputError` for one that the model lacks.
-
-    >>> [str(state) for state in parse_layers("6,4n,4", 6)], len(parse_layers("all", 33))
-    (['4', '4n', '6'], 33)
+    >>> parse_layers("6,4", 6), len(parse_layers("all", 33))
+    ([4, 6], 33)
     """
     check_layers(layers)
     if layers is None:
-        return [State(depth)]
+        return [depth]
     if str(layers).strip() == "all":
-        return [State(layer) for layer in range(1, depth + 1)]
-    states = sorted(map(State.parse, str(layers).split(",")))
-    for state in states:
-        if state.layer > depth:
-            raise InputError(f"Expected layers from 1 to {depth} of {model} but got {state}.")
-        if state.normed and state.layer == depth:
-            raise InputError(f"Expected the last layer of {model} as {depth}, which is always normed, but got {state}.")
-    return states
+        return list(range(1, depth + 1))
+    numbers = sorted(map(int, str(layers).split(",")))
+    if numbers[-1] > depth:
+        raise InputError(f"Expected layers from 1 to {depth} of {model} but got {numbers[-1]}.")
+    return numbers
 
 
-def split_source(source: Location) -> tuple[Location, str | None]:
+def split_source(source: Location) -> tuple[Location, int | None]:
     """Path and layer of `PATH:LAYER`; a path that exists as it is written has no layer. An address stays a string.
 
-    >>> split_source("no/store:4n"), split_source("no/store")
-    ((PosixPath('no/store'), '4n'), (PosixPath('no/store'), None))
-    >>> split_source("s3://bucket/store:4n"), split_source("s3://bucket/store")
-    (('s3://bucket/store', '4n'), ('s3://bucket/store', None))
+    >>> split_source("no/store:4"), split_source("no/store")
+    ((PosixPath('no/store'), 4), (PosixPath('no/store'), None))
+    >>> split_source("s3://bucket/store:4"), split_source("s3://bucket/store")
+    (('s3://bucket/store', 4), ('s3://bucket/store', None))
     """
     path, colon, layer = str(source).rpartition(":")
     kind = str if is_remote(source) else Path
-    if not colon or not STATE.fullmatch(layer) or Path(source).exists():
+    if not colon or not layer.isdecimal() or Path(source).exists():
         return kind(source), None
-    return kind(path), layer
+    return kind(path), int(layer)
 
 
 class LayerClock:

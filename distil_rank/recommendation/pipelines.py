@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from distil_rank.codes.fit import FittedMetric, fit_metric, origin_of
-from distil_rank.embedding.layers import State
 from distil_rank.embedding.run import embed, options_like
 from distil_rank.embedding.store import open_storage, read_provenance
 from distil_rank.errors import InputError
@@ -123,7 +122,7 @@ def measure_costs(
     """
     if sequences is None or about.get("backbone") is None or None in layers:
         return {}, "Time was not measured: the vectors do not tell their backbone and layer, or have no sequences."
-    states = {name: State.parse(name) for name in layers}
+    numbers = {name: int(name) for name in layers if name is not None}
     count = TIMED_WIDE if about.get("dim", 0) >= WIDE else TIMED
     order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
     chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))]
@@ -131,15 +130,15 @@ def measure_costs(
         fasta = Path(name) / "timed.fasta"
         fasta.write_text("".join(f">{row}\n{sequences[row]}\n" for row in chosen))
         settings = options_like(about, about.get("source"))
-        deepest = max(state.layer for state in states.values())
+        deepest = max(numbers.values())
         try:
             embed(fasta, Path(name) / "store", about["backbone"], **{**settings, "layer": deepest})
         except InputError as error:
             return {}, f"Time was not measured: {error}"
         [extraction] = read_provenance(open_storage(Path(name) / "store"))["extractions"]
     measured = {one["layer"]: one for one in extraction["layer_costs"]}
-    costs = {
-        name: Cost(name, measured[state.layer]["share"], measured[state.layer]["seconds_per_1000"])
-        for name, state in states.items()
+    costs: dict[str | None, Cost] = {
+        name: Cost(name, measured[layer]["share"], measured[layer]["seconds_per_1000"])
+        for name, layer in numbers.items()
     }
     return costs, f"Time was measured on {len(chosen):,} of the proteins, of all lengths alike, {about['precision']}."

@@ -22,7 +22,7 @@ from distil_rank.data.split import join_groups, split_groups
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.storage import is_remote
-from distil_rank.embedding.store import layers_of, open_storage, read_manifest
+from distil_rank.embedding.store import open_storage, read_manifest
 from distil_rank.errors import InputError
 from distil_rank.evaluation.labelled import (
     UNLABELLED,
@@ -105,7 +105,7 @@ def open_problem(
     path, wanted = split_source(source)
     layers: dict[str | None, Embeddings] = {}
     if wanted is None and (is_remote(path) or (Path(path) / "manifest.json").is_file()):
-        names = layers_of(read_manifest(open_storage(path)) or {})
+        names = (read_manifest(open_storage(path)) or {}).get("layers", [])
         layers = {str(name): load_vectors(f"{path}:{name}") for name in names}
     if not layers:
         one = load_vectors(source)

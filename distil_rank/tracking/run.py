@@ -102,10 +102,13 @@ class Run:
         self.client.log_text(self.id, text, file)
 
     def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
-        """Record the rows that went in, `(N, n)`, by name, digest and location; not the rows themselves."""
+        """Record the rows that went in, `(N, n)`, by name, digest and location; not the rows themselves.
+
+        A server takes 36 characters of the digest.
+        """
         origin = get_dataset_source_from_json(json.dumps({"uri": source}), "local")
         schema = Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))])
-        dataset = MetaDataset(origin, name=name, digest=digest, schema=schema)  # type: ignore[abstract]
+        dataset = MetaDataset(origin, name=name, digest=digest[:36], schema=schema)  # type: ignore[abstract]
         context_tag = [InputTag("mlflow.data.context", context)]
         self.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), context_tag)])
 

@@ -13,7 +13,8 @@ from distil_rank.errors import InputError
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch, clusters_once):
+    monkeypatch.setattr(mmseqs, "_run_mmseqs", clusters_once)
     monkeypatch.setattr(mmseqs, "CLUSTER_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from distil_rank.embedding import embedder
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder, windows
-from distil_rank.embedding.layers import State
 
 SEQUENCES = ["MKTAYIAKQR", "M", "ACDEFGHIKLMNPQRSTVWY" * 3, "GSHMXBZUO", "MKV"]
 
@@ -234,13 +233,10 @@ def test_a_failure_in_one_batch_ends_the_stream_and_gives_the_cores_back(backbon
 
 @pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
 @pytest.mark.parametrize("window", [None, 8])
-def test_several_layers_in_one_pass_are_each_as_alone(tiny_esm2, backbone, pooling, window):
-    layers = [State(1), State(1, normed=True), State(2)]
+def test_several_layers_in_one_pass_are_each_as_alone(backbone, pooling, window):
+    layers = [1, 2]
     together = Embedder(backbone, pooling, layers=layers, window=window, max_tokens=30).embed(SEQUENCES)
-    for layer, vectors in zip(layers[::2], together.layers[::2], strict=True):
+    for layer, vectors in zip(layers, together.layers, strict=True):
         alone = Embedder(backbone, pooling, layers=[layer], window=window, max_tokens=30).embed(SEQUENCES)
         assert alone.counts == together.counts
         assert torch.equal(vectors, alone.vectors)
-    if window is None and pooling == "residue":  # pooled, a norm of each residue is not the norm of their mean
-        norm = tiny_esm2.model.emb_layer_norm_after
-        torch.testing.assert_close(together.layers[1], norm(together.layers[0]).detach(), atol=1e-5, rtol=0)

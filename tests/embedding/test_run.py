@@ -70,10 +70,10 @@ def test_the_store_holds_what_the_embedder_gives(run, fasta, tiny_esm2, pooling)
 
 @pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
 def test_several_layers_in_one_store_are_each_as_alone(run, fasta, tiny_esm2, pooling):
-    done = run(fasta, pooling=pooling, layer="1,1n,2")
-    assert done.layers == "1, 1n, 2" and "1: " in done.layer_cost and "1.00 of full depth" in done.layer_cost
+    done = run(fasta, pooling=pooling, layer="1,2")
+    assert done.layers == "1, 2" and "1: " in done.layer_cost and "1.00 of full depth" in done.layer_cost
     path = fasta.parent / "store"
-    assert Store.open(path).manifest["layers"] == [1, "1n", 2] and "layer" not in Store.open(path).manifest
+    assert Store.open(path).manifest["layers"] == [1, 2] and "layer" not in Store.open(path).manifest
     for layer in (1, 2):
         store = embed(fasta, path.with_name(f"{layer}"), str(tiny_esm2.fair_esm), pooling, layer, accelerator="cpu")
         assert np.array_equal(Store.open(f"{path}:{layer}").embeddings(), Store.open(store.store).embeddings())
@@ -82,7 +82,7 @@ def test_several_layers_in_one_store_are_each_as_alone(run, fasta, tiny_esm2, po
     assert [cost["layer"] for cost in costs] == [1, 2] and costs[1]["share"] == 1
 
 
-@pytest.mark.parametrize(("first", "then"), [("1,2", "2"), ("1,2", None), (1, "1,2"), ("1,2", "1n,2")])
+@pytest.mark.parametrize(("first", "then"), [("1,2", "2"), ("1,2", None), (1, "1,2"), ("1,2", "1")])
 def test_a_store_is_extended_with_its_own_layers_only(run, fasta, first, then):
     run(fasta, layer=first)
     with pytest.raises(InputError, match=f"Expected layers {first}, which the store"):
@@ -128,13 +128,6 @@ def test_the_default_store_is_named_after_the_file(fasta, tiny_esm2, tmp_path, m
     (tmp_path / "more.fasta").write_text(FASTA + ">e\nMKV\n")
     embed("more.fasta", "embeddings", **options)
     assert [len(Store.open(f"embeddings/{name}")) for name in ("", "in", "parts")] == [5, 4, 4]
-
-
-def test_a_store_beside_others_in_its_folder(fasta, tiny_esm2, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = {"backbone": str(tiny_esm2.fair_esm), "accelerator": "cpu"}
-    embed("in.fasta", **options)
-    assert embed("in.fasta", "embeddings", **options).proteins == 4
 
 
 def test_more_proteins_are_added_and_only_they_are_computed(run, fasta, tmp_path):
