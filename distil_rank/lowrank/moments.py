@@ -39,25 +39,6 @@ class Moments(NamedTuple):
             raise ValueError("Expected at least one row to take moments of but got none.")
         return sums.moments()
 
-    def shrunk(self, intensity: float | None = None) -> Moments:
-        """Pull the covariance towards a multiple of the identity: `(1 - t) C + t (tr C / d) I`.
-
-        With fewer rows than dimensions `C` has no energy in most directions, and the closed form would give them none.
-
-        Args:
-            intensity: `t` in [0, 1]. By default the oracle approximating shrinkage of Chen, Wiesel, Eldar and Hero
-                (IEEE Trans. Signal Process. 58, 2010), which needs nothing beyond `C` and `n`, so it streams too.
-        """
-        d = len(self.mean)
-        trace = self.covariance.trace()
-        if intensity is None:
-            square = (self.covariance**2).sum()
-            above = (1 - 2 / d) * square + trace**2
-            below = (self.rows + 1 - 2 / d) * (square - trace**2 / d)
-            intensity = float((above / below).clamp(0, 1)) if below > 0 else 1.0
-        target = trace / d * torch.eye(d, dtype=self.covariance.dtype, device=self.covariance.device)
-        return Moments(self.mean, (1 - intensity) * self.covariance + intensity * target, self.rows)
-
 
 class MomentSums(NamedTuple):
     """Plain float64 sums over rows, from which `Moments` follow; memory is O(d²) whatever the number of rows.

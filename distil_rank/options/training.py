@@ -111,7 +111,6 @@ class StudentOptions:
 
     Attributes:
         warm_start: Where training begins: the exact optimum of the squared error, or the SVD of the weight.
-        shrinkage: Of the input covariance, for fewer rows than dimensions: 0 to 1, or `auto`.
         alpha: Weight of the cosine term.
         normalise: Divide the squared error by the variance of the teacher's output.
         lr: Learning rate of AdamW.
@@ -121,7 +120,6 @@ class StudentOptions:
     """
 
     warm_start: Literal["closed_form", "svd"] = "closed_form"
-    shrinkage: float | Literal["auto"] = 0.0
     alpha: float = 0.1
     normalise: bool = True
     lr: float = 3e-4
@@ -131,8 +129,6 @@ class StudentOptions:
 
     def check(self) -> None:
         """Raises `InputError` for values out of range."""
-        if self.shrinkage != "auto":
-            check_range("--distil.shrinkage", self.shrinkage, 0, 1)
         for name in ("alpha", "lr", "weight_decay"):
             check_range(f"--distil.{name}", getattr(self, name), 0)
 

@@ -47,7 +47,6 @@ class DistilModule(LightningModule):
         teacher: the dense layer; its parameters are frozen.
         rank: r, an integer, a share of the teacher's output variance to retain, or `auto` (see `choose_rank`).
         warm_start: Where training begins: the exact optimum of the squared error, or the SVD of the weight.
-        shrinkage: Of the input covariance before the solve, 0 to 1, or `auto`, for fewer rows than dimensions.
         alpha: Weight of the cosine term.
         normalise: Divide the squared error by the variance of the teacher's output.
         lr: Learning rate of AdamW.
@@ -59,7 +58,7 @@ class DistilModule(LightningModule):
 
     Attributes:
         layer: the student, a `LowRankLinear`, once `setup` has run.
-        moments: of the training rows, after shrinkage.
+        moments: of the training rows.
         spectrum: eigenpairs of the teacher's output over them (`output_spectrum`).
         output_mean: its mean, `(m,)`, and `output_variance` the mean squared deviation of an element from it.
     """
@@ -72,7 +71,6 @@ class DistilModule(LightningModule):
         teacher: nn.Linear,
         rank: int | float | str = 64,
         warm_start: Literal["closed_form", "svd"] = "closed_form",
-        shrinkage: float | Literal["auto"] = 0.0,
         alpha: float = 0.1,
         normalise: bool = True,
         lr: float = 3e-4,
@@ -111,10 +109,8 @@ class DistilModule(LightningModule):
                 f"Expected a teacher for inputs of width {data.dim}, as {data.source} has them, but got one for "
                 f"{teacher.in_features}; use the backbone that the layer was trained on."
             )
-        moments = data.moments
-        if h.shrinkage != 0:
-            moments = moments.shrunk(None if h.shrinkage == "auto" else float(h.shrinkage))
-        self.moments, self.spectrum = moments, output_spectrum(teacher.weight, moments)
+        moments = self.moments = data.moments
+        self.spectrum = output_spectrum(teacher.weight, moments)
         self.output_variance = float(self.spectrum[0].sum()) / teacher.out_features
         rank = choose_rank(self.spectrum[0], h.rank)
         factors = solve(teacher.weight, teacher.bias, rank, h.warm_start, moments, self.spectrum)
@@ -131,7 +127,7 @@ class DistilModule(LightningModule):
     def solved(self) -> bool:
         """Whether the start already is the exact minimum of the loss, so that training can gain nothing."""
         h: Any = self.hparams
-        return h.warm_start == "closed_form" and h.shrinkage == 0 and h.alpha == 0 and self.head is None
+        return h.warm_start == "closed_form" and h.alpha == 0 and self.head is None
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, n)` → `(…, m)`, by the student."""
