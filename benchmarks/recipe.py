@@ -104,7 +104,7 @@ def main(
     seed_everything(42, verbose=False)
     about = module.description()
     lines = [
-        f"{about.source}, rank {rank}, {seeds} seeds, {about.rows.test} held-out rows",
+        f"{about.source}, rank {rank}, {seeds} seeds, {about.rows['test']} held-out rows",
         f"split by {about.split}; {torch.get_num_threads()} threads\n",
         "| teacher | lost: recipe → closed form | ratio | cosine | centred cosine | kNN@10 | seconds | time ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -12,7 +12,7 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonargparse
 
@@ -25,31 +25,21 @@ QUIET = (
 )  # libraries whose progress is not ours
 
 
-class Command(NamedTuple):
-    """One command. The function that runs it, `distil_rank.commands.<name>.<name>`, takes its options.
-
-    Attributes:
-        options: `module:class` in `distil_rank.options`.
-        summary: one line for the help.
-    """
-
-    options: str
-    summary: str
-
-
+# By name: the options, `module:class` in `distil_rank.options`, which the function `distil_rank.commands.<name>.<name>`
+# takes, and a line for the help.
 COMMANDS = {
-    "embed": Command("embed:EmbedOptions", "protein sequences through ESM-2 into a store"),
-    "train-teacher": Command("training:TrainTeacherOptions", "train or make the dense layer to be distilled"),
-    "distil": Command("training:DistilOptions", "distil one teacher and report what is retained"),
-    "benchmark": Command("training:BenchmarkOptions", "the three teachers of the original, one table"),
-    "sweep": Command("training:SweepOptions", "one teacher at several ranks"),
-    "compress": Command("compression:CompressOptions", "one layer of your own model, to a folder that deploys"),
-    "export": Command("compression:ExportOptions", "a saved layer to ONNX or one dense layer"),
-    "evaluate": Command("evaluation:EvaluateOptions", "representations of the same proteins on a labelled task"),
-    "code": Command("codes:CodeOptions", "a few bytes for each protein of a store, fitted and evaluated"),
-    "search": Command("codes:SearchOptions", "proteins against a store of codes: hits with E-values"),
-    "recommend": Command("evaluation:RecommendOptions", "the cheapest pipeline that retains your function"),
-    "ui": Command("ui:UiOptions", "browse the runs in MLflow's own pages"),
+    "embed": ("embed:EmbedOptions", "protein sequences through ESM-2 into a store"),
+    "train-teacher": ("training:TrainTeacherOptions", "train or make the dense layer to be distilled"),
+    "distil": ("training:DistilOptions", "distil one teacher and report what is retained"),
+    "benchmark": ("training:BenchmarkOptions", "the three teachers of the original, one table"),
+    "sweep": ("training:SweepOptions", "one teacher at several ranks"),
+    "compress": ("compression:CompressOptions", "one layer of your own model, to a folder that deploys"),
+    "export": ("compression:ExportOptions", "a saved layer to ONNX or one dense layer"),
+    "evaluate": ("evaluation:EvaluateOptions", "representations of the same proteins on a labelled task"),
+    "code": ("codes:CodeOptions", "a few bytes for each protein of a store, fitted and evaluated"),
+    "search": ("codes:SearchOptions", "proteins against a store of codes: hits with E-values"),
+    "recommend": ("evaluation:RecommendOptions", "the cheapest pipeline that retains your function"),
+    "ui": ("ui:UiOptions", "browse the runs in MLflow's own pages"),
 }
 ALIASES = {"judge": "evaluate"}  # for one release
 
@@ -60,12 +50,12 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     Raises:
         InputError: options that there are not, of another type, out of range, or that contradict each other.
     """
-    module, _, class_name = COMMANDS[name].options.partition(":")
+    module, _, class_name = COMMANDS[name][0].partition(":")
     options_class = getattr(import_module(f"distil_rank.options.{module}"), class_name)
     parser = jsonargparse.ArgumentParser(
         prog=f"{PROG} {name}",
         usage=f"{PROG} {name} [OPTIONS]",
-        description=COMMANDS[name].summary,
+        description=COMMANDS[name][1],
         formatter_class=_CompactHelp,
         exit_on_error=False,
     )
@@ -120,7 +110,7 @@ def lightning_options() -> dict[str, str]:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<14} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<14} {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join([f"usage: {PROG} [-q | -v] COMMAND [OPTIONS]   (COMMAND --help tells the options)", "", *lines])
 
 
@@ -168,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"{PROG}: Expected a command out of {', '.join(COMMANDS)} but got {name!r}.", file=sys.stderr)
         return 2
-    if "--trainer.help" in arguments and COMMANDS[name].options.startswith("training:"):
+    if "--trainer.help" in arguments and COMMANDS[name][0].startswith("training:"):
         print("\n".join(f"--trainer.{key} (default: {value})" for key, value in lightning_options().items()))
         return 0
     try:

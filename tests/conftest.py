@@ -48,7 +48,7 @@ def log_levels() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def clusters_once() -> Iterator[Callable]:
-    """MMseqs2 takes six seconds for few proteins as for many, and tests cluster the same again and again; yields what does."""
+    """MMseqs2 takes six seconds for few proteins as for many, and tests cluster the same; yields what does."""
     real = mmseqs._run_mmseqs
     run = functools.cache(real)
     with pytest.MonkeyPatch.context() as patch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from types import ModuleType
@@ -110,11 +109,6 @@ class CodeIndex:
             self.visited = self.index.nprobe = min(2 * self.visited, self.lists)
         self.recall = recall
         log.info("Inverted lists: %s, of which %s are visited: recall %.3f", self.lists, self.visited, self.recall)
-
-
-def has_faiss() -> bool:
-    """Whether faiss, an extra, is installed."""
-    return importlib.util.find_spec("faiss") is not None
 
 
 def import_faiss() -> ModuleType:

@@ -19,10 +19,8 @@ from scipy.stats import genpareto
 from torch import Tensor
 
 from distil_rank.codes.augment import embed_like
-from distil_rank.codes.index import CodeIndex, import_faiss
+from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.store import CodeStore
-from distil_rank.data.files import save_matrix
-from distil_rank.embedding.storage import atomic_file
 from distil_rank.errors import InputError
 
 TAIL = 0.002  # share of the decoys' scores that the tail is fitted to
@@ -142,17 +140,3 @@ def search_blocks(
             for rank, (score, row, evalue) in enumerate(hits, 1):
                 lines.append(Hit(names[number], ids[row], float(score), rank, float(evalue)))
         yield lines
-
-
-def export_codes(store: CodeStore, path: Path) -> None:
-    """Write the codes of a store, one for each protein in its order.
-
-    `.npy` is the matrix of codes; `.npz` has the ids too; `.h5` has one data set for each protein; `.faiss` is an index
-    that looks at every code: its queries are what the encoder gives, for bits with zeros up to a multiple of eight.
-    """
-    codes = np.array(store.embeddings())
-    if path.suffix != ".faiss":
-        save_matrix(store.ids, codes, path)
-        return
-    with atomic_file(path) as file:
-        file.write(import_faiss().serialize_index(CodeIndex(codes, store.encoder, exact=True).index).tobytes())

@@ -56,8 +56,8 @@ def distil_teacher(
     title = f"{teacher.name} r{options.rank} {options.distil.warm_start} {about.dim}-d {Path(about.source).stem}"
     tags = {**lineage(asdict(about)), "teacher_run": teacher.run_id}
     with start_run(experiment, title, params=params, tags=tags, parent=parent) as run:
-        for split in ("train", "val", "test"):
-            shape = (getattr(about.rows, split), about.dim)
+        for split, rows in about.rows.items():
+            shape = (rows, about.dim)
             name = f"{Path(about.source).stem} {split}"  # MLflow takes two of one name and digest for the same
             run.log_dataset(shape, name=name, digest=about.digest, context=split, source=about.source)
         outcome, student = run_experiment(

@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors.torch
 
 from distil_rank.artefact import write_atomically
-from distil_rank.compression.saved import load, to_dense, to_onnx
+from distil_rank.compression.saved import load, to_onnx
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.options.compression import ExportOptions
@@ -27,6 +27,6 @@ def export(options: ExportOptions) -> Path:
         to_onnx(student, path)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, safetensors.torch.save(dict(to_dense(student).state_dict())))
+        write_atomically(path, safetensors.torch.save(dict(student.to_linear().state_dict())))
     print(path)
     return path

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distil_rank.artefact import check_writable
 from distil_rank.codes.index import CodeIndex, import_faiss
-from distil_rank.codes.search import Hit, decoy_scores, export_codes, search_blocks, vectors_like
+from distil_rank.codes.search import Hit, decoy_scores, search_blocks, vectors_like
 from distil_rank.codes.store import CodeStore, manifest_of
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.embedding.storage import atomic_file
@@ -33,17 +33,12 @@ MAX_ARTEFACT = 64 * 2**20  # bytes of a table of hits that is kept with the run
 
 
 def search(options: SearchOptions) -> tuple[int, int]:
-    """Write a table of the hits of proteins in a store of codes, or export the codes; numbers of queries and hits."""
+    """Write a table of the hits of proteins in a store of codes; numbers of queries and hits."""
     output, table = Path(options.output), Path(options.out)
     check_writable(output)
     import_faiss()
     store = CodeStore.open(options.codes)
     encoder = store.encoder
-    if options.export is not None:
-        export_codes(store, Path(options.export))
-        print(f"Exported: {options.export}")
-    if not (options.fasta or options.queries or options.self):
-        return 0, 0
     facts = {"dtype": encoder.dtype, "bytes": encoder.bytes_per_protein, "targets": len(store)}
     tags = {"digest": store.digest, "encoder": store.manifest["code"]["sha256"]}
     name = f"{Path(options.codes).name} {options.fasta or options.queries or 'self'}"

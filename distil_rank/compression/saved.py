@@ -4,7 +4,7 @@ model.safetensors   the weights: of one layer, or of a whole model with student 
 manifest.json       shapes, ranks, provenance, R²; the hashes of the file and its own (`distil_rank.artefact`)
 
 For other runtimes there are `to_onnx`, whose file ONNX Runtime's own quantiser (`onnxruntime.quantization`) takes for
-integers, and `to_dense`.
+integers, and `LowRankLinear.to_linear`.
 """
 
 from __future__ import annotations
@@ -213,20 +213,6 @@ def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(f"Expected finite weights in {where} but {name!r} holds NaN or inf.")
-
-
-def to_dense(model: nn.Module) -> nn.Module:
-    """A copy with a plain `nn.Linear`, `W' = B A`, for each student: the same outputs from the original architecture.
-
-    A student always has a bias; where the dense layer had none, the copy's layer still has one.
-    """
-    if isinstance(model, LowRankLinear):
-        return model.to_linear()
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, LowRankLinear):
-            model.set_submodule(name, module.to_linear())
-    return model
 
 
 def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from distil_rank.data.files import SYNTHETIC, Embeddings, find_source, load_matrix, read_clusters
-from distil_rank.data.split import DataDescription, Split, SplitSizes, make_split
+from distil_rank.data.split import DataDescription, Split, make_split
 from distil_rank.embedding.extraction import default_store
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import embed
@@ -153,11 +153,6 @@ class EmbeddingDataModule(LightningDataModule):
         ids = np.asarray(self.embeddings.ids)[getattr(self.split_rows, split)]
         return np.unique(ids, return_inverse=True)[1]
 
-    def labels(self, split: SplitName) -> list[str] | None:
-        """Labels of the rows of one split, if the data have any."""
-        labels = self.embeddings.labels
-        return None if labels is None else [labels[i] for i in getattr(self.split_rows, split)]
-
     def stream(self, split: SplitName) -> Iterator[Tensor]:
         """Iterates over one split in order, in blocks of `STREAM_ROWS`, so that it need not fit in memory."""
         indices = getattr(self.split_rows, split)
@@ -223,7 +218,7 @@ class EmbeddingDataModule(LightningDataModule):
             source=self.source,
             digest=self.digest,
             dim=self.dim,
-            rows=SplitSizes(len(parts.train), len(parts.val), len(parts.test)),
+            rows={"train": len(parts.train), "val": len(parts.val), "test": len(parts.test)},
             split=parts.method,
             backbone=provenance.get("backbone", "unknown"),
             pooling=provenance.get("pooling", "unknown"),

@@ -1,4 +1,4 @@
-"""Embeddings in common file formats: one function to read them all, one to write them, and which data `auto` is.
+"""Embeddings in common file formats: one function to read them all, and which data `auto` is.
 
 Nothing here unpickles: `.pt` files load with `weights_only=True`, NumPy files with `allow_pickle=False`.
 """
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from distil_rank.embedding.extraction import STORES
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.sequences import accession, name_in_header
-from distil_rank.embedding.storage import Location, atomic_file, is_remote
+from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.embedding.store import Store, embedding_run, stores_in
 from distil_rank.errors import InputError, examples
 
@@ -215,7 +215,10 @@ def _read_pair(path: Path) -> Embeddings:
 
 def _read_hdf5(path: Path) -> Embeddings:
     """One data set per protein, (d,) pooled or (L, d) per residue, named by its `original_id` attribute or its key."""
-    h5py = _h5py()
+    try:
+        import h5py  # noqa: PLC0415  (optional: for HDF5 only)
+    except ImportError as error:
+        raise InputError("Expected h5py for HDF5 files but it is missing; pip install h5py.") from error
     proteins: list[Embeddings] = []
 
     def collect(name: str, node: Any) -> None:
@@ -228,14 +231,6 @@ def _read_hdf5(path: Path) -> Embeddings:
     if not proteins:
         raise InputError(f"Expected one data set for each protein in {path} but it holds none.")
     return _concatenated(proteins, {"format": "hdf5"}, path)
-
-
-def _h5py() -> Any:
-    try:
-        import h5py  # noqa: PLC0415  (optional: for HDF5 only)
-    except ImportError as error:
-        raise InputError("Expected h5py for HDF5 files but it is missing; pip install h5py.") from error
-    return h5py
 
 
 def _read_store(path: Location) -> Embeddings:
@@ -270,23 +265,6 @@ READERS: dict[str, Callable[[Path], Embeddings]] = {
     ".h5": _read_hdf5,
     ".hdf5": _read_hdf5,
 }
-
-
-def save_matrix(ids: Sequence[str], x: np.ndarray, path: Path) -> None:
-    """Write vectors `(N, d)` in the format of the path's suffix.
-
-    `.npy` is the matrix alone, `.npz` has the ids too, `.h5` one data set for each protein.
-    """
-    with atomic_file(path) as file:
-        if path.suffix == ".npy":
-            np.save(file, x, allow_pickle=False)
-        elif path.suffix == ".npz":
-            np.savez(file, allow_pickle=False, embeddings=x, ids=np.array(ids))
-        else:
-            with _h5py().File(file, "w") as archive:
-                for row, name in enumerate(ids):
-                    key = f"protein_{row}" if "/" in name or not name.strip(".") else name  # no path within the file
-                    archive.create_dataset(key, data=x[row]).attrs["original_id"] = name
 
 
 def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:

@@ -27,8 +27,6 @@ from distil_rank.errors import InputError
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
-NO_GROUP = (None, "")
 
 SplitMethod = Literal["auto", "mmseqs", "clusters", "exact"]
 
@@ -51,7 +49,7 @@ def join_groups(columns: Sequence[Sequence[Hashable]]) -> np.ndarray:
         (row, node_of.setdefault((number, key), count + len(node_of)))
         for number, column in enumerate(columns)
         for row, key in enumerate(column)
-        if key not in NO_GROUP
+        if key not in (None, "")
     ]
     rows, nodes = np.array(edges, dtype=int).reshape(-1, 2).T
     size = count + len(node_of)
@@ -145,7 +143,7 @@ class Split:
 
     @classmethod
     def of(cls, number: np.ndarray, method: str) -> Split:
-        """From the number of the split of each row, in the order of `SPLITS`."""
+        """From the number of the split of each row, 0 to 2."""
         train, val, test = (np.flatnonzero(number == one) for one in range(3))
         return cls(train, val, test, method)
 
@@ -234,26 +232,17 @@ def _candidates(
 
 
 @dataclass(frozen=True)
-class SplitSizes:
-    """Rows in each part of a split."""
-
-    train: int
-    val: int
-    test: int
-
-
-@dataclass(frozen=True)
 class DataDescription:
     """Where embeddings come from, how many there are and how they were split.
 
-    The digest is SHA-256 over vectors and split (16 digits); `fallback` says what lesser thing took the place of what
-    was asked for; `embedding_run` is the MLflow run that extracted the vectors.
+    `rows` counts those of each split; the digest is SHA-256 over vectors and split (16 digits); `fallback` says what
+    took the place of what was asked for; `embedding_run` is the MLflow run that extracted the vectors.
     """
 
     source: str
     digest: str
     dim: int
-    rows: SplitSizes
+    rows: dict[str, int]
     split: str
     backbone: str = "unknown"
     pooling: str = "unknown"

@@ -45,10 +45,6 @@ class Embedded:
         """Those of the last of the layers, (sum of counts, dim)."""
         return self.layers[-1]
 
-    def per_sequence(self) -> list[Tensor]:
-        """Views of the vectors, (count, dim) for each sequence."""
-        return list(self.vectors.split(self.counts))
-
 
 class _Piece(NamedTuple):
     """Part of a sequence that goes through the model in one pass."""

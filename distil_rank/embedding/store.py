@@ -27,7 +27,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.storage import Location, Storage, is_remote
 from distil_rank.errors import InputError
-from distil_rank.origin import VectorOrigin
 
 logger = logging.getLogger(__name__)
 
@@ -167,11 +166,6 @@ class Store:
                     f"damaged: {remedy} again."
                 )
         return cls(storage, manifest, layer)
-
-    @property
-    def origin(self) -> VectorOrigin:
-        """What its vectors depend on, with the layer that is read of several."""
-        return VectorOrigin.of(self.manifest if self.layer is None else {**self.manifest, "layer": self.layer})
 
     def at(self, layer: int) -> Self:
         """The same store at another of its layers; raises `InputError` where it lacks it."""

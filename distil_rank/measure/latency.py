@@ -27,9 +27,6 @@ from torch import nn
 class Timing:
     """Seconds per call of one candidate, one sample for each turn, in the order in which they were taken."""
 
-    name: str
-    threads: int
-    device: str
     samples: tuple[float, ...]
 
     @property
@@ -72,8 +69,6 @@ def time_interleaved(
     Every other round goes through the candidates backwards, so that none always runs in another's cache. In its turn a
     call is repeated until at least `min_time` seconds are over. On CUDA the clock is read only once the device is idle.
     """
-    if not candidates or repeats < 1:
-        raise ValueError(f"Expected a candidate and a repeat but got {len(candidates)} and {repeats}.")
     device = torch.device(device)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.inference_mode():
@@ -88,8 +83,7 @@ def time_interleaved(
             for name in order:
                 samples[name].append(_seconds(candidates[name], calls[name], device))
             order.reverse()
-    threads = torch.get_num_threads()
-    return {name: Timing(name, threads, str(device), tuple(taken)) for name, taken in samples.items()}
+    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 
 def compare_layers(
@@ -106,8 +100,8 @@ def compare_layers(
             rows.append(
                 LayerLatency(
                     batch=batch,
-                    threads=slow.threads,
-                    device=slow.device,
+                    threads=threads,
+                    device=str(x.device),
                     repeats=repeats,
                     dense_us=1e6 * slow.median_s,
                     dense_p95_us=1e6 * slow.p95_s,
@@ -123,8 +117,7 @@ def compare_layers(
 def paired_ratio(slow: Timing, fast: Timing) -> float:
     """Median of the ratios of samples taken in the same round: the speed-up that a slow minute cannot move.
 
-    >>> slow = Timing("slow", threads=1, device="cpu", samples=(2.0, 200.0, 4.0))
-    >>> paired_ratio(slow, Timing("fast", threads=1, device="cpu", samples=(1.0, 100.0, 1.0)))
+    >>> paired_ratio(Timing((2.0, 200.0, 4.0)), Timing((1.0, 100.0, 1.0)))
     2.0
     """
     return statistics.median(a / b for a, b in zip(slow.samples, fast.samples, strict=True))

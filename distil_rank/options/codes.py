@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from distil_rank.errors import InputError
@@ -13,7 +12,6 @@ Metric = Literal["variance", "whitened", "invariant"]
 CodeType = Literal["float32", "int8", "bit"]
 NoiseSource = Literal["copies", "labels"]
 FITTING = ("metric", "rank", "dtype", "noise", "regularisation", "augmentation", "train", "groups", "fit_fraction")
-FORMATS = (".faiss", ".npy", ".npz", ".h5", ".hdf5")  # that codes are exported to
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,6 @@ class SearchOptions:
         decoys: Reversed proteins that E-values are estimated with; 0 for none.
         exact: Whether every query looks at every code; by default where there are not too many.
         out: The table, tab separated: query, target, score, rank, E-value.
-        export: Also, or only, write the codes to a .faiss, .npy, .npz or .h5 file.
         seed: Of the choice of decoys and of the index.
         output: Folder for results.
     """
@@ -134,17 +131,15 @@ class SearchOptions:
     decoys: int = 200
     exact: bool | None = None
     out: str = "results/search/hits.tsv"
-    export: str | None = None
     seed: int = 0
     output: str = "results"
 
     def check(self) -> None:
         """Raises `InputError` for values out of range and options that contradict each other."""
         sources = [f"--{name}" for name in ("fasta", "queries", "self") if getattr(self, name)]
-        if len(sources) > 1 or not (sources or self.export):
+        if len(sources) != 1:
             raise InputError(
-                "Expected one of --fasta, --queries and --self to search with, or --export, but got "
-                f"{' and '.join(sources) or 'none'}."
+                f"Expected one of --fasta, --queries and --self but got {' and '.join(sources) or 'none'}; name one."
             )
         if self.hits < 1 or self.decoys < 0:
             raise InputError(
@@ -155,5 +150,3 @@ class SearchOptions:
                 f"Expected an E-value above 0, and decoys to estimate it with, but got {self.evalue} and {self.decoys} "
                 "decoys."
             )
-        if self.export is not None and Path(self.export).suffix not in FORMATS:
-            raise InputError(f"Expected --export to end in {', '.join(FORMATS)} but got {self.export}.")

@@ -73,7 +73,7 @@ def picture(path: Path, rows: int, columns: int, size: tuple[float, float], **op
 def final_report(result: Result, path: Path) -> None:
     """One row of panels per teacher: training, comparison, spectrum, and fidelity against rank."""
     data = result.data
-    title = f"{data.source} ({data.backbone}), {data.rows.test} held-out rows, split by {data.split}"
+    title = f"{data.source} ({data.backbone}), {data.rows['test']} held-out rows, split by {data.split}"
     with picture(path, len(result.teachers), 4, (4, 3.6)) as axes:
         for row, teacher in zip(axes, result.teachers, strict=True):
             draw_training(row[0], teacher)

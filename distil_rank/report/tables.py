@@ -85,7 +85,7 @@ def comparison_notes(result: Result) -> list[str]:
     lines = [f"NOTE: {data.fallback}"] if data.fallback else []
     lines.append(
         f"Data: {data.source} ({data.backbone}, {data.pooling} pooling); train / validation / test rows "
-        f"{data.rows.train} / {data.rows.val} / {data.rows.test}; split by {data.split}."
+        f"{' / '.join(map(str, data.rows.values()))}; split by {data.split}."
     )
     for teacher in result.teachers:
         lines.append(

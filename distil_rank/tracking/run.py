@@ -204,8 +204,6 @@ def connect(tracking_uri: str) -> mlflow.MlflowClient:
                 f"Expected an MLflow server at {without_credentials(tracking_uri)} but there is {reason}: start it, "
                 "or unset MLFLOW_TRACKING_URI to keep runs under mlruns/."
             )
-    elif not Path(tracking_uri.removeprefix("sqlite:///")).exists():
-        log.info("Making the run database %s, once.", tracking_uri)
     return mlflow.MlflowClient(tracking_uri)
 
 

@@ -6,7 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import h5py
 import mlflow
 import numpy as np
 import pytest
@@ -179,21 +178,6 @@ def test_labels_decide_noise_and_task(stored):
     assert content["metrics"][:2] == ["mAP", "class@1"] and content["groups"].startswith("class")
     found = load("results/code/store-invariant-r16-float32/encoder")
     assert found.provenance["noise"] == "labels: each class"
-
-
-def test_exports(stored):
-    assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "12"]) == 0
-    codes = CodeStore.open("codes").embeddings()
-    for name in ("out.npy", "out.npz", "out.h5", "out.faiss"):
-        assert main(["search", "--export", name]) == 0
-    assert np.array_equal(np.load("out.npy"), codes)
-    with np.load("out.npz") as archive:
-        assert np.array_equal(archive["embeddings"], codes) and archive["ids"][3] == "f0m3"
-    with h5py.File("out.h5") as file:
-        assert np.array_equal(file["f5m2"][()], codes[22])
-    import faiss
-
-    assert faiss.read_index("out.faiss").ntotal == 160
 
 
 def test_a_matrix_without_sequences(stored, capsys):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distil_rank.compression import saved
-from distil_rank.compression.saved import to_dense, to_onnx
+from distil_rank.compression.saved import to_onnx
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
@@ -53,14 +53,9 @@ def test_missing_onnx_says_what_to_install(tmp_path, case, monkeypatch):
 @torch.no_grad()
 def test_dense_again_for_those_who_cannot_change_the_architecture(case):
     _, student, x = case
-    dense = to_dense(student)
+    dense = student.to_linear()
     assert type(dense) is nn.Linear
     torch.testing.assert_close(dense(x), student(x), atol=1e-5, rtol=1e-4)
-    model = nn.Sequential(student, nn.ReLU(), LowRankLinear(40, 20, 4))
-    plain = to_dense(model)
-    assert type(plain[0]) is nn.Linear and type(plain[2]) is nn.Linear
-    torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-4)
-    assert isinstance(model[0], LowRankLinear)
 
 
 def test_an_export_that_is_wrong_is_not_retained(tmp_path, case, monkeypatch):

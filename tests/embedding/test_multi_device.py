@@ -50,7 +50,7 @@ def interrupted(fasta: Path, store: Path, backbone: str) -> int:
                 del shard[key]
             if i != 1:
                 (store / shard["file"]).unlink()
-    writer.update(shards=shards)
+    writer._write_manifest({**writer.manifest, "shards": shards})
     return len(writer.pending())
 
 

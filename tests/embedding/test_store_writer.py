@@ -226,7 +226,7 @@ def test_a_manifest_that_lost_its_last_shard_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "SHARD_RESIDUES", (2, 2))
     writer, _ = plan(tmp_path / "s", proteins("MK", "MV"))
     fill(writer)
-    writer.update(shards=writer.manifest["shards"][:-1])
+    writer._write_manifest({**writer.manifest, "shards": writer.manifest["shards"][:-1]})
     with pytest.raises(InputError, match=r"Expected shards for 2 sequences .* but got shards for 1"):
         plan(tmp_path / "s", proteins("MK", "MV", "ML"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_rank.data.split import DataDescription, SplitSizes
+from distil_rank.data.split import DataDescription
 from distil_rank.evaluation import results
 from distil_rank.evaluation.results import (
     OURS,
@@ -59,7 +59,7 @@ def a_result(*comparison):
         validation_optimum=0.1,
         pareto=[ParetoPoint(1, 0.5, 0.4, 0.3, 0.5, 0.6, 20)],
     )
-    data = DataDescription("x.npz", "abc", 32, SplitSizes(10, 5, 5), "exact duplicates")
+    data = DataDescription("x.npz", "abc", 32, {"train": 10, "val": 5, "test": 5}, "exact duplicates")
     return Result(data=data, teachers=[teacher], seconds=1.5)
 
 

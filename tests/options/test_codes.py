@@ -25,12 +25,11 @@ from distil_rank.options.codes import AugmentationOptions, CodeOptions, SearchOp
         (CodeOptions(metric="whitened", noise="labels"), "invariant metric only"),
         (CodeOptions(metric="whitened", regularisation=0), "--regularisation above 0"),
         (CodeOptions(encoder="folder", rank=8), "no --rank with --encoder"),
-        (SearchOptions(), "--export, but got none"),
+        (SearchOptions(), "but got none"),
         (SearchOptions(fasta="x", self=True), "but got --fasta and --self"),
         (SearchOptions(self=True, hits=0), "at least 1"),
         (SearchOptions(self=True, evalue=-1), "E-value above 0"),
         (SearchOptions(self=True, evalue=0.01, decoys=0), "decoys to estimate it with"),
-        (SearchOptions(export="out.xlsx"), ".faiss"),
     ],
 )
 def test_what_is_refused(options, message):
@@ -43,7 +42,6 @@ def test_what_is_taken():
     CodeOptions().check()
     CodeOptions(data="store", encoder="folder", codes="others").check()
     SearchOptions(self=True).check()
-    SearchOptions(export="out.npz").check()
 
 
 def test_nothing_heavy_is_imported():
