@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 
 ID_COLUMNS = ("id", "accession", "entry", "name", "protein_id", "uniprot", "protein", "header")
 SEQUENCE_COLUMNS = ("sequence", "seq", "protein_sequence", "aa_sequence")
@@ -248,7 +248,7 @@ def _table_records(lines: Iterator[tuple[int, str]], dialect: dict[str, Any], pa
         if columns[1] is None:
             raise InputError(
                 f"Expected a column named {' or '.join(SEQUENCE_COLUMNS)} in {path} but got "
-                f"{', '.join(names)[:80] or 'nothing'}; rename the column in the first line."
+                f"{examples(names)}; rename the column in the first line."
             )
         for cells in reader:
             if len(cells) > len(names):

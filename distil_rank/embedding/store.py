@@ -26,7 +26,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from distil_rank.embedding.layers import STATE, State, split_source
 from distil_rank.embedding.storage import Location, Storage, is_remote
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 from distil_rank.origin import VectorOrigin
 
 logger = logging.getLogger(__name__)
@@ -128,10 +128,10 @@ class Store:
         if layer is None and self.layers:
             layer = names[-1]
             text = "%s holds the layers %s: taking %s, the last (…:LAYER takes another)"
-            logger.info(text, self.path, ", ".join(names), layer)
+            logger.info(text, self.path, examples(names), layer)
         if layer not in (None, *names):
             raise InputError(
-                f"Expected a layer out of {', '.join(names)}, which the store {self.path} holds, but got {layer}."
+                f"Expected a layer out of {examples(names)}, which the store {self.path} holds, but got {layer}."
             )
         return State.parse(layer) if self.layers else None
 
