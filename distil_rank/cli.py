@@ -148,9 +148,9 @@ class _ErrorsOnly(logging.Logger):
 def configure_output(verbosity: int) -> None:
     """Set up logging to standard error: -1 warnings only, 0 progress too, 1 everything, also from dependencies."""
     level = {-1: logging.WARNING, 1: logging.DEBUG}.get(verbosity, logging.INFO)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_WithoutCredentials())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setFormatter(_WithoutCredentials())
+    logging.basicConfig(level=logging.WARNING, handlers=[screen], force=True)
     sys.excepthook = _show_traceback
     logging.getLogger("distil_rank").setLevel(level)
     if verbosity < 1:

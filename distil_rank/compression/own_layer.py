@@ -90,7 +90,9 @@ def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str 
     matrices = [name for name, value in state.items() if value.ndim == 2]
     if key is None:
         if len(matrices) != 1:
-            raise InputError(f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {examples(matrices)}.")
+            raise InputError(
+                f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {examples(matrices)}."
+            )
         key = matrices[0]
     prefix = key.removesuffix("weight").removesuffix(".")
     name = next((name for name in (key, f"{key}.weight") if name in state), None)

@@ -278,13 +278,6 @@ def open_storage(location: Location) -> Storage:
     return S3Storage(str(location))
 
 
-def stores_in(folder: str | Path) -> list[Path]:
-    """The stores in a folder and the folder itself, if it is one (finished or not); the last changed first."""
-    folder = Path(folder)
-    manifests = [*folder.glob("manifest.json"), *folder.glob("*/manifest.json")]
-    return [file.parent for file in sorted(manifests, key=lambda file: (-file.stat().st_mtime_ns, file))]
-
-
 def settings_of(manifest: dict[str, Any]) -> list[Any]:
     """The values of all settings that the stored rows depend on; of codes also their encoder's hash."""
     optional = [key for key in ("layers", "calibration_sha256") if key in manifest]

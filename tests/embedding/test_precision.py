@@ -109,7 +109,9 @@ def test_another_store_s_calibration_can_be_used(run, fasta, tmp_path):
 
 
 @needs_units
-def test_with_another_store_s_calibration_int8_is_compared_on_the_store_s_own_proteins(run, fasta, tmp_path, monkeypatch):
+def test_with_another_store_s_calibration_int8_is_compared_on_the_store_s_own_proteins(
+    run, fasta, tmp_path, monkeypatch
+):
     run(fasta, precision="int8")
     own = tmp_path / "own.fasta"
     own.write_text("".join(f">q{i}\n{'MKWV' * (i + 3)}\n" for i in range(30)))
@@ -227,6 +229,16 @@ def test_bf16_that_disagrees_is_replaced_by_fp32_with_a_warning(run, fasta, monk
     store = Store.open(fasta.parent / "store")
     assert store.manifest["precision"] == "fp32"
     assert run(fasta).precision == "fp32", "and the decision stays"
+
+
+def test_bf16_is_compared_on_the_beginning_of_a_long_protein(run, fasta, monkeypatch):
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
+    original, compared = precision.pooled, []
+    monkeypatch.setattr(precision, "pooled", lambda *given: (compared.append(given[2]), original(*given))[1])
+    fasta.write_text(f">titin\n{'MKVL' * 8803}\n{fasta.read_text()}")
+    run(fasta, layer=1)
+    assert [texts[0] for texts in compared] == ["MKVL" * 64] * 2
+    assert sum(map(len, compared[0])) < 2048 + 256
 
 
 def test_an_explicit_bf16_store_stays_bf16(run, fasta, monkeypatch):
