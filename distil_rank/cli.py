@@ -6,17 +6,20 @@ import argparse
 import ast
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jsonargparse
 
 from distil_rank.errors import InputError
+from distil_rank.tracking.run_store import without_credentials
 
 PROG = "distil-rank"
 QUIET = (
@@ -114,6 +117,17 @@ def _usage() -> str:
     return "\n".join([f"usage: {PROG} [-q | -v] COMMAND [OPTIONS]   (COMMAND --help tells the options)", "", *lines])
 
 
+class _WithoutCredentials(logging.Formatter):
+    """Messages, and tracebacks, without the passwords in addresses."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(without_credentials("".join(traceback.format_exception(kind, error, trace))))
+
+
 class _ErrorsOnly(logging.Logger):
     """A library's logger; importing the library, which takes seconds and comes later, does not set its level back."""
 
@@ -124,7 +138,10 @@ class _ErrorsOnly(logging.Logger):
 def configure_output(verbosity: int) -> None:
     """Set up logging to standard error: -1 warnings only, 0 progress too, 1 everything, also from dependencies."""
     level = {-1: logging.WARNING, 1: logging.DEBUG}.get(verbosity, logging.INFO)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setFormatter(_WithoutCredentials())
+    logging.basicConfig(level=logging.WARNING, handlers=[screen], force=True)
+    sys.excepthook = _show_traceback
     logging.getLogger("distil_rank").setLevel(level)
     if verbosity < 1:
         before = logging.getLoggerClass()
@@ -168,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(import_module(f"distil_rank.commands.{function}"), function)(options)
         return 0
     except InputError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
+        print(f"{PROG}: {without_credentials(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: stopped; what was finished stays.", file=sys.stderr)

@@ -94,3 +94,17 @@ def test_unknown_commands_and_interrupts(capsys, monkeypatch):
 
     monkeypatch.setattr("distil_rank.cli.parse", interrupted)
     assert main(["distil"]) == 130
+
+
+def test_passwords_are_neither_logged_nor_in_a_traceback():
+    program = """
+import logging
+from distil_rank.cli import configure_output
+configure_output(0)
+logging.getLogger("distil_rank").info("runs go to %s", "mysql://me:secret@host/db")
+raise RuntimeError("no answer of mysql://me:secret@host/db")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "secret" not in ended.stderr
+    assert "runs go to mysql://host/db\nTraceback" in ended.stderr
+    assert ended.stderr.endswith("RuntimeError: no answer of mysql://host/db\n")

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
-from distil_rank.data.files import load_matrix
+from distil_rank.data.files import LABELLED, OWN_LABELS, find_source, load_matrix
 from distil_rank.errors import InputError
 from distil_rank.evaluation.labelled import (
-    OWN_LABELS,
     UNLABELLED,
     LabelledData,
-    labelled_source,
     open_labelled,
     unlabelled,
 )
@@ -155,9 +153,9 @@ def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
 def open_proteins(options: CodeOptions) -> LabelledData:
     """Read vectors, with labels where there are any, and set groups apart; without, `labels` is `UNLABELLED`."""
     labels, draw = options.labels, (options.fit_fraction, options.seed)
-    source = labelled_source(options.data, labels)
+    source = find_source(options.data, LABELLED)
     if labels != LabelOptions() or (Path(source) / OWN_LABELS).is_file():
-        return open_labelled(options.data, labels, options.task, options.groups, *draw)
+        return open_labelled(source, labels, options.task, options.groups, *draw)
     return unlabelled(source, load_matrix(source), options.groups, *draw)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from distil_rank.codes.fit import copies_of, copy_task, fit_metric, noise_of, op
 from distil_rank.codes.store import ENCODER, load_encoder, manifest_of, own_encoder, write_codes, write_encoder
 from distil_rank.codes.train import train_encoder
 from distil_rank.compression.saved import save
+from distil_rank.data.files import LABELLED, find_source
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import CODES, Store
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
-from distil_rank.evaluation.labelled import UNLABELLED, LabelledData, labelled_source
+from distil_rank.evaluation.labelled import UNLABELLED, LabelledData
 from distil_rank.evaluation.representations import full_vector, module_output, variance_student
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import CodeOptions
@@ -44,7 +45,7 @@ def code(options: CodeOptions) -> None:
     deciding |= {"noise": options.noise, **asdict(options.augmentation)} if options.metric == "invariant" else {}
 
     place: Location = f"{options.codes}/{ENCODER}"
-    source = labelled_source(options.data, options.labels)
+    source = find_source(options.data, LABELLED)
     encoder = own_encoder(options.codes)
     if options.encoder is not None:
         own, encoder = encoder, load_encoder(options.encoder)
@@ -65,7 +66,7 @@ def code(options: CodeOptions) -> None:
                 )
         log.info("Going on with the encoder in %s, which was fitted with the same options.", options.codes)
     else:
-        proteins = open_proteins(options)
+        proteins = open_proteins(replace(options, data=source))
         encoder, place, metrics = _fitted(options, deciding, proteins)
         if proteins.embeddings.provenance.get("format") != "store":
             log.warning("No codes were written: %s is no store of embeddings (make one with embed).", source)

@@ -15,12 +15,11 @@ from distil_rank.codes.store import ENCODER, write_codes
 from distil_rank.commands.embed import embed
 from distil_rank.commands.evaluate import metric_name
 from distil_rank.compression.saved import save
-from distil_rank.data.files import LABELLED, sample
+from distil_rank.data.files import LABELLED, OWN_LABELS, find_source, sample
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.extraction import default_store
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.store import Store
-from distil_rank.evaluation.labelled import OWN_LABELS
 from distil_rank.evaluation.representations import NO_MMSEQS
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import RecommendOptions
@@ -48,8 +47,10 @@ def recommend(options: RecommendOptions) -> Recommendation:
     """Recommend the cheapest pipeline that retains a function."""
     o, output = options, Path(options.output)
     data, labels, fasta, notes = o.data, o.labels, o.fasta, list[str]()
-    if data == "auto" and fasta is None and labels.source is None:
-        fasta, labels = sample(f"{LABELLED}.fasta.gz"), replace(labels, source=f"{sample(LABELLED)}/{OWN_LABELS}")
+    if data == "auto" and fasta is None:
+        data = find_source(data, LABELLED)
+        if data == sample(LABELLED) and labels.source is None:  # of which one layer ships
+            data, fasta, labels = "auto", f"{data}.fasta.gz", replace(labels, source=f"{data}/{OWN_LABELS}")
     if fasta is not None:
         data = f"{default_store(fasta)}-layers" if data == "auto" else data
         fasta, note = subset_of(fasta, labels, o.proteins, o.seed, output)

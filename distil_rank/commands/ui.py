@@ -45,9 +45,10 @@ def ui(options: UiOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(host, options.port), folder / "ui.log"
     address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    places = ["--backend-store-uri", uri, "--artifacts-destination", str(folder / "artifacts")]
+    places = ["--artifacts-destination", str(folder / "artifacts")]
     command = [sys.executable, "-m", "mlflow", "server", *places, "--workers", "1", "--host", host, "--port", str(port)]
     env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env["MLFLOW_BACKEND_STORE_URI"] = uri  # which may hold a password, and arguments can be seen by everybody
     env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it starts programs of its environment
     print("Starting the MLflow UI ...", flush=True)
     with exit_on_signals(signal.SIGTERM, signal.SIGHUP), log.open("wb") as output:

@@ -24,7 +24,7 @@ from distil_rank.compression.capture import (
     with_held_out,
 )
 from distil_rank.compression.saved import install
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, parameter_count
 from distil_rank.lowrank.solvers import Factors, Solver, choose_rank, nested_r2, output_spectrum
 from distil_rank.measure.latency import compare_layers
@@ -256,8 +256,9 @@ def _requested_ranks(
             ranks.setdefault(names[0], patterns[pattern])
     if unused:
         linear = [name for names in places.values() for name in names]
-        some = ", ".join([*linear[:3], *["…"][: len(linear) > 3]]) or "none inside"
-        raise InputError(f"Expected {next(iter(unused))!r} to fit a linear layer of the model but it has {some}.")
+        raise InputError(
+            f"Expected {next(iter(unused))!r} to fit a linear layer of the model but it has {examples(linear)} inside."
+        )
     return ranks
 
 

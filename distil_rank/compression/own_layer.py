@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 
 HUGGING_FACE_FILES = tuple(  # in the order in which Hugging Face itself looks for them
     f"{name}{suffix}" for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
@@ -88,21 +88,22 @@ def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str 
     Linear(in_features=3, out_features=2, bias=False)
     """
     matrices = [name for name, value in state.items() if value.ndim == 2]
-    some = ", ".join([*matrices[:3], *["…"][: len(matrices) > 3]]) or "none"
     if key is None:
         if len(matrices) != 1:
-            raise InputError(f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {some}.")
+            raise InputError(
+                f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {examples(matrices)}."
+            )
         key = matrices[0]
     prefix = key.removesuffix("weight").removesuffix(".")
     name = next((name for name in (key, f"{key}.weight") if name in state), None)
     if name is None:
-        raise InputError(f"Expected a layer {key!r} in {source} but it has none; its matrices: {some}.")
+        raise InputError(f"Expected a layer {key!r} in {source} but it has none; its matrices: {examples(matrices)}.")
     weight = state[name]
     bias = state.get(f"{prefix}.bias" if prefix else "bias") if name.endswith("weight") else None
     if weight.ndim != 2 or weight.dtype not in FLOATS:
         raise InputError(
             f"Expected {name!r} in {source} to be a floating-point (m, n) weight but got"
-            f" {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}; name one of {some}."
+            f" {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}; name one of {examples(matrices)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"Expected a bias of {len(weight)} numbers beside {name!r} in {source} but got {len(bias)}.")

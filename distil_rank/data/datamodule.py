@@ -52,8 +52,8 @@ class EmbeddingDataModule(LightningDataModule):
 
     Args:
         source: A store, `.npz`, `.npy`, `.safetensors`, `.h5`, a folder with `embeddings_train.pt` and
-            `embeddings_val.pt`, or `synthetic`. `auto` takes the first that exists: the store in
-            `embeddings/` that changed last, that pair, `data/sample`.
+            `embeddings_val.pt`, or `synthetic`. `auto` is `data/sample`, unless there is one finished
+            store or pair of yours in `embeddings/` or here.
         fasta: Sequences to extract into `source` first (only what is missing there).
         backbone: ESM-2 model for the extraction (see `distil-rank embed --help`).
         pooling: One vector per protein (`mean`, `bos`) or per residue (`residue`).

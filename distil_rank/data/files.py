@@ -23,7 +23,7 @@ from distil_rank.embedding.extraction import STORES
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.sequences import accession, name_in_header
 from distil_rank.embedding.storage import Location, is_remote
-from distil_rank.embedding.store import Store, embedding_run, stores_in
+from distil_rank.embedding.store import Store, embedding_run
 from distil_rank.errors import InputError, examples
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ PACKAGED = Path(__file__).parents[1] / "sample_data"  # pyproject.toml has the w
 LABELLED = "functions"  # 706 proteins, their vectors, names as labels, and clusters
 UNLABELLED = "sample"  # 2,000 unrelated proteins and their vectors; in a checkout only
 FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larger than memory
+OWN_LABELS = "labels.tsv"  # in the folder of a store
 COLUMNS = ("ids", "sequences", "labels", "clusters")
 FAIR_ESM_KEYS = ("mean_representations", "bos_representations", "representations")
 DAMAGE = (  # what readers raise on a file that is cut short or no such file at all
@@ -298,22 +299,44 @@ def sample(*names: str) -> str:
     return str(next((place for place in places if place.exists()), places[0]))
 
 
-def find_source(source: str) -> str:
-    """What `auto` means, synthetic data with a loud warning where there is nothing; another source is unchanged."""
+def find_source(source: str, *shipped: str, labelled: bool = False) -> str:
+    """What `auto` means; another source is unchanged.
+
+    That is the user's own embeddings under `embeddings/` or here, where there is one finished set of them and no more.
+    Otherwise it is what ships, or synthetic data with a loud warning where nothing is found.
+
+    Args:
+        source: A path, or `auto`.
+        shipped: Names of the samples to take, the first that is there.
+        labelled: Whether the user's embeddings count only where they bring labels.
+    """
     if source != "auto":
         return source
-    stores = stores_in(STORES)
-    if len(stores) > 1:
-        others = examples(stores[1:])
-        log.warning("Several stores in %s: using %s, which changed last, not %s.", STORES, stores[0], others)
-    candidates = [*stores[:1], *filter(_has_embeddings, (STORES, Path(), Path(sample(UNLABELLED, LABELLED))))]
-    if candidates:
-        log.info("Using the embeddings in %s.", candidates[0].resolve())
-        return str(candidates[0])
+    stores = [folder for folder in (Path(), STORES, *sorted(STORES.glob("*"))) if _is_own(folder)]
+    own = [*stores, *(folder for folder in (STORES, Path()) if (folder / "embeddings_train.pt").exists())]
+    own = [folder for folder in own if not labelled or (folder / OWN_LABELS).is_file()]
+    ours = Path(sample(*(shipped or (UNLABELLED, LABELLED))))
+    other = f"{'--data' if shipped else '--data.source'}, with make DATA=, names another"
+    if len(own) == 1:
+        log.info("Taking the embeddings in %s, the only finished ones of yours (%s).", own[0], other)
+        return str(own[0])
+    if ours.exists():
+        several = f", as there are several of yours ({examples(own)})" if own else ""
+        log.info("Taking the proteins that ship, %s%s (%s).", ours, several, other)
+        return str(ours)
     log.warning("NO EMBEDDINGS FOUND: USING SYNTHETIC DATA. Its numbers say nothing about proteins.")
     return SYNTHETIC
 
 
-def _has_embeddings(folder: Path) -> bool:
-    """Whether a folder is a store or holds the original project's pair of files."""
-    return any((folder / name).exists() for name in ("manifest.json", "embeddings_train.pt"))
+def _is_own(folder: Path) -> bool:
+    """Whether a store is finished and of other proteins than those that ship."""
+    try:
+        tables = [{file["sha256"] for file in Store.open(folder).manifest["proteins"]}]
+        tables += [
+            {file["sha256"] for file in Store.open(sample(name)).manifest["proteins"]}
+            for name in (UNLABELLED, LABELLED)
+            if Path(sample(name)).exists()
+        ]
+    except InputError:
+        return False
+    return tables[0] not in tables[1:]

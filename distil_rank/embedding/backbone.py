@@ -101,8 +101,8 @@ def _hub_file(name: str) -> Path:
     """The hub's checkpoint in torch's cache, which fair-esm uses too; fetched if missing."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(HUB.format(name), str(file), progress=True)
         except (urllib.error.URLError, OSError) as error:
             raise InputError(

@@ -56,10 +56,17 @@ class Extraction:
         options: What to embed, and how.
         device: Where to compute.
         encoder: Writes codes in place of the vectors.
+        as_stored: See `precision.choose`.
     """
 
-    def __init__(self, options: EmbedOptions, device: torch.device, encoder: CodeEncoder | None = None):
-        self.options, self.device, self.encoder = options, device, encoder
+    def __init__(
+        self,
+        options: EmbedOptions,
+        device: torch.device,
+        encoder: CodeEncoder | None = None,
+        as_stored: bool = False,
+    ):
+        self.options, self.device, self.encoder, self.as_stored = options, device, encoder, as_stored
         store = default_store(options.fasta) if options.store is None else options.store
         self.writer = StoreWriter(store, EMBEDDINGS if encoder is None else CODES)
         self._compared: FusedEncoder | None = None  # the encoder that `plan` made for its comparison
@@ -105,7 +112,7 @@ class Extraction:
                 f"use --layer {stored}, or choose another store."
             )
         sequences = [protein.sequence for protein in head]
-        choice = choose(options, writer, self.device, backbone, sequences, layers[-1])
+        choice = choose(options, writer, self.device, backbone, sequences, layers[-1], self.as_stored)
         self._compared = choice.encoder
         settings: dict[str, Any] = {
             "weights_sha256": backbone.sha256,

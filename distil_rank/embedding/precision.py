@@ -96,6 +96,7 @@ def choose(
     backbone: Backbone,
     sequences: Sequence[str],
     layer: int,
+    as_stored: bool = False,
 ) -> PrecisionChoice:
     """Decides on the precision of a store; one that has a precision keeps it under `auto` and `auto-int8`.
 
@@ -106,6 +107,7 @@ def choose(
         backbone: The model.
         sequences: The first proteins of the input.
         layer: The last layer to compute.
+        as_stored: Whether int8 that is too far from fp32 is only warned of, as what is compared with is in int8.
 
     Raises:
         InputError: int8 was asked for by name and is too far from fp32; or the store has it and this device has not.
@@ -117,7 +119,7 @@ def choose(
         return PrecisionChoice(requested)
     reasons = []
     if requested != "auto":
-        rounded = in_int8(options, bool(stored), device, backbone, sequences, layer)
+        rounded = in_int8(options, bool(stored), device, backbone, sequences, layer, as_stored)
         if isinstance(rounded, PrecisionChoice):
             return rounded
         reasons.append(rounded)
@@ -137,18 +139,25 @@ def choose(
 
 
 def in_int8(
-    options: EmbedOptions, stored: bool, device: torch.device, backbone: Backbone, sequences: Sequence[str], layer: int
+    options: EmbedOptions,
+    stored: bool,
+    device: torch.device,
+    backbone: Backbone,
+    sequences: Sequence[str],
+    layer: int,
+    as_stored: bool,
 ) -> PrecisionChoice | str:
     """int8 as `choose` was asked for it, or why not."""
     if (reason := int8_missing(device)) is not None:
         return reason
     if stored:
         return PrecisionChoice("int8")  # which the store refuses
-    if options.calibration is not None:
-        return taken_over(options.calibration, backbone, layer)
-    calibration, encoder, figures = calibrate(backbone, sequences, layer)
-    if figures.suffices(MIN_INT8_COSINE, MIN_INT8_NEIGHBOURS):
-        logger.info("computing in int8: %s", figures)
+    ready = None if options.calibration is None else calibration_of(options.calibration, backbone)
+    calibration, encoder, figures = calibrate(backbone, sequences, layer, ready)
+    # copies of one protein are each other's neighbours by chance
+    suffices = figures.suffices(MIN_INT8_COSINE, 0.0 if as_stored else MIN_INT8_NEIGHBOURS)
+    if suffices or as_stored:
+        logger.log(logging.INFO if suffices else logging.WARNING, "computing in int8: %s", figures)
         notes = {"int8_gate": asdict(figures), "precision_note": f"int8: {figures}"}
         return PrecisionChoice("int8", calibration, encoder, notes)
     if options.precision == "int8":
@@ -181,16 +190,15 @@ def read_calibration(store: Location) -> Calibration:
         return Calibration.load(path)
 
 
-def taken_over(store: Location, backbone: Backbone, layer: int) -> PrecisionChoice:
-    """int8 with the calibration and the comparison of another store; `InputError` where its weights are others."""
+def calibration_of(store: Location, backbone: Backbone) -> Calibration:
+    """The calibration of another store; `InputError` where its weights are others."""
     calibration, manifest = read_calibration(store), json.loads(open_storage(store).read_bytes("manifest.json"))
     if manifest["weights_sha256"] != backbone.sha256:
         raise InputError(
             f"Expected the calibration of a store of {backbone.name} but {store} is of {manifest['backbone']}; name "
             "another, or leave --calibration out."
         )
-    encoder = int8_encoder(CalibrationEncoder(backbone.remapped(), layer), calibration)
-    return PrecisionChoice("int8", calibration, encoder, {key: manifest[key] for key in NOTES if key in manifest})
+    return calibration
 
 
 def store_calibration(store: StoreWriter, device: torch.device) -> Calibration:

@@ -26,14 +26,13 @@ from distil_rank.embedding.layers import LayerCost, split_source
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import Store
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.embed import Accelerator, EmbedOptions
 
 logger = logging.getLogger(__name__)
 
 OPTIONS = ("pooling", "layer", "precision", "long", "max_length")  # that vectors depend on
-MAX_NAMED = 20  # skipped proteins in the warning; the summary lists all
 PACKAGES = ("distil-rank", "torch", "fair-esm", "pyarrow")  # whose versions are recorded
 
 
@@ -75,11 +74,13 @@ def embed(
     layer: int | str | None = None,
     *,
     encoder: CodeEncoder | None = None,
+    as_stored: bool = False,
     **options: Any,
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store lacks.
 
     Arguments are those of `EmbedOptions`; by default into embeddings/NAME. With an encoder its codes are stored.
+    `as_stored` says that other vectors decide on the precision (see `precision.choose`).
 
     Raises:
         InputError: an option, the input, the store or the backbone cannot be used.
@@ -97,7 +98,7 @@ def embed(
     broadcast = (lambda value: value) if fabric is None else fabric.broadcast
     wait_for = (lambda what: None) if fabric is None else fabric.barrier
 
-    extraction = Extraction(request, device, encoder)
+    extraction = Extraction(request, device, encoder, as_stored)
     writer = extraction.writer
     added, report, problem = 0, CleaningReport(str(fasta)), None
     with ExitStack() as lock:
@@ -174,8 +175,8 @@ def _summary(
     manifest, skipped = store.manifest, store.skipped
     if skipped:
         logger.warning(
-            "%s skipped for lack of memory: %s%s; try again with --retry_skipped on a device with more memory",
-            *(f"{len(skipped):,}", ", ".join(skipped[:MAX_NAMED]), ", ..." if len(skipped) > MAX_NAMED else ""),
+            "%s skipped for lack of memory: %s; try again with --retry_skipped on a device with more memory",
+            *(f"{len(skipped):,}", examples(skipped)),
         )
     return EmbedSummary(
         store=str(store.path),
@@ -204,7 +205,7 @@ def options_like(manifest: Mapping[str, Any], store: Location | None) -> dict[st
     """Options of `embed` for vectors like those of a manifest; in int8 its store, or STORE:LAYER, is needed."""
     options = {key: manifest[key] for key in OPTIONS if key in manifest}
     if options.get("precision") == "int8" and store is not None:
-        options["calibration"] = split_source(store)[0]
+        options |= {"calibration": split_source(store)[0], "as_stored": True}
     return options
 
 

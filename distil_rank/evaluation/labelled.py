@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distil_rank.data.files import LABELLED, Embeddings, find_source, load_matrix, read_clusters, sample
+from distil_rank.data.files import LABELLED, OWN_LABELS, Embeddings, find_source, load_matrix, read_clusters
 from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.layers import split_source
@@ -21,7 +21,7 @@ from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 MOST_CLUSTERED = 20_000  # proteins that are set apart by MMseqs2 clusters where nobody asks for them
 UNLABELLED = "augmented copies"  # in place of labels
-OWN_LABELS, OWN_CLUSTERS = "labels.tsv", "clusters.tsv"  # in the folder of a store
+OWN_CLUSTERS = "clusters.tsv"  # in the folder of a store
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def open_labelled(
     Raises:
         InputError: either cannot be read, they do not match, or they make no task.
     """
-    source = labelled_source(source, labels)
+    source = find_source(source, LABELLED, labelled=labels.source is None)
     data = load_vectors(source)
     table = read_labels(labels) if labels.source is not None else own_labels(source, data, labels)
     if table is None:
@@ -98,11 +98,6 @@ def unlabelled(source: str, data: Embeddings, groups: str | None, fit_fraction: 
     split = make_groups(groups, target, names, data.sequences, data.clusters, None, fit_fraction, seed)
     notes = (f"NOTE: {data.provenance['fallback']}",) if data.provenance.get("fallback") else ()
     return LabelledData(source, data, UNLABELLED, target, split, notes, np.arange(len(names)))
-
-
-def labelled_source(source: str, labels: LabelOptions) -> str:
-    """Where the vectors are: `auto` without named labels is the labelled sample that ships."""
-    return sample(LABELLED) if source == "auto" and labels.source is None else find_source(source)
 
 
 def load_vectors(source: str) -> Embeddings:

@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 from distil_rank.evaluation.representations import Rows
 from distil_rank.evaluation.retrieval import Scores
 from distil_rank.evaluation.task import Groups, Target
@@ -57,8 +57,8 @@ class ProbeTrial:
             set((np.flatnonzero(y.any(axis=0)) if y.ndim == 2 else np.unique(y)).tolist()) for y in (self.y_fit, self.y)
         )
         for only, split in ((present - evaluated, "fitted on"), (evaluated - present, "evaluated")):
-            names = ", ".join(target.classes[k] for k in sorted(only)[:3]) + (", ..." if len(only) > 3 else "")
             if only:
+                names = examples(target.classes[k] for k in sorted(only))
                 self.notes.append(f"{len(only):,} of {len(target.classes):,} classes are only {split} ({names})")
 
     def measure(self, rows: Rows | Scores, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:

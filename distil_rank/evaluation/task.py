@@ -11,7 +11,7 @@ import numpy as np
 
 from distil_rank.data.mmseqs import mmseqs_binary, mmseqs_clusters
 from distil_rank.data.split import split_groups
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, examples
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.options.evaluation import Kind, LabelOptions, TaskKind
 
@@ -111,7 +111,7 @@ def _retrieval(labels: Sequence[str], source: LabelOptions, separator: str | Non
     levels = [tuple((separator or "").join(one[: depth - i]) for one in parts) for i in range(len(names))]
     wanted = source.level or names[1 if len(names) > 2 else 0]
     if wanted not in names:
-        raise InputError(f"Expected --labels.level out of {', '.join(names)} but got {wanted!r}.")
+        raise InputError(f"Expected --labels.level out of {examples(names)} but got {wanted!r}.")
     numbers = np.stack([np.unique(level, return_inverse=True)[1] for level in levels])
     level = names.index(wanted)
     if np.unique(numbers[level], return_counts=True)[1].max() < 2:
@@ -196,7 +196,7 @@ def make_groups(
         if name is None or not hits[name]:
             raise InputError(
                 f"Expected the names of groups in {choice}, one a line, but none of its {len(listed):,} lines is a "
-                f"group of {', '.join(available)}."
+                f"group of {examples(available)}."
             )
     elif choice is None and target.relevance is not None:
         finer = range(min(target.relevance.level + 1, len(target.levels) - 1), -1, -1)  # coarse to fine
@@ -206,7 +206,7 @@ def make_groups(
         name = next(one for one in USUAL if one in available)
     if name is None or name not in available:
         raise InputError(
-            f"Expected --groups out of {', '.join(available)}, or a file of groups to fit on, but got {name!r}."
+            f"Expected --groups out of {examples(available)}, or a file of groups to fit on, but got {name!r}."
         )
     values = np.asarray(mmseqs_clusters(sequences or (), ids) if name == "mmseqs" else available[name])
     if listed:

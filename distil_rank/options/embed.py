@@ -52,7 +52,7 @@ class EmbedOptions:
         ray_address: HOST:PORT of a Ray cluster; by default one starts here.
         ray_cores: Cores of each worker; one beside a GPU, otherwise all.
         retry_skipped: Compute again what was skipped for lack of memory.
-        calibration: Store whose int8 calibration to use, with its comparison.
+        calibration: Store whose int8 calibration to use.
         code: Folder of an encoder, or store of its codes: writes codes.
     """
 

@@ -60,7 +60,7 @@ class EvaluateOptions:
     """Evaluate what representations of the same proteins retain of a labelled task.
 
     Attributes:
-        data: The vectors: a store or any file that distil reads; auto is the labelled sample where no labels are named.
+        data: The vectors: a store or any file that distil reads; auto is your one store or the sample.
         labels: Where labels come from.
         task: Kind of the task; auto decides by the labels.
         groups: What stays in one split: a column of the table, a level of the label, clusters, mmseqs, none, or a file
@@ -111,7 +111,7 @@ class RecommendOptions:
     """Recommend the cheapest pipeline that retains a function.
 
     Attributes:
-        data: A store of one or several layers, or any file that distil reads; auto embeds the labelled sample.
+        data: A store of one or several layers, or any file that distil reads; auto is your one store or the sample.
         labels: Where labels come from; several tables, separated by commas, are several tasks that all must be
             retained. Without labels proteins are to be found by their augmented copies.
         keep: Share of the full vector's score that must be retained.

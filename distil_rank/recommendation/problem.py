@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.codes.fit import EVALUATION_COPIES, copy_noise, group_noise
-from distil_rank.data.files import Embeddings
+from distil_rank.data.files import LABELLED, Embeddings, find_source
 from distil_rank.data.labels import read_labels
 from distil_rank.data.split import join_groups, split_groups
 from distil_rank.embedding.layers import split_source
@@ -28,7 +28,6 @@ from distil_rank.evaluation.labelled import (
     UNLABELLED,
     LabelledData,
     label,
-    labelled_source,
     load_vectors,
     own_labels,
     unlabelled,
@@ -101,7 +100,7 @@ def open_problem(
     Raises:
         InputError: nothing to read, no task, or too few groups.
     """
-    source = labelled_source(data, labels)
+    source = find_source(data, LABELLED)
     path, wanted = split_source(source)
     layers: dict[str | None, Embeddings] = {}
     if wanted is None and (is_remote(path) or (Path(path) / "manifest.json").is_file()):

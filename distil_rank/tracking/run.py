@@ -61,7 +61,7 @@ class Run:
     id: str
     experiment: str
     experiment_id: str
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)  # it may hold a password
     client: mlflow.MlflowClient = field(repr=False)
 
     def log_params(self, params: Mapping[str, object]) -> None:
@@ -153,9 +153,10 @@ def start_run(
                 client = connect(tracking_uri)
                 experiment_id = _experiment_id(client, experiment, artifact_location(tracking_uri, root, experiment))
             created = client.create_run(experiment_id, run_name=name, tags={**own, **resolve_tags(), **tags})
-        except (MlflowException, SQLAlchemyError) as error:
+        except (MlflowException, SQLAlchemyError, ImportError) as error:  # the last: a database's driver
             raise InputError(
-                f"Expected MLflow to keep runs at {without_credentials(tracking_uri)} but got: {_first_line(error)}"
+                f"Expected MLflow to keep runs at {without_credentials(tracking_uri)} but got: {_first_line(error)}; "
+                f"{'install it, or ' * isinstance(error, ImportError)}set another MLFLOW_TRACKING_URI, or none."
             ) from error
         run = Run(created.info.run_id, experiment, experiment_id, tracking_uri, client)
         with _final_status(run), exit_on_signals(signal.SIGTERM, signal.SIGHUP):
@@ -268,6 +269,6 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error's message, after its type unless the message stands alone."""
-    line = (str(error).strip().splitlines() or [""])[0]
+    """The first line of an error's message without passwords, after its type unless the message stands alone."""
+    line = (without_credentials(str(error)).strip().splitlines() or [""])[0]
     return line if isinstance(error, (InputError, MlflowException)) else f"{type(error).__name__}: {line}"

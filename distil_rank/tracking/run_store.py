@@ -91,13 +91,16 @@ def is_remote(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("http://", "https://", "databricks"))
 
 
-def without_credentials(tracking_uri: str) -> str:
-    """An address without the user name and password that it may hold.
+def without_credentials(text: str) -> str:
+    """A text whose addresses are without the user names and passwords that they may hold.
 
-    >>> without_credentials("https://me:secret@tracking.example")
-    'https://tracking.example'
+    >>> without_credentials("no answer from 'https://me:s@cret/1@tracking.example'")
+    "no answer from 'https://tracking.example'"
+    >>> without_credentials("postgresql://host/db?user=me&password=secret&ssl=on")
+    'postgresql://host/db?user=me&password=***&ssl=on'
     """
-    return re.sub(r"//[^/@]*@", "//", tracking_uri)
+    text = re.sub(r"(?<=//)[^\s/@:\"']*(:[^\s\"']*)?@", "", text)
+    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)\w*=)[^\s&\"']*", r"\1***", text)
 
 
 def versions() -> dict[str, str]:

@@ -233,7 +233,14 @@ def test_codes_of_an_int8_store_are_searched_in_int8(workplace, embedded, tiny_e
     fasta, model = str(embedded.parent / "all.fasta"), str(tiny_esm2.fair_esm)
     how = ["--backbone", model, "--precision", "int8"]
     assert main(["embed", "--fasta", fasta, *how, "--store", "rounded"]) == 0
-    monkeypatch.setattr("distil_rank.embedding.precision.calibrate", lambda *_: pytest.fail("calibrated again"))
+    compare = precision.calibrate
+
+    def compared(*arguments):
+        assert arguments[3] is not None, "calibrated again"
+        return compare(*arguments)
+
+    monkeypatch.setattr(precision, "calibrate", compared)
+    monkeypatch.setattr(precision, "MIN_INT8_COSINE", 1.1)  # which does not keep copies and queries from being computed
     assert main(["code", "--data", "rounded", *QUICK, "--dtype", "float32"]) == 0
     source, codes = Store.open("rounded").manifest, CodeStore.open("codes").manifest
     retained = ("precision", "calibration_sha256", "int8_gate")

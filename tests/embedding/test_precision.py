@@ -109,6 +109,22 @@ def test_another_store_s_calibration_can_be_used(run, fasta, tmp_path):
 
 
 @needs_units
+def test_with_another_store_s_calibration_int8_is_compared_on_the_store_s_own_proteins(
+    run, fasta, tmp_path, monkeypatch
+):
+    run(fasta, precision="int8")
+    own = tmp_path / "own.fasta"
+    own.write_text("".join(f">q{i}\n{'MKWV' * (i + 3)}\n" for i in range(30)))
+    run(own, "own", precision="int8", calibration=tmp_path / "store")
+    gates = [Store.open(tmp_path / name).manifest["int8_gate"] for name in ("store", "own")]
+    assert gates[0]["worst_cosine"] != gates[1]["worst_cosine"]
+    monkeypatch.setattr(precision, "MIN_INT8_COSINE", 1.1)
+    with pytest.raises(InputError, match=r"Expected int8 to reach a cosine of 1\.1 to fp32"):
+        run(own, "refused", precision="int8", calibration=tmp_path / "store")
+    assert run(own, "exact", precision="auto-int8", calibration=tmp_path / "store").precision == "fp32"
+
+
+@needs_units
 def test_int8_that_disagrees_is_refused_by_name_and_replaced_in_auto(run, fasta, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(precision, "MIN_INT8_COSINE", 1.1)
     with pytest.raises(InputError, match=r"Expected int8 to reach a cosine of 1\.1 to fp32 .* in bf16 or fp32"):
@@ -213,6 +229,16 @@ def test_bf16_that_disagrees_is_replaced_by_fp32_with_a_warning(run, fasta, monk
     store = Store.open(fasta.parent / "store")
     assert store.manifest["precision"] == "fp32"
     assert run(fasta).precision == "fp32", "and the decision stays"
+
+
+def test_bf16_is_compared_on_the_beginning_of_a_long_protein(run, fasta, monkeypatch):
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
+    original, compared = precision.pooled, []
+    monkeypatch.setattr(precision, "pooled", lambda *given: (compared.append(given[2]), original(*given))[1])
+    fasta.write_text(f">titin\n{'MKVL' * 8803}\n{fasta.read_text()}")
+    run(fasta, layer=1)
+    assert [texts[0] for texts in compared] == ["MKVL" * 64] * 2
+    assert sum(map(len, compared[0])) < 2048 + 256
 
 
 def test_an_explicit_bf16_store_stays_bf16(run, fasta, monkeypatch):

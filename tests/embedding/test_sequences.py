@@ -4,8 +4,10 @@ import gzip
 import io
 import lzma
 import sys
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,8 +80,8 @@ def test_byte_order_mark_and_long_lines(tmp_path):
     assert len(proteins[0][1]) == 200_000
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
-@pytest.mark.parametrize("name", ["in.fasta.gz", "misnamed.fasta"])
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress, partial(pa.compress, codec="zstd", asbytes=True)])
+@pytest.mark.parametrize("name", ["in.fasta.gz", "in.fasta.zst", "misnamed.fasta"])
 def test_compressed_whatever_the_name(tmp_path, compress, name):
     assert read(tmp_path, compress(b">a\nMK\n"), name)[0] == [("a", "MK")]
 
@@ -159,6 +161,13 @@ def test_table_without_names_or_with_short_lines(tmp_path):
         ("in.fasta", ">a\nMK\n".encode("utf-16"), "binary"),
         ("in.fasta.gz", gzip.compress(b">a\n" + bytes(range(65, 85)) * 999, mtime=0)[:-12], "cut off or damaged"),
         ("in.fasta.gz", b"\x1f\x8bnot gzip at all", "cut off or damaged"),
+        (
+            "in.zst",
+            pa.compress(b">a\nMK" * 999, "zstd", asbytes=True)[:-3],
+            r"in\.zst .* cut off or damaged \(Truncated",
+        ),
+        ("in.zst", b"\x28\xb5\x2f\xfdnot zstd", "cut off or damaged"),
+        ("in.tsv", "\t".join(f"c{i}" for i in range(999)).encode(), "but got c0, c1, c2, ...; rename"),
         ("in.csv", b"id,family\na,x\n", "column named sequence or seq .* but got id, family"),
         ("in.csv", b"", "but got nothing"),
         ("in.csv", b"id,sequence\na,MK\nb, x,MV\n", r"Expected 2 cells, .* in .*in\.csv, line 3, but got 3"),

@@ -123,7 +123,7 @@ def test_classification_keeps_clusters_together():
 @pytest.mark.parametrize(
     ("choice", "options", "message"),
     [
-        ("kingdom", {}, "--groups out of family, superfamily, fold, none"),
+        ("kingdom", {}, "--groups out of family, superfamily, fold, ..."),
         ("one", {"columns": {"one": ["x"] * len(IDS)}}, "at least 2 groups"),
         (None, {"fit_fraction": 1.5}, "leave something to fit on"),
     ],
@@ -141,3 +141,9 @@ def test_files_that_name_no_group_or_all(tmp_path):
     file.write_text("\n".join(set(SCOPE.levels[2])))
     with pytest.raises(InputError, match="names all of them"):
         make_groups(str(file), SCOPE, IDS)
+
+
+def test_at_most_three_of_many_columns_are_named():
+    columns = {f"column {i}": IDS for i in range(500)}
+    with pytest.raises(InputError, match=r"--groups out of column 0, column 1, column 2, \.\.\., or a file .* got 'x'"):
+        make_groups("x", SCOPE, IDS, columns=columns)

@@ -203,6 +203,38 @@ def test_an_address_that_mlflow_refuses_is_an_input_error(project, monkeypatch):
     assert "\n" not in str(refused.value) and "file:" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        (
+            "postgresql://me:secret@localhost/db",
+            "at postgresql://localhost/db but got: ModuleNotFoundError: .*install it",
+        ),
+        ("postgresql://h/db?user=me&password=secret", r"db\?user=me&password=\*\*\* but got: ModuleNotFoundError"),
+        ("foo://me:se/c@secret@host", "unsupported URI 'foo://host'"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_one_line_without_its_password(project, monkeypatch, caplog, uri, shown):
+    caplog.set_level(logging.DEBUG, "distil_rank")
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InputError, match=shown) as refused, start_run("embed", "x", params={}, tags={}, root=project):
+        pass
+    assert "\n" not in str(refused.value)
+    assert "secret" not in str(refused.value) + caplog.text
+
+
+def test_the_reason_of_a_failure_is_kept_without_a_password(project):
+    with (
+        pytest.raises(ValueError, match="secret"),
+        start_run("distil", "x", params={}, tags={}, root=project) as run,
+    ):
+        raise ValueError("no answer of https://me:secret@host/db")
+    assert client(project).get_run(run.id).data.tags["error"] == "ValueError: no answer of https://host/db"
+    assert str(run.tracking_uri) not in repr(run)
+
+
 def test_no_server_there(project, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but not listening
