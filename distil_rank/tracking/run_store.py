@@ -64,6 +64,21 @@ RUN_LISTS = {
         params=("source", "task", "labels", "metric", "best"),
         metrics=("full", "best", "retained", "retained_low", "best_bytes"),
     ),
+    "recommend": RunList(
+        "The cheapest pipeline that retains a function; open a run to compare it with others of the Pareto front.",
+        params=("source", "keep", "choice", "verdict"),
+        metrics=("retained", "retained_low", "bytes", "time"),
+    ),
+    "code": RunList(
+        "Encoders of a few bytes a protein: what each retains of the full vector's function.",
+        params=("source", "metric", "rank", "dtype"),
+        metrics=("bytes", "score", "full", "retained", "retained_low"),
+    ),
+    "search": RunList(
+        "Searches of proteins among codes.",
+        params=("codes", "fasta", "targets", "bytes"),
+        metrics=("queries", "hits", "recall", "seconds"),
+    ),
 }
 
 
