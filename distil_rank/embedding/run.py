@@ -25,7 +25,7 @@ from distil_rank.embedding.extraction import Extraction
 from distil_rank.embedding.layers import LayerCost, split_source
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.storage import Location
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.store import Store, layers_of
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.embed import Accelerator, EmbedOptions
@@ -130,7 +130,8 @@ def embed(
             figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
             writer.record_extraction(**environment(device), **figures, layer_costs=[asdict(cost) for cost in costs])
         wait_for("finished")
-        opened = Store.open(writer.path, writer.content)  # before the lock is released
+        last = "".join(f":{layer}" for layer in layers_of(writer.manifest)[-1:])  # named: no layer is chosen here
+        opened = Store.open(f"{writer.path}{last}", writer.content)  # before the lock is released
         wait_for("opened")
 
     return _summary(opened, added, report, computed, residues, seconds, costs)

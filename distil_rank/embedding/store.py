@@ -127,7 +127,7 @@ class Store:
         names = [str(state) for state in self.layers] or [str(self.manifest.get("layer"))]
         if layer is None and self.layers:
             layer = names[-1]
-            text = "%s holds the layers %s: taking %s, the last (…:LAYER takes another)"
+            text = "%s holds the layers %s: taking the last, %s (…:LAYER takes another)"
             logger.info(text, self.path, ", ".join(names), layer)
         if layer not in (None, *names):
             raise InputError(
