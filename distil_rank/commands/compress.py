@@ -65,7 +65,12 @@ def compress(options: CompressOptions) -> CompressionReport:
 
         folder = save(student, o.output, metrics={"held_out_r2": r2, "layers": [asdict(row)]}, data=asdict(about))
         run.log_params({"rank": row.rank})
-        figures = {"test/r2": r2["value"], "predicted_r2": row.predicted_r2, "speed_up": row.dense_us / row.student_us}
+        figures = {
+            "r2": r2["value"],
+            "one_minus_r2": 1 - r2["value"],
+            "predicted_r2": row.predicted_r2,
+            "speed_up": row.dense_us / row.student_us,
+        }
         run.log_metrics({**figures, "parameter_ratio": row.dense_parameters / row.parameters})
         run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
         run.note(str(report))

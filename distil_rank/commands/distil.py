@@ -16,6 +16,7 @@ from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result, TeacherResult
 from distil_rank.lowrank.low_rank import tensor_digest
+from distil_rank.measure.metrics import lost
 from distil_rank.options.training import DistilOptions
 from distil_rank.report.tables import comparison_report
 from distil_rank.report.writer import run_folder, set_latest
@@ -90,9 +91,9 @@ def distil_teacher(
         run.log_params({"rank": outcome.rank})
         run.log_metrics(metrics)
         run.log_text(yaml.safe_dump(asdict(options)), "config.yaml")
-        uri = log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": metrics["test/r2"]})
+        uri = log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": metrics["r2"]})
         lineage_key = f"{teacher.name} {digest[:16]}"  # layers of one name can differ
-        promote_champion(run, uri, r2=metrics["test/r2"], rank=outcome.rank, teacher=lineage_key, data=data.digest)
+        promote_champion(run, uri, r2=metrics["r2"], rank=outcome.rank, teacher=lineage_key, data=data.digest)
     return result
 
 
@@ -106,14 +107,15 @@ def save_report(result: Result, stem: Path, picture: str, run: Run) -> None:
 
 
 def final_metrics(result: TeacherResult) -> dict[str, float]:
-    """What MLflow's run list shows of one distilled layer."""
+    """What MLflow shows of one distilled layer, on test rows; no prefix: charts of curves then come first."""
     ours = result.row(OURS)
-    metrics = {f"test/{name}": estimate.value for name, estimate in ours.metrics.items()}
-    metrics |= {f"test_svd/{name}": estimate.value for name, estimate in result.row("svd").metrics.items()}
+    metrics = {name: estimate.value for name, estimate in ours.metrics.items()}
+    metrics |= lost(metrics)
+    metrics |= {f"svd_{name}": estimate.value for name, estimate in result.row("svd").metrics.items()}
     metrics |= {"predicted_r2": result.predicted_r2, "parameter_ratio": result.parameters.ratio}
     metrics["share_of_optimum"] = ours.share_of_optimum
     if (speed_up := result.speed_up()) is not None:
         metrics["speed_up"] = speed_up
     if ours.function_retained is not None:
-        metrics["test/function_retained"] = ours.function_retained.retained.value
+        metrics["function_retained"] = ours.function_retained.retained.value
     return metrics

@@ -42,6 +42,8 @@ from distil_rank.tracking.run_store import lineage
 
 log = logging.getLogger(__name__)
 
+CHILDREN = 20  # runs below one, as many as a page of runs shows
+
 
 def recommend(options: RecommendOptions) -> Recommendation:
     """Recommend the cheapest pipeline that retains a function."""
@@ -137,15 +139,15 @@ def _confirmed(
 
 
 def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
-    """The parent says what was chosen; each pipeline of the front is a child."""
+    """The parent says what was chosen; the cheapest of the front that retain enough, then the nearest, are children."""
     confirmed = result.confirmed
     run.log_params({"choice": str(result.chosen.pipeline), "verdict": result.verdict})
-    answer = f"{result.chosen.pipeline}, {confirmed.bytes} bytes: retains {confirmed.worst:.3f}, {result.verdict}"
+    answer = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}: {result.chosen.pipeline}"
     run.set_tags({"mlflow.runName": answer})  # the list of runs then answers the question
     run.log_metrics({**_figures(confirmed), "pipelines": len(result.outcomes), "seconds": result.seconds})
     for file in files:
         run.log_artifact(file)
-    for outcome in result.front:
+    for outcome in sorted(result.front, key=lambda one: max(result.keep - one.worst, 0.0))[:CHILDREN]:
         name = str(outcome.pipeline)
         params = {"choice": name, **asdict(outcome.pipeline)}
         with start_run("recommend", name, params=params, tags={}, parent=run) as child:

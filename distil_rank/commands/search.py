@@ -70,10 +70,11 @@ def search(options: SearchOptions) -> tuple[int, int]:
     log.info("Hits: %s (%s of %s queries, %.2f s)", table, f"{hits:,}", f"{len(names):,}", seconds)
     rows = []
     for hit in first:
-        evalue = f"< {least:.2g}" if hit.evalue <= least else f"{hit.evalue:.1e}"
+        evalue = f"< {least:.2g}" if hit.evalue <= least else f"{hit.evalue:.2g}"
         rows.append([hit.query, hit.target, f"{hit.score:.3f}", str(hit.rank), evalue])
-    shown = f", the first {len(rows)} below" if hits > len(rows) else ""
-    title = f"{hits:,} hits of {len(names):,} queries{shown}: {table}"
+    limit = f" with E-values up to {most:g}" if decoys else ""  # a hit is then no more than that
+    shown = f", the first {len(rows)} here" if hits > len(rows) else ""
+    title = f"{hits:,} targets for {len(names):,} queries{limit}{shown}; all: {table}"
     Table(title, Hit._fields, rows).show()
     return len(names), hits
 

@@ -16,6 +16,7 @@ import requests
 from distil_rank.errors import InputError
 from distil_rank.options.ui import UiOptions
 from distil_rank.tracking.run_store import (
+    MODEL_TRAINING,
     VIEW,
     default_tracking_uri,
     exit_on_signals,
@@ -56,7 +57,7 @@ def ui(options: UiOptions) -> None:
         server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, env=env, start_new_session=True)
         try:
             _wait_until_ready(server, address, log)
-            print(f"MLflow UI at {address} (Ctrl-C ends it)")
+            print(f"MLflow UI at {address}/#/experiments?{MODEL_TRAINING} (Ctrl-C ends it)")
             for name, page in run_lists(address):
                 print(f"  {name:9} {page}", flush=True)
             server.wait()
@@ -93,8 +94,7 @@ def run_lists(address: str) -> list[tuple[str, str]]:
     return [
         (
             experiment["name"],
-            f"{address}/#/experiments/{experiment['experiment_id']}/runs"
-            f"?workflowType=machine_learning&viewStateShareKey={VIEW}",
+            f"{address}/#/experiments/{experiment['experiment_id']}/runs?{MODEL_TRAINING}&viewStateShareKey={VIEW}",
         )
         for experiment in sorted(answer.json()["experiments"], key=itemgetter("name"))
         if f"mlflow.sharedViewState.{VIEW}" in {tag["key"] for tag in experiment.get("tags", ())}

@@ -131,7 +131,10 @@ def embed(
             figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
             writer.record_extraction(**environment(device), **figures, layer_costs=[asdict(cost) for cost in costs])
         wait_for("finished")
-        opened = Store.open(writer.path, writer.content)  # before the lock is released
+        last = "".join(
+            f":{layer}" for layer in writer.manifest.get("layers", [])[-1:]
+        )  # named: no layer is chosen here
+        opened = Store.open(f"{writer.path}{last}", writer.content)  # before the lock is released
         wait_for("opened")
 
     return _summary(opened, added, report, computed, residues, seconds, costs)

@@ -124,7 +124,7 @@ class Store:
         names = examples(held)
         if layer is None and self.layers:
             layer = self.layers[-1]
-            logger.info("%s holds the layers %s: taking %s, the last (…:LAYER takes another)", self.path, names, layer)
+            logger.info("%s holds the layers %s: taking the last, %s (…:LAYER takes another)", self.path, names, layer)
         if layer not in (None, *held):
             raise InputError(f"Expected a layer out of {names}, which the store {self.path} holds, but got {layer}.")
         return layer if self.layers else None

@@ -5,10 +5,15 @@ over the *training* rows. Figures of rows are `(N,)` float64. The headline is wh
 centred cosine, the neighbours retained. Raw cosine is here to be compared.
 """
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
+
+T = TypeVar("T", float, Tensor)
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -137,6 +142,17 @@ class Fidelity(Metric):
             "relative_mse": lost / total,
             "r2": 1 - lost / variance,
         }
+
+
+def lost(shares: Mapping[str, T]) -> dict[str, T]:
+    """R² and cosines as what is missing to 1, which charts can show where the shares are near it.
+
+    >>> lost({"r2": 0.75, "relative_mse": 0.25})
+    {'one_minus_r2': 0.25, 'relative_mse': 0.25}
+    """
+    near_one = ("r2", "cosine", "centred_cosine")
+    named = {name: (f"one_minus_{name}", 1 - share) for name, share in shares.items() if name in near_one}
+    return dict(named.get(item[0], item) for item in shares.items())
 
 
 def _centred(outputs: Tensor) -> Tensor:

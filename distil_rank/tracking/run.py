@@ -32,6 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from distil_rank.errors import InputError
 from distil_rank.tracking.run_store import (
+    MODEL_TRAINING,
     RUN_LISTS,
     VIEW,
     artifact_location,
@@ -87,7 +88,7 @@ class Run:
             if tag.endswith("_run"):
                 with suppress(MlflowException):  # another server's run, or one deleted for good
                     info = self.client.get_run(other).info
-                    page = f"#/experiments/{info.experiment_id}/runs/{other}"
+                    page = f"#/experiments/{info.experiment_id}/runs/{other}?{MODEL_TRAINING}"
                     links.append(f"{tag.removesuffix('_run')} [{info.run_name}]({page})")
         if links:
             markdown = f"Builds on {', '.join(links)}.\n\n{markdown}"

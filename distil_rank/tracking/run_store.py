@@ -19,6 +19,10 @@ PACKAGES = ("distil-rank", "torch", "lightning", "torchmetrics", "mlflow", "fair
 SIGNAL_EXIT_CODES = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}  # exit codes
 LINEAGE = ("embedding_run", "fallback", "digest", "backbone", "split")
 VIEW = "distil-rank"  # the key of the view that a run list opens with
+MODEL_TRAINING = "workflowType=machine_learning"  # in a page's address: not among the pages of generative models
+
+
+WIDTHS = {"choice": 220, "verdict": 120, "source": 180, "codes": 160, "fasta": 160}  # of columns of long words
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,17 @@ class RunList:
         """The columns, in the form that MLflow's user interface keeps a view in."""
         named = {f"params.`{name}`": name for name in self.params}
         named |= {f"metrics.`{name}`": name for name in self.metrics}
-        widths = {column: max(80, 30 + 7 * len(name)) for column, name in named.items()}  # in pixels
+        widths = {column: WIDTHS.get(name, max(80, 30 + 7 * len(name))) for column, name in named.items()}  # in pixels
         return json.dumps({"selectedColumns": list(named), "columnOrder": list(named), "columnWidths": widths})
 
 
-_FIDELITY = ("test/r2", "test/centred_cosine", "test/knn_overlap", "share_of_optimum", "test/cosine")
+_FIDELITY = (
+    "r2",
+    "centred_cosine",
+    "knn_overlap",
+    "share_of_optimum",
+    "cosine",
+)  # no prefix: charts of curves come first
 RUN_LISTS = {
     "embed": RunList(
         "Protein sequences through ESM-2: what was read, with which weights, and how fast.",
@@ -63,6 +73,21 @@ RUN_LISTS = {
         "Representations of the same proteins on labelled tasks: what each keeps of the full vector's function.",
         params=("source", "task", "labels", "metric", "best"),
         metrics=("full", "best", "retained", "retained_low", "best_bytes"),
+    ),
+    "recommend": RunList(
+        "The cheapest pipeline that retains a function; open a run to compare it with others of the Pareto front.",
+        params=("choice", "verdict", "keep", "source"),
+        metrics=("retained", "retained_low", "bytes", "time"),
+    ),
+    "code": RunList(
+        "Encoders of a few bytes a protein: what each retains of the full vector's function.",
+        params=("source", "metric", "rank", "dtype"),
+        metrics=("bytes", "score", "full", "retained", "retained_low"),
+    ),
+    "search": RunList(
+        "Searches of proteins among codes.",
+        params=("codes", "fasta", "targets", "bytes"),
+        metrics=("queries", "hits", "recall", "seconds"),
     ),
 }
 

@@ -20,7 +20,7 @@ from distil_rank.evaluation.results import Curve
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.solvers import solve
 from distil_rank.measure.latency import LayerLatency, compare_layers
-from distil_rank.measure.metrics import Fidelity
+from distil_rank.measure.metrics import Fidelity, lost
 from distil_rank.measure.statistics import Interval, clearly_better
 from distil_rank.training.distil import DistilModule
 
@@ -28,7 +28,7 @@ SAVE_PERIOD = timedelta(seconds=10)  # of training that a killed run may lose
 
 
 class LogFidelity(Callback):
-    """Log cosine, centred cosine, relative MSE and R² on validation rows, each epoch, of the student and of baselines.
+    """Log what student and baselines lose on validation rows, each epoch: 1 − R², 1 − cosines, relative MSE.
 
     The metric names are `val/<metric>/<method>`, so that the tracking server draws one metric's methods side by side.
 
@@ -68,7 +68,7 @@ class LogFidelity(Callback):
         if not trainer.sanity_checking:
             self.measured |= {name: value for name, value in values.items() if name != "student"}
         for method, figures in {**self.measured, **values}.items():
-            pl_module.log_dict({f"val/{name}/{method}": value for name, value in figures.items()})
+            pl_module.log_dict({f"val/{name}/{method}": value for name, value in lost(figures).items()})
 
 
 class LogLatency(Callback):
@@ -96,7 +96,7 @@ class LogLatency(Callback):
         for row in self.rows:
             if trainer.logger is not None:
                 names = ("dense_us", "dense_p95_us", "student_us", "student_p95_us", "ratio", "threads")
-                metrics = {f"timing/batch{row.batch}/{name}": getattr(row, name) for name in names}
+                metrics = {f"batch{row.batch}_{name}": getattr(row, name) for name in names}
                 trainer.logger.log_metrics(metrics, step=trainer.global_step)
 
 
@@ -155,7 +155,7 @@ class KeepIfBetter(Callback):
         pl_module.layer.load_state_dict(self.best if self.better else self.start)  # type: ignore[union-attr]
         if trainer.logger is not None:
             figures = {"start": self.start_loss, "best": self.best_loss, "retained": float(self.better)}
-            metrics = {f"training/{name}": value for name, value in figures.items()}
+            metrics = {f"training_{name}": value for name, value in figures.items()}
             trainer.logger.log_metrics(metrics, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class RecordCurve(Callback):
         logged = trainer.callback_metrics
         if not trainer.sanity_checking:
             self.curve.step.append(trainer.global_step)
-            self.curve.val_residual.append(1 - float(logged["val/r2/student"]))
+            self.curve.val_residual.append(float(logged["val/one_minus_r2/student"]))
             self.curve.val_loss.append(float(logged["val/loss"]))
 
 

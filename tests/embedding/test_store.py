@@ -195,7 +195,7 @@ def test_one_of_several_layers(tmp_path, caplog):
     path, plain = make_layers(tmp_path / "several"), make(tmp_path / "one").embeddings()
     with caplog.at_level("INFO"):
         last = Store.open(path)
-    assert "holds the layers 3, 4: taking 4, the last" in caplog.text
+    assert "holds the layers 3, 4: taking the last, 4" in caplog.text
     third = Store.open(f"{path}:3")
     assert np.array_equal(third.embeddings(), 3 * plain) and np.array_equal(last.embeddings(), 4 * plain)
     assert np.array_equal(last.at(third.layer).embeddings(), third.embeddings())

@@ -15,7 +15,7 @@ from mlflow.tracking.context import registry
 from distil_rank.errors import InputError
 from distil_rank.tracking import run as tracking
 from distil_rank.tracking.run import start_run
-from distil_rank.tracking.run_store import RUN_LISTS, VIEW, default_tracking_uri
+from distil_rank.tracking.run_store import MODEL_TRAINING, RUN_LISTS, VIEW, default_tracking_uri
 
 
 def client(root) -> MlflowClient:
@@ -147,7 +147,8 @@ def test_a_note_links_to_the_runs_that_it_builds_on(project):
     with start_run("distil", "random r2", params={}, tags=tags, root=project) as run:
         run.note("**bold**")
     note = client(project).get_run(run.id).data.tags["mlflow.note.content"]
-    assert note == f"Builds on teacher [random 8-d](#/experiments/{made.experiment_id}/runs/{made.id}).\n\n**bold**"
+    page = f"#/experiments/{made.experiment_id}/runs/{made.id}?{MODEL_TRAINING}"
+    assert note == f"Builds on teacher [random 8-d]({page}).\n\n**bold**"
 
 
 @pytest.mark.parametrize("experiment", RUN_LISTS)
