@@ -131,9 +131,7 @@ def embed(
             figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
             writer.record_extraction(**environment(device), **figures, layer_costs=[asdict(cost) for cost in costs])
         wait_for("finished")
-        last = "".join(
-            f":{layer}" for layer in writer.manifest.get("layers", [])[-1:]
-        )  # named: no layer is chosen here
+        last = "".join(f":{layer}" for layer in writer.manifest.get("layers", [])[-1:])  # named: none is chosen
         opened = Store.open(f"{writer.path}{last}", writer.content)  # before the lock is released
         wait_for("opened")
 

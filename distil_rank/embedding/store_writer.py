@@ -255,11 +255,14 @@ class StoreWriter:
         return None
 
     def finish(self) -> None:
-        """Records complete shards in the manifest; deletes the folder of parts when no shard is pending."""
+        """Records complete shards in the manifest; deletes the folder of parts (no store of that name) when none is pending."""
         manifest = self.manifest
         self._record_finished(manifest)
         self._write_manifest(manifest)
-        if all("sha256" in shard for shard in manifest["shards"]):
+        if (
+            all("sha256" in shard for shard in manifest["shards"])
+            and self.storage.size(f"{PARTS}/manifest.json") is None
+        ):
             self.storage.delete_folder(PARTS)
 
 
