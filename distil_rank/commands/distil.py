@@ -19,7 +19,7 @@ from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.measure.metrics import lost
 from distil_rank.options.training import DistilOptions
 from distil_rank.report.tables import comparison_report
-from distil_rank.report.writer import run_folder, set_latest
+from distil_rank.report.writer import link, run_folder
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage
 from distil_rank.tracking.training import RunLogger, log_student, promote_champion
@@ -84,7 +84,7 @@ def distil_teacher(
         student.provenance["teacher_sha256"] = digest
         held_out = {"held_out_r2": asdict(outcome.row(OURS).metrics["r2"])}
         save(student, folder / "student", metrics=held_out, data=asdict(about))
-        saved = set_latest(folder) / "student"
+        saved = link(folder.parent / "latest", folder) / "student"
         log.info("Student: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", saved)
 
         metrics = final_metrics(outcome)

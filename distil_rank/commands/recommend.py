@@ -36,7 +36,7 @@ from distil_rank.recommendation.search import (
     within_limits,
 )
 from distil_rank.report.tables import configuration, recommendation_report
-from distil_rank.report.writer import run_folder, set_latest
+from distil_rank.report.writer import link, run_folder
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage
 
@@ -93,7 +93,7 @@ def recommend(options: RecommendOptions) -> Recommendation:
         _log(run, result, [*files, recommended, *sorted(saved.iterdir())])
         run.note(report.markdown())
         run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
-        set_latest(folder)
+        link(folder.parent / "latest", folder)
     report.show()
     log.info("Recommendation: %s", folder / "recommendation.md")
     return result

@@ -61,7 +61,7 @@ class EmbeddingDataModule(LightningDataModule):
             with a `clusters.tsv` in its folder brings its own.
         split: What stays on one side: `clusters` (ids in the data), `mmseqs` (clusters at 30 % identity), `exact`
             (duplicates only), or `auto`, the strictest available.
-        val_fraction: Share of the rows for choosing the epoch; `test_fraction` of those for the report alone.
+        val_fraction: Share of the rows for validation; `test_fraction` of all rows for the report alone.
         batch_size: Rows in a training batch.
         replacement: Draw training rows with replacement, as the original does.
         seed: Of the split, and of synthetic data.

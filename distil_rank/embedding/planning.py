@@ -131,6 +131,9 @@ def _read(
     for file in manifest["proteins"]:
         for batch in store.batches(file["file"], ["id", "sha256", "row"]):
             _insert(database, "stored", batch)
+    if (sequences := _number(database, "select count(distinct sha256) from stored")) != (last := _next_row(manifest)):
+        where = store.where("manifest.json")
+        raise InputError(f"Expected shards for {sequences} sequences in {where} but got shards for {last}; restore it.")
     database.execute(
         "create table new (number bigint, id varchar, sequence varchar, sha256 blob, length int, notes varchar)"
     )

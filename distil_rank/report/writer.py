@@ -173,14 +173,9 @@ def run_folder(parent: Path, run_id: str) -> Path:
     return folder
 
 
-def set_latest(folder: Path) -> Path:
-    """Point `latest`, beside a run's folder, to it; returns the link."""
-    return link(folder.parent / "latest", folder)
-
-
 def publish(folder: Path, place: Path) -> None:
     """Point `latest` to a run's folder, and at `place` every name in it to the latest run's."""
-    latest = set_latest(folder)
+    latest = link(folder.parent / "latest", folder)
     for entry in sorted(folder.iterdir()):
         link(place / entry.name, latest / entry.name)
 

@@ -167,10 +167,3 @@ def test_the_ratio_is_how_much_faster_the_student_is(clock):
 
     (row,) = compare_layers(Job(0.5), Job(0.0625), batches=[2], repeats=3)
     assert (row.dense_us, row.student_us, row.ratio, row.paired_ratio) == (5e5, 62500, 8, 8)
-
-
-def test_nothing_to_time_is_an_error():
-    with pytest.raises(ValueError, match="candidate and a repeat"):
-        time_interleaved({})
-    with pytest.raises(ValueError, match="candidate and a repeat"):
-        time_interleaved({"a": int}, repeats=0)

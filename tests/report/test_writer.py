@@ -8,7 +8,7 @@ from rich.console import Console
 
 from distil_rank.report import writer
 from distil_rank.report.tables import NARROW
-from distil_rank.report.writer import Report, Table, link, publish, run_folder, set_latest
+from distil_rank.report.writer import Report, Table, link, publish, run_folder
 
 HEAD = ["method", "R²", "95 %", "cen. cos", "kNN@10", "cos p5", "cosine", "rel. MSE", "optimum", "function"]
 ROW = [
@@ -73,7 +73,7 @@ def test_every_run_keeps_its_folder_and_latest_follows(tmp_path, file_system):
         folder = run_folder(tmp_path / "distil" / "random-r8", run_id)
         (folder / "student").mkdir()
         (folder / "student" / "weights").write_text(str(number))
-        latest = set_latest(folder)
+        latest = link(folder.parent / "latest", folder)
         assert (latest / "student" / "weights").read_text() == str(number)
     retained = sorted(path.name for path in latest.parent.iterdir() if not path.name.startswith(("latest", ".")))
     assert [name[-8:] for name in retained] == ["aaaaaaaa", "bbbbbbbb", "cccccccc"]
