@@ -255,7 +255,7 @@ class StoreWriter:
         return None
 
     def finish(self) -> None:
-        """Records complete shards in the manifest; when none is pending, deletes the parts (not a store of that name)."""
+        """Records complete shards; when none is pending, deletes the folder of parts (not a store of that name)."""
         manifest = self.manifest
         self._record_finished(manifest)
         self._write_manifest(manifest)
