@@ -28,7 +28,6 @@ from distil_rank.options.evaluation import Answer, RecommendOptions
 from distil_rank.recommendation.pipelines import Fitted, measure_costs
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, open_problem, subset_of
 from distil_rank.recommendation.search import (
-    LOOKS,
     Confirmed,
     Costs,
     Evaluator,
@@ -111,8 +110,9 @@ def _confirmed(
     """Look once at the confirmation groups, with all three answers."""
     problem = fitted.problem
     evaluator = Evaluator(fitted, CONFIRM, o.metric)
-    level = 1 - (1 - LEVEL) / LOOKS / len(problem.tasks)  # Bonferroni: the intervals hold together
-    looks = {one: evaluator.outcome(one, costs, level) for one in {one.pipeline for one in answers.values()}}
+    pipelines = {one.pipeline for one in answers.values()}
+    level = 1 - (1 - LEVEL) / len(pipelines) / len(problem.tasks)  # Bonferroni: the intervals hold together
+    looks = {one: evaluator.outcome(one, costs, level) for one in pipelines}
     confirmed = {name: Confirmed.of(one, looks[one.pipeline], o.keep) for name, one in answers.items()}
     alignable = o.alignment and problem.sequences is not None and problem.tasks[0].target.kind == "retrieval"
     if alignable and mmseqs_binary() is None:

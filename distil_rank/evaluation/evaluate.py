@@ -13,13 +13,13 @@ from typing import Protocol
 
 import numpy as np
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.probes import ProbeTrial
 from distil_rank.evaluation.representations import CHANCE, COMPOSITION, Representation, Role, Rows
 from distil_rank.evaluation.retrieval import Relevance, Scores, inner_product, retrieve
 from distil_rank.evaluation.task import Groups, Target
+from distil_rank.measure.progress import progress
 from distil_rank.measure.statistics import Interval, Statistic, clearly_above, estimate, mean, resample_counts, retained
 
 MAX_QUERIES = 10_000  # evaluated proteins that are searched with at most; every one is a target
@@ -89,7 +89,7 @@ def evaluate(
         known = {key: share for key, share in shares.items() if share is not None}
         entries.append(Entry(name, role, stored, scores, known, seconds))
 
-    for one in tqdm(representations, desc="evaluate", disable=None):
+    for one in progress(representations, "evaluate"):
         started = time.perf_counter()
         rows = one.make(groups.fit)
         statistics = trial.measure(rows)

@@ -34,7 +34,7 @@ SCHEMA = 2
 QUERIES = 2000  # validation proteins that each pipeline is searched with at most
 ONE_SIDED = 0.90  # level of an interval whose lower end 95 % lie above
 LOOKS = 3  # at the confirmation groups, one for each answer
-LIKELY = 0.8  # chance of being confirmed from which a pipeline is taken: the usual power of a trial
+LIKELY = 0.7  # chance of being confirmed from which a pipeline is taken
 PROBED = 12  # pipelines of a classification or regression that the probe itself is fitted to before the choice
 Costs = Mapping[str | None, Cost]  # by layer
 

@@ -233,7 +233,8 @@ def _claim(answer: Confirmed, keep: float) -> str:
     )
     verdict = {
         "confirmed": f"at least the {keep:g} that was asked for",
-        "not confirmed": f"NOT CONFIRMED, at least {answer.confirmed.at_least:.3f} where {keep:g} was asked for",
+        "not confirmed": f"NOT CONFIRMED, at least {answer.confirmed.at_least:.3f} where {keep:g} was asked for "
+        "(more labels, or a lower keep, settle it)",
         "nothing retains it": f"NOTHING RETAINS {keep:g} on the validation groups; this is the likeliest",
     }[answer.verdict]
     return f"{shares}: {verdict}"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import norm
 
 from distil_rank.errors import InputError
@@ -70,6 +71,16 @@ def test_every_pipeline_within_the_limits_is_compared(problem, fitted):
     smallest = answers["smallest"]
     assert smallest == answers["fastest"] and smallest.likely >= LIKELY  # no time was measured
     assert all(one.likely < LIKELY for one in outcomes if one.bytes < smallest.bytes)
+
+
+def test_rounding_to_bf16_changes_no_answer_but_by_a_tie(problem, fitted):
+    rounded = {name: torch.from_numpy(x).bfloat16().float().numpy() for name, x in problem.layers.items()}
+    other, pipelines = Fitted(replace(problem, layers=rounded)), within_limits(problem, 64)
+    before, after = (search_pipelines(one, pipelines, {}, 0.99)[1] for one in (fitted, other))
+    for name in ("fastest", "smallest"):
+        assert before[name].pipeline == after[name].pipeline
+    evaluator = Evaluator(fitted, VALIDATE)
+    assert evaluator.ties(*(evaluator.outcome(one["best"].pipeline, {}) for one in (before, after)))
 
 
 def test_the_confirmation_groups_change_nothing_before_the_confirmation(problem, fitted):
