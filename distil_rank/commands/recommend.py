@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -147,7 +148,8 @@ def _next_command(latest: Path, about: Mapping[str, object], source: str) -> str
     """New proteins through the answer; or, where the backbone is unknown, the vectors that are there."""
     if about.get("backbone") is None:
         return f"make code DATA={split_source(source)[0]} ENCODER={latest / 'codes' / ENCODER} CODES=my_codes"
-    return f"distil-rank embed --config {latest / 'recommended.yaml'} --fasta new.fasta --store new_codes"
+    program = sys.argv[0] if Path(sys.argv[0]).name == "distil-rank" else "distil-rank"  # as it was typed
+    return f"{program} embed --config {latest / 'recommended.yaml'} --fasta new.fasta --store new_codes"
 
 
 def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from distil_rank.evaluation.evaluate import Evaluation
+from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION
 from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, ParetoPoint, Result, Spectrum, TeacherResult
 from distil_rank.recommendation.pipelines import Pipeline
 from distil_rank.recommendation.search import Recommendation
@@ -234,6 +235,7 @@ def _panel(ax: Axes, result: Recommendation, x: Mapping[Pipeline, float]) -> Non
     reference_line(ax, "full vector", 1)
     ax.axhline(result.keep, color=CHOSEN, lw=1, ls=":")
     for baseline in result.baselines:
-        reference_line(ax, baseline.name, baseline.retained, BASELINE, "--")
+        if baseline.name in (COMPOSITION, ALIGNMENT):
+            reference_line(ax, baseline.name, baseline.retained, BASELINE, "--")
     ax.set_ylim(bottom=0)
     ax.legend(loc="lower right", fontsize=7)

@@ -193,7 +193,8 @@ def answer_lines(result: Recommendation) -> list[str]:
     answer = result.answer
     own, full, pipeline = answer.confirmed, result.full, answer.chosen.pipeline
     where = "" if pipeline.layer is None else f"layer {pipeline.layer} and "
-    use = f"Use {where}{METRICS[pipeline.metric]} of {pipeline.rank} {NUMBERS[pipeline.dtype]}: {result.headline}."
+    which = "" if result.headline == "fastest" and own.time is None else f": {result.headline}"
+    use = f"Use {where}{METRICS[pipeline.metric]} of {pipeline.rank} {NUMBERS[pipeline.dtype]}{which}."
 
     costs = [f"{own.bytes:,} bytes a protein instead of {full.bytes:,} ({full.bytes / own.bytes:,.0f}x less)"]
     exits = {one.layer: one.seconds_per_1000 for one in result.costs}
