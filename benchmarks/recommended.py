@@ -45,7 +45,8 @@ def main(
     place = Path(folder)
     options = yaml.safe_load((place / "recommended.yaml").read_text())
     encoder = load_encoder(options.pop("code"))
-    promised = json.loads((place / "recommendation.json").read_text())["confirmed"]
+    content = json.loads((place / "recommendation.json").read_text())
+    promised = content["answers"][content["headline"]]["confirmed"]
     seconds: dict[str, list[float]] = {"recommended": [], "full": []}
     with tempfile.TemporaryDirectory() as scratch:
         new = Path(scratch) / "new.fasta"

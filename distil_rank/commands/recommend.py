@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,16 +22,17 @@ from distil_rank.embedding.extraction import default_store
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.store import Store
 from distil_rank.evaluation.representations import NO_MMSEQS
+from distil_rank.measure.statistics import LEVEL
 from distil_rank.options.embed import EmbedOptions
-from distil_rank.options.evaluation import RecommendOptions
-from distil_rank.recommendation.pipelines import Fitted, full_pipeline, measure_costs
+from distil_rank.options.evaluation import Answer, RecommendOptions
+from distil_rank.recommendation.pipelines import Fitted, measure_costs
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, open_problem, subset_of
 from distil_rank.recommendation.search import (
+    Confirmed,
     Costs,
     Evaluator,
     Outcome,
     Recommendation,
-    cheapest,
     pareto_front,
     search_pipelines,
     within_limits,
@@ -54,7 +56,8 @@ def recommend(options: RecommendOptions) -> Recommendation:
         if data == sample(LABELLED) and labels.source is None:  # of which one layer ships
             data, fasta, labels = "auto", f"{data}.fasta.gz", replace(labels, source=f"{data}/{OWN_LABELS}")
     if fasta is not None:
-        data = f"{default_store(fasta)}-layers" if data == "auto" else data
+        named = [Path(one).name for one in (o.backbone, o.precision) if one != "auto"]  # vectors differ with these
+        data = "-".join([f"{default_store(fasta)}-layers", *named]) if data == "auto" else data
         fasta, note = subset_of(fasta, labels, o.proteins, o.seed, output)
         notes += [note] if note else []
         embed(EmbedOptions(fasta, data, o.backbone, layer="all", precision=o.precision))
@@ -72,16 +75,16 @@ def recommend(options: RecommendOptions) -> Recommendation:
         costs, words = measure_costs(list(problem.layers), about, sequences)
         fitted = Fitted(problem)
         pipelines = within_limits(problem, o.max_bytes, o.max_time, costs)
-        outcomes = search_pipelines(fitted, pipelines, costs, o.metric, seed=o.seed)
-        result = _confirmed(o, fitted, costs, outcomes, [*notes, words], started)
+        outcomes, answers = search_pipelines(fitted, pipelines, costs, o.keep, o.metric, seed=o.seed)
+        result = _confirmed(o, fitted, costs, outcomes, answers, [*notes, words], started)
 
         folder = run_folder(output / "recommend", run.id)
         report = recommendation_report(result)
         files = report.save(folder / "recommendation")
-        place, pipeline = folder / "codes", result.chosen.pipeline
+        place, pipeline = folder / "codes", result.answer.chosen.pipeline
         encoder = fitted.encoder(pipeline)
         encoder.provenance["asked"] = {"recommended": str(pipeline), "keep": o.keep}
-        shares = zip(result.tasks, result.metrics, result.confirmed.retained, strict=True)
+        shares = zip(result.tasks, result.metrics, result.answer.confirmed.retained, strict=True)
         retained = {name: {"metric": metric, **asdict(share)} for name, metric, share in shares}
         saved = save(encoder, place / ENCODER, metrics={"retained": retained}, data=encoder.provenance)
         recommended = folder / "recommended.yaml"
@@ -100,32 +103,37 @@ def recommend(options: RecommendOptions) -> Recommendation:
 
 
 def _confirmed(
-    o: RecommendOptions, fitted: Fitted, costs: Costs, outcomes: Sequence[Outcome], notes: list[str], started: float
+    o: RecommendOptions,
+    fitted: Fitted,
+    costs: Costs,
+    outcomes: Sequence[Outcome],
+    answers: Mapping[Answer, Outcome],
+    notes: list[str],
+    started: float,
 ) -> Recommendation:
-    """Choose on the validation groups, then look once at the confirmation groups."""
+    """Look once at the confirmation groups, with all three answers."""
     problem = fitted.problem
-    chosen, reached = cheapest(outcomes, o.keep, o.weigh)
-
-    # The one look at the confirmation groups.
     evaluator = Evaluator(fitted, CONFIRM, o.metric)
-    confirmed, full = (evaluator.outcome(one, costs) for one in (chosen.pipeline, full_pipeline(problem)))
-    searched = o.alignment and problem.sequences is not None and problem.tasks[0].target.kind == "retrieval"
-    if searched and mmseqs_binary() is None:
+    pipelines = {one.pipeline for one in answers.values()}
+    level = 1 - (1 - LEVEL) / len(pipelines) / len(problem.tasks)  # Bonferroni: the intervals hold together
+    looks = {one: evaluator.outcome(one, costs, level) for one in pipelines}
+    confirmed = {name: Confirmed.of(one, looks[one.pipeline], o.keep) for name, one in answers.items()}
+    alignable = o.alignment and problem.sequences is not None and problem.tasks[0].target.kind == "retrieval"
+    if alignable and mmseqs_binary() is None:
         notes.append(NO_MMSEQS)
 
     splits = [problem.split == split for split in (FIT, VALIDATE, CONFIRM)]
-    enough = "confirmed" if confirmed.at_least >= o.keep else "not confirmed"
+    shown = {one.pipeline: one for one in [*pareto_front(outcomes, problem.searched), *answers.values()]}
     return Recommendation(
         source=problem.source,
         tasks=tuple(task.name for task in problem.tasks),
         metrics=tuple(one.metric for one in evaluator.trials),
         keep=o.keep,
-        weigh=o.weigh,
-        verdict=enough if reached else "nothing retains it",
-        chosen=chosen,
-        confirmed=confirmed,
-        full=full,
-        front=tuple(pareto_front(outcomes)),
+        headline=o.weigh,
+        answers=confirmed,
+        searched=problem.searched,
+        full=evaluator.full(costs),
+        front=tuple(sorted(shown.values(), key=lambda one: one.price("fastest"))),
         outcomes=tuple(outcomes),
         costs=tuple(costs.values()),
         baselines=tuple(evaluator.baselines(o.alignment)),
@@ -134,16 +142,27 @@ def _confirmed(
         grouping=problem.groups,
         noise=problem.noise_source,
         seconds=time.perf_counter() - started,
+        next=_next_command(Path(o.output) / "recommend" / "latest", problem.about[problem.last], problem.source),
         notes=(*problem.notes, *notes),
     )
 
 
+def _next_command(latest: Path, about: Mapping[str, object], source: str) -> str:
+    """New proteins through the answer; or, where the backbone is unknown, the vectors that are there."""
+    if about.get("backbone") is None:
+        return f"make code DATA={split_source(source)[0]} ENCODER={latest / 'codes' / ENCODER} CODES=my_codes"
+    program = sys.argv[0] if Path(sys.argv[0]).name == "distil-rank" else "distil-rank"  # as it was typed
+    return f"{program} embed --config {latest / 'recommended.yaml'} --fasta new.fasta --store new_codes"
+
+
 def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
     """The parent says what was chosen; the cheapest of the front that retain enough, then the nearest, are children."""
-    confirmed = result.confirmed
-    run.log_params({"choice": str(result.chosen.pipeline), "verdict": result.verdict})
-    answer = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}: {result.chosen.pipeline}"
-    run.set_tags({"mlflow.runName": answer})  # the list of runs then answers the question
+    answer = result.answer
+    confirmed, pipeline = answer.confirmed, answer.chosen.pipeline
+    run.log_params({"choice": str(pipeline), "verdict": answer.verdict})
+    run.log_params({name: str(one.chosen.pipeline) for name, one in result.answers.items()})
+    name = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}: {pipeline}"
+    run.set_tags({"mlflow.runName": name})  # the list of runs then answers the question
     run.log_metrics({**_figures(confirmed), "pipelines": len(result.outcomes), "seconds": result.seconds})
     for file in files:
         run.log_artifact(file)
@@ -158,4 +177,5 @@ def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
 
 def _figures(outcome: Outcome) -> dict[str, float]:
     figures = {"retained": outcome.worst, "retained_low": outcome.at_least, "bytes": outcome.bytes}
+    figures["score"] = outcome.scores[0]
     return figures if outcome.time is None else {**figures, "time": outcome.time}

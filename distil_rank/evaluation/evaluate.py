@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
+import torch.nn.functional as F
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.probes import ProbeTrial
-from distil_rank.evaluation.representations import COMPOSITION, Representation, Role, Rows
+from distil_rank.evaluation.representations import CHANCE, COMPOSITION, Representation, Role, Rows
 from distil_rank.evaluation.retrieval import Relevance, Scores, inner_product, retrieve
 from distil_rank.evaluation.task import Groups, Target
-from distil_rank.measure.statistics import Interval, Statistic, estimate, mean, resample_counts, retained
+from distil_rank.measure.progress import progress
+from distil_rank.measure.statistics import Interval, Statistic, clearly_above, estimate, mean, resample_counts, retained
 
 MAX_QUERIES = 10_000  # evaluated proteins that are searched with at most; every one is a target
 
@@ -88,14 +89,18 @@ def evaluate(
         known = {key: share for key, share in shares.items() if share is not None}
         entries.append(Entry(name, role, stored, scores, known, seconds))
 
-    for one in tqdm(representations, desc="evaluate", disable=None):
+    for one in progress(representations, "evaluate"):
         started = time.perf_counter()
         rows = one.make(groups.fit)
         statistics = trial.measure(rows)
         add(one.name, one.role, one.bytes, statistics, time.perf_counter() - started)
         if not reference:
             reference |= statistics
-            add("chance", "chance", None, trial.chance(rows))
+            for name, trivial in trial.trivial(rows).items():
+                add(name, "chance", None, trivial)
+                if not clearly_above(reference[headline], trivial[headline], counts):
+                    words = f"the full vector's {headline} is not clearly above {name}: there is no function to retain"
+                    notes = [*notes, f"WARNING: {words}."]
     lines = [*notes, *trial.notes, *(one.note for one in representations if one.note)]
     full = entries[0].scores[headline].value
     for entry in entries:
@@ -118,8 +123,8 @@ class Trial(Protocol):
     def measure(self, rows: Rows | Scores) -> dict[str, Statistic]:
         """By metric, sums over the evaluated groups; of scores for retrieval alone."""
 
-    def chance(self, rows: Rows | Scores) -> dict[str, Statistic]:
-        """The same with permuted labels."""
+    def trivial(self, rows: Rows | Scores) -> dict[str, dict[str, Statistic]]:
+        """The same by name of what takes no function: permuted labels, or one answer for every protein."""
 
 
 def headline_of(trial: Trial, metric: str | None) -> str:
@@ -129,11 +134,13 @@ def headline_of(trial: Trial, metric: str | None) -> str:
     return metric or trial.metrics[0]
 
 
-def make_trial(target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0) -> Trial:
-    """The trial that a target asks for."""
+def make_trial(
+    target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0, quick: bool = False
+) -> Trial:
+    """The trial that a target asks for; `quick` is for a search among hundreds of representations."""
     if target.relevance is not None:
         return RetrievalTrial(target.relevance, groups, max_queries, seed)
-    return ProbeTrial(target, groups, seed)
+    return ProbeTrial(target, groups, seed, quick)
 
 
 class RetrievalTrial:
@@ -162,11 +169,11 @@ class RetrievalTrial:
 
     def measure(self, rows: Rows | Scores, relevance: Relevance | None = None) -> dict[str, Statistic]:
         """From a search with all queries, by the true labels or by others."""
-        scores = rows if callable(rows) else inner_product(rows[0][self.rows], rows[1][self.rows])
+        scores = rows if callable(rows) else inner_product(*(F.normalize(side[self.rows]) for side in rows))
         figures = retrieve(scores, relevance or self.relevance, self.queries, seed=self.seed)
         return {name: mean(values, self.group) for name, values in figures.items()}
 
-    def chance(self, rows: Rows | Scores) -> dict[str, Statistic]:
+    def trivial(self, rows: Rows | Scores) -> dict[str, dict[str, Statistic]]:
         """From the same search, by permuted labels."""
         order = np.random.default_rng(self.seed).permutation(len(self.rows))
-        return self.measure(rows, self.relevance.subset(order))
+        return {CHANCE: self.measure(rows, self.relevance.subset(order))}

@@ -1,49 +1,106 @@
 """Probes: a linear model on top of a representation, fitted and regularised on the fit groups only.
 
-scikit-learn's models do the fitting. The strength of the regularisation is chosen by cross-validation over whole groups
-of those to fit on.
+Ridge and logistic regression are fitted, each at the penalty that does best in a cross-validation over whole groups of
+those to fit on, and the better one there is taken. Columns have one scale between them: standardised column by column,
+a rotation of the vectors would change what a probe makes of them.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold
+import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from distil_rank.errors import InputError, examples
-from distil_rank.evaluation.representations import Rows
+from distil_rank.evaluation.representations import CHANCE, MAJORITY, Rows
 from distil_rank.evaluation.retrieval import Scores
 from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.statistics import Statistic, macro_f1, matthews, mean, r2, spearman
 
 FOLDS = 3
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of logistic regression
-PENALTIES = (1e0, 1e1, 1e2, 1e3, 1e4)  # of ridge regression
+PENALTIES = range(-5, -1)  # powers of ten, of the vectors' variance for each row: tried at first
+FURTHEST = range(-10, 4)  # beyond these nothing changes: rows are interpolated, or the most frequent class is taken
 METRICS = {
-    "classification": ("accuracy", "mcc", "macro_f1", "accuracy 1nn"),
+    "classification": ("mcc", "accuracy", "macro_f1", "accuracy 1nn"),
     "multilabel": ("macro_f1", "macro_f1 1nn"),
     "regression": ("spearman", "r2"),
 }
+CHOSEN_BY = {"classification": "mcc", "multilabel": "macro_f1", "regression": "r2"}  # in the cross-validation
+Predict = Callable[[float], np.ndarray]  # of new rows, by a model that was fitted with this penalty
+
+
+def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
+    """Ridge regression `(N, d)` to `(N,)` or `(N, K)` in closed form: one decomposition serves all penalties.
+
+    With centred rows and `X Xᵀ = U S Uᵀ` it predicts `x Xᵀ U (S + N λ)⁻¹ Uᵀ y`, or the same from `Xᵀ X`, whichever is
+    smaller (Hastie, Tibshirani and Friedman 2009, 3.4.1 and 18.3.5).
+
+    >>> x, y = np.array([[-1.0], [1.0]]), np.array([-1.0, 1.0])
+    >>> ridge(x, y, x)(1.0).tolist()  # Σ x y / (Σ x² + N λ) = 2 / (2 + 2)
+    [-0.5, 0.5]
+    """
+    mean, offset = x.mean(axis=0), y.mean(axis=0)
+    x, new, y = x - mean, new - mean, y - offset
+    if len(x) < x.shape[1]:
+        values, vectors = np.linalg.eigh(x @ x.T)
+        left, right = new @ x.T @ vectors, vectors.T @ y
+    else:
+        values, vectors = np.linalg.eigh(x.T @ x)
+        left, right = new @ vectors, vectors.T @ (x.T @ y)
+    return lambda penalty: left / (values.clip(0) + len(x) * penalty) @ right + offset
+
+
+def logistic(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
+    """Logistic regression of classes `(N,)`, or of each label `(N, L)`, by scikit-learn."""
+
+    def predict(penalty: float) -> np.ndarray:
+        model: Any = LogisticRegression(C=1 / (len(x) * penalty), max_iter=200, tol=1e-5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
+            warnings.filterwarnings("ignore", "The number of unique classes|Label .* is present")  # --task decides
+            return (OneVsRestClassifier(model) if y.ndim == 2 else model).fit(x, y).predict(new)
+
+    return predict if y.ndim == 2 or len(np.unique(y)) > 1 else lambda _: np.full(len(new), y[0])
+
+
+def choose_penalty(score: Callable[[float], float]) -> tuple[float, float]:
+    """The power of ten that scores best, the strongest of equals, and its score.
+
+    The range grows for as long as one of its ends is best.
+
+    >>> choose_penalty(lambda penalty: -abs(penalty - 1e-7))[0]
+    1e-07
+    """
+    scores = {power: score(10.0**power) for power in PENALTIES}
+    while True:
+        best = max(scores, key=lambda power: (scores[power], power))
+        wider = {min(scores): best - 1, max(scores): best + 1}.get(best, best)
+        if wider in scores or wider not in FURTHEST:
+            return 10.0**best, scores[best]
+        scores[wider] = score(10.0**wider)
 
 
 class ProbeTrial:
     """A linear model on top of the vectors, fitted on the fit groups and measured on the others.
 
+    `quick` leaves logistic regression out: for a search among hundreds.
+
     Raises:
         InputError: too few groups or classes to fit on.
     """
 
-    def __init__(self, target: Target, groups: Groups, seed: int) -> None:
+    def __init__(self, target: Target, groups: Groups, seed: int, quick: bool = False) -> None:
         assert target.y is not None
         fit = groups.fit
+        self.probes = (ridge,) if quick or target.kind == "regression" else (ridge, logistic)
         self.target, self.groups, self.seed, self.notes = target, groups, seed, list[str]()
         self.metrics, self.y_fit, self.y = METRICS[target.kind], target.y[fit], target.y[~fit]
         self.evaluated_groups = len(np.unique(groups.number[~fit]))
@@ -64,39 +121,74 @@ class ProbeTrial:
     def measure(self, rows: Rows | Scores, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
         """By metric, sums over the evaluated groups, from a probe that is fitted on the true labels or on others."""
         assert not callable(rows)
-        target, fit, number = self.target, self.groups.fit, self.groups.number
-        x_fit, x = rows[1][fit].numpy(), rows[1][~fit].numpy()
-        y_fit, y = self.y_fit if y_fit is None else y_fit, self.y
+        fit, number = self.groups.fit, self.groups.number
+        y_fit = self.y_fit if y_fit is None else y_fit
         group = np.unique(number[~fit], return_inverse=True)[1]
-        logistic: Any = LogisticRegression(max_iter=200, tol=1e-3)
-        grid: dict[str, tuple[float, ...]] = {"logisticregression__C": STRENGTHS}
-        model, scoring = logistic, None
-        if target.kind == "regression":
-            model, grid = Ridge(), {"ridge__alpha": PENALTIES}
-        elif target.kind == "multilabel":
-            model, grid = OneVsRestClassifier(logistic), {"onevsrestclassifier__estimator__C": STRENGTHS}
-            scoring = "f1_macro"
-        pipeline, folds = make_pipeline(StandardScaler(), model), GroupKFold(min(FOLDS, len(np.unique(number[fit]))))
-        search = GridSearchCV(pipeline, grid, scoring=scoring, cv=folds, error_score=0.0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
-            warnings.simplefilter("ignore", FitFailedWarning)  # a fold of one class scores 0 at every strength
-            warnings.filterwarnings("ignore", "The number of unique classes")  # what is meant decides --task
-            search.fit(x_fit, y_fit, groups=number[fit])
-        predicted = search.predict(x)
-        if target.kind == "regression":
-            return {"spearman": spearman(predicted, y, group), "r2": r2(predicted, y, group)}
-        nearest = KNeighborsClassifier(1, metric="cosine").fit(x_fit, y_fit).predict(x)
-        if target.kind == "multilabel":
-            return {"macro_f1": macro_f1(predicted, y, group), "macro_f1 1nn": macro_f1(nearest, y, group)}
-        classes = len(target.classes)
-        return {
-            "accuracy": mean((predicted == y).astype(float), group),
-            "mcc": matthews(predicted, y, group, classes),
-            "macro_f1": macro_f1(np.eye(classes)[predicted], np.eye(classes)[y], group),
-            "accuracy 1nn": mean((nearest == y).astype(float), group),
-        }
+        predicted = self._predict(rows[1].numpy().astype(np.float64), y_fit)
+        if self.target.kind == "regression":
+            return self._statistics(predicted, self.y, group)
+        unit = F.normalize(rows[1]).numpy()
+        nearest = KNeighborsClassifier(1).fit(unit[fit], y_fit).predict(unit[~fit])
+        own, metric = self._statistics(predicted, self.y, group), self.metrics[-1].removesuffix(" 1nn")
+        return own | {self.metrics[-1]: self._statistics(nearest, self.y, group)[metric]}
 
-    def chance(self, rows: Rows | Scores) -> dict[str, Statistic]:
-        """From a probe that is fitted on permuted labels."""
-        return self.measure(rows, np.random.default_rng(self.seed).permutation(self.y_fit))
+    def trivial(self, rows: Rows | Scores) -> dict[str, dict[str, Statistic]]:
+        """What a probe that is fitted on permuted labels gives, and the best that knows no protein from another.
+
+        The latter says the most frequent class, every label, or the mean.
+        """
+        y, group = self.y_fit, np.unique(self.groups.number[~self.groups.fit], return_inverse=True)[1]
+        constant = {
+            "classification": lambda: np.bincount(y).argmax(),
+            "multilabel": lambda: np.ones(y.shape[1], dtype=y.dtype),
+            "regression": y.mean,
+        }[self.target.kind]()
+        same = self._statistics(np.broadcast_to(constant, self.y.shape), self.y, group)
+        same |= {f"{name} 1nn": same[name] for name in same if f"{name} 1nn" in self.metrics}
+        return {CHANCE: self.measure(rows, np.random.default_rng(self.seed).permutation(y)), MAJORITY: same}
+
+    def _predict(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Of the evaluated rows, by the probe and penalty that do best in the cross-validation on the others."""
+        fit, number = self.groups.fit, self.groups.number
+        x = x - x[fit].mean(axis=0)
+        energy = (x[fit] ** 2).sum(axis=1).mean()
+        x /= np.sqrt(energy) if energy > 0 else 1.0
+        folds = list(GroupKFold(min(FOLDS, len(np.unique(number[fit])))).split(x[fit], groups=number[fit]))
+        together, best = np.zeros(len(y), dtype=int), list[tuple[float, Predict, float]]()
+        for probe in self.probes:
+            parts = [(test, self._fitted(probe, x[fit][train], y[train], x[fit][test])) for train, test in folds]
+
+            def score(penalty: float, parts: list[tuple[np.ndarray, Predict]] = parts) -> float:
+                predicted = np.empty(y.shape)
+                for test, predict in parts:
+                    predicted[test] = predict(penalty)
+                value = self._statistics(predicted, y, together)[CHOSEN_BY[self.target.kind]].value
+                return value if np.isfinite(value) else -np.inf
+
+            penalty, value = choose_penalty(score)
+            best.append((value, self._fitted(probe, x[fit], y, x[~fit]), penalty))
+        _, predict, penalty = max(best, key=lambda one: one[0])
+        return predict(penalty)
+
+    def _fitted(self, probe: Callable[..., Predict], x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
+        """A probe whose predictions are classes, 0 or 1 of labels, or values; ridge regresses indicators of classes."""
+        if probe is not ridge or self.target.kind == "regression":
+            return probe(x, y, new)
+        if self.target.kind == "multilabel":
+            scores = ridge(x, y, new)
+            return lambda penalty: (scores(penalty) > 0.5).astype(int)
+        scores = ridge(x, np.eye(len(self.target.classes))[y], new)
+        return lambda penalty: scores(penalty).argmax(axis=1)
+
+    def _statistics(self, predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> dict[str, Statistic]:
+        """Every metric of a prediction but those of the nearest neighbour."""
+        if self.target.kind == "regression":
+            return {"spearman": spearman(predicted, y, group), "r2": r2(predicted, y, group)}
+        if self.target.kind == "multilabel":
+            return {"macro_f1": macro_f1(predicted, y, group)}
+        predicted, classes = predicted.astype(int), len(self.target.classes)
+        return {
+            "mcc": matthews(predicted, y, group, classes),
+            "accuracy": mean((predicted == y).astype(float), group),
+            "macro_f1": macro_f1(np.eye(classes)[predicted], np.eye(classes)[y], group),
+        }

@@ -16,7 +16,6 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
@@ -28,16 +27,17 @@ from distil_rank.lowrank.solvers import solve
 
 BLOCK_ROWS = 16_384  # of a pass over a matrix that may be memory-mapped
 FULL, COMPOSITION, ALIGNMENT = "full vector", "composition", "MMseqs2"
+CHANCE, MAJORITY = "chance", "majority"  # permuted labels; one answer for every protein
 NO_MMSEQS = f"MMseqs2 is not installed, so not compared with it: {MMSEQS_INSTALLATION}."
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 SEARCH = ["--dbtype", "1", "-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
 Role = Literal["reference", "student", "matrix", "baseline", "chance"]
-Rows = tuple[Tensor, Tensor]  # queries and targets, `(N, d)` float32 of unit length; they differ where codes are stored
+Rows = tuple[Tensor, Tensor]  # queries and targets, `(N, d)` float32; they differ where codes are stored
 
 
 @dataclass(frozen=True)
 class Representation:
-    """Vectors to be compared by their inner product, or scores, made when their turn comes: one set is in memory."""
+    """Vectors as they are stored, or scores, made when their turn comes: one set is in memory."""
 
     name: str
     role: Role
@@ -51,7 +51,7 @@ def full_vector(x: np.ndarray, name: str = FULL, role: Role = "reference") -> Re
 
     def make(fit: np.ndarray) -> Rows:
         mean = x[fit].mean(axis=0, dtype=np.float64).astype(np.float32)
-        rows = F.normalize(torch.from_numpy(np.asarray(x) - mean))  # a new array: a mapped one cannot be written to
+        rows = torch.from_numpy(np.asarray(x) - mean)  # a new array: a mapped one cannot be written to
         return rows, rows
 
     return Representation(name, role, 4 * x.shape[1], make)
@@ -70,7 +70,7 @@ def variance_student(x: np.ndarray, rank: int) -> Representation:
         factors = solve(torch.eye(x.shape[1]), None, rank, "closed_form", moments)
         blocks = (torch.from_numpy(np.asarray(x)[rows]).double() for rows in _blocks(np.arange(len(x))))
         inner = torch.cat([block @ factors.A.T for block in blocks]) - factors.A @ moments.mean
-        rows = F.normalize(inner.float())
+        rows = inner.float()
         return rows, rows
 
     return Representation(f"student, rank {rank}", "student", 4 * rank, make)
@@ -89,9 +89,8 @@ def module_output(name: str, module: nn.Module, x: np.ndarray, note: str | None 
         output = torch.cat([module(block) for block in blocks])
         if hasattr(module, "encode") and hasattr(module, "decode"):
             encode, decode = cast(Callable[..., Tensor], module.encode), cast(Callable[..., Tensor], module.decode)
-            targets = torch.cat([decode(encode(block)) for block in blocks])
-            return F.normalize(output), F.normalize(targets)
-        rows = F.normalize(output - output[torch.from_numpy(fit)].mean(0))
+            return output, torch.cat([decode(encode(block)) for block in blocks])
+        rows = output - output[torch.from_numpy(fit)].mean(0)
         return rows, rows
 
     stored = float(getattr(module, "bytes_per_protein", 0)) or 4.0 * (getattr(module, "rank", None) or x.shape[1])
@@ -111,7 +110,7 @@ def composition_rows(sequences: Sequence[str], fit: np.ndarray) -> Rows:
     features = np.hstack([counts / lengths, np.log(lengths)])
     spread = features[fit].std(axis=0)
     features = (features - features[fit].mean(axis=0)) / np.where(spread > 0, spread, 1)
-    rows = F.normalize(torch.from_numpy(features).float())
+    rows = torch.from_numpy(features).float()
     return rows, rows
 
 

@@ -100,6 +100,18 @@ def is_tie(statistic: Statistic, other: Statistic, counts: np.ndarray) -> bool:
     return 0 in interval(0, statistic.resampled(counts) - other.resampled(counts))
 
 
+def clearly_above(statistic: Statistic, other: Statistic, counts: np.ndarray) -> bool:
+    """Whether the interval of the paired difference of two methods lies above 0; what is undefined counts as 0.
+
+    >>> score = np.linspace(0, 1, 50)
+    >>> counts = resample_counts(groups=50)
+    >>> clearly_above(ratio(score), ratio(score - 0.1), counts), clearly_above(ratio(score), ratio(score), counts)
+    (True, False)
+    """
+    gain = np.nan_to_num(statistic.resampled(counts)) - np.nan_to_num(other.resampled(counts))
+    return interval(0, gain).low > 0
+
+
 def clearly_better(before: np.ndarray, after: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval:
     """The mean gain of training in a *loss* (lower is better): it helped where `low > 0`.
 

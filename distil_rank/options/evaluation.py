@@ -11,7 +11,7 @@ from distil_rank.options.embed import Precision, check_backbone
 
 Kind = Literal["retrieval", "classification", "multilabel", "regression"]
 TaskKind = Literal["auto", "retrieval", "classification", "multilabel", "regression"]
-Weigh = Literal["time", "bytes", "both"]
+Answer = Literal["fastest", "smallest", "best"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class EvaluateOptions:
         students: Folders of saved students or encoders; FOLDER:RANK takes a lower rank.
         others: Further matrices of the same proteins, NAME=PATH.
         alignment: Search with MMseqs2 too, where it is installed (retrieval only).
-        metric: That is reported first; by default mAP (retrieval), accuracy, macro_f1 or spearman.
+        metric: That is reported first; by default mAP (retrieval), mcc, macro_f1 or spearman.
         fit_fraction: Share of the proteins to fit on.
         seed: Of the draw of groups.
         output: Folder for results.
@@ -115,7 +115,8 @@ class RecommendOptions:
         labels: Where labels come from; several tables, separated by commas, are several tasks that all must be
             retained. Without labels proteins are to be found by their augmented copies.
         keep: Share of the full vector's score that must be retained.
-        weigh: What is to be cheap: time, bytes, or both (their product).
+        weigh: Which of three answers comes first. fastest: least time, then least bytes, or the highest score where
+            nothing is stored; smallest: least bytes, then time; best: the highest score, then the cheapest.
         max_bytes: For each protein at most.
         max_time: Share of the full backbone's time at most.
         fasta: Sequences to embed into `data` first, all layers in one pass (only what is missing there).
@@ -124,7 +125,7 @@ class RecommendOptions:
         proteins: At most so many of a larger FASTA file: whole classes, the largest in part.
         task: Kind of the task; auto decides by the labels.
         groups: What stays in one split; see evaluate.
-        metric: The score to be retained; by default mAP (retrieval), accuracy, macro_f1 or spearman.
+        metric: The score to be retained; by default mAP (retrieval), mcc, macro_f1 or spearman.
         alignment: Search with MMseqs2 too, where it is installed.
         seed: Of all draws.
         output: Folder for results.
@@ -133,7 +134,7 @@ class RecommendOptions:
     data: str = "auto"
     labels: LabelOptions = field(default_factory=LabelOptions)
     keep: float = 0.99
-    weigh: Weigh = "both"
+    weigh: Answer = "fastest"
     max_bytes: float | None = None
     max_time: float | None = None
     fasta: str | None = None

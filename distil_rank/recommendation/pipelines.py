@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from distil_rank.codes.fit import FittedMetric, fit_metric, origin_of
 from distil_rank.embedding.run import embed, options_like
@@ -80,7 +79,7 @@ def grid(problem: Problem) -> list[Pipeline]:
 
 
 def full_pipeline(problem: Problem) -> Pipeline:
-    """The last layer's centred vector in float32: a rotation changes no distance."""
+    """The last layer's vector in float32: what `Fitted.full` gives, as everybody has it."""
     return Pipeline(problem.last, "variance", problem.layers[problem.last].shape[1], "float32")
 
 
@@ -109,7 +108,13 @@ class Fitted:
         """Some rows as the pipeline searches with them, and as it stores them."""
         encoder = self.encoder(pipeline)
         x = torch.from_numpy(np.ascontiguousarray(self.problem.layers[pipeline.layer][rows]))
-        return encoder(x), F.normalize(encoder.decode(encoder.encode(x)))
+        return encoder(x), encoder.decode(encoder.encode(x))
+
+    def full(self, rows: np.ndarray) -> Rows:
+        """Some rows of the last layer as they are, centred on the mean of the proteins to fit on."""
+        x = self.problem.layers[self.problem.last]
+        whole = torch.from_numpy(x[rows] - x[self.problem.split == FIT].mean(axis=0, dtype=np.float64).astype(x.dtype))
+        return whole, whole
 
 
 def measure_costs(

@@ -79,6 +79,11 @@ class Problem:
         return list(self.layers)[-1]
 
     @property
+    def searched(self) -> bool:
+        """Whether vectors are stored to be searched, for some task; else time is all that they cost."""
+        return any(task.target.kind == "retrieval" for task in self.tasks)
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
         """Metrics of encoders that can be fitted here."""
         return ("variance", "whitened") if self.noise is None else ("variance", "whitened", "invariant")

@@ -6,25 +6,36 @@ The result is a `Recommendation`; JSON is its serialisation, and docs/recommend.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
+from scipy.stats import norm
 
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import RetrievalTrial, Trial, headline_of, make_trial
 from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, alignment_scores, composition_rows
 from distil_rank.evaluation.task import Groups
-from distil_rank.measure.statistics import Interval, Statistic, retained_with_confidence
-from distil_rank.options.evaluation import Weigh
+from distil_rank.measure.progress import progress
+from distil_rank.measure.statistics import (
+    LEVEL,
+    Interval,
+    Statistic,
+    clearly_above,
+    resample_counts,
+    retained_with_confidence,
+)
+from distil_rank.options.evaluation import Answer
 from distil_rank.recommendation.pipelines import Cost, Fitted, Pipeline, full_pipeline, grid
 from distil_rank.recommendation.problem import FIT, VALIDATE, Problem
 
-SCHEMA = 1
+SCHEMA = 2
 QUERIES = 2000  # validation proteins that each pipeline is searched with at most
 ONE_SIDED = 0.90  # level of an interval whose lower end 95 % lie above
+LOOKS = 3  # at the confirmation groups, one for each answer
+LIKELY = 0.7  # chance of being confirmed from which a pipeline is taken
+PROBED = 12  # pipelines of a classification or regression that the probe itself is fitted to before the choice
 Costs = Mapping[str | None, Cost]  # by layer
 
 
@@ -37,6 +48,7 @@ class Outcome:
     time: float | None  # share of the full backbone's; None where it could not be measured
     scores: tuple[float, ...]  # by task
     retained: tuple[Interval, ...]  # by task, the score over the full vector's
+    likely: float | None = None  # chance that the confirmation groups confirm it, from the validation groups
 
     @property
     def worst(self) -> float:
@@ -48,18 +60,53 @@ class Outcome:
         """The lower end of the interval of the task whose lower end is lowest."""
         return min(interval.low for interval in self.retained)
 
-    @property
-    def after_margin(self) -> float:
-        """As far below the lower end as that is below the estimate, on a logarithmic scale."""
-        return min(i.low**2 / i.value if i.low > 0 else i.low for i in self.retained)
+    def price(self, answer: Answer) -> tuple[float, float]:
+        """Time and bytes, what counts more first."""
+        time = 1.0 if self.time is None else self.time
+        return (self.bytes, time) if answer == "smallest" else (time, self.bytes)
+
+    def chance_of_confirmation(self, keep: float) -> float:
+        """How likely another draw of as many groups puts the lower end of its interval at `keep` or above.
+
+        The predictive power of Spiegelhalter, Freedman and Blackburn (1986) under a flat prior: the next estimate is
+        normal about this one, on the logarithmic scale, with twice its variance. The least of the tasks.
+
+        >>> Outcome(Pipeline("4", "invariant", 32, "bit"), 4, 1, (1,), (Interval(1, 0.9, 1.1),)).chance_of_confirmation(
+        ...     0.9 ** (norm.isf((1 - LEVEL) / 2 / LOOKS) / norm.isf(0.05))
+        ... ).__round__(3)
+        0.5
+        """
+        bound, chances = norm.isf((1 - LEVEL) / 2 / LOOKS / len(self.retained)), []
+        for one in self.retained:
+            if not one.low > 0:
+                return 0.0
+            error = max(math.log(one.value / one.low) / norm.isf((1 - ONE_SIDED) / 2), 1e-9)
+            chances.append(float(norm.cdf((math.log(one.value / keep) / error - bound) / math.sqrt(2))))
+        return min(chances)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What needs no embedding, on the confirmation groups, first task."""
+    """What needs no embedding, or no function, on the confirmation groups, first task."""
 
     name: str
+    score: float
     retained: float
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """One of the three answers."""
+
+    chosen: Outcome  # on the validation groups
+    confirmed: Outcome  # on the confirmation groups: the claim, its intervals simultaneous over answers and tasks
+    verdict: str  # confirmed, not confirmed, or nothing retains it: the pipeline is then the likeliest
+
+    @classmethod
+    def of(cls, chosen: Outcome, confirmed: Outcome, keep: float) -> Confirmed:
+        """With its verdict."""
+        doubted = "not confirmed" if chosen.worst >= keep else "nothing retains it"
+        return cls(chosen, confirmed, "confirmed" if confirmed.at_least >= keep else doubted)
 
 
 @dataclass(frozen=True)
@@ -70,10 +117,9 @@ class Recommendation:
     tasks: tuple[str, ...]
     metrics: tuple[str, ...]
     keep: float
-    weigh: str
-    verdict: str  # confirmed, not confirmed, or nothing retains it: the pipeline is then the one that retains most
-    chosen: Outcome  # on the validation groups
-    confirmed: Outcome  # the same on the confirmation groups: the claim
+    headline: Answer
+    answers: dict[Answer, Confirmed]
+    searched: bool  # vectors are stored and searched; else they only go into a probe, and bytes are no gain
     full: Outcome  # the full vector on the confirmation groups
     front: tuple[Outcome, ...]  # pipelines that no other beats in time, bytes and function, on the validation groups
     outcomes: tuple[Outcome, ...]  # all pipelines on the validation groups
@@ -84,67 +130,104 @@ class Recommendation:
     grouping: str
     noise: str
     seconds: float
+    next: str  # command to type
     notes: tuple[str, ...] = ()
+
+    @property
+    def answer(self) -> Confirmed:
+        """The one that comes first."""
+        return self.answers[self.headline]
 
 
 @dataclass(frozen=True)
 class TaskTrial:
-    """One task in one split: the trial, the rows it is about, its metric and the full vector's statistic."""
+    """One task in one split: the trial, its rows and metric, and the full vector's score beside what is trivial."""
 
     trial: Trial
     rows: np.ndarray
     metric: str
     reference: Statistic
+    trivial: Mapping[str, Statistic]
 
 
 class Evaluator:
-    """Puts pipelines to all tasks in one split of the groups.
+    """Puts pipelines to all tasks in one split of the groups; `quick` fits simpler probes.
 
     Raises:
-        InputError: a task without anything to evaluate in that split, or a full vector that scores nothing.
+        InputError: a task without anything to evaluate in that split, or a full vector that is not clearly above what
+            permuted labels or one answer for every protein score.
     """
 
     def __init__(
-        self, fitted: Fitted, split: int, metric: str | None = None, max_queries: int = 10_000, seed: int = 0
+        self,
+        fitted: Fitted,
+        split: int,
+        metric: str | None = None,
+        max_queries: int = 10_000,
+        seed: int = 0,
+        quick: bool = False,
     ) -> None:
         self.fitted, self.trials, problem = fitted, list[TaskTrial](), fitted.problem
+        self.statistics: dict[Pipeline, list[Statistic]] = {}
         for task in problem.tasks:
             own = problem.split[task.rows]
             inside = np.flatnonzero((own == split) | ((own == FIT) & (task.target.kind != "retrieval")))
             rows = task.rows[inside]
             groups = Groups(problem.group[rows], own[inside] == FIT, "")
-            trial = make_trial(task.target.subset(inside), groups, max_queries, seed)
-            name = headline_of(trial, metric)
-            reference = trial.measure(fitted.represent(full_pipeline(problem), rows))[name]
-            if not reference.value > 0:
-                raise InputError(
-                    f"Expected a task that the full vector can do but its {name} on {task.name} is "
-                    f"{reference.value:.3g}; there is no function to retain."
-                )
-            self.trials.append(TaskTrial(trial, rows, name, reference))
+            trial = make_trial(task.target.subset(inside), groups, max_queries, seed, quick)
+            name, full = headline_of(trial, metric), fitted.full(rows)
+            reference, trivial = trial.measure(full)[name], {}
+            if not quick:
+                trivial = {which: statistics[name] for which, statistics in trial.trivial(full).items()}
+            counts = resample_counts(trial.evaluated_groups)
+            for which, statistic in trivial.items():
+                if not (reference.value > 0 and clearly_above(reference, statistic, counts)):
+                    raise InputError(
+                        f"Expected a task that the full vector can do but its {name} on {task.name}, "
+                        f"{reference.value:.3g}, is not clearly above {which}, {statistic.value:.3g}: there is no "
+                        "function to retain; give more labels, or another --metric."
+                    )
+            self.trials.append(TaskTrial(trial, rows, name, reference, trivial))
 
-    def outcome(self, pipeline: Pipeline, costs: Costs, level: float = 0.95) -> Outcome:
+    def outcome(self, pipeline: Pipeline, costs: Costs, level: float = LEVEL) -> Outcome:
         """Scores of one pipeline and what it retains."""
-        scores, shares = [], []
-        for one in self.trials:
-            statistic = one.trial.measure(self.fitted.represent(pipeline, one.rows))[one.metric]
-            share = statistic.value / one.reference.value
-            interval = retained_with_confidence(statistic, one.reference, level)
-            scores.append(statistic.value)
-            shares.append(interval or Interval(share, -math.inf, math.inf))
+        own = [one.trial.measure(self.fitted.represent(pipeline, one.rows))[one.metric] for one in self.trials]
+        self.statistics[pipeline] = own
+        return self._outcome(pipeline, costs, level, own)
+
+    def full(self, costs: Costs) -> Outcome:
+        """The full vector, which retains all."""
+        references = [one.reference for one in self.trials]
+        return self._outcome(full_pipeline(self.fitted.problem), costs, LEVEL, references)
+
+    def _outcome(self, pipeline: Pipeline, costs: Costs, level: float, own: Sequence[Statistic]) -> Outcome:
+        shares = [
+            retained_with_confidence(statistic, one.reference, level)
+            or Interval(statistic.value / one.reference.value, -math.inf, math.inf)
+            for statistic, one in zip(own, self.trials, strict=True)
+        ]
         time = costs[pipeline.layer].share if pipeline.layer in costs else None
-        return Outcome(pipeline, pipeline.bytes, time, tuple(scores), tuple(shares))
+        scores = tuple(statistic.value for statistic in own)
+        return Outcome(pipeline, pipeline.bytes, time, scores, tuple(shares))
+
+    def ties(self, one: Outcome, other: Outcome) -> bool:
+        """Whether the interval of the ratio of two pipelines that were measured here holds 1, for every task."""
+        pairs = zip(self.statistics[one.pipeline], self.statistics[other.pipeline], strict=True)
+        ratios = [retained_with_confidence(*pair) for pair in pairs]
+        return all(ratio is None or 1 in ratio for ratio in ratios)
 
     def baselines(self, alignment: bool) -> list[Baseline]:
-        """What composition and, where it is wanted and can be, MMseqs2 reach on the first task."""
+        """What composition, what is trivial and, where it is wanted and can be, MMseqs2 score on the first task."""
         sequences, one = self.fitted.problem.sequences, self.trials[0]
-        if sequences is None:
-            return []
-        rows = composition_rows(sequences, self.fitted.problem.split == FIT)[0][one.rows]
-        scores = {COMPOSITION: one.trial.measure((rows, rows))}
-        if alignment and isinstance(one.trial, RetrievalTrial) and mmseqs_binary() is not None:
-            scores[ALIGNMENT] = one.trial.measure(alignment_scores([sequences[row] for row in one.rows]))
-        return [Baseline(name, score[one.metric].value / one.reference.value) for name, score in scores.items()]
+        scores = dict(one.trivial)
+        if sequences is not None:
+            rows = composition_rows(sequences, self.fitted.problem.split == FIT)[0][one.rows]
+            scores[COMPOSITION] = one.trial.measure((rows, rows))[one.metric]
+            if alignment and isinstance(one.trial, RetrievalTrial) and mmseqs_binary() is not None:
+                scores[ALIGNMENT] = one.trial.measure(alignment_scores([sequences[row] for row in one.rows]))[
+                    one.metric
+                ]
+        return [Baseline(name, score.value, score.value / one.reference.value) for name, score in scores.items()]
 
 
 def within_limits(
@@ -168,39 +251,70 @@ def search_pipelines(
     fitted: Fitted,
     pipelines: Sequence[Pipeline],
     costs: Costs,
+    keep: float,
     metric: str | None = None,
     max_queries: int = QUERIES,
     seed: int = 0,
-) -> list[Outcome]:
-    """Pipelines on the validation groups, with one-sided 95 % lower ends."""
-    evaluator = Evaluator(fitted, VALIDATE, metric, max_queries, seed)
-    return [evaluator.outcome(one, costs, ONE_SIDED) for one in tqdm(pipelines, desc="pipelines", disable=None)]
+) -> tuple[list[Outcome], dict[Answer, Outcome]]:
+    """Pipelines on the validation groups, with one-sided 95 % lower ends, and the three answers.
 
-
-def cheapest(outcomes: Sequence[Outcome], keep: float, weigh: Weigh) -> tuple[Outcome, bool]:
-    """The cheapest pipeline that retains enough, and whether there is one; else the one that retains most.
-
-    Those that will probably be confirmed come first: the confirmation groups give an interval as wide as the validation
-    groups do, about an estimate that differs. Where there are none, those whose lower end reaches `keep`; then those
-    whose estimate does.
+    For a classification or a regression all are compared by ridge regression alone, and what would be chosen is then
+    measured by the probe itself, until the choice stands.
     """
 
-    def price(outcome: Outcome) -> tuple[float, ...]:
-        time = 1.0 if outcome.time is None else outcome.time
-        prices = {"time": (time, outcome.bytes), "bytes": (outcome.bytes, time), "both": (time * outcome.bytes,)}
-        return (*prices[weigh], -outcome.worst)
+    def measure(evaluator: Evaluator, pipeline: Pipeline) -> Outcome:
+        outcome = evaluator.outcome(pipeline, costs, ONE_SIDED)
+        return replace(outcome, likely=outcome.chance_of_confirmation(keep))
 
-    for figure in (lambda o: o.after_margin, lambda o: o.at_least, lambda o: o.worst):
-        if reached := [outcome for outcome in outcomes if figure(outcome) >= keep]:
-            return min(reached, key=price), True
-    return max(outcomes, key=lambda o: o.worst), False
+    evaluator = Evaluator(fitted, VALIDATE, metric, max_queries, seed)
+    probed = any(task.target.kind != "retrieval" for task in fitted.problem.tasks)
+    quick = Evaluator(fitted, VALIDATE, metric, max_queries, seed, quick=True) if probed else evaluator
+    known = dict[Pipeline, Outcome]()
+    outcomes = {one: measure(quick, one) for one in progress(pipelines, "pipelines")}
+    while True:
+        answers = choose(list(outcomes.values()), quick.ties, fitted.problem.searched)
+        fresh = {one.pipeline for one in answers.values()} - set(known)
+        if not probed or not fresh or len(known) >= PROBED:
+            return list(outcomes.values()), answers
+        known |= {one: measure(evaluator, one) for one in fresh}
+        outcomes |= known
+        quick.statistics |= evaluator.statistics
 
 
-def pareto_front(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Outcomes that no other beats in time, bytes and function, in ascending order of time and bytes."""
+def choose(
+    outcomes: Sequence[Outcome], ties: Callable[[Outcome, Outcome], bool], searched: bool
+) -> dict[Answer, Outcome]:
+    """The fastest, the smallest and the best of the pipelines that will probably be confirmed to retain enough.
+
+    Where there are none, of those that are likeliest to be. `fastest` takes least time, and of equals fewest bytes, or
+    where nothing is stored the highest score; `smallest` takes fewest bytes, then least time; `best` scores highest,
+    the cheapest of those that tie with the highest. What costs the same is decided by score, a tie by simplicity.
+    """
+
+    def best(some: Sequence[Outcome]) -> Outcome:
+        top = max(some, key=lambda one: one.worst)
+        return min((one for one in some if one is top or ties(top, one)), key=lambda one: one.price("best"))
+
+    def cheapest(answer: Answer, costs: int) -> Outcome:
+        least = min(one.price(answer)[:costs] for one in enough)
+        return best([one for one in enough if one.price(answer)[:costs] == least])
+
+    most = max(one.likely or 0.0 for one in outcomes)
+    enough = [one for one in outcomes if (one.likely or 0.0) >= min(most, LIKELY)]
+    if most == 0:
+        enough = [max(outcomes, key=lambda one: one.worst)]
+    return {
+        "fastest": cheapest("fastest", 2 if searched else 1),
+        "smallest": cheapest("smallest", 2),
+        "best": best(enough),
+    }
+
+
+def pareto_front(outcomes: Sequence[Outcome], searched: bool = True) -> list[Outcome]:
+    """Outcomes that no other beats in time, bytes (of what is searched) and function, by time and bytes."""
 
     def costs(outcome: Outcome) -> tuple[float, float, float]:
-        return (1.0 if outcome.time is None else outcome.time, outcome.bytes, -outcome.worst)
+        return (1.0 if outcome.time is None else outcome.time, outcome.bytes if searched else 0, -outcome.worst)
 
     points = np.array([costs(outcome) for outcome in outcomes])
     beaten = [((points <= point).all(axis=1) & (points < point).any(axis=1)).any() for point in points]

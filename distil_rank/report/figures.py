@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -15,6 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from distil_rank.evaluation.evaluate import Evaluation
+from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION
 from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, ParetoPoint, Result, Spectrum, TeacherResult
 from distil_rank.recommendation.pipelines import Pipeline
 from distil_rank.recommendation.search import Recommendation
@@ -199,34 +201,41 @@ def evaluation_title(evaluation: Evaluation) -> str:
 
 
 def draw_recommendation(result: Recommendation, path: Path) -> None:
-    """Function retained against bytes, and against time where it was measured; the choice is marked."""
+    """Function retained against bytes, and against time where it was measured; the answers are marked."""
     timed = len({outcome.time for outcome in result.outcomes}) > 1
-    with picture(path, 1, 1 + timed, (6.5, 4.6), sharey=True) as axes:
-        first, *others = axes[0]
-        _panel(first, result, {outcome.pipeline: outcome.bytes for outcome in result.outcomes})
-        bytes_axis(first)
+    stored = result.searched or not timed
+    with picture(path, 1, stored + timed, (6.5, 4.6), sharey=True) as axes:
+        first = axes[0][0]
         first.set_ylabel(f"{result.metrics[0]} ÷ the full vector's")
         first.set_title(f"{len(result.outcomes):,} pipelines for {' and '.join(result.tasks)}", loc="left")
-        for ax in others:
+        if stored:
+            _panel(first, result, {outcome.pipeline: outcome.bytes for outcome in result.outcomes})
+            bytes_axis(first)
+        for ax in axes[0][stored:]:
             _panel(ax, result, {outcome.pipeline: outcome.time or 1.0 for outcome in result.outcomes})
             ax.set(xlabel="share of the full backbone's time", xlim=(0, 1.08))
 
 
 def _panel(ax: Axes, result: Recommendation, x: Mapping[Pipeline, float]) -> None:
-    """All pipelines, the front, the choice with the confirmed interval, and lines for what it is compared with."""
+    """All pipelines, the front, the answers with their confirmed intervals, and lines for what it is compared with."""
     front = {outcome.pipeline for outcome in result.front}
     rest = [one for one in result.outcomes if one.pipeline not in front]
     ax.scatter([x[one.pipeline] for one in rest], [one.worst for one in rest], 8, OTHER, label="other pipelines")
     label = "Pareto front (validation groups)"
     ax.scatter([x[one.pipeline] for one in result.front], [one.worst for one in result.front], 16, FRONT, label=label)
-    if result.chosen.pipeline in x:
-        one = min(result.confirmed.retained, key=attrgetter("value"))
-        spread = ([one.value - one.low], [one.high - one.value])
-        marks: Any = {"fmt": "*", "ms": 13, "color": CHOSEN, "capsize": 3, "label": "chosen, confirmed (95 %)"}
-        ax.errorbar(x[result.chosen.pipeline], one.value, spread, zorder=3, **marks)
+    label = "answers, confirmed (95 % together)"
+    for answer in {one.chosen.pipeline: one for one in result.answers.values()}.values():
+        one = min(answer.confirmed.retained, key=attrgetter("value"))
+        spread = ([max(one.value - max(one.low, 0), 0)], [one.high - one.value])
+        marks: Any = {"fmt": "*", "ms": 13, "color": CHOSEN, "capsize": 3, "label": label}
+        ax.errorbar(
+            x[answer.chosen.pipeline], one.value, spread if math.isfinite(one.high) else None, zorder=3, **marks
+        )
+        label = ""
     reference_line(ax, "full vector", 1)
     ax.axhline(result.keep, color=CHOSEN, lw=1, ls=":")
     for baseline in result.baselines:
-        reference_line(ax, baseline.name, baseline.retained, BASELINE, "--")
+        if baseline.name in (COMPOSITION, ALIGNMENT):
+            reference_line(ax, baseline.name, baseline.retained, BASELINE, "--")
     ax.set_ylim(bottom=0)
     ax.legend(loc="lower right", fontsize=7)

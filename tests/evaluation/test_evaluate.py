@@ -115,7 +115,17 @@ def test_classes_in_one_split_only_are_told(opened):
     sided = type(groups)(groups.number, opened.groups.fit, "by hand")
     done = evaluate(target, sided, [full_vector(opened.embeddings.x)])
     assert any("1 of 4 classes are only evaluated (c3)" in note for note in done.notes)
-    assert done.metrics[0] == "accuracy"
+    assert done.metrics[0] == "mcc" and [one.name for one in done.entries[1:]] == ["chance", "majority"]
+
+
+def test_a_full_vector_that_knows_nothing_is_warned_of(opened):
+    """Five of one class among hundreds: the accuracy is high, and that of saying the other class always no lower."""
+    y = np.zeros(len(opened.groups.fit), dtype=int)
+    y[np.flatnonzero(opened.groups.fit)[:3]] = y[np.flatnonzero(~opened.groups.fit)[:2]] = 1
+    target = make_target([("no", "yes")[k] for k in y], LabelOptions(), "classification")
+    done = evaluate(target, opened.groups, [full_vector(opened.embeddings.x)], metric="accuracy")
+    assert done.entries[0].scores["accuracy"].value > 0.98
+    assert any("accuracy is not clearly above majority" in note for note in done.notes)
 
 
 def test_nothing_to_find_is_refused(opened):

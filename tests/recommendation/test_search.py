@@ -5,19 +5,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from scipy.stats import norm
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.representations import full_vector
-from distil_rank.evaluation.task import Groups
+from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.statistics import Interval
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.recommendation.pipelines import Cost, Fitted, Pipeline, full_pipeline, grid
-from distil_rank.recommendation.problem import CONFIRM, FIT, open_problem
+from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, Task, open_problem
 from distil_rank.recommendation.search import (
+    LIKELY,
+    LOOKS,
     Evaluator,
     Outcome,
-    cheapest,
+    choose,
     pareto_front,
     search_pipelines,
     within_limits,
@@ -34,9 +38,15 @@ def fitted(problem):
     return Fitted(problem)
 
 
-def outcome(bytes, time, value, low=None):
+def outcome(bytes, time, value, low=None, likely=0.9):
     pipeline = Pipeline("1", "variance", bytes, "int8")
-    return Outcome(pipeline, bytes, time, (value,), (Interval(value, value - 0.01 if low is None else low, 2.0),))
+    return Outcome(
+        pipeline, bytes, time, (value,), (Interval(value, value - 0.01 if low is None else low, 2.0),), likely
+    )
+
+
+def no_ties(one, other):
+    return False
 
 
 def test_the_full_pipeline_is_what_evaluate_calls_the_full_vector(problem, fitted):
@@ -50,18 +60,27 @@ def test_the_full_pipeline_is_what_evaluate_calls_the_full_vector(problem, fitte
     assert evaluator.outcome(full_pipeline(problem), {}).scores[0] == pytest.approx(
         done.entries[0].scores["mAP"].value, abs=1e-6
     )
-    assert evaluator.outcome(full_pipeline(problem), {}).retained[0] == Interval(1, 1, 1)
+    assert evaluator.full({}).retained[0] == Interval(1, 1, 1)
 
 
 def test_every_pipeline_within_the_limits_is_compared(problem, fitted):
-    outcomes = search_pipelines(fitted, within_limits(problem, 16), {})
+    outcomes, answers = search_pipelines(fitted, within_limits(problem, 16), {}, 0.9)
     assert len(grid(problem)) == 48 and {one.pipeline for one in outcomes} == {
         one for one in grid(problem) if one.bytes <= 16
     }
-    chosen, reached = cheapest(outcomes, 0.9, "bytes")
-    assert reached and chosen.at_least >= 0.9
-    cheaper = [one for one in outcomes if one.bytes < chosen.bytes]
-    assert all(one.after_margin < 0.9 for one in cheaper)
+    smallest = answers["smallest"]
+    assert smallest == answers["fastest"] and smallest.likely >= LIKELY  # no time was measured
+    assert all(one.likely < LIKELY for one in outcomes if one.bytes < smallest.bytes)
+
+
+def test_rounding_to_bf16_changes_no_answer_but_by_a_tie(problem, fitted):
+    rounded = {name: torch.from_numpy(x).bfloat16().float().numpy() for name, x in problem.layers.items()}
+    other, pipelines = Fitted(replace(problem, layers=rounded)), within_limits(problem, 64)
+    before, after = (search_pipelines(one, pipelines, {}, 0.99)[1] for one in (fitted, other))
+    for name in ("fastest", "smallest"):
+        assert before[name].pipeline == after[name].pipeline
+    evaluator = Evaluator(fitted, VALIDATE)
+    assert evaluator.ties(*(evaluator.outcome(one["best"].pipeline, {}) for one in (before, after)))
 
 
 def test_the_confirmation_groups_change_nothing_before_the_confirmation(problem, fitted):
@@ -70,7 +89,7 @@ def test_the_confirmation_groups_change_nothing_before_the_confirmation(problem,
         x[problem.split == CONFIRM] = 7.0
     spoilt = Fitted(replace(problem, layers=changed))
     pipelines = within_limits(problem, 4)
-    before, after = (search_pipelines(one, pipelines, {}) for one in (fitted, spoilt))
+    before, after = (search_pipelines(one, pipelines, {}, 0.99)[0] for one in (fitted, spoilt))
     assert [one.scores for one in before] == [one.scores for one in after]
 
 
@@ -84,27 +103,67 @@ def test_limits_that_nothing_meets_are_refused(problem):
         within_limits(problem, None, 0.5, {})
 
 
-def test_the_cheapest_by_what_is_weighed():
-    slow_small, fast_large, in_between = outcome(4, 1.0, 1.1), outcome(64, 0.5, 1.1), outcome(8, 0.6, 1.1)
-    too_weak = outcome(2, 0.1, 0.8)
-    outcomes = [slow_small, fast_large, in_between, too_weak]
-    for weigh, expected in (("bytes", slow_small), ("time", fast_large), ("both", slow_small)):
-        assert cheapest(outcomes, 0.99, weigh) == (expected, True)
-    assert cheapest(outcomes, 1.5, "both") == (slow_small, False)
+def test_three_answers():
+    slow_small, fast_large, fast_small = outcome(4, 1.0, 1.1), outcome(64, 0.5, 1.2), outcome(8, 0.5, 1.15)
+    too_weak, top = outcome(2, 0.1, 0.8, likely=0.1), outcome(128, 0.9, 1.3)
+    outcomes = [slow_small, fast_large, fast_small, too_weak, top]
+    expected = {"fastest": fast_small, "smallest": slow_small, "best": top}
+    assert choose(outcomes, no_ties, searched=True) == expected
+    assert choose(outcomes, no_ties, searched=False) == expected | {"fastest": fast_large}  # bytes are no cost
+    level = choose(outcomes, lambda one, other: {one.bytes, other.bytes} == {128, 8}, searched=True)
+    assert level["best"] == fast_small, "the cheapest of those that tie with the highest"
+    assert choose([too_weak, unlikely := outcome(9, 1.0, 0.9, likely=0.2)], no_ties, True)["smallest"] == unlikely
 
 
-def test_an_uncertain_pipeline_comes_after_a_certain_one():
-    certain, uncertain = outcome(8, 1.0, 1.1, low=1.08), outcome(4, 1.0, 1.1, low=0.99)
-    assert cheapest([certain, uncertain], 0.99, "bytes") == (certain, True)
-    assert cheapest([uncertain], 0.99, "bytes") == (uncertain, True)
+def test_what_costs_the_same_and_ties_is_decided_by_simplicity_and_not_by_noise():
+    simple, level = (
+        outcome(8, 1.0, 1.1),
+        replace(outcome(8, 1.0, 1.1001), pipeline=Pipeline("1", "invariant", 8, "int8")),
+    )
+    assert choose([simple, level], lambda *_: True, True)["fastest"] == simple
+    assert choose([simple, level], no_ties, True)["fastest"] == level
+
+
+def test_the_chance_of_confirmation_is_what_drawing_again_gives():
+    """Estimates of two splits, normal about the same truth: how often is the second one's lower end high enough?"""
+    rng, error, keep = np.random.default_rng(0), 0.05, 0.99
+    first, bound = 0.15, norm.isf(0.05 / 2 / LOOKS) * error
+    truth = first + error * rng.normal(size=200_000)  # a flat prior
+    drawn = np.mean(truth + error * rng.normal(size=200_000) - bound >= math.log(keep))
+    share = Interval(math.exp(first), math.exp(first - norm.isf(0.05) * error), 2.0)
+    one = Outcome(Pipeline("1", "variance", 4, "int8"), 4, 1.0, (1.0,), (share,))
+    assert one.chance_of_confirmation(keep) == pytest.approx(drawn, abs=0.005)
 
 
 def test_each_of_several_tasks_has_to_be_retained():
     retained, lost = Interval(1.1, 1.08, 1.2), Interval(-0.2, -math.inf, math.inf)
     for tasks in ((retained, lost), (lost, retained), (retained, Interval(0.0, -math.inf, math.inf))):
-        cheap = Outcome(Pipeline("1", "variance", 4, "int8"), 4, 1.0, (1.0, 1.0), tasks)
-        assert cheap.after_margin == -math.inf
-        assert cheapest([cheap, certain := outcome(8, 1.0, 1.1)], 0.99, "bytes") == (certain, True)
+        both = Outcome(Pipeline("1", "variance", 4, "int8"), 4, 1.0, (1.0, 1.0), tasks)
+        assert both.chance_of_confirmation(0.99) == 0
+    assert replace(both, retained=(retained, retained)).chance_of_confirmation(0.99) > 0.9
+
+
+@pytest.mark.parametrize("metric", ["mcc", "accuracy", "macro_f1", "accuracy 1nn"])
+def test_chance_is_never_certified(problem, metric):
+    """Five proteins of one class among 706."""
+    y = np.zeros(len(problem.split), dtype=int)
+    y[[np.flatnonzero(problem.split == split)[i] for split, i in ((0, 0), (0, 9), (0, 50), (1, 3), (2, 3))]] = 1
+    task = Task("few", Target("classification", y=y, classes=("no", "yes")), np.arange(len(y)))
+    with pytest.raises(InputError, match="no function to retain"):
+        search_pipelines(Fitted(replace(problem, tasks=(task,))), [], {}, 0.99, metric)
+
+
+def test_a_classification_is_measured_by_the_probe_itself_before_the_choice(problem):
+    y = np.unique(problem.tasks[0].target.relevance.levels[0], return_inverse=True)[1] % 2
+    x = problem.layers[problem.last].copy()
+    x[:, :2] += 3 * x.std() * np.random.default_rng(0).normal(size=(2, 2))[y]
+    task = Task("halves", Target("classification", y=y, classes=("a", "b")), np.arange(len(y)))
+    fitted = Fitted(replace(problem, layers={problem.last: x}, tasks=(task,)))
+    pipelines = [one for one in grid(fitted.problem) if one.dtype == "int8" and one.rank <= 64]
+    _, answers = search_pipelines(fitted, pipelines, {}, 0.9)
+    evaluator = Evaluator(fitted, VALIDATE)
+    for one in answers.values():
+        assert evaluator.outcome(one.pipeline, {}, 0.9).scores == one.scores
 
 
 def test_the_front_is_what_brute_force_finds():
