@@ -141,7 +141,7 @@ def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
     """The parent says what was chosen; the cheapest of the front that retain enough, then the nearest, are children."""
     confirmed = result.confirmed
     run.log_params({"choice": str(result.chosen.pipeline), "verdict": result.verdict})
-    answer = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}: {result.chosen.pipeline}"
+    answer = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}"  # as much as the list has room for
     run.set_tags({"mlflow.runName": answer})  # the list of runs then answers the question
     run.log_metrics({**_figures(confirmed), "pipelines": len(result.outcomes), "seconds": result.seconds})
     for file in files:
