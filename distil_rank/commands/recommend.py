@@ -161,8 +161,8 @@ def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
     confirmed, pipeline = answer.confirmed, answer.chosen.pipeline
     run.log_params({"choice": str(pipeline), "verdict": answer.verdict})
     run.log_params({name: str(one.chosen.pipeline) for name, one in result.answers.items()})
-    name = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}: {pipeline}"
-    run.set_tags({"mlflow.runName": name})  # the list of runs then answers the question
+    words = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}"  # as much as the list has room for
+    run.set_tags({"mlflow.runName": words})  # the list of runs then answers the question
     run.log_metrics({**_figures(confirmed), "pipelines": len(result.outcomes), "seconds": result.seconds})
     for file in files:
         run.log_artifact(file)

@@ -51,7 +51,7 @@ def test_the_sample(workplace, capsys, monkeypatch):
     runs = client.search_runs([experiment.experiment_id])
     [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == len(content["front"]) and all(run.info.status == "FINISHED" for run in runs)
+    assert len(children) == min(len(content["front"]), 20) and all(run.info.status == "FINISHED" for run in runs)
     assert parent.data.params["verdict"] == "confirmed"
     assert (
         parent.info.run_name
