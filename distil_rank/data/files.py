@@ -94,14 +94,15 @@ def load_matrix(path: str | Path) -> Embeddings:
         raise InputError(f"Expected a store of embeddings before :{layer} but {file} is none; name the file alone.")
     if reader is None:
         raise InputError(
-            f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {file.name}; convert it first."
+            f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {file.name}; convert it first, FASTA by embed."
         )
     try:
         embeddings = reader(file if layer is None else Path(path))
     except DAMAGE as error:
         if isinstance(error, InputError):
             raise
-        reason = " ".join(str(error).split())[:160]
+        # NumPy takes any other file for a pickle, and tells how to load it unsafely
+        reason = "no arrays" if "pickle" in str(error) else " ".join(str(error).split())[:160]
         raise InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.") from error
     return _validated(embeddings, path)
 
