@@ -50,6 +50,16 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
 
 
+@pytest.mark.parametrize(
+    "name", ["train-teacher", "distil", "benchmark", "sweep", "evaluate", "code", "recommend", "search"]
+)
+def test_results_that_cannot_be_written_are_refused_before_any_work(tmp_path, name):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "results"):
+        with pytest.raises(InputError, match=r"Expected a folder to save to at .* is a file; name another place"):
+            parse(name, ["--output", str(place), *(["--self", "true"] if name == "search" else [])])
+
+
 def test_options_are_layered_from_files_and_the_command_line(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("rank: 8\ntrainer:\n  max_steps: 7\n")

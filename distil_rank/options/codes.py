@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
@@ -89,6 +90,7 @@ class CodeOptions:
 
     def check(self) -> None:
         """Raises `InputError` for values out of range and options that contradict each other."""
+        check_writable(self.output)
         self.augmentation.check()
         for name, least in (("rank", 1), ("train", 0), ("regularisation", 0)):
             if getattr(self, name) < least:
@@ -140,6 +142,7 @@ class SearchOptions:
 
     def check(self) -> None:
         """Raises `InputError` for values out of range and options that contradict each other."""
+        check_writable(self.output)
         sources = [f"--{name}" for name in ("fasta", "queries", "self") if getattr(self, name)]
         if len(sources) > 1 or not (sources or self.export):
             raise InputError(
