@@ -19,7 +19,7 @@ from typing import Any
 import jsonargparse
 
 from distil_rank.errors import InputError
-from distil_rank.tracking.run_store import without_credentials
+from distil_rank.tracking.run_store import SIGNAL_EXIT_CODES, was_interrupted, without_credentials
 
 PROG = "distil-rank"
 QUIET = (
@@ -75,8 +75,8 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     argv = [f"[{one}]" if before in lists and one[:1] not in ("[", "-") else one for before, one in pairs]
     try:
         values = parser.instantiate(parser.parse_args(argv))
-    except jsonargparse.ArgumentError as error:
-        raise InputError(f"{' '.join(str(error).split())} (see `{parser.prog} --help`)") from error
+    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:  # the latter from a configuration that is binary
+        raise InputError(f"{' '.join(str(error).split())[:300]} (see `{parser.prog} --help`)") from error
     options = options_class(**{field.name: getattr(values, field.name) for field in fields(options_class)})
     if unknown := getattr(options, "trainer", {}).keys() - lightning_options():
         wrong = f"--trainer.{min(unknown)}"
@@ -187,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{PROG}: {without_credentials(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and (error.code in SIGNAL_EXIT_CODES or not was_interrupted(error)):
+            raise  # otherwise it is Lightning's, after Ctrl-C
         print(f"{PROG}: stopped; what was finished stays.", file=sys.stderr)
         return 130

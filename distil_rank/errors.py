@@ -1,6 +1,15 @@
 """The one exception that the command line turns into a clear line and exit code 2."""
 
+import pickle
+import struct
+import zipfile
 from collections.abc import Iterable
+
+# What readers raise on a file that is cut short or no such file at all; torch's checks on nothing before it reads.
+DAMAGE = (
+    *(OSError, ValueError, LookupError, EOFError, RuntimeError, TypeError, AttributeError, AssertionError),
+    *(zipfile.BadZipFile, pickle.UnpicklingError, struct.error),
+)
 
 
 class InputError(ValueError):

@@ -50,6 +50,24 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
 
 
+@pytest.mark.parametrize(
+    "name", ["train-teacher", "distil", "benchmark", "sweep", "evaluate", "code", "recommend", "search"]
+)
+def test_results_that_cannot_be_written_are_refused_before_any_work(tmp_path, name):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "results"):
+        with pytest.raises(InputError, match=r"Expected a folder to save to at .* is a file; name another place"):
+            parse(name, ["--output", str(place), *(["--self", "true"] if name == "search" else [])])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\xaf\x00", b"id\tlabel\n" * 999, b"{", b""])
+def test_a_configuration_that_is_none_is_one_line(tmp_path, content, capsys):
+    (tmp_path / "c.yaml").write_bytes(content)
+    assert main(["distil", "--config", str(tmp_path / "c.yaml"), "--rank", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("distil-rank: ") and error.count("\n") == 1 and len(error) < 400
+
+
 def test_options_are_layered_from_files_and_the_command_line(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("rank: 8\ntrainer:\n  max_steps: 7\n")
@@ -92,8 +110,16 @@ def test_unknown_commands_and_interrupts(capsys, monkeypatch):
     def interrupted(name, argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distil_rank.cli.parse", interrupted)
-    assert main(["distil"]) == 130
+    def interrupted_as_lightning_does_it(name, argv):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)  # noqa: B904
+
+    for stopped in (interrupted, interrupted_as_lightning_does_it):
+        monkeypatch.setattr("distil_rank.cli.parse", stopped)
+        assert main(["distil"]) == 130
+        assert capsys.readouterr().err == "distil-rank: stopped; what was finished stays.\n"
 
 
 def test_passwords_are_neither_logged_nor_in_a_traceback():

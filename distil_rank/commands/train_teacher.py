@@ -95,6 +95,11 @@ def make_teacher(
             fit = Trainer(**merged, logger=RunLogger(run), enable_checkpointing=False, callbacks=[progress])
             fit.fit(module, datamodule=data)
             layer = module.layer.cpu()
+            if not layer.weight.isfinite().all():
+                raise InputError(
+                    f"Expected a teacher that can be trained on {data.source} but its weights became NaN or infinite; "
+                    "give vectors of a smaller scale."
+                )
             relative = options.noise_scale == "relative"
             check = check_teacher(layer, data.moments, data.rows("test"), options.noise, relative)
         else:

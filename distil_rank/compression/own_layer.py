@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError, examples
+from distil_rank.errors import DAMAGE, InputError, examples
 
 HUGGING_FACE_FILES = tuple(  # in the order in which Hugging Face itself looks for them
     f"{name}{suffix}" for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
@@ -56,7 +55,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"Expected plain tensors in {path} but it holds pickled Python objects, such as a whole model, which are"
             " never loaded; save `model.state_dict()`."
         ) from error
-    except (SafetensorError, EOFError, OSError, ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
+    except (*DAMAGE, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"Expected plain tensors in {path} but it cannot be read safely ({reason}); save it again as .safetensors."

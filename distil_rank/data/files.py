@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import pickle
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.sequences import accession, name_in_header
 from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.embedding.store import Store, embedding_run
-from distil_rank.errors import InputError, examples
+from distil_rank.errors import DAMAGE, InputError, examples
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +35,6 @@ FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larg
 OWN_LABELS = "labels.tsv"  # in the folder of a store
 COLUMNS = ("ids", "sequences", "labels", "clusters")
 FAIR_ESM_KEYS = ("mean_representations", "bos_representations", "representations")
-DAMAGE = (  # what readers raise on a file that is cut short or no such file at all
-    *(OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError),
-    *(zipfile.BadZipFile, SafetensorError, pickle.UnpicklingError),
-)
 
 
 @dataclass(frozen=True)
@@ -94,14 +88,16 @@ def load_matrix(path: str | Path) -> Embeddings:
         raise InputError(f"Expected a store of embeddings before :{layer} but {file} is none; name the file alone.")
     if reader is None:
         raise InputError(
-            f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {file.name}; convert it first."
+            f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {file.name}; convert it first, "
+            "FASTA by embed."
         )
     try:
         embeddings = reader(file if layer is None else Path(path))
-    except DAMAGE as error:
+    except (*DAMAGE, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
-        reason = " ".join(str(error).split())[:160]
+        # NumPy takes any other file for a pickle, and tells how to load it unsafely
+        reason = "no arrays" if "pickle" in str(error) else " ".join(str(error).split())[:160]
         raise InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.") from error
     return _validated(embeddings, path)
 

@@ -300,7 +300,7 @@ def _numbered(file: IO[bytes], source: str) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(text, 1):
             if "\0" in line:
                 raise InputError(
-                    f"Expected text in {source} but line {number} is binary; give FASTA, plain or compressed."
+                    f"Expected text in {source} but line {number} is binary; give a text file, plain or compressed."
                 )
             yield number, line.rstrip("\n")
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:

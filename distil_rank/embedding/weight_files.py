@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distil_rank.artefact import sha256_of, write_atomically
-from distil_rank.errors import InputError
+from distil_rank.errors import DAMAGE, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +89,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             mapped = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:120]
+    except (*DAMAGE, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise InputError(f"Expected weights in {path} but they cannot be loaded safely ({reason}).") from error
     if not isinstance(content, dict):
         raise InputError(f"Expected named weights in {path} but got {type(content).__name__}.")

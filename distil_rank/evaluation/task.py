@@ -11,6 +11,7 @@ import numpy as np
 
 from distil_rank.data.mmseqs import mmseqs_binary, mmseqs_clusters
 from distil_rank.data.split import split_groups
+from distil_rank.embedding.sequences import open_lines
 from distil_rank.errors import InputError, examples
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.options.evaluation import Kind, LabelOptions, TaskKind
@@ -189,8 +190,8 @@ def make_groups(
     listed: set[str] = set()
     name = choice
     if choice is not None and choice not in available and Path(choice).is_file():
-        lines = Path(choice).read_text(encoding="utf-8-sig").splitlines()
-        listed = {line.strip() for line in lines if line.strip()}
+        with open_lines(choice) as lines:
+            listed = {line.strip() for _, line in lines if line.strip()}
         hits = {one: len(listed & set(values)) for one, values in available.items() if one != "none"}
         name = max(hits, key=hits.__getitem__, default=None)  # the column or level that has most of them
         if name is None or not hits[name]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
@@ -87,6 +88,7 @@ class CodeOptions:
 
     def check(self) -> None:
         """Raises `InputError` for values out of range and options that contradict each other."""
+        check_writable(self.output)
         self.augmentation.check()
         for name, least in (("rank", 1), ("train", 0), ("regularisation", 0)):
             if getattr(self, name) < least:
@@ -136,6 +138,7 @@ class SearchOptions:
 
     def check(self) -> None:
         """Raises `InputError` for values out of range and options that contradict each other."""
+        check_writable(self.output)
         sources = [f"--{name}" for name in ("fasta", "queries", "self") if getattr(self, name)]
         if len(sources) != 1:
             raise InputError(

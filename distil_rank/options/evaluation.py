@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
 from distil_rank.options.embed import Precision, check_backbone
 
@@ -96,6 +97,7 @@ class EvaluateOptions:
 
     def check(self) -> None:
         """Raises `InputError` for values out of range, files that are not there and options that contradict."""
+        check_writable(self.output)
         _check_vectors(self)
         if min(self.ranks or [1]) < 1:
             raise InputError(f"Expected --ranks of at least 1 but got {self.ranks}.")
@@ -151,6 +153,7 @@ class RecommendOptions:
     def check(self) -> None:
         """Raises `InputError` for values out of range, files that are not there and options that contradict."""
         embeds = self.fasta is not None or (self.data == "auto" and self.labels.source is None)
+        check_writable(self.output)
         _check_vectors(self, embeds)
         if not 0 < self.keep <= 2:
             raise InputError(f"Expected --keep in (0, 2], a share of the full vector's score, but got {self.keep}.")

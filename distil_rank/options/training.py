@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
 
 BUILT_IN = ("denoising", "random", "spectral")
@@ -151,6 +152,7 @@ class TrainTeacherOptions:
 
     def check(self) -> None:
         """Raises `InputError` for what can be told before any work."""
+        check_writable(self.output)
         self.data.check()
         self.teacher.check()
 

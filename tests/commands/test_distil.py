@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -52,6 +53,13 @@ def distilled(workplace):
     finally:
         os.chdir(old)
     return json.loads((workplace / "results/distil/denoising-r8/latest/summary.json").read_text())
+
+
+def test_a_teacher_that_diverges_is_one_line(workplace, capsys):
+    huge = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32) * 1e30
+    np.savez(workplace / "huge.npz", embeddings=huge)
+    assert main(["distil", "--data.source", "huge.npz", "--rank", "2", "--teacher.steps", "5"]) == 2
+    assert "its weights became NaN or infinite; give vectors of a smaller" in capsys.readouterr().err.splitlines()[-1]
 
 
 def client(workplace) -> mlflow.MlflowClient:

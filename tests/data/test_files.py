@@ -202,8 +202,9 @@ def test_pickles_are_refused_and_not_run(tmp_path):
     np.save(tmp_path / "g.npy", np.array([[bad]]), allow_pickle=True)
     np.savez(tmp_path / "h.npz", embeddings=np.array([[bad]]))
     for name in ("e.pt", "f.pt", "g.npy", "h.npz"):
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match="cannot be read") as refused:
             load_matrix(tmp_path / name)
+        assert "allow_pickle" not in str(refused.value), "nobody is told how to load it unsafely"
     assert not (tmp_path / "never").exists()
 
 

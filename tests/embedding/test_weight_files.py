@@ -6,7 +6,8 @@ import os
 import pytest
 
 from distil_rank.embedding import weight_files
-from distil_rank.embedding.weight_files import cached_sha256
+from distil_rank.embedding.weight_files import cached_sha256, load_tensors
+from distil_rank.errors import InputError
 
 
 @pytest.fixture
@@ -50,3 +51,15 @@ def test_a_cache_that_cannot_be_written_is_done_without(hashed, tmp_path):
     file.write_bytes(b"weights")
     assert cached_sha256(file) == cached_sha256(file) == hashlib.sha256(b"weights").hexdigest()
     assert hashed == ["a.pt", "a.pt"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello", b"", b"0", b">p1\nMKV\n", b"version: 1", b"{}", b"\x80\x02.", b"PK\x03\x04"]
+)
+def test_files_that_hold_no_weights_are_one_line(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"Expected weights in .*a\.pt but they cannot be loaded safely \(\w+: "
+    ) as refused:
+        load_tensors(tmp_path / "a.pt")
+    assert "\n" not in str(refused.value)

@@ -138,6 +138,9 @@ def test_files_that_name_no_group_or_all(tmp_path):
     file.write_text("nothing\n")
     with pytest.raises(InputError, match="none of its 1 lines"):
         make_groups(str(file), SCOPE, IDS)
+    file.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(InputError, match=r"Expected text in .*folds\.txt but line 1 is binary; give a text file"):
+        make_groups(str(file), SCOPE, IDS)
     file.write_text("\n".join(set(SCOPE.levels[2])))
     with pytest.raises(InputError, match="names all of them"):
         make_groups(str(file), SCOPE, IDS)
