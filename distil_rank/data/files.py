@@ -21,7 +21,7 @@ from distil_rank.embedding.extraction import STORES
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.sequences import accession, name_in_header
 from distil_rank.embedding.storage import Location, is_remote
-from distil_rank.embedding.store import Store, embedding_run
+from distil_rank.embedding.store import Store, embedding_run, open_storage, read_manifest
 from distil_rank.errors import DAMAGE, InputError, examples
 
 log = logging.getLogger(__name__)
@@ -326,13 +326,10 @@ def find_source(source: str, *shipped: str, labelled: bool = False) -> str:
 
 def _is_own(folder: Path) -> bool:
     """Whether a store is finished and of other proteins than those that ship."""
+    places = [str(folder), *(sample(name) for name in (UNLABELLED, LABELLED))]
     try:
-        tables = [{file["sha256"] for file in Store.open(folder).manifest["proteins"]}]
-        tables += [
-            {file["sha256"] for file in Store.open(sample(name)).manifest["proteins"]}
-            for name in (UNLABELLED, LABELLED)
-            if Path(sample(name)).exists()
-        ]
+        manifests = [read_manifest(open_storage(place)) or {"proteins": [], "shards": [{}]} for place in places]
     except InputError:
         return False
-    return tables[0] not in tables[1:]
+    own, *shipped = ({file["sha256"] for file in manifest["proteins"]} for manifest in manifests)
+    return own not in shipped and all("sha256" in shard for shard in manifests[0]["shards"])
