@@ -97,7 +97,7 @@ ui: .venv/installed ## Browse the runs in MLflow
 	@$(RUN) ui $(ARGS)
 
 test: .venv/installed-dev ## Run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q $(ARGS)  # one worker a core, one thread a worker
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) * 3 / 2)) --dist worksteal -q $(ARGS)  # of one thread each; many wait
 
 check-docs: .venv/installed-dev ## Run all that the README tells to type, as it stands, in a fresh clone of the last commit (20 minutes)
 	@DISTIL_RANK_FRESH_CLONE=1 $(BIN)/python -m pytest -q -s tests/test_fresh_clone.py $(ARGS)

@@ -53,11 +53,7 @@ def test_the_sample(workplace, capsys, monkeypatch):
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == min(len(content["front"]), 20) and all(run.info.status == "FINISHED" for run in runs)
     assert parent.data.params["verdict"] == "confirmed"
-    assert (
-        parent.info.run_name
-        == f"{parent.data.params['choice']}, {store.encoder.bytes_per_protein} bytes: retains "
-        + (f"{retained['value']:.3f}, confirmed")
-    )
+    assert parent.info.run_name == f"{store.encoder.bytes_per_protein} bytes retain {retained['value']:.3f}"
     assert parent.data.metrics["retained_low"] == pytest.approx(retained["low"], rel=1e-4)
 
 
