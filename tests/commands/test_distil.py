@@ -46,12 +46,11 @@ def here(workplace, monkeypatch):
 @pytest.fixture(scope="module")
 def distilled(workplace):
     """One `distil`, by the real command line."""
-    old = Path.cwd()
-    os.chdir(workplace)
-    try:
+    with pytest.MonkeyPatch.context() as patch:  # before `here`, which is of each test
+        patch.chdir(workplace)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr("distil_rank.training.experiment.ORIGINAL_STEPS", 50)
         assert main(["distil", "--data.source", "proteins.npz", "--teacher.steps", "40", *QUICK]) == 0
-    finally:
-        os.chdir(old)
     return json.loads((workplace / "results/distil/denoising-r8/latest/summary.json").read_text())
 
 

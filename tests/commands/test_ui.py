@@ -20,9 +20,8 @@ QUICK = ["--trainer.max_steps", "12", "--data.source", "proteins.npz", "--data.s
 
 
 def record_runs() -> None:
-    """The real commands on a slice of the real sample: a benchmark, a distillation and a sweep."""
+    """The real commands on a slice of the real sample: a distillation and a sweep."""
     for command in (
-        ["benchmark", "--rank", "8", "--seeds", "[42]", "--teacher.steps", "20"],
         ["distil", "--rank", "4", "--teacher.kind", "random"],
         ["sweep", "--ranks", "[2, 4]", "--teacher.kind", "spectral"],
     ):
@@ -76,7 +75,7 @@ def served(browser, slice_of_sample, tmp_path, monkeypatch) -> Iterator[Served]:
 @pytest.mark.slow
 def test_the_runs_as_a_browser_shows_them(browser, served):
     browser.open(served.pages["distil"])
-    assert browser.sees("benchmark 32-d proteins", "random r4", "5 matching runs")
+    assert browser.sees("random r4", "1 matching run")
     assert browser.sees("Low-rank students beside the teachers")
     assert browser.sees("Parameters", "teacher", "rank", "backbone", "Metrics", "r2", "centred_cosine")
     browser.screenshot("runs")
