@@ -103,7 +103,8 @@ class ProbeTrial:
         self.probes = (ridge,) if quick or target.kind == "regression" else (ridge, logistic)
         self.target, self.groups, self.seed, self.notes = target, groups, seed, list[str]()
         self.metrics, self.y_fit, self.y = METRICS[target.kind], target.y[fit], target.y[~fit]
-        self.evaluated_groups = len(np.unique(groups.number[~fit]))
+        self.group = np.unique(groups.number[~fit], return_inverse=True)[1]  # of the evaluated rows, numbered from 0
+        self.evaluated_groups = int(self.group.max(initial=-1)) + 1
         if (fitted := len(np.unique(groups.number[fit]))) < 2:
             raise InputError(f"Expected at least two groups to fit a probe on but got {fitted}; choose other --groups.")
         if target.kind == "regression":
@@ -121,9 +122,8 @@ class ProbeTrial:
     def measure(self, rows: Rows | Scores, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
         """By metric, sums over the evaluated groups, from a probe that is fitted on the true labels or on others."""
         assert not callable(rows)
-        fit, number = self.groups.fit, self.groups.number
+        fit, group = self.groups.fit, self.group
         y_fit = self.y_fit if y_fit is None else y_fit
-        group = np.unique(number[~fit], return_inverse=True)[1]
         predicted = self._predict(rows[1].numpy().astype(np.float64), y_fit)
         if self.target.kind == "regression":
             return self._statistics(predicted, self.y, group)
@@ -137,13 +137,13 @@ class ProbeTrial:
 
         The latter says the most frequent class, every label, or the mean.
         """
-        y, group = self.y_fit, np.unique(self.groups.number[~self.groups.fit], return_inverse=True)[1]
+        y = self.y_fit
         constant = {
             "classification": lambda: np.bincount(y).argmax(),
             "multilabel": lambda: np.ones(y.shape[1], dtype=y.dtype),
             "regression": y.mean,
         }[self.target.kind]()
-        same = self._statistics(np.broadcast_to(constant, self.y.shape), self.y, group)
+        same = self._statistics(np.broadcast_to(constant, self.y.shape), self.y, self.group)
         same |= {f"{name} 1nn": same[name] for name in same if f"{name} 1nn" in self.metrics}
         return {CHANCE: self.measure(rows, np.random.default_rng(self.seed).permutation(y)), MAJORITY: same}
 
