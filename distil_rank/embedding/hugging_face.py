@@ -1,0 +1,252 @@
+"""Any protein language model that `transformers` loads, behind the interface of the fused ESM-2 encoder.
+
+A model is known by what it does, not by its name: how its tokeniser writes residues is found by asking it, its blocks
+are the list of modules as long as its configuration says, and its limit of residues is the size of its position table.
+Only safe weights are read (safetensors, or tensors alone of a `.bin`), and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from distil_rank.embedding.layers import LayerClock
+from distil_rank.embedding.tokens import ResidueTokens
+from distil_rank.embedding.weight_files import cached_sha256, hugging_face_files
+from distil_rank.errors import DAMAGE, InputError, examples
+
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+RARE = "BOUZ"  # that models whose residues stand apart (ProtTrans') read as X, whatever their vocabulary has
+LETTERS = "BJOUXZ"
+METADATA = ("*.json", "*.txt", "*.model")
+
+
+class _Stop(Exception):
+    """Ends a pass behind the last layer that is wanted."""
+
+
+def residue_tokens(tokenizer: Any) -> ResidueTokens | None:
+    """How a tokeniser writes residues, as one token each, alone or between spaces; None where it does neither.
+
+    The residues forwards and backwards have the tokens in between in opposite order; what both begin and end with is
+    not of residues.
+    """
+
+    def ids(text: str, apart: str) -> list[int]:
+        return list(tokenizer(apart.join(text))["input_ids"])
+
+    for apart in ("", " "):
+        forwards, backwards = ids(RESIDUES, apart), ids(RESIDUES[::-1], apart)
+        pairs = list(zip(forwards, backwards, strict=False))
+        before = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
+        tokens = forwards[before : before + len(RESIDUES)]
+        after = forwards[before + len(RESIDUES) :]
+        expected = [*forwards[:before], *tokens[::-1], *after]
+        if len(set(tokens)) != len(RESIDUES) or backwards != expected:
+            continue
+        known = dict(zip(RESIDUES, tokens, strict=True))
+        unknown = tokenizer.unk_token_id
+        for letter in "X" + LETTERS.replace("X", ""):
+            other = ids(RESIDUES + letter, apart)
+            single = len(other) == len(forwards) + 1 and other[before + len(RESIDUES)] != unknown
+            if letter == "X":
+                unknown = other[before + len(RESIDUES)] if single else unknown
+            known[letter] = unknown if not single or (apart and letter in RARE) else other[before + len(RESIDUES)]
+        if unknown is None:
+            continue
+        first = before > 0 and forwards[0] in tokenizer.all_special_ids
+        return ResidueTokens.of(known, unknown, forwards[:before], after, bos=first)
+    return None
+
+
+@dataclass(frozen=True)
+class TransformersBackbone:
+    """An encoder of `transformers` in evaluation mode; see `backbone.Backbone`."""
+
+    name: str
+    model: nn.Module
+    tokens: ResidueTokens
+    dim: int
+    num_layers: int
+    sha256: str  # of the weights' file, or over those of all files in order
+    limit: int | None = None  # residues in one pass, where the model has a table of positions
+    fallback: str | None = None
+
+    def encoder(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        layers: Sequence[int] | None = None,
+    ) -> TransformersEncoder:
+        """The encoder in some precision on a device, for these layers; by default for the last."""
+        return TransformersEncoder(self, dtype, device, layers or [self.num_layers])
+
+
+class TransformersEncoder:
+    """Hidden states of packed sequences; they are padded to a rectangle for the model, whose own attention it is.
+
+    Args:
+        backbone: The model; another precision or device than its own gets a copy.
+        dtype: Of the weights and of all that is computed.
+        device: Where to compute.
+        layers: Whose hidden states are wanted; nothing behind the last of them is computed.
+    """
+
+    def __init__(
+        self, backbone: TransformersBackbone, dtype: torch.dtype, device: torch.device | str, layers: Sequence[int]
+    ):
+        self.dtype, self.device = dtype, torch.device(device)
+        self.wanted, self.layer, self.depth = frozenset(layers), max(layers), backbone.num_layers
+        own = dtype == torch.float32 and self.device.type == "cpu"
+        self.model = backbone.model if own else copy.deepcopy(backbone.model).to(self.device, dtype)
+        self.clock = LayerClock(self.layer, self.device)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The last layer's states as they are: they have the model's final norm already."""
+        return hidden
+
+    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Hidden states of packed sequences behind the last wanted layer, (T, dim) float32."""
+        *_, hidden = self.states(tokens, lengths)
+        return hidden
+
+    @torch.no_grad()
+    def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+        """Hidden states behind the embedding and each layer, (T, dim) float32; of layers that nobody wants (0, dim).
+
+        The last layer's have the model's final norm.
+        """
+        padded = pad_sequence(tokens.split(lengths), batch_first=True)  # (N, longest)
+        mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
+        taken = mask.flatten().nonzero().flatten().to(self.device)  # before it goes to the device: nothing waits
+        kept: dict[int, Tensor] = {}
+        lap = self.clock.start()
+
+        def pack(hidden: Tensor) -> Tensor:
+            return hidden.flatten(0, 1)[taken].float()
+
+        def behind(number: int) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                nonlocal lap
+                self.clock.lap(number, lap)
+                lap = None if lap is None else self.clock.now()
+                if number in self.wanted and number < self.depth:
+                    kept[number] = pack(output[0] if isinstance(output, tuple) else output)
+                if number == self.layer < self.depth:
+                    raise _Stop
+
+            return hook
+
+        blocks = blocks_of(self.model, self.depth)
+        hooks = [block.register_forward_hook(behind(number)) for number, block in enumerate(blocks, start=1)]
+        try:
+            result = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device, torch.long))
+            kept[self.depth] = pack(result.last_hidden_state)
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        nothing = torch.empty(0, 0)
+        yield from (kept.get(number, nothing) for number in range(self.layer + 1))
+
+
+def blocks_of(model: nn.Module, depth: int) -> nn.ModuleList:
+    """The transformer layers: the first list of modules of that length.
+
+    Raises:
+        InputError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise InputError(
+        f"Expected {depth} transformer layers in {type(model).__name__} but found no such list of modules."
+    )
+
+
+def load_transformers(source: str, name: str) -> TransformersBackbone:
+    """Loads an encoder through `transformers`.
+
+    Args:
+        source: A folder as `save_pretrained` writes it, or ORG/NAME of the hub: from the user's cache, or fetched.
+        name: What the user calls it.
+
+    Raises:
+        InputError: `transformers` is missing, or the model cannot be had, read or used.
+    """
+    if find_spec("transformers") is None:
+        raise InputError(f"Expected transformers for {name} but it is missing; pip install 'distil-rank[hf]'.")
+    import transformers  # noqa: PLC0415  (an extra, and slow)
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else _snapshot(source)
+    files = hugging_face_files(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        encoders = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5 without its decoder
+        loader = transformers.AutoModelForTextEncoding if type(config) in encoders else transformers.AutoModel
+        model, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokens = residue_tokens(tokenizer) or residue_tokens(
+            transformers.AutoTokenizer.from_pretrained(folder, do_lower_case=False)  # a vocabulary alone does not say
+        )
+    except (*DAMAGE, AttributeError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"Expected a model in {folder} that transformers loads but got: {reason}") from error
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise InputError(
+            f"Expected the weights of {type(model).__name__} in {folder} but these are missing: {examples(missing)}."
+        )
+    if tokens is None:
+        raise InputError(f"Expected a tokeniser with one token for each residue in {folder} but it has not.")
+    digests = [cached_sha256(file) for file in files]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    blocks_of(model, config.num_hidden_layers)
+    model.eval().requires_grad_(False)
+    limit = _positions(model)
+    return TransformersBackbone(
+        name,
+        model,
+        tokens,
+        config.hidden_size,
+        config.num_hidden_layers,
+        digest,
+        None if limit is None else limit - tokens.specials,
+    )
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Tokens that a table of learned positions has room for; None where the model has no such table."""
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and key.endswith("position_embeddings"):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def _snapshot(source: str) -> Path:
+    """The hub's files of a model: fetched, or from the user's cache."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
+
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=[*METADATA, "*.safetensors"]))
+        if not list(folder.glob("*.safetensors")):
+            snapshot_download(source, allow_patterns=[*METADATA, "pytorch_model*.bin"])
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise InputError(
+            f"Expected the model {source} in the cache or on the hub but got: {' '.join(str(error).split())[:120]}; "
+            "download it where there is a network, or give hf:FOLDER."
+        ) from error
+    return folder
