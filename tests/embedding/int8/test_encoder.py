@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from esm.model.esm2 import ESM2
 
 from distil_rank.embedding import embedder
-from distil_rank.embedding.backbone import Backbone, load_backbone
+from distil_rank.embedding.backbone import ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, tokenise
 from distil_rank.embedding.int8 import encoder as int8_encoder
@@ -26,8 +26,8 @@ def proteins(number: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choice(LETTERS, rng.integers(20, 150))) for _ in range(number)]
 
 
-def backbone_of(model: ESM2) -> Backbone:
-    return Backbone("made here", model.eval().requires_grad_(False), model.alphabet, "0" * 64)
+def backbone_of(model: ESM2) -> ESM2Backbone:
+    return ESM2Backbone("made here", model.eval().requires_grad_(False), model.alphabet, "0" * 64)
 
 
 @pytest.fixture(scope="module")
