@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -200,10 +202,10 @@ def load_transformers(source: str, name: str) -> TransformersBackbone:
         tokens = residue_tokens(tokenizer) or residue_tokens(
             transformers.AutoTokenizer.from_pretrained(folder, do_lower_case=False)  # a vocabulary alone does not say
         )
-    except (*DAMAGE, AttributeError, ImportError, TypeError) as error:
+    except (*DAMAGE, SafetensorError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"Expected a model in {folder} that transformers loads but got: {reason}") from error
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    missing = [key for key in info["missing_keys"] if not re.search(r"pooler|head\.", key)]  # no embedding needs these
     if missing:
         raise InputError(
             f"Expected the weights of {type(model).__name__} in {folder} but these are missing: {examples(missing)}."

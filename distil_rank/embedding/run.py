@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -214,7 +215,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions of what the vectors are computed with, and the machine."""
     cuda = device.type == "cuda"
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in (*PACKAGES, *({"transformers"} & sys.modules.keys()))},
         "machine": {
             "system": platform.platform(),
             "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
