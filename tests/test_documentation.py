@@ -44,6 +44,7 @@ PARSED_ONLY = {
     r"srun |--devices 8|--accelerator cuda": "needs GPUs",
     r"python benchmarks/": "takes minutes; the page shows what it wrote",
     r"make recommend .*(a.tsv,b.tsv|FASTA=scope40)|PRECISION=auto-int8": "tests/commands/ has several tasks",
+    r"--backbone (hf:|antiberty)": "tests/embedding/test_hugging_face.py has such models",
     r"ENCODER=results": "the layer that is recommended differs with the proteins",
     r"--engine ray": "starts a cluster each time; tests/embedding/test_cluster.py has one",
     r"make ui": "serves until it is stopped; tests/commands/test_ui.py opens it",
