@@ -26,7 +26,7 @@ from distil_rank.measure.statistics import LEVEL
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import Answer, RecommendOptions
 from distil_rank.recommendation.pipelines import Fitted, measure_costs
-from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, open_problem, subset_of
+from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, Problem, open_problem, subset_of
 from distil_rank.recommendation.search import (
     Confirmed,
     Costs,
@@ -142,15 +142,16 @@ def _confirmed(
         grouping=problem.groups,
         noise=problem.noise_source,
         seconds=time.perf_counter() - started,
-        next=_next_command(Path(o.output) / "recommend" / "latest", problem.about[problem.last], problem.source),
+        next=_next_command(Path(o.output) / "recommend" / "latest", problem, answers[o.weigh].pipeline.layer),
         notes=(*problem.notes, *notes),
     )
 
 
-def _next_command(latest: Path, about: Mapping[str, object], source: str) -> str:
+def _next_command(latest: Path, problem: Problem, layer: str | None) -> str:
     """New proteins through the answer; or, where the backbone is unknown, the vectors that are there."""
-    if about.get("backbone") is None:
-        return f"make code DATA={split_source(source)[0]} ENCODER={latest / 'codes' / ENCODER} CODES=my_codes"
+    if problem.about[problem.last].get("backbone") is None:
+        source = problem.source if len(problem.layers) == 1 else f"{problem.source}:{layer}"
+        return f"make code DATA={source} ENCODER={latest / 'codes' / ENCODER} CODES=my_codes"
     program = sys.argv[0] if Path(sys.argv[0]).name == "distil-rank" else "distil-rank"  # as it was typed
     return f"{program} embed --config {latest / 'recommended.yaml'} --fasta new.fasta --store new_codes"
 

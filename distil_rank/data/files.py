@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ UNLABELLED = "sample"  # 2,000 unrelated proteins and their vectors; in a checko
 FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larger than memory
 OWN_LABELS = "labels.tsv"  # in the folder of a store
 COLUMNS = ("ids", "sequences", "labels", "clusters")
+LAYER_GROUP = re.compile(r"\D*(\d+)")  # of an HDF5 file: layer_12, 12
 FAIR_ESM_KEYS = ("mean_representations", "bos_representations", "representations")
 
 
@@ -62,10 +64,12 @@ def load_matrix(path: str | Path) -> Embeddings:
     """Reads embeddings from any supported file or folder.
 
     `.npy`, `.npz`, `.safetensors`, `.pt` (a tensor, or a mapping with the key `embeddings`), `.h5`/`.hdf5` (one data
-    set per protein, UniProt's convention), a folder of fair-esm's per-protein `.pt` files, a folder with
-    `embeddings_train.pt` and `embeddings_val.pt`, or a store made by `distil-rank embed` (`STORE:LAYER` for one of
-    several layers). In `.npz`, `.pt` and `.safetensors` the matrix is `embeddings`, or the only 2-d array; `ids`,
-    `sequences`, `labels` and `clusters` are optional. Ids such as `sp|P69905|HBA_HUMAN` become `P69905`, as from FASTA.
+    set per protein, UniProt's convention, or a group of them for each layer), a folder of fair-esm's per-protein `.pt`
+    files, a folder with `embeddings_train.pt` and `embeddings_val.pt`, or a store made by `distil-rank embed`
+    (`STORE:LAYER` for one of several layers). In `.npz`, `.pt` and `.safetensors` the matrix is `embeddings`, or the
+    only 2-d array; `ids`, `sequences`, `labels` and `clusters` are optional. A matrix of several layers is (layers, N, d), and `layers` may
+    name them: `FILE:LAYER` is one of them, by default the last. Ids such as `sp|P69905|HBA_HUMAN` become `P69905`, as
+    from FASTA.
 
     Raises:
         InputError: the path is missing, damaged, of an unknown format, or holds no finite (N, d) matrix.
@@ -84,15 +88,15 @@ def load_matrix(path: str | Path) -> Embeddings:
     if not file.exists():
         raise InputError(f"Expected embeddings at {path} but it does not exist; make them with `distil-rank embed`.")
     reader = _folder_reader(file) if file.is_dir() else READERS.get(file.suffix.lower())
-    if layer is not None and reader is not _read_store:
-        raise InputError(f"Expected a store of embeddings before :{layer} but {file} is none; name the file alone.")
     if reader is None:
         raise InputError(
             f"Expected embeddings as {', '.join(READERS)} or a folder of them but got {file.name}; convert it first, "
             "FASTA by embed."
         )
     try:
-        embeddings = reader(file if layer is None else Path(path))
+        embeddings = reader(Path(path) if reader is _read_store else file)
+        if reader is not _read_store:
+            embeddings = _layer_of(embeddings, layer, file)
     except (*DAMAGE, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
@@ -100,6 +104,35 @@ def load_matrix(path: str | Path) -> Embeddings:
         reason = "no arrays" if "pickle" in str(error) else " ".join(str(error).split())[:160]
         raise InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.") from error
     return _validated(embeddings, path)
+
+
+def layer_names(source: Location) -> list[str]:
+    """The layers that a store or a file has several of; none where it has one."""
+    path, layer = split_source(source)
+    if layer is not None:
+        return []
+    if is_remote(path) or (Path(path) / "manifest.json").is_file():
+        return [str(name) for name in (read_manifest(open_storage(path)) or {}).get("layers", [])]
+    return list(load_matrix(str(path)).provenance.get("layers", []))
+
+
+def _layer_of(embeddings: Embeddings, layer: int | None, path: Path) -> Embeddings:
+    """One layer of a matrix (layers, N, d), by default the last; a matrix (N, d) as it is."""
+    if embeddings.x.ndim != 3:
+        if layer is not None:
+            raise InputError(f"Expected several layers before :{layer} but {path} has one; name the file alone.")
+        return embeddings
+    names = embeddings.provenance.get("layers") or [str(number + 1) for number in range(len(embeddings.x))]
+    if len(set(names)) != len(embeddings.x) or (layer is not None and str(layer) not in names):
+        raise InputError(
+            f"Expected one of {len(embeddings.x)} different layers of {path} but got {layer or examples(names)}, of "
+            f"{examples(names)}."
+        )
+    wanted = names[-1] if layer is None else str(layer)
+    if layer is None:
+        log.info("%s holds the layers %s: taking the last, %s (…:LAYER takes another)", path, examples(names), wanted)
+    x = embeddings.x[names.index(wanted)]
+    return replace(embeddings, x=x, provenance={**embeddings.provenance, "layers": names, "layer": wanted})
 
 
 def _validated(embeddings: Embeddings, path: Location) -> Embeddings:
@@ -128,17 +161,17 @@ def _validated(embeddings: Embeddings, path: Location) -> Embeddings:
 
 def _from_mapping(arrays: dict[str, Any], path: Path, kind: str) -> Embeddings:
     """Selects the matrix and the columns from named arrays."""
-    matrices = [name for name, value in arrays.items() if getattr(value, "ndim", 0) == 2]
+    matrices = [name for name, value in arrays.items() if getattr(value, "ndim", 0) in (2, 3)]
     name = "embeddings" if "embeddings" in arrays else matrices[0] if len(matrices) == 1 else None
     if name is None:
         raise InputError(
-            f"Expected `embeddings` or one 2-d array in {path} but got {examples(arrays)}; name one of them "
-            "`embeddings`."
+            f"Expected `embeddings` or one matrix in {path} but got {examples(arrays)}; name one of them `embeddings`."
         )
     x = np.asarray(arrays[name])
     columns = {key: [str(value) for value in arrays[key]] for key in COLUMNS if arrays.get(key) is not None}
-    ids = columns.pop("ids", None) or [str(row) for row in range(len(x) if x.ndim else 0)]
-    return Embeddings(ids, x, provenance={"format": kind}, **columns)
+    ids = columns.pop("ids", None) or [str(row) for row in range(x.shape[-2] if x.ndim > 1 else 0)]
+    named = {"layers": [str(name) for name in arrays["layers"]]} if arrays.get("layers") is not None else {}
+    return Embeddings(ids, x, provenance={"format": kind, **named}, **columns)
 
 
 def _read_npz(path: Path) -> Embeddings:
@@ -211,23 +244,35 @@ def _read_pair(path: Path) -> Embeddings:
 
 
 def _read_hdf5(path: Path) -> Embeddings:
-    """One data set per protein, (d,) pooled or (L, d) per residue, named by its `original_id` attribute or its key."""
+    """One data set per protein, (d,) pooled or (L, d) per residue, named by its `original_id` attribute or its key.
+
+    Groups that hold the same proteins and whose names end in a number (`layer_12/P69905`) are layers.
+    """
     try:
         import h5py  # noqa: PLC0415  (optional: for HDF5 only)
     except ImportError as error:
         raise InputError("Expected h5py for HDF5 files but it is missing; pip install h5py.") from error
-    proteins: list[Embeddings] = []
+    proteins: dict[str, Embeddings] = {}
 
     def collect(name: str, node: Any) -> None:
         if isinstance(node, h5py.Dataset):
             vectors = np.atleast_2d(node[()])
-            proteins.append(Embeddings([str(node.attrs.get("original_id", name))] * len(vectors), vectors))
+            proteins[name] = Embeddings([str(node.attrs.get("original_id", name))] * len(vectors), vectors)
 
     with h5py.File(path, "r") as file:
         file.visititems(collect)
     if not proteins:
         raise InputError(f"Expected one data set for each protein in {path} but it holds none.")
-    return _concatenated(proteins, {"format": "hdf5"}, path)
+    layers: dict[int, dict[str, Embeddings]] = {}
+    for name, one in proteins.items():
+        number, key = LAYER_GROUP.fullmatch(name.rpartition("/")[0]), name.rpartition("/")[2]
+        own = [key if full == name else full for full in one.ids]
+        layers.setdefault(int(number[1]) if number else -1, {})[key] = replace(one, ids=own)
+    if -1 in layers or len({tuple(layer) for layer in layers.values()}) > 1:
+        return _concatenated(list(proteins.values()), {"format": "hdf5"}, path)
+    parts = [_concatenated(list(layers[number].values()), {}, path) for number in sorted(layers)]
+    facts = {"format": "hdf5", "layers": [str(number) for number in sorted(layers)]}
+    return Embeddings(parts[0].ids, np.stack([part.x for part in parts]), provenance=facts)
 
 
 def _read_store(path: Location) -> Embeddings:

@@ -114,7 +114,7 @@ class Extraction:
         if options.pooling == "bos" and not backbone.tokens.bos:
             raise InputError(f"Expected --pooling mean or residue with {backbone.name}, which has no BOS, but got bos.")
         sequences = [protein.sequence for protein in head]
-        choice = choose(options, writer, self.device, backbone, sequences, layers[-1], self.as_stored)
+        choice = choose(options, writer, self.device, backbone, sequences, layers, self.as_stored)
         self._compared = choice.encoder
         settings: dict[str, Any] = {
             "weights_sha256": backbone.sha256,

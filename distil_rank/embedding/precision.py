@@ -95,7 +95,7 @@ def choose(
     device: torch.device,
     backbone: Backbone,
     sequences: Sequence[str],
-    layer: int,
+    layers: Sequence[int],
     as_stored: bool = False,
 ) -> PrecisionChoice:
     """Decides on the precision of a store; one that has a precision keeps it under `auto` and `auto-int8`.
@@ -106,7 +106,7 @@ def choose(
         device: Where to compute.
         backbone: The model.
         sequences: The first proteins of the input.
-        layer: The last layer to compute.
+        layers: Whose hidden states are wanted, ascending.
         as_stored: Whether int8 that is too far from fp32 is only warned of, as what is compared with is in int8.
 
     Raises:
@@ -119,13 +119,13 @@ def choose(
         return PrecisionChoice(requested)
     reasons = []
     if requested != "auto":
-        rounded = in_int8(options, bool(stored), device, backbone, sequences, layer, as_stored)
+        rounded = in_int8(options, bool(stored), device, backbone, sequences, layers[-1], as_stored)
         if isinstance(rounded, PrecisionChoice):
             return rounded
         reasons.append(rounded)
     precision, encoder, cosine = native_precision(device), None, None
     if precision == "bf16" and not stored:
-        encoder, figures = compare_bf16(backbone, sequences, layer, device)
+        encoder, figures = compare_bf16(backbone, sequences, layers, device)
         cosine = figures.worst_cosine
         if figures.suffices(MIN_BF16_COSINE):
             logger.info("computing in bf16: %s", figures)
@@ -242,12 +242,12 @@ def calibrate(
 
 
 def compare_bf16(
-    backbone: Backbone, sequences: Sequence[str], layer: int, device: torch.device
+    backbone: Backbone, sequences: Sequence[str], layers: Sequence[int], device: torch.device
 ) -> tuple[Encoder, PrecisionAgreement]:
     """The encoder in bf16, and how it compares with fp32 on some of these proteins."""
     compared = list(_fragments(list(dict.fromkeys(sequences)), COMPARED_TOKENS, CALIBRATION_LENGTH))
-    expected = pooled(backbone.encoder(torch.float32, device, [layer]), backbone, compared)
-    encoder = backbone.encoder(torch.bfloat16, device, [layer])
+    expected = pooled(backbone.encoder(torch.float32, device, layers), backbone, compared)
+    encoder = backbone.encoder(torch.bfloat16, device, layers)
     return encoder, agreement(expected, pooled(encoder, backbone, compared))
 
 

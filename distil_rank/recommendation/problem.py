@@ -16,13 +16,10 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.codes.fit import EVALUATION_COPIES, copy_noise, group_noise
-from distil_rank.data.files import LABELLED, Embeddings, find_source
+from distil_rank.data.files import LABELLED, Embeddings, find_source, layer_names
 from distil_rank.data.labels import read_labels
 from distil_rank.data.split import join_groups, split_groups
-from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.storage import is_remote
-from distil_rank.embedding.store import open_storage, read_manifest
 from distil_rank.errors import InputError
 from distil_rank.evaluation.labelled import (
     UNLABELLED,
@@ -106,11 +103,7 @@ def open_problem(
         InputError: nothing to read, no task, or too few groups.
     """
     source = find_source(data, LABELLED)
-    path, wanted = split_source(source)
-    layers: dict[str | None, Embeddings] = {}
-    if wanted is None and (is_remote(path) or (Path(path) / "manifest.json").is_file()):
-        names = (read_manifest(open_storage(path)) or {}).get("layers", [])
-        layers = {str(name): load_vectors(f"{path}:{name}") for name in names}
+    layers: dict[str | None, Embeddings] = {name: load_vectors(f"{source}:{name}") for name in layer_names(source)}
     if not layers:
         one = load_vectors(source)
         layer = one.provenance.get("layer")

@@ -19,6 +19,7 @@ from distil_rank.data.files import (
     UNLABELLED,
     Embeddings,
     find_source,
+    layer_names,
     load_matrix,
     read_clusters,
     sample,
@@ -183,7 +184,7 @@ def test_one_layer_of_our_store(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_matrix(f"{tmp_path}/none:1")
     np.save(tmp_path / "x.npy", X)
-    with pytest.raises(InputError, match=r"store of embeddings before :1"):
+    with pytest.raises(InputError, match=r"several layers before :1"):
         load_matrix(f"{tmp_path}/x.npy:1")
 
 
@@ -366,3 +367,42 @@ def test_what_is_missing_is_named_as_a_checkout_has_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "PACKAGED", tmp_path / "absent")
     assert sample(UNLABELLED) == "data/sample"
+
+
+@pytest.fixture(params=["npz", "npy", "hdf5"])
+def several_layers(request, tmp_path):
+    """A file of three layers of six proteins, and the vectors, (3, 6, 4)."""
+    x, path = np.random.default_rng(0).normal(size=(3, 6, 4)).astype(np.float32), tmp_path / f"x.{request.param}"
+    ids = [f"P{row}" for row in range(6)]
+    if request.param == "npz":
+        np.savez(path, embeddings=x, ids=ids, layers=["2", "3", "12"])
+    elif request.param == "npy":
+        np.save(path, x)
+    else:
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            for name, layer in zip(("layer_2", "layer_3", "layer_12"), x, strict=True):
+                for key, vector in zip(ids, layer, strict=True):
+                    file[f"{name}/{key}"] = vector
+    return path, x
+
+
+def test_one_of_several_layers_is_read(several_layers):
+    path, x = several_layers
+    names = layer_names(str(path))
+    assert names == (["1", "2", "3"] if path.suffix == ".npy" else ["2", "3", "12"])
+    for name, layer in zip(names, x, strict=True):
+        one = load_matrix(f"{path}:{name}")
+        np.testing.assert_array_equal(one.x, layer)
+        assert one.provenance["layer"] == name
+    np.testing.assert_array_equal(load_matrix(path).x, x[-1])
+    with pytest.raises(InputError, match=r"Expected one of 3 different layers of .* but got 7"):
+        load_matrix(f"{path}:7")
+
+
+def test_groups_of_other_names_than_layers_are_parts_of_the_name(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for name in ("human/P1", "human/P2", "mouse/P1"):
+            file[name] = np.zeros(4, dtype=np.float32)
+    assert load_matrix(tmp_path / "x.h5").ids == ["human/P1", "human/P2", "mouse/P1"]

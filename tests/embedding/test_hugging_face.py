@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from distil_rank.embedding import hugging_face
+from distil_rank.embedding import hugging_face, precision
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.run import embed
@@ -156,6 +156,23 @@ def test_embed_makes_the_same_store_after_an_interruption(family, tmp_path, monk
     manifest = Store.open(tmp_path / "whole").manifest
     limit = {"bert": 62, "esm1b": 62}.get(name, 1022)
     assert manifest["max_length"] == limit, "a model with a table of positions takes no more residues than that"
+
+
+def test_several_layers_in_bf16_follow_those_in_fp32(family, tmp_path, monkeypatch):
+    """The encoder that was compared with fp32 is the one that goes on, for all the layers that are wanted."""
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(precision, "MIN_BF16_COSINE", 0.9)  # random weights are small
+    fasta = tmp_path / "some.fasta"
+    write_fasta(fasta, [(f"p{i}", text) for i, text in enumerate(SEQUENCES)])
+    for name in ("auto", "fp32"):
+        summary = embed(fasta, tmp_path / name, f"hf:{family[1]}", layer="1,3", precision=name)
+        assert summary.precision == {"auto": "bf16"}.get(name, name)
+    for layer in (1, 3):
+        rounded, exact = (
+            torch.from_numpy(np.array(Store.open(f"{tmp_path / name}:{layer}").embeddings()))
+            for name in ("auto", "fp32")
+        )
+        assert torch.nn.functional.cosine_similarity(rounded, exact).min() > 0.99
 
 
 def test_an_esm2_folder_gives_the_same_vectors_on_both_ways(tiny_esm2, tmp_path):
