@@ -67,9 +67,9 @@ def load_matrix(path: str | Path) -> Embeddings:
     set per protein, UniProt's convention, or a group of them for each layer), a folder of fair-esm's per-protein `.pt`
     files, a folder with `embeddings_train.pt` and `embeddings_val.pt`, or a store made by `distil-rank embed`
     (`STORE:LAYER` for one of several layers). In `.npz`, `.pt` and `.safetensors` the matrix is `embeddings`, or the
-    only 2-d array; `ids`, `sequences`, `labels` and `clusters` are optional. A matrix of several layers is (layers, N, d), and `layers` may
-    name them: `FILE:LAYER` is one of them, by default the last. Ids such as `sp|P69905|HBA_HUMAN` become `P69905`, as
-    from FASTA.
+    only 2-d array; `ids`, `sequences`, `labels` and `clusters` are optional. A matrix of several layers is
+    (layers, N, d), and `layers` may name them: `FILE:LAYER` is one of them, by default the last. Ids such as
+    `sp|P69905|HBA_HUMAN` become `P69905`, as from FASTA.
 
     Raises:
         InputError: the path is missing, damaged, of an unknown format, or holds no finite (N, d) matrix.
