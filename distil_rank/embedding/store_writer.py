@@ -90,7 +90,7 @@ class StoreWriter:
             if manifest.get(key) != value:
                 raise InputError(
                     f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
-                    f"{value!r}; choose another store."
+                    f"{value!r}; choose another store with --store (evaluate and recommend: --data)."
                 )
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"

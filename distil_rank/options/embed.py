@@ -127,6 +127,13 @@ def check_backbone(name: str) -> None:
         )
 
 
+def check_exists(source: str, named: bool) -> None:
+    """Raises `InputError` where no vectors are at a path, or at that of STORE:LAYER; unless `named` in another way."""
+    path = source.rpartition(":")[0] or source
+    if not named and not (source and (Path(source).exists() or Path(path).exists())):
+        raise InputError(f"Expected embeddings at {source or '(nothing)'} but it does not exist; make them with embed.")
+
+
 def check_layers(layer: int | str | None) -> None:
     """Raises `InputError` where layers are not written like `4`, `3,4,5` or `all`, or one comes twice.
 
