@@ -1,6 +1,6 @@
 """How often a recommendation is confirmed, and how often its claim holds: random splits of the groups into four parts.
 
-    python benchmarks/recommendation.py --data STORE --labels.source scope40.fasta.gz --labels.field 2
+    python benchmarks/recommendation.py --data STORE --labels.source scope40.fasta.gz --labels.field 2 --proteins 4000
 
 Each split fits on the first part, chooses on the second and claims on the third, as `make recommend` does. The fourth
 is not seen by any of these: does each of the three answers retain there what was asked for, and at least what the lower
@@ -33,6 +33,7 @@ def main(
     labels: LabelOptions = LabelOptions(),  # noqa: B008 - frozen
     groups: str | None = None,
     keep: float = 0.99,
+    proteins: int = 20_000,
     splits: int = 20,
     queries: int = 1000,
 ) -> None:
@@ -43,15 +44,18 @@ def main(
         labels: Where labels come from.
         groups: What stays in one split.
         keep: Share of the full vector's score that must be retained.
+        proteins: At most, in whole groups drawn at random.
         splits: How many.
         queries: Searched with when pipelines are compared.
     """
     problem = open_problem(data, labels, groups=groups)
-    labelled, depth = problem.split >= 0, len(problem.layers)
+    order = np.random.default_rng(0).permutation(np.unique(problem.group))
+    enough = order[np.bincount(problem.group)[order].cumsum() <= proteins]
+    labelled, depth = (problem.split >= 0) & np.isin(problem.group, enough), len(problem.layers)
     costs = {layer: Cost(layer, number / depth, 0.0) for number, layer in enumerate(problem.layers, 1)}
     rows: dict[Answer, list[tuple[Outcome, Outcome, Outcome]]] = {}
     for seed in tqdm(range(splits), desc="splits", disable=None):
-        split = problem.split.copy()
+        split = np.full(len(labelled), -1)
         split[labelled] = split_groups(problem.group[labelled], PARTS, seed, least=LEAST)
         fitted = Fitted(replace(problem, split=split))
         _, answers = search_pipelines(Evaluator(fitted, VALIDATE, max_queries=queries), grid(problem), costs, keep)
