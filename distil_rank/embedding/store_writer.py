@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
+from distil_rank.embedding.planning import PARTS, Shard, join_shards, new_shards, write_new_proteins
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import (
@@ -125,10 +125,15 @@ class StoreWriter:
         *before, last = read_provenance(self.storage)["extractions"] or [{}]
         self.record(extractions=[*before, {**last, "run": run}])
 
-    def pending(self) -> list[Shard]:
-        """The shards that the manifest does not list as finished, in order."""
+    def pending(self, together: int = 0) -> list[Shard]:
+        """The shards that the manifest does not list as finished, in order.
+
+        Joined, as many as have `together` residues, whether finished or not: what is computed together stays the same.
+        """
         manifest = self.manifest
-        return [Shard.of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
+        unfinished = {entry["file"] for entry in manifest["shards"] if "sha256" not in entry}
+        joined = join_shards((Shard.of(entry, manifest) for entry in manifest["shards"]), together)
+        return [shard for shard in joined if unfinished.intersection(part.file for part in shard.members or [shard])]
 
     def retry_skipped(self) -> int:
         """Makes skipped sequences pending again and returns their number; the caller holds the lock.
@@ -175,8 +180,8 @@ class StoreWriter:
         return table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))["id"].to_pylist()
 
     def is_sealed(self, shard: Shard) -> bool:
-        """Whether the shard's file is complete."""
-        return self._computed(shard.file, shard.key, ["row"]) is not None
+        """Whether the shard's files are complete."""
+        return all(self._computed(part.file, part.key, ["row"]) is not None for part in shard.members or [shard])
 
     def _parts(self, folder: str) -> list[str]:
         return [f"{folder}/{name}" for name in sorted(self.storage.entries(folder)) if name.endswith(".arrow")]
@@ -219,7 +224,13 @@ class StoreWriter:
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
         columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
-        self.storage.write(shard.file, _table(rows[order], columns, {"key": shard.key}))
+        rows = rows[order]
+        for one in reversed(shard.members or [shard]):  # the first, in whose folder the parts are, when all others are
+            if shard.members and self.is_sealed(one):  # by an earlier run
+                continue
+            own = slice(*np.searchsorted(rows, one.rows))
+            table = _table(rows[own], {name: column[own] for name, column in columns.items()}, {"key": one.key})
+            self.storage.write(one.file, table)
         self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
