@@ -51,6 +51,7 @@ class _Batch(NamedTuple):
     rows: list[int]
     texts: list[str]
     residues: int  # that the progress bar counts: with those computed by an earlier run
+    whole: bool = False  # whether it is all of the shard
     last: bool = False  # whether the shard is complete after it
 
 
@@ -214,7 +215,7 @@ class Extraction:
         return computed, residues
 
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
-        """The batches to compute of each shard; its last one is empty and tells that the shard can be sealed."""
+        """The batches to compute of each shard; where they are several an empty one tells that it can be sealed."""
         cut = self.options.max_length if self.options.long == "truncate" else None
         for shard in shards:
             if self.writer.is_sealed(shard):
@@ -222,15 +223,18 @@ class Extraction:
                 continue
             texts = {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
             rows, ready = list(texts), self.writer.done(shard)
-            for batch in self.embedder.batches([len(text) for text in texts.values()]):
+            batches = self.embedder.batches([len(text) for text in texts.values()])
+            whole = len(batches) == 1 and not ready
+            for batch in batches:
                 missing = [rows[i] for i in batch if rows[i] not in ready]
                 residues = sum(len(texts[rows[i]]) for i in batch)
-                yield _Batch(shard, missing, [texts[row] for row in missing], residues)
-            yield _Batch(shard, [], [], 0, last=True)
+                yield _Batch(shard, missing, [texts[row] for row in missing], residues, whole)
+            if not whole:
+                yield _Batch(shard, [], [], 0, last=True)
 
     def _write(self, batch: _Batch, result: Embedded) -> None:
         if batch.rows:
-            vectors = result.layers.cpu().numpy()  # waits for the device
+            vectors = result.layers.cpu().numpy()
             owner = np.repeat(batch.rows, result.counts)
             invalid = owner[~np.isfinite(vectors).all(axis=(0, 2))]
             if len(invalid):
@@ -240,7 +244,8 @@ class Extraction:
                 )
             if self.encoder is not None:
                 vectors = self.encoder.encode(torch.from_numpy(vectors[0])).numpy()
-            self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
+            write = self.writer.write_whole if batch.whole else self.writer.write_part
+            write(batch.shard, batch.rows, result.counts, vectors)
         if batch.last:
             self.writer.seal(batch.shard)
 

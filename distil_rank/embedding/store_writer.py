@@ -205,12 +205,15 @@ class StoreWriter:
             vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
         """
         metadata = {"key": shard.key, "rows": json.dumps(rows)}
-        columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
-        table = _table(np.repeat(rows, counts), columns, metadata)
+        table = _table(np.repeat(rows, counts), self._named(vectors), metadata)
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
         return [column_of(layer) for layer in self.manifest.get("layers", [])] or [column_of(None)]
+
+    def _named(self, vectors: np.ndarray) -> dict[str, np.ndarray]:
+        """Vectors, (layers, vectors, dim) or of one layer (vectors, dim), by the column that holds them."""
+        return dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
 
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them; `InputError` if one lacks."""
@@ -222,16 +225,23 @@ class StoreWriter:
                 f"Expected all parts of {shard.file} in {self.path}/{PARTS} but some are missing; run again."
             )
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
+        vectors = {name: np.concatenate([vectors_of(part, name) for part in parts]) for name in self._columns()}
+        self._write_shard(shard, rows, vectors)
+        self.storage.delete_folder(shard.parts)
+
+    def write_whole(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
+        """Writes a shard that is one batch, without a part; arguments as of `write_part`."""
+        self._write_shard(shard, np.repeat(rows, counts), self._named(vectors))
+
+    def _write_shard(self, shard: Shard, rows: np.ndarray, vectors: dict[str, np.ndarray]) -> None:
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
-        columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
         rows = rows[order]
         for one in reversed(shard.members or [shard]):  # the first, in whose folder the parts are, when all others are
             if shard.members and self.is_sealed(one):  # by an earlier run
                 continue
             own = slice(*np.searchsorted(rows, one.rows))
-            table = _table(rows[own], {name: column[own] for name, column in columns.items()}, {"key": one.key})
-            self.storage.write(one.file, table)
-        self.storage.delete_folder(shard.parts)
+            columns = {name: column[order[own]] for name, column in vectors.items()}
+            self.storage.write(one.file, _table(rows[own], columns, {"key": one.key}))
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
         """Sets size and hash of complete shards, clears those of damaged ones."""
