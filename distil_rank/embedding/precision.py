@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distil_rank.embedding.backbone import Backbone
+from distil_rank.embedding.embedder import encoder_on
 from distil_rank.embedding.esm2 import FusedEncoder, has_bf16_units, tokenise
+from distil_rank.embedding.gpu import GpuEncoder
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, has_int8_units
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.storage import Location
@@ -244,8 +246,12 @@ def compare_bf16(
 ) -> tuple[FusedEncoder, PrecisionAgreement]:
     """The encoder in bf16, and how it compares with fp32 on some of these proteins."""
     compared = list(_fragments(list(dict.fromkeys(sequences)), COMPARED_TOKENS, CALIBRATION_LENGTH))
-    expected = pooled(FusedEncoder(backbone.remapped(), torch.float32, device, layer), backbone, compared)
-    encoder = FusedEncoder(backbone.remapped(), torch.bfloat16, device, layer)
+    encoder = encoder_on(device, backbone, torch.float32, layer)
+    expected = pooled(encoder, backbone, compared)
+    if isinstance(encoder, GpuEncoder):
+        encoder.convert_to(torch.bfloat16)
+    else:
+        encoder = encoder_on(device, backbone, torch.bfloat16, layer)
     return encoder, agreement(expected, pooled(encoder, backbone, compared))
 
 

@@ -43,7 +43,7 @@ class EmbedOptions:
             back to auto.
         long: What happens to proteins above max_length.
         max_length: Residues per forward pass; ESM-2 was trained on 1022.
-        max_tokens: Tokens in a batch; by default 2048 on a CPU, 32768 on a GPU.
+        max_tokens: Tokens in a batch; by default 2048 on a CPU, on a GPU what its memory holds, up to 131072.
         accelerator: Where to compute.
         devices: Devices on each node; each gets a process.
         num_nodes: Nodes, under SLURM or torchrun.
