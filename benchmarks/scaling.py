@@ -32,7 +32,7 @@ def residues_per_second(sequences: list[str], device: torch.device, precision: s
     """Median of five passes of ESM-2 650M."""
     with tempfile.TemporaryDirectory() as folder:
         backbone = load_backbone(str(random_model("650M", Path(folder))))
-    embedder = Embedder(backbone, precision=precision, device=device, max_tokens=MAX_TOKENS[device.type])
+    embedder = Embedder(backbone, precision=precision, device=device, max_tokens=MAX_TOKENS)
     batches = [[sequences[i] for i in batch] for batch in embedder.batches([len(text) for text in sequences])]
     times = []
     for _ in range(6):

@@ -5,8 +5,16 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
+
+from distil_rank.embedding.tokens import ResidueTokens
+
+
+def tokenise(sequences: list[str], alphabet: Alphabet) -> tuple[Tensor, list[int]]:
+    """Packed tokens, and how many each sequence has."""
+    return ResidueTokens.of_alphabet(alphabet).pack(sequences)
 
 
 def hugging_face_key(key: str) -> str:

@@ -28,6 +28,7 @@ from distil_rank.options.evaluation import Answer, RecommendOptions
 from distil_rank.recommendation.pipelines import Fitted, measure_costs
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, Problem, open_problem, subset_of
 from distil_rank.recommendation.search import (
+    QUERIES,
     Confirmed,
     Costs,
     Evaluator,
@@ -64,7 +65,10 @@ def recommend(options: RecommendOptions) -> Recommendation:
 
     started = time.perf_counter()
     problem = open_problem(data, labels, o.task, o.groups, o.seed, output)
-    within_limits(problem, o.max_bytes)  # before anything is measured
+    within_limits(problem, o.max_bytes)  # refused before times are measured, as is a task of chance
+    fitted = Fitted(problem)
+    validation = Evaluator(fitted, VALIDATE, o.metric, QUERIES, o.seed)
+    confirmation = Evaluator(fitted, CONFIRM, o.metric, seed=o.seed)
     about, sequences = problem.about[problem.last], problem.sequences
     params: dict[str, object] = {"source": problem.source, "tasks": ", ".join(task.name for task in problem.tasks)}
     params |= {"groups": problem.groups, "keep": o.keep, "weigh": o.weigh, "seed": o.seed}
@@ -73,10 +77,9 @@ def recommend(options: RecommendOptions) -> Recommendation:
     with start_run("recommend", title, params=params, tags=lineage(about)) as run:
         log.info("Measuring the time of each layer ...")
         costs, words = measure_costs(list(problem.layers), about, sequences)
-        fitted = Fitted(problem)
         pipelines = within_limits(problem, o.max_bytes, o.max_time, costs)
-        outcomes, answers = search_pipelines(fitted, pipelines, costs, o.keep, o.metric, seed=o.seed)
-        result = _confirmed(o, fitted, costs, outcomes, answers, [*notes, words], started)
+        outcomes, answers = search_pipelines(validation, pipelines, costs, o.keep)
+        result = _confirmed(o, confirmation, costs, outcomes, answers, [*notes, words], started)
 
         folder = run_folder(output / "recommend", run.id)
         report = recommendation_report(result)
@@ -104,7 +107,7 @@ def recommend(options: RecommendOptions) -> Recommendation:
 
 def _confirmed(
     o: RecommendOptions,
-    fitted: Fitted,
+    evaluator: Evaluator,
     costs: Costs,
     outcomes: Sequence[Outcome],
     answers: Mapping[Answer, Outcome],
@@ -112,8 +115,7 @@ def _confirmed(
     started: float,
 ) -> Recommendation:
     """Look once at the confirmation groups, with all three answers."""
-    problem = fitted.problem
-    evaluator = Evaluator(fitted, CONFIRM, o.metric)
+    problem = evaluator.fitted.problem
     pipelines = {one.pipeline for one in answers.values()}
     level = 1 - (1 - LEVEL) / len(pipelines) / len(problem.tasks)  # Bonferroni: the intervals hold together
     looks = {one: evaluator.outcome(one, costs, level) for one in pipelines}

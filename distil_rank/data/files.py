@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SYNTHETIC = "synthetic"
 CHECKOUT = Path("data")  # the proteins that ship, as seen from the root of a checkout, where make runs
 PACKAGED = Path(__file__).parents[1] / "sample_data"  # pyproject.toml has the wheel carry these
+EDITABLE = Path(__file__).parents[2] / "data"  # of the checkout that an editable installation runs from
 LABELLED = "functions"  # 706 proteins, their vectors, names as labels, and clusters
 UNLABELLED = "sample"  # 2,000 unrelated proteins and their vectors; in a checkout only
 FINITE_CHECK_ROWS = 65_536  # rows checked at a time, so that a file may be larger than memory
@@ -100,8 +101,9 @@ def load_matrix(path: str | Path) -> Embeddings:
     except (*DAMAGE, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
-        # NumPy takes any other file for a pickle, and tells how to load it unsafely
-        reason = "no arrays" if "pickle" in str(error) else " ".join(str(error).split())[:160]
+        # NumPy takes any other file for a pickle, and tells how to load it unsafely; torch tells where it got stuck
+        reason = " ".join(str(error).split())[:160]
+        reason = "no arrays" if "pickle" in reason or not reason or isinstance(error, LookupError) else reason
         raise InputError(f"Expected embeddings in {path} but it cannot be read ({reason}); make it again.") from error
     return _validated(embeddings, path)
 
@@ -334,9 +336,10 @@ def read_clusters(path: Path, ids: Sequence[str]) -> list[str]:
 def sample(*names: str) -> str:
     """Where the first of these samples is that can be found, as a path to show and to open.
 
-    In a checkout that is `data/NAME`; elsewhere the package's own copy, which has `LABELLED` and its FASTA file.
+    In a checkout that is `data/NAME`; elsewhere the package's own copy, which has `LABELLED` and its FASTA file, or
+    what lies beside an editable installation.
     """
-    places = [folder / name for name in names for folder in (CHECKOUT, PACKAGED)]
+    places = [folder / name for name in names for folder in (CHECKOUT, PACKAGED, EDITABLE)]
     return str(next((place for place in places if place.exists()), places[0]))
 
 

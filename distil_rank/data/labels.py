@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,9 @@ def read_labels(options: LabelOptions) -> LabelTable:
             pairs = _from_headers(path, text, options.field)
         else:
             pairs, others = _from_table(path, text, options.column)
+    cells = chain(*pairs, *(column.values() for column in others.values()))
+    if spoilt := next((cell for cell in cells if "\ufffd" in cell), None):  # two labels may have become one
+        raise InputError(f"Expected UTF-8 text in {path} but got {spoilt!r} of another encoding; save it as UTF-8.")
     return LabelTable.of(str(path), pairs, others)
 
 

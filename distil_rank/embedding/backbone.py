@@ -27,6 +27,7 @@ from esm.model.esm2 import ESM2
 from torch import Tensor
 
 from distil_rank.embedding.esm2 import FusedEncoder
+from distil_rank.embedding.gpu import GpuEncoder
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.tokens import ResidueTokens
 from distil_rank.embedding.weight_files import (
@@ -130,10 +131,15 @@ class ESM2Backbone:
         device: torch.device | str = "cpu",
         layers: Sequence[int] | None = None,
     ) -> FusedEncoder:
-        """The encoder in some precision on a device, up to the last of these layers; by default to the last of all."""
-        shared = dtype == torch.float32 and torch.device(device).type == "cpu"  # the model's own weights serve
-        last = None if layers is None else max(layers)
-        return FusedEncoder(self.model if shared else self.remapped(), dtype, device, last)
+        """The encoder in some precision on a device, up to the last of these layers; by default to the last of all.
+
+        A GPU's copies the weights once, layer by layer, from the mapping of the model itself.
+        """
+        last, kind = None if layers is None else max(layers), torch.device(device).type
+        if kind == "cuda":
+            return GpuEncoder(self.model, dtype, device, last)
+        model = self.model if dtype == torch.float32 else self.remapped()  # in float32 its own weights serve
+        return FusedEncoder(model, dtype, device, last)
 
     @property
     def dim(self) -> int:

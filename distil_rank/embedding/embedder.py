@@ -6,24 +6,28 @@ import ctypes
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, TypeVar
+from math import ceil
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distil_rank.embedding.backbone import Backbone, Encoder
 from distil_rank.embedding.esm2 import WIDE
+from distil_rank.embedding.gpu import AHEAD, GpuEncoder, Outbox, prepared
 from distil_rank.options.embed import Pooling
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAST, LEAST = 4, 4  # a batch has a quarter of the tokens that are left, but not less than a quarter of the most
+RECOVERY = 8  # passes that fit into memory, after which twice as many tokens are tried; doubled when they do not fit
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
 
 
@@ -46,13 +50,46 @@ class Embedded:
         return self.layers[-1]
 
 
-class _Piece(NamedTuple):
-    """Part of a sequence that goes through the model in one pass."""
+class _Pieces(NamedTuple):
+    """Parts of sequences that each go through the model in one pass; arrays over them but the last two."""
 
-    owner: int
-    text: str
-    rows: slice  # of the result, to which it adds
-    weights: Tensor  # of its residues, (L,), or of its BOS, (1,), in that sum
+    owner: NDArray[np.int64]  # the sequence
+    start: NDArray[np.int64]  # in the joined text
+    length: NDArray[np.int64]
+    number: NDArray[np.int64]  # among those of its owner
+    text: NDArray[np.uint8]  # of all sequences, joined
+    weights: NDArray[np.float32]  # in a sum over pieces, of each residue of the text; of each sequence's BOS
+
+
+class _Pass(NamedTuple):
+    """Pieces as the model takes them together, on the host; E results, of pieces or residues, add to rows."""
+
+    tokens: Tensor  # (T,)
+    lengths: list[int]  # tokens of each piece
+    places: tuple[Tensor, ...]  # what a `GpuEncoder` takes beside these
+    weights: Tensor  # of the hidden states in a sum, (T, 1) for means, otherwise (E, 1)
+    each: Tensor | None  # tokens of each piece, whose states are summed; None where states are taken one by one
+    taken: Tensor | None  # which results, (E,), in which order; None: all
+    rows: Tensor  # to which each adds, (E,)
+    steps: list[int]  # how many add at once, no two of them to the same row
+
+    def pinned(self) -> _Pass:
+        """In memory that a GPU copies from by itself."""
+        return _Pass(*map(_pinned, self))
+
+
+def _pinned(part: Any) -> Any:
+    if isinstance(part, tuple):
+        return tuple(map(_pinned, part))
+    return part.pin_memory() if isinstance(part, Tensor) else part
+
+
+class _Job(NamedTuple):
+    """Sequences that are ready for the device: their pieces, and groups of these with what each is packed as."""
+
+    counts: list[int]  # of the vectors of each sequence
+    pieces: _Pieces
+    passes: Iterable[tuple[NDArray[np.int64], _Pass]]
 
 
 class Embedder:
@@ -85,6 +122,7 @@ class Embedder:
         self.encoder = encoder or backbone.encoder(DTYPES[precision], device, self.layers)
         self.tokens, self.dim = backbone.tokens, backbone.dim
         self.pooling, self.window, self.max_tokens = pooling, window, max_tokens
+        self._most, self._passed, self._patience = max_tokens, 0, RECOVERY
 
     def batches(self, lengths: Sequence[int], tapered: bool = True) -> list[list[int]]:
         """Groups sequences of similar length, each group within `max_tokens` where it has more than one.
@@ -103,8 +141,10 @@ class Embedder:
             tokens = lengths[i] + self.tokens.specials
             if tokens > free:
                 groups.append([])
-                share = max(rest // LAST, self.max_tokens // LEAST)
-                free = min(share, self.max_tokens) if tapered and self._narrow else self.max_tokens
+                share = max(rest // LAST, self.max_tokens // LEAST) if tapered and self._narrow else self.max_tokens
+                if isinstance(self.encoder, GpuEncoder):
+                    share = ceil(rest / ceil(rest / self.max_tokens))  # no small rest, which would leave it idle
+                free = min(share, self.max_tokens)
             groups[-1].append(i)
             free -= tokens
             rest -= tokens
@@ -112,27 +152,75 @@ class Embedder:
 
     def embed(self, sequences: Sequence[str]) -> Embedded:
         """Embeds sequences of cleaned amino acids."""
-        per_residue = self.pooling == "residue"
-        counts = [len(text) if per_residue else 1 for text in sequences]
-        pieces = []
-        for owner, (text, first) in enumerate(zip(sequences, np.cumsum([0, *counts[:-1]]).tolist(), strict=False)):
-            extents = windows(len(text), self.window)
-            covered = torch.zeros(len(text))
-            for start, stop in extents:
-                covered[start:stop] += 1
-            weights = 1 / (covered if per_residue else covered * len(text))
-            for start, stop in extents:
-                rows = slice(first + start, first + stop) if per_residue else slice(first, first + 1)
-                own = torch.full((1,), 1 / len(extents)) if self.pooling == "bos" else weights[start:stop]
-                pieces.append(_Piece(owner, text[start:stop], rows, own))
-        vectors = torch.zeros(len(self.layers), sum(counts), self.dim, device=self.encoder.device)
-        skipped: set[int] = set()
-        for group in self.batches([len(piece.text) for piece in pieces], tapered=False):
-            self._add([pieces[i] for i in group], vectors, skipped)
-        if not skipped:
-            return Embedded(vectors, counts)
-        fits = np.array([owner not in skipped for owner in range(len(counts))])
-        return Embedded(vectors[:, torch.from_numpy(fits.repeat(counts))], (fits * counts).tolist())
+        return self._run(self._job(sequences))
+
+    def _job(self, sequences: Sequence[str]) -> _Job:
+        """Cuts sequences into pieces; these are packed when they are asked for."""
+        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+        first = lengths.cumsum() - lengths
+        owner, start, length, number = np.arange(len(lengths)), first, lengths, np.zeros_like(lengths)
+        cover, pieces_of = np.ones(lengths.sum(), np.float32), np.ones(len(lengths), np.float32)
+        if self.window is not None and lengths.max(initial=0) > self.window:
+            extents = [
+                (sequence, begin, end - begin, number)
+                for sequence, residues in enumerate(lengths.tolist())
+                for number, (begin, end) in enumerate(windows(residues, self.window))
+            ]
+            owner, start, length, number = np.array(extents).T
+            start = start + first[owner]
+            starts, stops = (np.bincount(at, minlength=len(cover) + 1) for at in (start, start + length))
+            cover = (starts - stops)[:-1].cumsum().astype(np.float32)
+            pieces_of = np.bincount(owner).astype(np.float32)
+        if self.pooling == "mean":
+            cover *= lengths.astype(np.float32).repeat(lengths)
+        weights = np.reciprocal(pieces_of if self.pooling == "bos" else cover)
+        text = np.frombuffer("".join(sequences).encode(), np.uint8)
+        pieces = _Pieces(owner, start, length, number, text, weights)
+        groups = map(np.array, self.batches(length.tolist(), tapered=False))
+        counts = lengths.tolist() if self.pooling == "residue" else [1] * len(lengths)
+        return _Job(counts, pieces, ((group, self._packed(pieces, group)) for group in groups))
+
+    def _packed(self, pieces: _Pieces, group: NDArray[np.int64]) -> _Pass:
+        """Some pieces as the model takes them, each between its special tokens."""
+        owner, start, length, number = (column[group] for column in pieces[:4])
+        before, after = self.tokens.before, self.tokens.after
+        tokens_of = length + self.tokens.specials
+        ends = tokens_of.cumsum()
+        begins = ends - tokens_of
+        tokens, inner = np.empty(ends[-1], np.int64), np.ones(ends[-1], bool)
+        specials = [
+            *((begins + i, one) for i, one in enumerate(before)),
+            *((ends - len(after) + i, one) for i, one in enumerate(after)),
+        ]
+        for places, token in specials:
+            tokens[places], inner[places] = token, False
+        residues = (np.arange(len(inner)) + np.repeat(start - begins - len(before), tokens_of))[inner]  # in the text
+        tokens[inner] = self.tokens.table[pieces.text[residues]]
+
+        each = taken = None
+        rows, weights = owner, pieces.weights[owner if self.pooling == "bos" else residues]
+        if self.pooling == "mean":
+            each, weights = torch.from_numpy(tokens_of), np.zeros(len(inner), np.float32)
+            weights[inner] = pieces.weights[residues]
+        elif self.pooling == "bos":
+            taken = begins
+        else:
+            rows, taken, number = residues, inner.nonzero()[0], number.repeat(length)
+        steps = [len(rows)]
+        if number.any():  # overlapping windows follow each other, so that their sum has one order
+            order, steps = number.argsort(kind="stable"), [n for n in np.bincount(number).tolist() if n]
+            rows, taken = rows[order], order if taken is None else taken[order]
+            weights = weights if each is not None else weights[order]
+        return _Pass(
+            tokens=torch.from_numpy(tokens),
+            lengths=(lengths := tokens_of.tolist()),
+            places=self.encoder.placed(lengths) if isinstance(self.encoder, GpuEncoder) else (),
+            weights=torch.from_numpy(weights)[:, None],
+            each=each,
+            taken=None if taken is None else torch.from_numpy(taken),
+            rows=torch.from_numpy(rows),
+            steps=steps,
+        )
 
     @property
     def _narrow(self) -> bool:
@@ -148,13 +236,17 @@ class Embedder:
         """Embeds named batches and yields the vectors of each with its name, in order.
 
         On a CPU each core computes its own batch where the model is narrow, which avoids synchronising after every
-        operation. A wide model's operations are large enough for all cores to share each. A GPU computes one batch
-        after the other. Batches are read ahead by at most the number of cores. On a CPU the process no longer returns
-        freed memory to the system from here on.
+        operation. A wide model's operations are large enough for all cores to share each. Batches are read ahead by at
+        most the number of cores. The process no longer returns freed memory to the system from here on.
+
+        On a GPU batches are read and packed in a thread, and the vectors of one are copied while it computes the next;
+        they are on the CPU when they come.
         """
+        if isinstance(self.encoder, GpuEncoder):
+            yield from self._overlapped(batches, self.encoder.device)
+            return
         threads = self.parallel_batches
-        if self.encoder.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory()
         if threads == 1:
             yield from ((name, self.embed(texts)) for name, texts in batches)
             return
@@ -171,16 +263,53 @@ class Embedder:
         finally:
             torch.set_num_threads(threads)
 
-    def _add(self, pieces: list[_Piece], vectors: Tensor, skipped: set[int]) -> None:
-        """Adds these pieces' contributions to the vectors, or their owners to those that do not fit into memory."""
-        pieces = [piece for piece in pieces if piece.owner not in skipped]
-        if not pieces:
+    def _overlapped(
+        self, batches: Iterable[tuple[Name, list[str]]], device: torch.device
+    ) -> Iterator[tuple[Name, Embedded]]:
+        def prepare(batch: tuple[Name, list[str]]) -> tuple[Name, _Job]:
+            job = self._job(batch[1])
+            return batch[0], job._replace(passes=[(group, one.pinned()) for group, one in job.passes])
+
+        outbox = Outbox(device)
+        waiting: deque[tuple[Name, list[int], Callable[[], Tensor]]] = deque()
+        for name, job in prepared(batches, prepare, device):
+            result = self._run(job)
+            waiting.append((name, result.counts, outbox.send(result.layers)))
+            del result  # its memory is free as soon as it is copied
+            if len(waiting) > AHEAD:
+                first, counts, received = waiting.popleft()
+                yield first, Embedded(received(), counts)
+        yield from ((name, Embedded(received(), counts)) for name, counts, received in waiting)
+
+    def _run(self, job: _Job) -> Embedded:
+        """Computes what was prepared."""
+        vectors = torch.zeros(len(self.layers), sum(job.counts), self.dim, device=self.encoder.device)
+        skipped: set[int] = set()
+        for group, one in job.passes:
+            self._add(job.pieces, group, one, vectors, skipped)
+        if not skipped:
+            return Embedded(vectors, job.counts)
+        fits = np.array([owner not in skipped for owner in range(len(job.counts))])
+        rows = torch.from_numpy(fits.repeat(job.counts).nonzero()[0])
+        return Embedded(vectors.index_select(1, rows.to(vectors.device)), (fits * job.counts).tolist())
+
+    def _add(
+        self, pieces: _Pieces, group: NDArray[np.int64], one: _Pass | None, vectors: Tensor, skipped: set[int]
+    ) -> None:
+        """Adds what a group of pieces gives, or its owners to those that do not fit into memory; packs what is None."""
+        if skipped and (lost := np.isin(pieces.owner[group], list(skipped))).any():
+            group, one = group[~lost], None
+        if not len(group):
             return
         try:
-            contributions = self._contributions(pieces)
-            sizes = [piece.rows.stop - piece.rows.start for piece in pieces]
-            for piece, part in zip(pieces, contributions.split(sizes, dim=1), strict=True):
-                vectors[:, piece.rows] += part
+            one = one or self._packed(pieces, group)
+            parts, rows = self._pooled(one), self._moved(one.rows)
+            for total, part in zip(vectors, parts, strict=True):
+                for at, values in zip(rows.split(one.steps), part.split(one.steps), strict=True):
+                    total.index_add_(0, at, values)
+            self._passed += 1
+            if self.max_tokens < self._most and self._passed % self._patience == 0:
+                self.max_tokens = min(2 * self.max_tokens, self._most)
             return
         except (MemoryError, RuntimeError) as error:
             full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -189,35 +318,36 @@ class Embedder:
         # Outside the handler, where the tensors of the failed attempt are freed.
         if self.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(pieces) == 1:
-            logger.warning("skipped a sequence: %s residues do not fit into memory", f"{len(pieces[0].text):,}")
-            skipped.add(pieces[0].owner)
+        if len(group) == 1:
+            logger.warning("skipped a sequence: %s residues do not fit into memory", f"{pieces.length[group[0]]:,}")
+            skipped.add(int(pieces.owner[group[0]]))
             return
-        tokens = sum(len(piece.text) + self.tokens.specials for piece in pieces)
+        tokens = int(pieces.length[group].sum()) + self.tokens.specials * len(group)
         if tokens // 2 < self.max_tokens:
-            self.max_tokens = tokens // 2
+            self.max_tokens, self._passed, self._patience = tokens // 2, 0, 2 * self._patience
             logger.warning("out of memory with %s tokens at once; continuing with half of them", f"{tokens:,}")
-        self._add(pieces[: len(pieces) // 2], vectors, skipped)
-        self._add(pieces[len(pieces) // 2 :], vectors, skipped)
+        self._add(pieces, group[: len(group) // 2], None, vectors, skipped)
+        self._add(pieces, group[len(group) // 2 :], None, vectors, skipped)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.encoder.device, non_blocking=True)
 
     @torch.no_grad()
-    def _contributions(self, pieces: list[_Piece]) -> Tensor:
-        """What pieces add to their rows, one after the other, (layers, rows, dim)."""
-        tokens, lengths = self.tokens.pack([piece.text for piece in pieces])
-        starts, device = np.cumsum([0, *lengths[:-1]]), self.encoder.device
-        first, after = len(self.tokens.before), len(self.tokens.after)
-        extents = zip(starts, lengths, strict=True)
-        residues = [np.arange(start + first, start + length - after) for start, length in extents]
-        taken = torch.from_numpy(starts if self.pooling == "bos" else np.concatenate(residues)).to(device)
-        weights = torch.cat([piece.weights for piece in pieces]).to(device)[:, None]
-        each = torch.tensor([len(piece.text) for piece in pieces], device=device)
+    def _pooled(self, one: _Pass) -> list[Tensor]:
+        """What a pass adds to the rows, (E, dim) for each layer."""
+        weights = self._moved(one.weights)
+        each, taken = (None if part is None else self._moved(part) for part in (one.each, one.taken))
         parts = []
-        for number, hidden in enumerate(self.encoder.states(tokens, lengths)):
-            if number in self.layers:
-                weighted = (self.encoder.normed(hidden) if number == self.encoder.depth else hidden)[taken] * weights
-                mean = self.pooling == "mean"
-                parts.append(torch.segment_reduce(weighted, "sum", lengths=each, axis=0) if mean else weighted)
-        return torch.stack(parts)
+        for number, hidden in enumerate(self.encoder.states(one.tokens, one.lengths, *one.places)):
+            if number not in self.layers:
+                continue
+            states = self.encoder.normed(hidden) if number == self.encoder.depth else hidden
+            if each is not None:  # unsafe: its check of the lengths would wait for the device
+                sums = torch.segment_reduce(states * weights, "sum", lengths=each, axis=0, unsafe=True)
+                parts.append(sums if taken is None else sums.index_select(0, taken))
+            elif taken is not None:
+                parts.append(states.index_select(0, taken) * weights)
+        return parts
 
 
 def windows(length: int, window: int | None) -> list[tuple[int, int]]:

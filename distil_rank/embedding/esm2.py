@@ -5,9 +5,10 @@ Here the tokens of all sequences are concatenated, (T,), so that nothing is spen
 sequence through `scaled_dot_product_attention`; the head is not computed. The first layer's queries, keys and values
 depend only on the token, not on its position, so they are read from a table.
 
-Only the matrix products and the activation between two of them are in bfloat16. Hidden states, norms and rotations stay
-in float32, and on a CPU so does attention: it is most sensitive to rounding and a small share of the arithmetic. A
-norm's scale and shift are folded into the linear map that follows, so that the rounded values are centred.
+Only the matrix products and the activation between two of them are in bfloat16. Hidden states, norms, rotations and
+attention stay in float32: attention is most sensitive to rounding and a small share of the arithmetic. A norm's scale
+and shift are folded into the linear map that follows, so that the rounded values are centred. `gpu.py` has the pass for
+a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
@@ -35,17 +35,6 @@ WIDE = 1024  # dimensions from which one operation, or one pass, keeps all cores
 KEYS = 16  # vector width of a CPU's softmax; it processes remaining keys one by one, which is slow
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
-
-
-def tokenise(sequences: list[str], alphabet: Alphabet) -> tuple[Tensor, list[int]]:
-    """Packs sequences as tokens (T,), each between BOS and EOS, with the number of tokens of each."""
-    table = np.full(256, alphabet.unk_idx, dtype=np.int64)
-    for letter, index in alphabet.tok_to_idx.items():
-        if len(letter) == 1:
-            table[ord(letter)] = index
-    bos, eos = [alphabet.cls_idx], [alphabet.eos_idx]
-    parts = [part for text in sequences for part in (bos, table[np.frombuffer(text.encode(), np.uint8)], eos)]
-    return torch.from_numpy(np.concatenate(parts)), [len(text) + 2 for text in sequences]
 
 
 class _Layer(NamedTuple):
@@ -84,7 +73,6 @@ class FusedEncoder:
     ):
         self.layer = model.num_layers if layer is None else layer
         self.dtype, self.device = dtype, torch.device(device)
-        self.attention_dtype = torch.float32 if self.device.type == "cpu" else dtype  # of queries, keys and values
         self.heads, self.depth, self.eps = model.attention_heads, model.num_layers, model.emb_layer_norm_after.eps
         scale = 1 - TRAINED_MASK_RATIO if model.token_dropout else 1.0
         self.embedding = model.embed_tokens.weight.detach().to(self.device, torch.float32) * scale
@@ -93,16 +81,19 @@ class FusedEncoder:
         self.layers = self._convert(model.layers[: self.layer])
         exact = model.layers[0]
         self.frequencies = exact.self_attn.rot_emb.inv_freq.float().cpu().clone()  # of the rotary embedding
-        self.first = self._project(self.embedding, self._layer(exact, torch.float32, torch.float32))
+        self.first = self._first(exact)
         self.clock = LayerClock(self.layer, self.device)
         return_freed_memory()
 
     def _convert(self, modules: Iterable[Any]) -> list[Any]:
         """The parameters of each layer, as `_apply` wants them."""
         return [
-            self._layer(module, self.dtype, self.attention_dtype if number < EXACT else self.dtype)
+            self._layer(module, self.dtype, torch.float32 if number < EXACT else self.dtype)
             for number, module in enumerate(modules)
         ]
+
+    def _first(self, module: Any) -> Any:
+        return self._project(self.embedding, self._layer(module, torch.float32, torch.float32))
 
     def _parameters(self, module: Any) -> Affine:
         weight, bias = (part.detach().to(self.device, torch.float32) for part in (module.weight, module.bias))
@@ -142,7 +133,7 @@ class FusedEncoder:
         """Each token's rotary angles as complex numbers of modulus 1, (T, 1, D / 2); float32, as fair-esm has them."""
         angles = torch.arange(max(lengths)).float()[:, None] * self.frequencies
         position = torch.cat([torch.arange(length) for length in lengths])
-        return torch.polar(torch.ones_like(angles), angles).to(self.device)[position.to(self.device), None]
+        return torch.polar(torch.ones_like(angles), angles)[position, None]
 
     def _norm(self, x: Tensor, parameters: Affine) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *parameters, self.eps)
@@ -156,7 +147,7 @@ class FusedEncoder:
     def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Hidden states of packed sequences behind the last computed layer; those of the model's last have its norm.
 
-        Tokens (T,) and their numbers are as `tokenise` packs them; the result is (T, dim) float32.
+        Tokens (T,) and their numbers are as `ResidueTokens` packs them; the result is (T, dim) float32.
         """
         *_, hidden = self.states(tokens, lengths)
         return self.normed(hidden) if self.layer == self.depth else hidden
@@ -173,8 +164,7 @@ class FusedEncoder:
         Each is overwritten by the next: use it before going on.
         """
         total, lap = len(tokens), self.clock.start()
-        tokens = tokens.to(self.device)
-        padding = -total % ROWS if self.device.type == "cpu" and self.dtype != torch.float32 else 0
+        padding = -total % ROWS if self.dtype != torch.float32 else 0
         if padding:  # as an extra sequence, dropped from what is returned
             tokens, lengths = F.pad(tokens, (0, padding)), [*lengths, padding]
         x = F.embedding(tokens, self.embedding)  # (T, C)
@@ -205,9 +195,8 @@ class FusedEncoder:
         """Rotates queries and keys, (T, 2 C) float32, in place; attention over the values, (T, C)."""
         pairs = torch.view_as_complex(qk.unflatten(-1, (2 * self.heads, -1, 2)))  # of neighbours, (T, 2 H, D / 2)
         pairs *= rotations
-        q, k = torch.view_as_real(pairs).flatten(-2).to(self.attention_dtype).chunk(2, dim=1)  # (T, H, D)
-        attend = attend_sequentially if self.device.type == "cpu" else _attend_jagged
-        return attend(q, k, v.unflatten(-1, (self.heads, -1)).to(q.dtype), lengths).flatten(1)
+        q, k = torch.view_as_real(pairs).flatten(-2).chunk(2, dim=1)  # (T, H, D)
+        return attend_sequentially(q, k, v.unflatten(-1, (self.heads, -1)).to(q.dtype), lengths).flatten(1)
 
 
 def folded(norm: Affine, *following: Affine) -> tuple[Affine, list[Affine]]:
@@ -262,22 +251,3 @@ def _mask(visible: int, masked: int, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(visible + masked, dtype=dtype)
     mask[visible:] = -torch.inf
     return mask.expand(1, 1, visible, -1)
-
-
-@lru_cache(maxsize=1)  # of a batch, for all its layers: a copy to the device waits for what it computes
-def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each sequence begins, and the end, (N + 1,)."""
-    return torch.tensor(np.cumsum([0, *lengths]), device=device)
-
-
-def _attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Attention within each sequence, all in one kernel over nested tensors, for GPUs; shapes as above."""
-    offsets = _offsets(tuple(lengths), q.device)
-
-    def jagged(tensor: Tensor) -> Tensor:
-        nested = torch.nested.nested_tensor_from_jagged(
-            tensor.contiguous(), offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
-        )
-        return nested.transpose(1, 2)  # (sequences, H, lengths, D)
-
-    return F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v)).transpose(1, 2).values()

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from distil_rank.embedding.backbone import Backbone, Encoder, ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder
+from distil_rank.embedding.gpu import GpuEncoder, this_gpu
 from distil_rank.embedding.int8.quantisation import CalibrationEncoder
 from distil_rank.embedding.layers import LayerCost, layer_costs, parse_layers
-from distil_rank.embedding.planning import Shard
+from distil_rank.embedding.planning import SHARD_BYTES, Shard
 from distil_rank.embedding.precision import CALIBRATION, HEAD, choose, int8_encoder, store_calibration
 from distil_rank.embedding.sequences import CleaningReport, iter_records, uncompressed_name
 from distil_rank.embedding.storage import absolute
@@ -35,7 +36,11 @@ from distil_rank.options.embed import EmbedOptions
 logger = logging.getLogger(__name__)
 
 STORES = Path("embeddings")  # where stores are created by default
-MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a batch: fits a CPU's caches, keeps a GPU busy
+MAX_TOKENS = 2048  # in a batch on a CPU: fits its caches
+GPU_TOKENS = 2**17  # on a GPU: more make it no faster
+TOKEN_BYTES = 64  # what a layer has at once on a GPU, for each dimension of a token
+BATCHES = 4  # of a GPU, of the shards that are computed together
+REPAID = 6e10  # residues x layers x dimensions from which ten seconds of compiling are repaid: 1.4 M residues at 650M
 
 
 class _Batch(NamedTuple):
@@ -45,6 +50,7 @@ class _Batch(NamedTuple):
     rows: list[int]
     texts: list[str]
     residues: int  # that the progress bar counts: with those computed by an earlier run
+    whole: bool = False  # whether it is all of the shard
     last: bool = False  # whether the shard is complete after it
 
 
@@ -65,7 +71,8 @@ class Extraction:
         encoder: CodeEncoder | None = None,
         as_stored: bool = False,
     ):
-        self.options, self.device, self.encoder, self.as_stored = options, device, encoder, as_stored
+        self.options, self.encoder, self.as_stored = options, encoder, as_stored
+        self.device = this_gpu() if device.type == "cuda" and device.index is None else device
         store = default_store(options.fasta) if options.store is None else options.store
         self.writer = StoreWriter(store, EMBEDDINGS if encoder is None else CODES)
         self._compared: Encoder | None = None  # the encoder that `plan` made for its comparison
@@ -90,9 +97,38 @@ class Extraction:
             calibration = store_calibration(self.writer, self.device)
             assert isinstance(self.backbone, ESM2Backbone)  # no other is stored in int8
             encoder = int8_encoder(CalibrationEncoder(self.backbone.remapped(), layers[-1]), calibration)
-        tokens = self.options.max_tokens or MAX_TOKENS[self.device.type]
         pooling, window = manifest["pooling"], manifest["max_length"]
-        return Embedder(self.backbone, pooling, precision, self.device, layers, window, tokens, encoder)
+        embedder = Embedder(self.backbone, pooling, precision, self.device, layers, window, self.max_tokens, encoder)
+        if isinstance(embedder.encoder, GpuEncoder):  # by all that the store has, so that a killed run goes on alike
+            work = sum(shard["residues"] for shard in manifest["shards"]) * layers[-1] * self.backbone.dim
+            if work >= REPAID:
+                embedder.encoder.compile()
+            where = torch.cuda.get_device_name(self.device)
+            logger.info("computing in %s on %s, with %s", precision, where, embedder.encoder.kernels)
+        return embedder
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens in a batch."""
+        if self.options.max_tokens is not None:
+            return self.options.max_tokens
+        if self.device.type == "cpu":
+            return MAX_TOKENS
+        manifest, memory = self.writer.manifest, torch.cuda.get_device_properties(self.device).total_memory
+        copied = len(manifest.get("layers", [0])) if manifest["pooling"] == "residue" else 0
+        return tokens_that_fit(memory, self.backbone.dim, copied)
+
+    def pending(self, devices: int = 1) -> list[Shard]:
+        """What is to be computed. On a GPU shards are joined, so that their sequences fill its batches.
+
+        Of several devices each gets some of those; 0 are workers that take one shard at a time. Shards of residues are
+        large as they are.
+        """
+        shards = self.writer.pending()
+        if self.device.type == "cpu" or not devices or self.writer.manifest["pooling"] == "residue":
+            return shards
+        share = sum(shard.residues for shard in shards) // (BATCHES * devices)
+        return self.writer.pending(BATCHES * self.max_tokens if devices == 1 else min(BATCHES * self.max_tokens, share))
 
     def plan(self) -> tuple[int, CleaningReport]:
         """Adds new proteins, decides on the precision and writes the shards to compute; the caller holds the lock."""
@@ -181,7 +217,7 @@ class Extraction:
         return computed, residues
 
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
-        """The batches to compute of each shard; its last one is empty and tells that the shard can be sealed."""
+        """The batches to compute of each shard; where they are several an empty one tells that it can be sealed."""
         cut = self.writer.manifest["max_length"] if self.options.long == "truncate" else None
         for shard in shards:
             if self.writer.is_sealed(shard):
@@ -189,15 +225,18 @@ class Extraction:
                 continue
             texts = {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
             rows, ready = list(texts), self.writer.done(shard)
-            for batch in self.embedder.batches([len(text) for text in texts.values()]):
+            batches = self.embedder.batches([len(text) for text in texts.values()])
+            whole = len(batches) == 1 and not ready
+            for batch in batches:
                 missing = [rows[i] for i in batch if rows[i] not in ready]
                 residues = sum(len(texts[rows[i]]) for i in batch)
-                yield _Batch(shard, missing, [texts[row] for row in missing], residues)
-            yield _Batch(shard, [], [], 0, last=True)
+                yield _Batch(shard, missing, [texts[row] for row in missing], residues, whole)
+            if not whole:
+                yield _Batch(shard, [], [], 0, last=True)
 
     def _write(self, batch: _Batch, result: Embedded) -> None:
         if batch.rows:
-            vectors = result.layers.cpu().numpy()  # waits for the device
+            vectors = result.layers.cpu().numpy()
             owner = np.repeat(batch.rows, result.counts)
             invalid = owner[~np.isfinite(vectors).all(axis=(0, 2))]
             if len(invalid):
@@ -207,14 +246,35 @@ class Extraction:
                 )
             if self.encoder is not None:
                 vectors = self.encoder.encode(torch.from_numpy(vectors[0])).numpy()
-            self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
+            write = self.writer.write_whole if batch.whole else self.writer.write_part
+            write(batch.shard, batch.rows, result.counts, vectors)
         if batch.last:
             self.writer.seal(batch.shard)
+
+    @property
+    def how(self) -> dict[str, str]:
+        """What a GPU computed with, as users are told it; nothing where this process computed none."""
+        encoder = vars(self)["embedder"].encoder if "embedder" in vars(self) else None
+        return {"kernels": encoder.kernels} if isinstance(encoder, GpuEncoder) else {}
 
     def costs(self, computed: int, residues: int, seconds: float) -> list[LayerCost]:
         """What stopping behind each layer costs, as measured while computing."""
         clock, threads = self.embedder.encoder.clock, self.embedder.parallel_batches
         return layer_costs(clock, self.backbone.num_layers, seconds, computed, residues, threads)
+
+
+def tokens_that_fit(memory: int, dim: int, copied: int = 0) -> int:
+    """Tokens in a batch by a GPU's memory in bytes: a power of two, the same whatever else is on the card.
+
+    Half of the memory is left for weights and others. Of residues so many layers are copied to the host, if any.
+
+    >>> tokens_that_fit(80 * 2**30, 1280), tokens_that_fit(8 * 2**30, 1280), tokens_that_fit(80 * 2**30, 1280, copied=1)
+    (131072, 32768, 65536)
+    """
+    tokens = min(memory // (2 * TOKEN_BYTES * dim), GPU_TOKENS)
+    if copied:
+        tokens = min(tokens, 2 * SHARD_BYTES // (4 * dim * copied))
+    return 1 << max(tokens, 1).bit_length() - 1
 
 
 def default_store(fasta: str | Path) -> Path:

@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.errors import InputError
 from distil_rank.options.embed import check_layers
 
-SAMPLED = 20  # batches that are timed on a GPU, each of whose layers then waits for the one before
+SAMPLED = 20  # batches that are timed on a GPU
 
 
 def parse_layers(layers: int | str | None, depth: int, model: str = "the model") -> list[int]:
@@ -55,32 +56,52 @@ def split_source(source: Location) -> tuple[Location, int | None]:
 class LayerClock:
     """Adds up the seconds of each layer over batches and threads.
 
-    On a CPU every batch counts. On a GPU, whose kernels run on their own, only the first `SAMPLED` do.
+    On a CPU every batch counts. On a GPU, whose kernels run on their own, only the first `SAMPLED` do, by events in its
+    stream: nothing waits for them before `seconds` is read.
     """
 
     def __init__(self, layers: int, device: torch.device):
-        self.seconds = np.zeros(layers + 1)  # the first entry is what comes before layer 1
         self.samples = device.type == "cuda"
+        self._seconds = np.zeros(layers + 1)
+        self._laps: list[tuple[int, Any, Any]] = []  # layer, and the events before and behind it
         self._device, self._batches, self._lock = device, 0, threading.Lock()
 
-    def start(self) -> float | None:
+    @property
+    def seconds(self) -> np.ndarray:
+        """Of each layer, (layers + 1,); the first entry is what comes before layer 1."""
+        with self._lock:
+            for layer, since, until in self._laps:
+                until.synchronize()
+                self._seconds[layer] += since.elapsed_time(until) / 1000
+            self._laps.clear()
+        return self._seconds
+
+    def start(self) -> Any:
         """The time now; None where this batch is not to be timed."""
         with self._lock:
             self._batches += 1
             return None if self.samples and self._batches > SAMPLED else self.now()
 
-    def now(self) -> float:
-        """The time when the device has done what it was told to."""
-        if self.samples:
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+    def now(self) -> Any:
+        """The time; on a GPU an event that has it when the device has done what it was told to."""
+        return _event(self._device) if self.samples else time.perf_counter()
 
-    def lap(self, layer: int, since: float | None) -> None:
+    def lap(self, layer: int, since: Any) -> None:
         """Adds the time since then to a layer."""
-        if since is not None:
-            seconds = self.now() - since
-            with self._lock:
-                self.seconds[layer] += seconds
+        if since is None:
+            return
+        now = self.now()
+        with self._lock:
+            if self.samples:
+                self._laps.append((layer, since, now))
+            else:
+                self._seconds[layer] += now - since
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 @dataclass(frozen=True)

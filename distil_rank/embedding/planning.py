@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,6 +46,7 @@ class Shard:
     proteins: tuple[str, int, int]  # the table and its lines where these rows first appear
     residues: int
     key: str  # digest of what determines its vectors: the settings, and its lines
+    members: tuple[Shard, ...] = ()  # of several that are computed together; its parts are in the first one's folder
 
     @classmethod
     def of(cls, entry: dict[str, Any], manifest: dict[str, Any]) -> Shard:
@@ -55,10 +56,34 @@ class Shard:
         key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
         return cls(entry["file"], tuple(entry["rows"]), tuple(entry["proteins"]), entry["residues"], key)
 
+    @classmethod
+    def joined(cls, members: Sequence[Shard]) -> Shard:
+        """Consecutive shards of one table, to be computed together."""
+        first, last = members[0], members[-1]
+        if first is last:
+            return first
+        table, start, _ = first.proteins
+        key = hashlib.sha256("".join(shard.key for shard in members).encode()).hexdigest()
+        rows, lines = (first.rows[0], last.rows[1]), (table, start, last.proteins[2])
+        return cls(first.file, rows, lines, sum(shard.residues for shard in members), key, tuple(members))
+
     @property
     def parts(self) -> str:
         """Folder of its finished batches."""
         return f"{PARTS}/{self.file.removesuffix('.arrow')}"
+
+
+def join_shards(shards: Iterable[Shard], residues: int) -> list[Shard]:
+    """Joins consecutive shards of one table, as many as have so many residues together, but at least one."""
+    groups: list[list[Shard]] = []
+    free = 0
+    for shard in shards:
+        if shard.residues > free or shard.proteins[0] != groups[-1][-1].proteins[0]:
+            groups.append([])
+            free = residues
+        groups[-1].append(shard)
+        free -= shard.residues
+    return [Shard.joined(group) for group in groups]
 
 
 def write_new_proteins(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distil_rank.embedding.backbone import Backbone, Encoder, ESM2Backbone
 from distil_rank.embedding.esm2 import FusedEncoder, has_bf16_units
+from distil_rank.embedding.gpu import GpuEncoder
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, has_int8_units
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.storage import Location
@@ -246,8 +247,12 @@ def compare_bf16(
 ) -> tuple[Encoder, PrecisionAgreement]:
     """The encoder in bf16, and how it compares with fp32 on some of these proteins."""
     compared = list(_fragments(list(dict.fromkeys(sequences)), COMPARED_TOKENS, CALIBRATION_LENGTH))
-    expected = pooled(backbone.encoder(torch.float32, device, layers), backbone, compared)
-    encoder = backbone.encoder(torch.bfloat16, device, layers)
+    encoder = backbone.encoder(torch.float32, device, layers)
+    expected = pooled(encoder, backbone, compared)
+    if isinstance(encoder, GpuEncoder):
+        encoder.convert_to(torch.bfloat16)
+    else:
+        encoder = backbone.encoder(torch.bfloat16, device, layers)
     return encoder, agreement(expected, pooled(encoder, backbone, compared))
 
 

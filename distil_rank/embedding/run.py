@@ -53,7 +53,9 @@ class EmbedSummary:
     cleaning: str
     backbone: str
     precision: str
-    precision_note: str | None  # how closely int8 followed fp32, or why it is not used though asked for
+    precision_note: (
+        str | None
+    )  # how closely int8 followed fp32, or why it is not used; with which kernels a GPU computed
     pooling: str
     dim: int
     layers: str
@@ -112,7 +114,8 @@ def embed(
         problem = broadcast(problem)  # or the other ranks would wait forever
         if problem is not None:
             raise problem
-        shards = writer.pending()
+        devices = fabric.world_size if fabric is not None else 0 if cluster is not None else 1
+        shards = broadcast(extraction.pending(devices) if leads else [])
         start = time.perf_counter()
         if cluster is not None:
             counts = compute_elastically(shards, extraction.worker(cluster.cores, cluster.gpus), cluster, "embed")
@@ -129,14 +132,16 @@ def embed(
         if leads:
             writer.finish()
         if leads and computed:
-            figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)}
-            writer.record_extraction(**environment(device), **figures, layer_costs=[asdict(cost) for cost in costs])
+            figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)} | extraction.how
+            writer.record_extraction(
+                **environment(extraction.device), **figures, layer_costs=[asdict(cost) for cost in costs]
+            )
         wait_for("finished")
         last = "".join(f":{layer}" for layer in writer.manifest.get("layers", [])[-1:])  # named: none is chosen
         opened = Store.open(f"{writer.path}{last}", writer.content)  # before the lock is released
         wait_for("opened")
 
-    return _summary(opened, added, report, computed, residues, seconds, costs)
+    return _summary(opened, added, report, computed, residues, seconds, costs, extraction.how)
 
 
 def _device(request: EmbedOptions) -> torch.device:
@@ -173,8 +178,10 @@ def _summary(
     residues: int,
     seconds: float,
     costs: Sequence[LayerCost],
+    how: Mapping[str, str],
 ) -> EmbedSummary:
     manifest, skipped = store.manifest, store.skipped
+    notes = [note for note in (manifest.get("precision_note"), *how.values()) if note]
     if skipped:
         logger.warning(
             "%s skipped for lack of memory: %s; try again with --retry_skipped on a device with more memory",
@@ -193,7 +200,7 @@ def _summary(
         cleaning=str(report),
         backbone=manifest["backbone"],
         precision=manifest["precision"],
-        precision_note=manifest.get("precision_note"),
+        precision_note="; ".join(notes) or None,
         pooling=manifest["pooling"],
         dim=manifest["dim"],
         layers=", ".join(map(str, store.layers or [manifest["layer"]])),

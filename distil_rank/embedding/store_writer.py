@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distil_rank.embedding.planning import PARTS, Shard, new_shards, write_new_proteins
+from distil_rank.embedding.planning import PARTS, Shard, join_shards, new_shards, write_new_proteins
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import (
@@ -90,7 +90,7 @@ class StoreWriter:
             if manifest.get(key) != value:
                 raise InputError(
                     f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
-                    f"{value!r}; choose another store."
+                    f"{value!r}; choose another store with --store (evaluate and recommend: --data)."
                 )
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"
@@ -125,10 +125,15 @@ class StoreWriter:
         *before, last = read_provenance(self.storage)["extractions"] or [{}]
         self.record(extractions=[*before, {**last, "run": run}])
 
-    def pending(self) -> list[Shard]:
-        """The shards that the manifest does not list as finished, in order."""
+    def pending(self, together: int = 0) -> list[Shard]:
+        """The shards that the manifest does not list as finished, in order.
+
+        Joined, as many as have `together` residues, whether finished or not: what is computed together stays the same.
+        """
         manifest = self.manifest
-        return [Shard.of(entry, manifest) for entry in manifest["shards"] if "sha256" not in entry]
+        unfinished = {entry["file"] for entry in manifest["shards"] if "sha256" not in entry}
+        joined = join_shards((Shard.of(entry, manifest) for entry in manifest["shards"]), together)
+        return [shard for shard in joined if unfinished.intersection(part.file for part in shard.members or [shard])]
 
     def retry_skipped(self) -> int:
         """Makes skipped sequences pending again and returns their number; the caller holds the lock.
@@ -175,8 +180,8 @@ class StoreWriter:
         return table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))["id"].to_pylist()
 
     def is_sealed(self, shard: Shard) -> bool:
-        """Whether the shard's file is complete."""
-        return self._computed(shard.file, shard.key, ["row"]) is not None
+        """Whether the shard's files are complete."""
+        return all(self._computed(part.file, part.key, ["row"]) is not None for part in shard.members or [shard])
 
     def _parts(self, folder: str) -> list[str]:
         return [f"{folder}/{name}" for name in sorted(self.storage.entries(folder)) if name.endswith(".arrow")]
@@ -200,12 +205,15 @@ class StoreWriter:
             vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
         """
         metadata = {"key": shard.key, "rows": json.dumps(rows)}
-        columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
-        table = _table(np.repeat(rows, counts), columns, metadata)
+        table = _table(np.repeat(rows, counts), self._named(vectors), metadata)
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
         return [column_of(layer) for layer in self.manifest.get("layers", [])] or [column_of(None)]
+
+    def _named(self, vectors: np.ndarray) -> dict[str, np.ndarray]:
+        """Vectors, (layers, vectors, dim) or of one layer (vectors, dim), by the column that holds them."""
+        return dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
 
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them; `InputError` if one lacks."""
@@ -217,10 +225,23 @@ class StoreWriter:
                 f"Expected all parts of {shard.file} in {self.path}/{PARTS} but some are missing; run again."
             )
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
-        order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
-        columns = {name: np.concatenate([vectors_of(part, name) for part in parts])[order] for name in self._columns()}
-        self.storage.write(shard.file, _table(rows[order], columns, {"key": shard.key}))
+        vectors = {name: np.concatenate([vectors_of(part, name) for part in parts]) for name in self._columns()}
+        self._write_shard(shard, rows, vectors)
         self.storage.delete_folder(shard.parts)
+
+    def write_whole(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
+        """Writes a shard that is one batch, without a part; arguments as of `write_part`."""
+        self._write_shard(shard, np.repeat(rows, counts), self._named(vectors))
+
+    def _write_shard(self, shard: Shard, rows: np.ndarray, vectors: dict[str, np.ndarray]) -> None:
+        order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
+        rows = rows[order]
+        for one in reversed(shard.members or [shard]):  # the first, in whose folder the parts are, when all others are
+            if shard.members and self.is_sealed(one):  # by an earlier run
+                continue
+            own = slice(*np.searchsorted(rows, one.rows))
+            columns = {name: column[order[own]] for name, column in vectors.items()}
+            self.storage.write(one.file, _table(rows[own], columns, {"key": one.key}))
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
         """Sets size and hash of complete shards, clears those of damaged ones."""

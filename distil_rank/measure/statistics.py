@@ -18,6 +18,7 @@ False
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -140,19 +141,13 @@ def retained(statistic: Statistic, reference: Statistic, counts: np.ndarray) -> 
     return interval(statistic.value / reference.value, ratios)
 
 
-def retained_with_confidence(statistic: Statistic, reference: Statistic, level: float = LEVEL) -> Interval | None:
-    """The ratio of `retained` with an interval for unequal groups; None where it is undefined.
+def log_ratio(statistic: Statistic, reference: Statistic) -> tuple[float, float, float] | None:
+    """Logarithm of the ratio of `retained`, its standard error and their degrees of freedom; None where undefined.
 
-    The percentile interval of a bootstrap tends to be too narrow where few groups dominate a metric, since a
-    bootstrap sample has no others. Here the logarithm of the ratio gets a t-interval. Its variance is the jackknife's
-    over groups, `(G − 1)/G Σ e_g²` with `e_g` the deviation of the ratio without group g (Miller 1974), and its degrees
-    of freedom are Satterthwaite's (1946) for a sum of squares of unequal variances, `(Σ σ_g²)² / Σ σ_g⁴`, which for
-    normal `e_g` is estimated by `3 (Σ e²)² / Σ e⁴ − 2`: about G − 1 for equal groups, few where few groups matter.
-
-    >>> equal = np.tile([1.0, 0.5], 50)
-    >>> share = retained_with_confidence(ratio(0.9 * equal), ratio(equal))
-    >>> round(share.low, 6), round(share.value, 6), round(share.high, 6)
-    (0.9, 0.9, 0.9)
+    The variance is the jackknife's over groups, `(G − 1)/G Σ e_g²` with `e_g` the deviation of the ratio without group
+    g (Miller 1974), and its degrees of freedom are Satterthwaite's (1946) for a sum of squares of unequal variances,
+    `(Σ σ_g²)² / Σ σ_g⁴`, which for normal `e_g` is estimated by `3 (Σ e²)² / Σ e⁴ − 2`: about G − 1 for equal groups,
+    few where few groups matter.
     """
     value, theirs = statistic.value, reference.value
     if not (value > 0 and theirs > 0):
@@ -163,13 +158,48 @@ def retained_with_confidence(statistic: Statistic, reference: Statistic, level: 
         without = np.log(ours) - np.log(full)
     if not np.isfinite(without).all():
         return None  # one group holds all that there is
-    e, share = without - without.mean(), value / theirs
+    e = without - without.mean()
     squares, fourths = (e**2).sum(), (e**4).sum()
-    if squares < 1e-24:
-        return Interval(share, share, share)
-    freedom = np.clip(3 * squares**2 / fourths - 2, 1, groups - 1)
-    width = np.sqrt((groups - 1) / groups * squares) * student_t.ppf((1 + level) / 2, freedom)
-    return Interval(share, float(share * np.exp(-width)), float(share * np.exp(width)))
+    freedom = groups - 1 if squares < 1e-24 else np.clip(3 * squares**2 / fourths - 2, 1, groups - 1)
+    return math.log(value / theirs), math.sqrt((groups - 1) / groups * squares), float(freedom)
+
+
+def retained_with_confidence(statistic: Statistic, reference: Statistic, level: float = LEVEL) -> Interval | None:
+    """The ratio of `retained` with an interval for unequal groups; None where it is undefined.
+
+    The percentile interval of a bootstrap tends to be too narrow where few groups dominate a metric, since a
+    bootstrap sample has no others. Here the logarithm of the ratio gets a t-interval.
+
+    >>> equal = np.tile([1.0, 0.5], 50)
+    >>> share = retained_with_confidence(ratio(0.9 * equal), ratio(equal))
+    >>> round(share.low, 6), round(share.value, 6), round(share.high, 6)
+    (0.9, 0.9, 0.9)
+    """
+    if (logarithm := log_ratio(statistic, reference)) is None:
+        return None
+    value, error, freedom = logarithm
+    width = error * student_t.ppf((1 + level) / 2, freedom)
+    return Interval(*(float(np.exp(value + side)) for side in (0, -width, width)))
+
+
+def chance_of_confirmation(
+    statistic: Statistic, reference: Statistic, least: float = 1.0, level: float = LEVEL
+) -> float:
+    """How likely as many other groups put the lower end of `retained_with_confidence` at `least` or above.
+
+    The predictive power of Spiegelhalter, Freedman and Blackburn (1986) under a flat prior: the next estimate lies
+    about this one with twice its variance, by the t-distribution of this one.
+
+    >>> ours, full = ratio([1.2, 1.1, 1.3, 1.2]), ratio([1.0, 1.0, 1.0, 1.0])
+    >>> low = retained_with_confidence(ours, full).low
+    >>> round(chance_of_confirmation(ours, full, low), 6), chance_of_confirmation(ours, full, 1.19) < 0.1
+    (0.5, True)
+    """
+    if (logarithm := log_ratio(statistic, reference)) is None:
+        return 0.0
+    value, error, freedom = logarithm
+    margin = (value - math.log(least)) / max(error, 1e-9) - student_t.ppf((1 + level) / 2, freedom)
+    return float(student_t.cdf(margin / math.sqrt(2), freedom))
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike | None = None) -> Statistic:

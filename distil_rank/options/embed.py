@@ -46,7 +46,7 @@ class EmbedOptions:
             back to auto.
         long: What happens to proteins above max_length.
         max_length: Residues per forward pass; ESM-2 was trained on 1022.
-        max_tokens: Tokens in a batch; by default 2048 on a CPU, 32768 on a GPU.
+        max_tokens: Tokens in a batch; by default 2048 on a CPU, on a GPU what its memory holds, up to 131072.
         accelerator: Where to compute.
         devices: Devices on each node; each gets a process.
         num_nodes: Nodes, under SLURM or torchrun.
@@ -134,6 +134,13 @@ def check_backbone(name: str) -> None:
             f"Expected a backbone but got {name!r}; choose auto, {', '.join((*PACKAGED, *HUB_NAMES))}, a fair-esm .pt "
             "file, a Hugging Face ESM-2 folder, or any other encoder as hf:FOLDER or hf:ORG/NAME."
         )
+
+
+def check_exists(source: str, named: bool) -> None:
+    """Raises `InputError` where no vectors are at a path, or at that of STORE:LAYER; unless `named` in another way."""
+    path = source.rpartition(":")[0] or source
+    if not named and not (source and (Path(source).exists() or Path(path).exists())):
+        raise InputError(f"Expected embeddings at {source or '(nothing)'} but it does not exist; make them with embed.")
 
 
 def check_layers(layer: int | str | None) -> None:

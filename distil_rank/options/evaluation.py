@@ -8,7 +8,7 @@ from typing import Literal
 
 from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
-from distil_rank.options.embed import Precision, check_backbone
+from distil_rank.options.embed import Precision, check_backbone, check_exists
 
 Kind = Literal["retrieval", "classification", "multilabel", "regression"]
 TaskKind = Literal["auto", "retrieval", "classification", "multilabel", "regression"]
@@ -169,8 +169,7 @@ def _check_vectors(options: EvaluateOptions | RecommendOptions, embeds: bool | N
     options.labels.check()
     data = options.data
     named = data == "auto" or "://" in data or options.fasta is not None
-    if not named and not any(Path(path).exists() for path in (data, data.rpartition(":")[0] or data)):  # STORE:LAYER
-        raise InputError(f"Expected embeddings at {data} but it does not exist; make them with embed.")
+    check_exists(data, named)
     if options.fasta is not None and options.fasta != "-" and not Path(options.fasta).is_file():
         raise InputError(f"Expected sequences at {options.fasta} but there is no such file; give a FASTA file.")
     embeds = options.fasta is not None if embeds is None else embeds

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
+from distil_rank.options.embed import check_exists
 
 BUILT_IN = ("denoising", "random", "spectral")
 
@@ -27,7 +28,8 @@ def check_rank_option(rank: float | str) -> None:
     """Raises `InputError` unless this is a positive integer, a share in (0, 1) or `auto`."""
     valid = rank == "auto"
     if not isinstance(rank, str | bool):
-        valid = 0 < rank < 1 or (rank >= 1 and float(rank).is_integer())
+        integer = rank >= 1 and float(rank).is_integer()
+        valid = 0 < rank < 1 or (integer and repr(rank) != "1.0")  # which may be all of the variance, or one direction
     if not valid:
         raise InputError(f"Expected --rank as an integer, a share of variance in (0, 1) or 'auto' but got {rank!r}.")
 
@@ -68,10 +70,8 @@ class DataOptions:
             check_range(f"--data.{name}", getattr(self, name), 0, 1)
         check_range("--data.val_fraction + --data.test_fraction", self.val_fraction + self.test_fraction, 0, 0.99)
         check_range("--data.batch_size", self.batch_size, 1)
-        path, _, _ = self.source.rpartition(":")  # a store may name its layer: STORE:4
         named = self.source in ("auto", "synthetic") or "://" in self.source or self.fasta is not None
-        if not named and not Path(self.source).exists() and not (path and Path(path).exists()):
-            raise InputError(f"Expected embeddings at {self.source} but it does not exist; make them with embed.")
+        check_exists(self.source, named)
         for name in ("fasta", "clusters"):
             if (file := getattr(self, name)) is not None and not Path(file).exists():
                 raise InputError(f"Expected a file at --data.{name} {file} but there is none.")

@@ -5,6 +5,7 @@ Encoders are fitted in closed form. Time is measured on this machine.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,11 +136,15 @@ def measure_costs(
         fasta = Path(name) / "timed.fasta"
         fasta.write_text("".join(f">{row}\n{sequences[row]}\n" for row in chosen))
         settings = options_like(about, about.get("source"))
-        deepest = max(numbers.values())
+        deepest, log = max(numbers.values()), logging.getLogger("distil_rank.embedding")
+        level = log.level
+        log.setLevel(logging.WARNING)  # what it tells of files that are gone soon is no news
         try:
             embed(fasta, Path(name) / "store", about["backbone"], **{**settings, "layer": deepest})
         except InputError as error:
             return {}, f"Time was not measured: {error}"
+        finally:
+            log.setLevel(level)
         [extraction] = read_provenance(open_storage(Path(name) / "store"))["extractions"]
     measured = {one["layer"]: one for one in extraction["layer_costs"]}
     costs: dict[str | None, Cost] = {

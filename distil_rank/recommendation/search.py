@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import norm
 
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
@@ -22,13 +21,15 @@ from distil_rank.measure.statistics import (
     LEVEL,
     Interval,
     Statistic,
+    chance_of_confirmation,
     clearly_above,
+    log_ratio,
     resample_counts,
     retained_with_confidence,
 )
 from distil_rank.options.evaluation import Answer
 from distil_rank.recommendation.pipelines import Cost, Fitted, Pipeline, full_pipeline, grid
-from distil_rank.recommendation.problem import FIT, VALIDATE, Problem
+from distil_rank.recommendation.problem import FIT, Problem
 
 SCHEMA = 2
 QUERIES = 2000  # validation proteins that each pipeline is searched with at most
@@ -64,25 +65,6 @@ class Outcome:
         """Time and bytes, what counts more first."""
         time = 1.0 if self.time is None else self.time
         return (self.bytes, time) if answer == "smallest" else (time, self.bytes)
-
-    def chance_of_confirmation(self, keep: float) -> float:
-        """How likely another draw of as many groups puts the lower end of its interval at `keep` or above.
-
-        The predictive power of Spiegelhalter, Freedman and Blackburn (1986) under a flat prior: the next estimate is
-        normal about this one, on the logarithmic scale, with twice its variance. The least of the tasks.
-
-        >>> Outcome(Pipeline("4", "invariant", 32, "bit"), 4, 1, (1,), (Interval(1, 0.9, 1.1),)).chance_of_confirmation(
-        ...     0.9 ** (norm.isf((1 - LEVEL) / 2 / LOOKS) / norm.isf(0.05))
-        ... ).__round__(3)
-        0.5
-        """
-        bound, chances = norm.isf((1 - LEVEL) / 2 / LOOKS / len(self.retained)), []
-        for one in self.retained:
-            if not one.low > 0:
-                return 0.0
-            error = max(math.log(one.value / one.low) / norm.isf((1 - ONE_SIDED) / 2), 1e-9)
-            chances.append(float(norm.cdf((math.log(one.value / keep) / error - bound) / math.sqrt(2))))
-        return min(chances)
 
 
 @dataclass(frozen=True)
@@ -168,6 +150,7 @@ class Evaluator:
         quick: bool = False,
     ) -> None:
         self.fitted, self.trials, problem = fitted, list[TaskTrial](), fitted.problem
+        self.options = (split, metric, max_queries, seed)
         self.statistics: dict[Pipeline, list[Statistic]] = {}
         for task in problem.tasks:
             own = problem.split[task.rows]
@@ -210,11 +193,21 @@ class Evaluator:
         scores = tuple(statistic.value for statistic in own)
         return Outcome(pipeline, pipeline.bytes, time, scores, tuple(shares))
 
+    def chance_of_confirmation(self, pipeline: Pipeline, keep: float) -> float:
+        """How likely other groups confirm a pipeline that was measured here, on the task where that is least likely."""
+        level = 1 - (1 - LEVEL) / LOOKS / len(self.trials)
+        pairs = zip(self.statistics[pipeline], self.trials, strict=True)
+        return min(chance_of_confirmation(own, one.reference, keep, level) for own, one in pairs)
+
     def ties(self, one: Outcome, other: Outcome) -> bool:
-        """Whether the interval of the ratio of two pipelines that were measured here holds 1, for every task."""
+        """Whether two pipelines that were measured here differ by no more than one standard error, for every task.
+
+        The rule by which Breiman, Friedman, Olshen and Stone (1984, 3.4.3) take the simplest of what is level with the
+        best; the error is that of the paired ratio.
+        """
         pairs = zip(self.statistics[one.pipeline], self.statistics[other.pipeline], strict=True)
-        ratios = [retained_with_confidence(*pair) for pair in pairs]
-        return all(ratio is None or 1 in ratio for ratio in ratios)
+        ratios = [log_ratio(*pair) for pair in pairs]
+        return all(ratio is None or abs(ratio[0]) <= ratio[1] for ratio in ratios)
 
     def baselines(self, alignment: bool) -> list[Baseline]:
         """What composition, what is trivial and, where it is wanted and can be, MMseqs2 score on the first task."""
@@ -248,15 +241,9 @@ def within_limits(
 
 
 def search_pipelines(
-    fitted: Fitted,
-    pipelines: Sequence[Pipeline],
-    costs: Costs,
-    keep: float,
-    metric: str | None = None,
-    max_queries: int = QUERIES,
-    seed: int = 0,
+    evaluator: Evaluator, pipelines: Sequence[Pipeline], costs: Costs, keep: float
 ) -> tuple[list[Outcome], dict[Answer, Outcome]]:
-    """Pipelines on the validation groups, with one-sided 95 % lower ends, and the three answers.
+    """Pipelines on the evaluator's groups, with one-sided 95 % lower ends, and the three answers.
 
     For a classification or a regression all are compared by ridge regression alone, and what would be chosen is then
     measured by the probe itself, until the choice stands.
@@ -264,15 +251,15 @@ def search_pipelines(
 
     def measure(evaluator: Evaluator, pipeline: Pipeline) -> Outcome:
         outcome = evaluator.outcome(pipeline, costs, ONE_SIDED)
-        return replace(outcome, likely=outcome.chance_of_confirmation(keep))
+        return replace(outcome, likely=evaluator.chance_of_confirmation(pipeline, keep))
 
-    evaluator = Evaluator(fitted, VALIDATE, metric, max_queries, seed)
-    probed = any(task.target.kind != "retrieval" for task in fitted.problem.tasks)
-    quick = Evaluator(fitted, VALIDATE, metric, max_queries, seed, quick=True) if probed else evaluator
+    problem = evaluator.fitted.problem
+    probed = any(task.target.kind != "retrieval" for task in problem.tasks)
+    quick = Evaluator(evaluator.fitted, *evaluator.options, quick=True) if probed else evaluator
     known = dict[Pipeline, Outcome]()
     outcomes = {one: measure(quick, one) for one in progress(pipelines, "pipelines")}
     while True:
-        answers = choose(list(outcomes.values()), quick.ties, fitted.problem.searched)
+        answers = choose(list(outcomes.values()), quick.ties, problem.searched)
         fresh = {one.pipeline for one in answers.values()} - set(known)
         if not probed or not fresh or len(known) >= PROBED:
             return list(outcomes.values()), answers

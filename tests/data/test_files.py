@@ -209,6 +209,13 @@ def test_pickles_are_refused_and_not_run(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+def test_text_with_another_name_has_no_arrays(tmp_path):
+    for name in ("e.pt", "e.npy", "e.npz"):
+        (tmp_path / name).write_text("embeddings of mine")
+        with pytest.raises(InputError, match=r"cannot be read \(no arrays\)"):
+            load_matrix(tmp_path / name)
+
+
 def test_namespaces_are_allowed_as_fair_esm_writes_them(tmp_path):
     torch.save({"embeddings": torch.from_numpy(X), "args": argparse.Namespace(layer=3)}, tmp_path / "e.pt")
     assert np.array_equal(load_matrix(tmp_path / "e.pt").x, X)
@@ -296,7 +303,8 @@ def test_auto_is_what_ships_unless_there_is_one_finished_store_of_the_users(tmp_
     shipped = Path("data").resolve()
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(files, "PACKAGED", tmp_path / "absent")
+    for place in ("PACKAGED", "EDITABLE"):
+        monkeypatch.setattr(files, place, tmp_path / "absent")
     assert find_source("auto") == "synthetic"
     assert "NO EMBEDDINGS FOUND" in caplog.text
     assert find_source("mine.npz") == "mine.npz"
@@ -360,12 +368,19 @@ def test_an_installed_package_uses_its_copy(monkeypatch, tmp_path):
     packaged = tmp_path / "site-packages"
     (packaged / LABELLED).mkdir(parents=True)
     monkeypatch.setattr(files, "PACKAGED", packaged)
+    monkeypatch.setattr(files, "EDITABLE", tmp_path / "absent")
     assert sample(UNLABELLED, LABELLED) == str(packaged / LABELLED)
+
+
+def test_outside_the_checkout_an_editable_installation_uses_its_data(monkeypatch, tmp_path, pytestconfig):
+    monkeypatch.chdir(tmp_path)
+    assert sample(LABELLED) == str(pytestconfig.rootpath / "data" / LABELLED)
 
 
 def test_what_is_missing_is_named_as_a_checkout_has_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "PACKAGED", tmp_path / "absent")
+    for place in ("PACKAGED", "EDITABLE"):
+        monkeypatch.setattr(files, place, tmp_path / "absent")
     assert sample(UNLABELLED) == "data/sample"
 
 

@@ -106,6 +106,9 @@ def test_commas_in_names_stay(tmp_path):
         ("a.fasta", ">P1 k\nMK\n", {}, "--labels.field"),
         ("a.fasta", ">P1\nMK\n", {"field": 2}, "as word 2"),
         ("a.npz", b"no zip", {}, "cannot be read"),
+        ("a.csv", "id,label\nP1,k\nP2,prot\u00e9ase\n".encode("latin-1"), {}, "UTF-8 text"),
+        ("a.csv", "id,label,family\nP1,k,\u00e9\n".encode("latin-1"), {}, "UTF-8 text"),
+        ("a.fasta", ">P1 \u00e9\nMK\n".encode("latin-1"), {"field": 2}, "UTF-8 text"),
     ],
 )
 def test_what_is_refused(tmp_path, name, content, options, message):

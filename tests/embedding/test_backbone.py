@@ -20,10 +20,10 @@ from esm.model.esm2 import ESM2
 from distil_rank.embedding import backbone as backbones
 from distil_rank.embedding import weight_files
 from distil_rank.embedding.backbone import load_backbone
-from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.weight_files import cache_folder, fair_esm_key, load_tensors, packaged_folder
 from distil_rank.errors import InputError
-from tests.esm2_files import hugging_face_folder
+from tests.esm2_files import hugging_face_folder, tokenise
 
 
 @pytest.fixture

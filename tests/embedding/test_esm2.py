@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from distil_rank.embedding.esm2 import FusedEncoder, _attend_jagged, attend_sequentially, tokenise
+from distil_rank.embedding.esm2 import FusedEncoder
+from tests.esm2_files import tokenise
 
 SEQUENCES = ["MKTAYIAKQR", "M", "GSHMXBZUO", "ACDEFGHIKLMNPQRSTVWY" * 12]
 
@@ -70,20 +71,3 @@ def test_without_token_dropout(tiny_esm2, monkeypatch):
     monkeypatch.setattr(tiny_esm2.model, "token_dropout", False)
     ours = FusedEncoder(tiny_esm2.model)(*tokenise(SEQUENCES[:1], tiny_esm2.model.alphabet))
     torch.testing.assert_close(ours, reference(tiny_esm2.model, SEQUENCES[:1], 2)[0], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_at_once_equals_one_after_the_other(dtype):
-    """What runs on a GPU, here on the CPU's kernels."""
-    lengths = [10, 1, 15, 1, 33]
-    q, k, v = torch.randn(3, sum(lengths), 4, 8, dtype=dtype, generator=torch.Generator().manual_seed(0)).unbind()
-    with torch.no_grad():
-        at_once, each = _attend_jagged(q, k, v, lengths), attend_sequentially(q, k, v, lengths)
-    torch.testing.assert_close(at_once, each, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0)
-
-
-def test_the_whole_encoder_with_attention_at_once(tiny_esm2, monkeypatch):
-    tokens, lengths = tokenise(SEQUENCES, tiny_esm2.model.alphabet)
-    expected = FusedEncoder(tiny_esm2.model)(tokens, lengths)
-    monkeypatch.setattr("distil_rank.embedding.esm2.attend_sequentially", _attend_jagged)
-    torch.testing.assert_close(FusedEncoder(tiny_esm2.model)(tokens, lengths), expected, atol=1e-5, rtol=0)

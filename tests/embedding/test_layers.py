@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from distil_rank.embedding import layers
 from distil_rank.embedding.layers import LayerClock, layer_costs, parse_layers, split_source
 from distil_rank.errors import InputError
 
@@ -84,15 +85,32 @@ def test_layers_that_were_not_run_are_taken_to_cost_what_those_behind_the_first_
     assert not costs[0].measured and "about 0.14" in str(costs[0])
 
 
-def test_a_gpu_is_timed_for_the_first_batches_only(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+def test_a_gpu_is_timed_by_events_of_the_first_batches_that_are_read_at_the_end(monkeypatch):
+    waited = []
+
+    class Event:
+        def __init__(self, time):
+            self.time = time
+
+        def synchronize(self):
+            waited.append(self.time)
+
+        def elapsed_time(self, until):
+            return until.time - self.time  # milliseconds
+
+    events = map(Event, range(0, 10_000, 500))
+    monkeypatch.setattr(layers, "_event", lambda device: next(events))
+    monkeypatch.setattr(layers, "SAMPLED", 2)
     clock = LayerClock(2, torch.device("cuda"))
-    starts = [clock.start() for _ in range(25)]
-    assert sum(start is not None for start in starts) == 20
-    clock.lap(1, starts[-1])
-    assert not clock.seconds.any(), "the last was not timed"
-    clock.seconds[:] = 0, 1.0, 3.0  # a sample: shares of the whole
-    assert [cost.share for cost in layer_costs(clock, 2, 100.0, 10, 10)] == [0.25, 1.0]
+    starts = [clock.start() for _ in range(5)]
+    assert sum(start is not None for start in starts) == 2
+    clock.lap(1, starts[0])
+    clock.lap(2, starts[0])
+    clock.lap(2, starts[-1])
+    assert not waited
+    assert clock.seconds.tolist() == [0, 1.0, 1.5], "the last was not timed"
+    assert clock.seconds.tolist() == [0, 1.0, 1.5], "each lap counts once"
+    assert [cost.share for cost in layer_costs(clock, 2, 100.0, 10, 10)] == [0.4, 1.0], "shares of the whole"
 
 
 def test_nothing_computed_costs_nothing():

@@ -208,15 +208,15 @@ def test_truncated_proteins_have_fewer_vectors_than_residues(run, fasta):
 @pytest.fixture
 def most_residues(monkeypatch):
     """Sets how many residues a fake device can compute at once."""
-    contributions = Embedder._contributions
+    pooled = Embedder._pooled
 
     def limit(residues):
-        def limited(self, pieces):
-            if max(len(piece.text) for piece in pieces) > residues:
+        def limited(self, one):
+            if max(one.lengths) - 2 > residues:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return contributions(self, pieces)
+            return pooled(self, one)
 
-        monkeypatch.setattr(Embedder, "_contributions", limited)
+        monkeypatch.setattr(Embedder, "_pooled", limited)
 
     return limit
 

@@ -8,6 +8,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef, r2_score
 from distil_rank.measure import statistics
 from distil_rank.measure.statistics import (
     Statistic,
+    chance_of_confirmation,
     clearly_better,
     estimate,
     group_sums,
@@ -191,3 +192,18 @@ def test_the_interval_of_a_ratio_covers_the_truth_where_few_groups_decide():
 def test_one_group_that_holds_everything_has_no_interval():
     zero = mean(np.array([1.0, 0.0, 0.0]), np.array([0, 1, 2]))
     assert retained_with_confidence(zero, zero) is None
+
+
+@pytest.mark.parametrize("groups", [5, 30])
+def test_the_chance_of_confirmation_is_how_often_other_groups_confirm(groups):
+    """Groups are drawn twice about the same truth; where the chance of the first draw is high, the second confirms."""
+    rng, level, chances, confirmed = np.random.default_rng(0), 0.983, [], []
+    full = ratio(np.ones(groups))
+    for truth in rng.uniform(0.5, 2.0, 1500):  # far about the bound, as a flat prior has it
+        first, second = (ratio(truth * np.exp(0.15 * rng.normal(size=groups))) for _ in range(2))
+        chances.append(chance_of_confirmation(first, full, 0.99, level))
+        confirmed.append(retained_with_confidence(second, full, level).low >= 0.99)
+    chances, confirmed = np.array(chances), np.array(confirmed)
+    assert chances.mean() == pytest.approx(confirmed.mean(), abs=0.03)
+    high = (chances > 0.8) & (chances < 0.99)
+    assert confirmed[high].mean() == pytest.approx(chances[high].mean(), abs=0.08)

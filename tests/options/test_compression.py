@@ -26,6 +26,7 @@ def folder(tmp_path, monkeypatch):
         ({"model": "nowhere.pt"}, "got 'nowhere.pt'"),
         ({"data": DataOptions("nowhere.npy")}, "nowhere.npy but it does not exist"),
         ({"rank": 0}, "--rank as an integer"),
+        ({"rank": 1.0}, r"in \(0, 1\) or 'auto' but got 1.0"),
         ({"output": "store"}, "store but it holds 'distil-rank embeddings'; name another place"),
         ({"output": "m.pt/x"}, "m.pt is a file"),
     ],

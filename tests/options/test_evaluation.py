@@ -5,12 +5,15 @@ import pytest
 
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import EvaluateOptions, LabelOptions, RecommendOptions
+from distil_rank.options.training import DataOptions, DistilOptions
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (EvaluateOptions(data="absent"), "embeddings at absent"),
+        (EvaluateOptions(data=""), r"embeddings at \(nothing\)"),
+        (DistilOptions(data=DataOptions("")), r"embeddings at \(nothing\)"),
         (EvaluateOptions(fasta="absent.fasta"), "no such file"),
         (EvaluateOptions(precision="bf16"), "Expected --fasta"),
         (EvaluateOptions(labels=LabelOptions("absent.csv")), "there is none"),

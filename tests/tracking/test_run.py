@@ -213,6 +213,7 @@ def test_an_address_that_mlflow_refuses_is_an_input_error(project, monkeypatch):
         ),
         ("postgresql://h/db?user=me&password=secret", r"db\?user=me&password=\*\*\* but got: ModuleNotFoundError"),
         ("foo://me:se/c@secret@host", "unsupported URI 'foo://host'"),
+        ("me:secret@host", "at host but got"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_one_line_without_its_password(project, monkeypatch, caplog, uri, shown):

@@ -9,12 +9,13 @@ from esm.model.esm2 import ESM2
 from distil_rank.embedding import embedder
 from distil_rank.embedding.backbone import ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.esm2 import FusedEncoder, tokenise
+from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.int8 import encoder as int8_encoder
 from distil_rank.embedding.int8.encoder import Int8Encoder
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder
 from distil_rank.embedding.precision import calibrate
 from distil_rank.errors import InputError
+from tests.esm2_files import tokenise
 
 pytestmark = pytest.mark.usefixtures("int8_units")
 
