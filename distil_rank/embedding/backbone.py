@@ -10,7 +10,6 @@ Encoders that keep copies of the weights therefore take a mapping of their own, 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import re
@@ -31,11 +30,11 @@ from distil_rank.embedding.gpu import GpuEncoder
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.tokens import ResidueTokens
 from distil_rank.embedding.weight_files import (
-    cached_sha256,
     fair_esm_key,
     hugging_face_files,
     load_tensors,
     packaged_folder,
+    sha256_of_files,
 )
 from distil_rank.errors import InputError
 from distil_rank.options.embed import HUB_NAMES, HUGGING_FACE, PACKAGED, check_backbone
@@ -96,10 +95,7 @@ class Backbone(Protocol):
         """The warning, where this is not the model that was asked for."""
 
     def encoder(
-        self,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        layers: Sequence[int] | None = None,
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", layers: Sequence[int] = ()
     ) -> Encoder:
         """In some precision on a device, up to the last of these layers, whose states are wanted; by default of all."""
 
@@ -114,28 +110,21 @@ class ESM2Backbone:
     sha256: str  # of the weights' file, or over those of all files in order
     fallback: str | None = None  # the warning, where `auto` could not load the 650M weights
     reload: Callable[[], ESM2Backbone] | None = None  # from the same files; None where `model` has none
+    limit: int | None = None  # of residues in one pass: positions are rotations
 
     @cached_property
     def tokens(self) -> ResidueTokens:
         """How the model writes residues."""
         return ResidueTokens.of_alphabet(self.alphabet)
 
-    @property
-    def limit(self) -> int | None:
-        """Residues in one pass: any number, as positions are rotations."""
-        return None
-
     def encoder(
-        self,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        layers: Sequence[int] | None = None,
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", layers: Sequence[int] = ()
     ) -> FusedEncoder:
         """The encoder in some precision on a device, up to the last of these layers; by default to the last of all.
 
         A GPU's copies the weights once, layer by layer, from the mapping of the model itself.
         """
-        last, kind = None if layers is None else max(layers), torch.device(device).type
+        last, kind = max(layers, default=None), torch.device(device).type
         if kind == "cuda":
             return GpuEncoder(self.model, dtype, device, last)
         model = self.model if dtype == torch.float32 else self.remapped()  # in float32 its own weights serve
@@ -221,7 +210,7 @@ def _from_fair_esm(path: Path, name: str) -> ESM2Backbone:
         raise InputError(f"Expected a fair-esm ESM-2 checkpoint in {path} but it lacks {error}.") from error
     rename = partial(re.compile(r"^encoder\.(sentence_encoder\.)?").sub, "")
     state = {rename(key): value for key, value in weights.items()}
-    return _build(state, heads, dropout, name, cached_sha256(path), path)
+    return _build(state, heads, dropout, name, sha256_of_files([path]), path)
 
 
 def _from_hugging_face(folder: Path, name: str) -> ESM2Backbone:
@@ -235,9 +224,7 @@ def _from_hugging_face(folder: Path, name: str) -> ESM2Backbone:
     if kind != "esm" or not rotary:
         raise InputError(f"Expected an ESM-2 model in {folder} but its config.json names {kind!r}, rotary: {rotary}.")
     state = {fair_esm_key(key): value for file in files for key, value in load_tensors(file).items()}
-    digests = [cached_sha256(file) for file in files]
-    digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return _build(state, heads, dropout, name, digest, folder)
+    return _build(state, heads, dropout, name, sha256_of_files(files), folder)
 
 
 def _build(state: Mapping[str, Tensor], heads: int, dropout: bool, name: str, digest: str, path: Path) -> ESM2Backbone:

@@ -8,7 +8,6 @@ Only safe weights are read (safetensors, or tensors alone of a `.bin`), and no c
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,12 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.tokens import ResidueTokens
-from distil_rank.embedding.weight_files import cached_sha256, hugging_face_files
+from distil_rank.embedding.weight_files import hugging_face_files, sha256_of_files
 from distil_rank.errors import DAMAGE, InputError, examples
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+OTHERS = "XBJOUZ"
 RARE = "BOUZ"  # that models whose residues stand apart (ProtTrans') read as X, whatever their vocabulary has
-LETTERS = "BJOUXZ"
 METADATA = ("*.json", "*.txt", "*.model")
 
 
@@ -50,21 +49,18 @@ def residue_tokens(tokenizer: Any) -> ResidueTokens | None:
 
     for apart in ("", " "):
         forwards, backwards = ids(RESIDUES, apart), ids(RESIDUES[::-1], apart)
-        pairs = list(zip(forwards, backwards, strict=False))
-        before = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
-        tokens = forwards[before : before + len(RESIDUES)]
-        after = forwards[before + len(RESIDUES) :]
-        expected = [*forwards[:before], *tokens[::-1], *after]
-        if len(set(tokens)) != len(RESIDUES) or backwards != expected:
+        before = next((i for i, pair in enumerate(zip(forwards, backwards, strict=False)) if len(set(pair)) > 1), 0)
+        tokens, after = forwards[before : before + len(RESIDUES)], forwards[before + len(RESIDUES) :]
+        if len(set(tokens)) != len(RESIDUES) or backwards != [*forwards[:before], *tokens[::-1], *after]:
             continue
         known = dict(zip(RESIDUES, tokens, strict=True))
         unknown = tokenizer.unk_token_id
-        for letter in "X" + LETTERS.replace("X", ""):
-            other = ids(RESIDUES + letter, apart)
-            single = len(other) == len(forwards) + 1 and other[before + len(RESIDUES)] != unknown
+        for letter in OTHERS:
+            longer = ids(RESIDUES + letter, apart)
+            single = len(longer) == len(forwards) + 1 and not (apart and letter in RARE)
+            known[letter] = longer[before + len(RESIDUES)] if single else unknown
             if letter == "X":
-                unknown = other[before + len(RESIDUES)] if single else unknown
-            known[letter] = unknown if not single or (apart and letter in RARE) else other[before + len(RESIDUES)]
+                unknown = known[letter]
         if unknown is None:
             continue
         first = before > 0 and forwards[0] in tokenizer.all_special_ids
@@ -86,10 +82,7 @@ class TransformersBackbone:
     fallback: str | None = None
 
     def encoder(
-        self,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        layers: Sequence[int] | None = None,
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", layers: Sequence[int] = ()
     ) -> TransformersEncoder:
         """The encoder in some precision on a device, for these layers; by default for the last."""
         return TransformersEncoder(self, dtype, device, layers or [self.num_layers])
@@ -110,9 +103,9 @@ class TransformersEncoder:
     ):
         self.dtype, self.device = dtype, torch.device(device)
         self.wanted, self.layer, self.depth = frozenset(layers), max(layers), backbone.num_layers
-        theirs = (*backbone.model.parameters(), *backbone.model.buffers())
-        shared = {id(tensor): tensor for tensor in theirs}  # a copy of the modules alone, for the hooks
-        self.model = copy.deepcopy(backbone.model, shared).to(self.device, dtype)
+        own = dtype == torch.float32 and self.device.type == "cpu"  # then a copy of the modules alone, for the hooks
+        theirs = (*backbone.model.parameters(), *backbone.model.buffers()) if own else ()
+        self.model = copy.deepcopy(backbone.model, {id(one): one for one in theirs}).to(self.device, dtype)
         for number, block in enumerate(blocks_of(self.model, self.depth), start=1):
             block.register_forward_hook(partial(self._behind, number))
         self.clock = LayerClock(self.layer, self.device)
@@ -212,28 +205,13 @@ def load_transformers(source: str, name: str) -> TransformersBackbone:
         )
     if tokens is None:
         raise InputError(f"Expected a tokeniser with one token for each residue in {folder} but it has not.")
-    digests = [cached_sha256(file) for file in files]
-    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     blocks_of(model, config.num_hidden_layers)
     model.eval().requires_grad_(False)
-    limit = _positions(model)
-    return TransformersBackbone(
-        name,
-        model,
-        tokens,
-        config.hidden_size,
-        config.num_hidden_layers,
-        digest,
-        None if limit is None else limit - tokens.specials,
-    )
-
-
-def _positions(model: nn.Module) -> int | None:
-    """Tokens that a table of learned positions has room for; None where the model has no such table."""
-    for key, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and key.endswith("position_embeddings"):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
+    tables = [table for key, table in model.named_modules() if key.endswith("position_embeddings")]
+    first = {table: 0 if table.padding_idx is None else table.padding_idx + 1 for table in tables}
+    limit = min((table.num_embeddings - first[table] - tokens.specials for table in tables), default=None)
+    size = config.hidden_size, config.num_hidden_layers
+    return TransformersBackbone(name, model, tokens, *size, sha256_of_files(files), limit)
 
 
 def _snapshot(source: str) -> Path:

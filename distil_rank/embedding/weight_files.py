@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -146,6 +146,12 @@ def cached_sha256(path: Path) -> str:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memory, digest.encode())
     return digest
+
+
+def sha256_of_files(paths: Sequence[Path]) -> str:
+    """SHA-256 of a file; of several, over theirs in order."""
+    digests = [cached_sha256(path) for path in paths]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def packaged_folder(name: str) -> Path:

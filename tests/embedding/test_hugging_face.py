@@ -120,6 +120,13 @@ def test_a_batch_of_one_equals_a_batch_of_many_and_an_early_end_a_whole_pass(fam
     assert not ran, "nothing behind the last wanted layer is computed"
 
 
+def test_an_encoder_in_bf16_leaves_the_weights_as_they_are(family):
+    backbone = load_backbone(f"hf:{family[1]}")
+    before = Embedder(backbone).embed(SEQUENCES).vectors
+    Embedder(backbone, precision="bf16").embed(SEQUENCES)
+    assert torch.equal(Embedder(backbone).embed(SEQUENCES).vectors, before)
+
+
 def test_threads_share_one_encoder(family):
     backbone = load_backbone(f"hf:{family[1]}")
     embedder = Embedder(backbone, layers=[1, 3])
