@@ -127,7 +127,11 @@ def check_backbone(name: str) -> None:
         if find_spec("transformers") is None:
             raise InputError(f"Expected transformers for {name} but it is missing; pip install 'distil-rank[hf]'.")
         source = name.removeprefix(HUGGING_FACE)
-        if name != source and not Path(source).expanduser().is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        if (
+            name != source
+            and not (source and Path(source).expanduser().is_dir())
+            and not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+        ):
             raise InputError(f"Expected hf:FOLDER or hf:ORG/NAME of the hub but got {name!r}; no such folder is there.")
     elif name not in ("auto", *PACKAGED, *HUB_NAMES) and not Path(name).expanduser().exists():
         raise InputError(

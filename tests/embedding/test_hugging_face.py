@@ -214,8 +214,9 @@ def bert(tmp_path):
 
 
 def test_what_is_no_usable_model_is_refused_in_one_line(bert, tmp_path):
-    with pytest.raises(InputError, match=r"Expected hf:FOLDER or hf:ORG/NAME of the hub but got 'hf:nowhere'"):
-        load_backbone("hf:nowhere")
+    for name in ("hf:nowhere", "hf:"):
+        with pytest.raises(InputError, match=rf"Expected hf:FOLDER or hf:ORG/NAME of the hub but got '{name}'"):
+            load_backbone(name)
     weights = (bert / "model.safetensors").read_bytes()
     (bert / "model.safetensors").write_bytes(weights[:1000])
     with pytest.raises(InputError, match=r"Expected a model in .*bert that transformers loads but got: [^\n]*$"):
