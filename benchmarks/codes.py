@@ -37,7 +37,7 @@ from distil_rank.evaluation.representations import (
     alignment,
     full_vector,
     module_output,
-    variance_student,
+    principal_components,
 )
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import AugmentationOptions, CodeOptions
@@ -107,7 +107,7 @@ def scope(last: LabelledData, early: LabelledData) -> None:
     """The table and the picture of function against bytes on SCOPe."""
     x, sequences = last.embeddings.x, last.embeddings.sequences
     representations = [full_vector(x), full_vector(early.embeddings.x, "early layer, full vector", "matrix")]
-    representations += [variance_student(x, 64), *(opq_of_full_vector(x, books) for books in (4, 8, 16, 32))]
+    representations += [principal_components(x, 64), *(opq_of_full_vector(x, books) for books in (4, 8, 16, 32))]
     representations += [*encoders(last, "last layer"), *encoders(early, "early layer")]
     if mmseqs_binary() is not None and sequences is not None:
         representations.append(alignment(sequences))
@@ -124,7 +124,7 @@ def kinases(data: str, labels: str) -> None:
         proteins = open_proteins(CodeOptions(data, labels=source, task="retrieval", groups="family", seed=seed))
         x = proteins.embeddings.x
         whitened, variance = fitted(proteins, "whitened"), fitted(proteins, "variance")
-        representations = [full_vector(x), variance_student(x, 64)]
+        representations = [full_vector(x), principal_components(x, 64)]
         for rank, dtype in ((64, "bit"), (128, "bit"), (64, "int8")):
             representations.append(coded(f"whitened, {dtype}, rank {rank}", whitened.encoder(rank, dtype), x))
         representations.append(coded("variance, int8, rank 64", variance.encoder(64, "int8"), x))

@@ -26,7 +26,7 @@ SIZES = ((14_000, 320), (100_000, 1280))
 def measure(rows: int, dim: int) -> str:
     """One line of the table: evaluate `rows` vectors of width `dim` in this process."""
     from distil_rank.evaluation.evaluate import evaluate
-    from distil_rank.evaluation.representations import full_vector, variance_student
+    from distil_rank.evaluation.representations import full_vector, principal_components
     from distil_rank.evaluation.task import make_groups, make_target
     from distil_rank.options.evaluation import LabelOptions
 
@@ -38,7 +38,7 @@ def measure(rows: int, dim: int) -> str:
         x += rng.standard_normal((level.max() + 1, dim), dtype=np.float32)[level]
     target = make_target(labels, LabelOptions())
     groups = make_groups(None, target, labels)
-    candidates = [full_vector(x), *(variance_student(x, rank) for rank in (16, 32, 64, 128))]
+    candidates = [full_vector(x), *(principal_components(x, rank) for rank in (16, 32, 64, 128))]
     started = time.perf_counter()
     done = evaluate(target, groups, candidates)
     seconds = time.perf_counter() - started

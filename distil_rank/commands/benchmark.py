@@ -13,7 +13,7 @@ from distil_rank.commands.train_teacher import check_rank_fits, open_data
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result
 from distil_rank.options.training import BenchmarkOptions, DistilOptions
-from distil_rank.report import figures
+from distil_rank.report import pictures
 from distil_rank.report.tables import comparison_report
 from distil_rank.report.writer import publish, run_folder
 from distil_rank.tracking.run import start_run
@@ -64,7 +64,7 @@ def distil_several(name: str, children: Sequence[DistilOptions], data: Embedding
         stem = "distil_rank" if name == "benchmark" else f"distil_rank_{name}"
         save_report(result, folder / f"{stem}_summary", f"{stem}_final_report.png", parent)
         if name == "sweep":
-            parent.log_artifact(figures.sweep(result, folder / "distil_rank_sweep.png"))
+            parent.log_artifact(pictures.sweep(result, folder / "distil_rank_sweep.png"))
             for one in results:
                 ours = one.row(OURS).metrics
                 curve = {f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}

@@ -19,7 +19,7 @@ from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import evaluate
 from distil_rank.evaluation.labelled import UNLABELLED, LabelledData
-from distil_rank.evaluation.representations import full_vector, module_output, variance_student
+from distil_rank.evaluation.representations import full_vector, module_output, principal_components
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.codes import CodeOptions
 from distil_rank.report.tables import evaluation_report
@@ -110,7 +110,7 @@ def _fitted(
             )
         title = f"codes, {options.metric}, rank {options.rank}, {options.dtype}"
         codes = module_output(title, encoder.eval(), x)
-        representations = [full_vector(x), variance_student(x, options.rank), codes]
+        representations = [full_vector(x), principal_components(x, options.rank), codes]
         evaluation = evaluate(target, groups, representations, proteins.labels, notes, seed=options.seed)
 
         folder = run_folder(place, run.id)

@@ -22,7 +22,7 @@ from distil_rank.evaluation.representations import (
     composition,
     full_vector,
     module_output,
-    variance_student,
+    principal_components,
 )
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import EvaluateOptions
@@ -81,7 +81,7 @@ def _representations(o: EvaluateOptions, proteins: LabelledData) -> tuple[list[R
     """The full vector first, then students and other matrices; and tags of the students' runs."""
     x, runs = proteins.embeddings.x, dict[str, str]()
     ranks = [rank for rank in RANKS if rank < x.shape[1]] if o.ranks is None else o.ranks
-    representations = [full_vector(x), *(variance_student(x, rank) for rank in ranks)]
+    representations = [full_vector(x), *(principal_components(x, rank) for rank in ranks)]
     for number, name in enumerate(o.students, 1):
         folder, _, rank = name.rpartition(":") if name.rpartition(":")[2].isdigit() else (name, "", "")
         module = load(folder, rank=int(rank) if rank else None)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from distil_rank.errors import InputError
 from distil_rank.evaluation.probes import ProbeTrial
-from distil_rank.evaluation.representations import CHANCE, COMPOSITION, Representation, Role, Rows
+from distil_rank.evaluation.representations import CHANCE, COMPOSITION, Representation, Role, Sides
 from distil_rank.evaluation.retrieval import Relevance, Scores, inner_product, retrieve
 from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.progress import progress
@@ -120,10 +120,10 @@ class Trial(Protocol):
     notes: list[str]
     evaluated_groups: int
 
-    def measure(self, rows: Rows | Scores) -> dict[str, Statistic]:
+    def measure(self, rows: Sides | Scores) -> dict[str, Statistic]:
         """By metric, sums over the evaluated groups; of scores for retrieval alone."""
 
-    def trivial(self, rows: Rows | Scores) -> dict[str, dict[str, Statistic]]:
+    def trivial(self, rows: Sides | Scores) -> dict[str, dict[str, Statistic]]:
         """The same by name of what takes no function: permuted labels, or one answer for every protein."""
 
 
@@ -167,13 +167,13 @@ class RetrievalTrial:
         self.group = np.unique(groups.number[self.rows][self.queries], return_inverse=True)[1]
         self.evaluated_groups = self.group.max() + 1
 
-    def measure(self, rows: Rows | Scores, relevance: Relevance | None = None) -> dict[str, Statistic]:
+    def measure(self, rows: Sides | Scores, relevance: Relevance | None = None) -> dict[str, Statistic]:
         """From a search with all queries, by the true labels or by others."""
         scores = rows if callable(rows) else inner_product(*(F.normalize(side[self.rows]) for side in rows))
         figures = retrieve(scores, relevance or self.relevance, self.queries, seed=self.seed)
         return {name: mean(values, self.group) for name, values in figures.items()}
 
-    def trivial(self, rows: Rows | Scores) -> dict[str, dict[str, Statistic]]:
+    def trivial(self, rows: Sides | Scores) -> dict[str, dict[str, Statistic]]:
         """From the same search, by permuted labels."""
         order = np.random.default_rng(self.seed).permutation(len(self.rows))
         return {CHANCE: self.measure(rows, self.relevance.subset(order))}

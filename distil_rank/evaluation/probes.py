@@ -20,7 +20,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
 from distil_rank.errors import InputError, examples
-from distil_rank.evaluation.representations import CHANCE, MAJORITY, Rows
+from distil_rank.evaluation.representations import CHANCE, MAJORITY, Sides
 from distil_rank.evaluation.retrieval import Scores
 from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.statistics import Statistic, macro_f1, matthews, mean, r2, spearman
@@ -119,7 +119,7 @@ class ProbeTrial:
                 names = examples(target.classes[k] for k in sorted(only))
                 self.notes.append(f"{len(only):,} of {len(target.classes):,} classes are only {split} ({names})")
 
-    def measure(self, rows: Rows | Scores, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
+    def measure(self, rows: Sides | Scores, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
         """By metric, sums over the evaluated groups, from a probe that is fitted on the true labels or on others."""
         assert not callable(rows)
         fit, group = self.groups.fit, self.group
@@ -132,7 +132,7 @@ class ProbeTrial:
         own, metric = self._statistics(predicted, self.y, group), self.metrics[-1].removesuffix(" 1nn")
         return own | {self.metrics[-1]: self._statistics(nearest, self.y, group)[metric]}
 
-    def trivial(self, rows: Rows | Scores) -> dict[str, dict[str, Statistic]]:
+    def trivial(self, rows: Sides | Scores) -> dict[str, dict[str, Statistic]]:
         """What a probe that is fitted on permuted labels gives, and the best that knows no protein from another.
 
         The latter says the most frequent class, every label, or the mean.

@@ -32,7 +32,7 @@ NO_MMSEQS = f"MMseqs2 is not installed, so not compared with it: {MMSEQS_INSTALL
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 SEARCH = ["--dbtype", "1", "-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
 Role = Literal["reference", "student", "matrix", "baseline", "chance"]
-Rows = tuple[Tensor, Tensor]  # queries and targets, `(N, d)` float32; they differ where codes are stored
+Sides = tuple[Tensor, Tensor]  # queries and targets, `(N, d)` float32; they differ where codes are stored
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Representation:
     name: str
     role: Role
     bytes: float | None  # stored for each protein; None where nothing is
-    make: Callable[[np.ndarray], Rows | Scores]  # of the rows to fit on, (N,) bool; scores are among the other rows
+    make: Callable[[np.ndarray], Sides | Scores]  # of the rows to fit on, (N,) bool; scores are among the other rows
     note: str | None = None  # what a reader must know of it
 
 
 def full_vector(x: np.ndarray, name: str = FULL, role: Role = "reference") -> Representation:
     """The vectors themselves, `(N, d)`, centred on the mean of the fit rows."""
 
-    def make(fit: np.ndarray) -> Rows:
+    def make(fit: np.ndarray) -> Sides:
         mean = x[fit].mean(axis=0, dtype=np.float64).astype(np.float32)
         rows = torch.from_numpy(np.asarray(x) - mean)  # a new array: a mapped one cannot be written to
         return rows, rows
@@ -57,15 +57,15 @@ def full_vector(x: np.ndarray, name: str = FULL, role: Role = "reference") -> Re
     return Representation(name, role, 4 * x.shape[1], make)
 
 
-def variance_student(x: np.ndarray, rank: int) -> Representation:
-    """The student of `rank` that retains most variance: the closed form of the identity layer, in its inner activation.
+def principal_components(x: np.ndarray, rank: int) -> Representation:
+    """The first principal components: the closed form of the identity layer, in its inner activation.
 
     Angles and distances of its outputs are those of the `rank` numbers inside, so that these are what is stored.
     """
     if not 1 <= rank <= x.shape[1]:
         raise InputError(f"Expected ranks in [1, {x.shape[1]}], the width of the vectors, but got {rank}.")
 
-    def make(fit: np.ndarray) -> Rows:
+    def make(fit: np.ndarray) -> Sides:
         moments = Moments.of(torch.from_numpy(np.asarray(x)[rows]) for rows in _blocks(np.flatnonzero(fit)))
         factors = solve(torch.eye(x.shape[1]), None, rank, "closed_form", moments)
         blocks = (torch.from_numpy(np.asarray(x)[rows]).double() for rows in _blocks(np.arange(len(x))))
@@ -84,7 +84,7 @@ def module_output(name: str, module: nn.Module, x: np.ndarray, note: str | None 
     """
 
     @torch.no_grad()
-    def make(fit: np.ndarray) -> Rows:
+    def make(fit: np.ndarray) -> Sides:
         blocks = [torch.from_numpy(np.array(x[rows])) for rows in _blocks(np.arange(len(x)))]
         output = torch.cat([module(block) for block in blocks])
         if hasattr(module, "encode") and hasattr(module, "decode"):
@@ -103,7 +103,7 @@ def composition(sequences: Sequence[str]) -> Representation:
     return Representation(COMPOSITION, "baseline", stored, partial(composition_rows, sequences))
 
 
-def composition_rows(sequences: Sequence[str], fit: np.ndarray) -> Rows:
+def composition_rows(sequences: Sequence[str], fit: np.ndarray) -> Sides:
     """Shares of the twenty amino acids and the logarithm of the length, each standardised on the fit rows."""
     counts = np.array([[sequence.upper().count(letter) for letter in AMINO_ACIDS] for sequence in sequences])
     lengths = np.maximum([len(sequence) for sequence in sequences], 1)[:, None]

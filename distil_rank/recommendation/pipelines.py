@@ -20,7 +20,7 @@ from distil_rank.codes.fit import FittedMetric, fit_metric, origin_of
 from distil_rank.embedding.run import embed, options_like
 from distil_rank.embedding.store import open_storage, read_provenance
 from distil_rank.errors import InputError
-from distil_rank.evaluation.representations import Rows
+from distil_rank.evaluation.representations import Sides
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType
 from distil_rank.options.codes import Metric
 from distil_rank.recommendation.problem import FIT, Problem
@@ -105,13 +105,13 @@ class Fitted:
         return self._fit(pipeline.layer, pipeline.metric).encoder(pipeline.rank, pipeline.dtype)
 
     @torch.no_grad()
-    def represent(self, pipeline: Pipeline, rows: np.ndarray) -> Rows:
+    def represent(self, pipeline: Pipeline, rows: np.ndarray) -> Sides:
         """Some rows as the pipeline searches with them, and as it stores them."""
         encoder = self.encoder(pipeline)
         x = torch.from_numpy(np.ascontiguousarray(self.problem.layers[pipeline.layer][rows]))
         return encoder(x), encoder.decode(encoder.encode(x))
 
-    def full(self, rows: np.ndarray) -> Rows:
+    def full(self, rows: np.ndarray) -> Sides:
         """Some rows of the last layer as they are, centred on the mean of the proteins to fit on."""
         x = self.problem.layers[self.problem.last]
         whole = torch.from_numpy(x[rows] - x[self.problem.split == FIT].mean(axis=0, dtype=np.float64).astype(x.dtype))

@@ -15,7 +15,7 @@ from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.results import OURS, Result, TeacherResult
 from distil_rank.measure.statistics import Interval
 from distil_rank.recommendation.search import LIKELY, SCHEMA, Confirmed, Recommendation
-from distil_rank.report import figures
+from distil_rank.report import pictures
 from distil_rank.report.writer import Report, Table, number
 
 EVALUATION_SCHEMA = 1  # of the JSON; a comparison and a recommendation have their own
@@ -34,7 +34,11 @@ EVALUATION_METHOD = (
     "over groups (2000 samples, the same for every row). Retained: score ÷ the full vector's; ≈ marks a tie with it: "
     "the interval holds 1."
 )
-METRICS = {"variance": "principal components", "whitened": "whitened directions", "invariant": "the invariant code"}
+CODE_METRICS = {
+    "variance": "principal components",
+    "whitened": "whitened directions",
+    "invariant": "the invariant code",
+}
 NUMBERS = {"bit": "signs", "int8": "int8 numbers", "float32": "float32 numbers"}
 RECOMMENDATION_METHOD = (
     "At least: one-sided 95 % lower end on the validation groups. Likely: the chance, from these groups alone, that as "
@@ -46,7 +50,7 @@ RECOMMENDATION_METHOD = (
 
 def comparison_report(result: Result) -> Report:
     """Each teacher's comparison, and the original's table: plain SVD beside our student."""
-    tables, draw = [*map(teacher_table, result.teachers), summary_table(result)], partial(figures.final_report, result)
+    tables, draw = [*map(teacher_table, result.teachers), summary_table(result)], partial(pictures.final_report, result)
     return Report(tables, comparison_notes(result), result.method_note, data=asdict(result), draw=draw)
 
 
@@ -105,7 +109,7 @@ def comparison_notes(result: Result) -> list[str]:
 
 def evaluation_report(evaluation: Evaluation) -> Report:
     """Each representation with its bytes, scores and what it retains of the full vector's."""
-    data, draw = {"schema": EVALUATION_SCHEMA, **asdict(evaluation)}, partial(figures.draw_evaluation, evaluation)
+    data, draw = {"schema": EVALUATION_SCHEMA, **asdict(evaluation)}, partial(pictures.draw_evaluation, evaluation)
     notes = [f"Groups: {evaluation.groups}.", *evaluation.notes]
     return Report([evaluation_table(evaluation)], notes, EVALUATION_METHOD, data=data, draw=draw)
 
@@ -128,7 +132,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             cells += [f"{retained.value:.3f}{' ≈' if 1 in retained else ''}", _ends(retained)]
         rows.append(cells + [number(entry.scores[metric].value, 3) for metric in others])
     head = ["representation", "bytes", headline, "95 %", "retained", "retained 95 %", *others]
-    return Table(figures.evaluation_title(evaluation), head, rows, (*others[::-1], "95 %", "retained 95 %"))
+    return Table(pictures.evaluation_title(evaluation), head, rows, (*others[::-1], "95 %", "retained 95 %"))
 
 
 def _ends(interval: Interval) -> str:
@@ -151,7 +155,7 @@ def recommendation_report(result: Recommendation) -> Report:
             notes.append(f"WARNING: {warning}")
     answer = Table("", ["what to use, what it costs, what it retains"], [[line] for line in answer_lines(result)])
     data = {"schema": SCHEMA, **asdict(result)}
-    draw = partial(figures.draw_recommendation, result)
+    draw = partial(pictures.draw_recommendation, result)
     return Report([recommendation_table(result)], [*notes, *result.notes], RECOMMENDATION_METHOD, answer, data, draw)
 
 
@@ -194,7 +198,7 @@ def answer_lines(result: Recommendation) -> list[str]:
     own, full, pipeline = answer.confirmed, result.full, answer.chosen.pipeline
     where = "" if pipeline.layer is None else f"layer {pipeline.layer} and "
     which = "" if result.headline == "fastest" and own.time is None else f": {result.headline}"
-    use = f"Use {where}{METRICS[pipeline.metric]} of {pipeline.rank} {NUMBERS[pipeline.dtype]}{which}."
+    use = f"Use {where}{CODE_METRICS[pipeline.metric]} of {pipeline.rank} {NUMBERS[pipeline.dtype]}{which}."
 
     costs = [f"{own.bytes:,} bytes a protein instead of {full.bytes:,} ({full.bytes / own.bytes:,.0f}x less)"]
     exits = {one.layer: one.seconds_per_1000 for one in result.costs}

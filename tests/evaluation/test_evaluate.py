@@ -17,7 +17,7 @@ from distil_rank.evaluation.representations import (
     composition,
     full_vector,
     module_output,
-    variance_student,
+    principal_components,
 )
 from distil_rank.evaluation.task import make_groups, make_target
 from distil_rank.lowrank.low_rank import LowRankLinear
@@ -50,7 +50,7 @@ def test_a_student_is_what_the_solver_makes_of_the_fit_rows(opened):
     x, fit = opened.embeddings.x, opened.groups.fit
     moments = Moments.of(torch.from_numpy(x[fit]))
     layer = LowRankLinear.from_factors(solve(torch.eye(x.shape[1]), None, 32, "closed_form", moments))
-    candidates = [full_vector(x), variance_student(x, 32), module_output("outputs", layer, x, "fitted elsewhere")]
+    candidates = [full_vector(x), principal_components(x, 32), module_output("outputs", layer, x, "fitted elsewhere")]
     done = evaluate(opened.target, opened.groups, candidates, "names")
     ours, outputs = (done.entry(name).scores for name in ("student, rank 32", "outputs"))
     for metric in done.metrics:
@@ -62,7 +62,7 @@ def test_nothing_is_fitted_on_the_evaluated_rows(opened):
     x, fit = opened.embeddings.x, opened.groups.fit
     changed = x.copy()
     changed[~fit] += 100 * np.random.default_rng(0).normal(size=changed[~fit].shape).astype(np.float32)
-    for make in (full_vector, lambda x: variance_student(x, 8), lambda x: full_vector(x, "other", "matrix")):
+    for make in (full_vector, lambda x: principal_components(x, 8), lambda x: full_vector(x, "other", "matrix")):
         before, after = (make(matrix).make(fit)[0][torch.from_numpy(fit)] for matrix in (x, changed))
         torch.testing.assert_close(before, after)
 
@@ -97,7 +97,7 @@ def test_alignment_is_a_baseline(opened):
 
 def test_the_headline_is_chosen(opened):
     x = opened.embeddings.x
-    done = evaluate(opened.target, opened.groups, [full_vector(x), variance_student(x, 8)], metric="class@1")
+    done = evaluate(opened.target, opened.groups, [full_vector(x), principal_components(x, 8)], metric="class@1")
     assert done.headline == "class@1" and set(done.metrics) == {"mAP", "class@1", "sens1fp class"}
     with pytest.raises(InputError, match="--metric out of mAP, class@1"):
         evaluate(opened.target, opened.groups, [full_vector(x)], metric="accuracy")
@@ -138,7 +138,7 @@ def test_nothing_to_find_is_refused(opened):
 
 def test_ranks_beyond_the_width_are_refused(opened):
     with pytest.raises(InputError, match=r"in \[1, 320\]"):
-        variance_student(opened.embeddings.x, 321)
+        principal_components(opened.embeddings.x, 321)
 
 
 def test_labels_of_some_proteins_only(opened, tmp_path, request):
