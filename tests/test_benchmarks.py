@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_what_is_measured_on_a_gpu_runs_on_a_cpu(scripts, tmp_path, monkeypatch)
     }
     monkeypatch.setattr(gpu, "ENGINES", left)
     monkeypatch.setattr(gpu, "SECONDS", 0.01)
-    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **options: None)
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda command, **options: None))
     gpu.compare(torch.device("cpu"), BENCHMARKS.parent / "data" / "sample.fasta.gz", tmp_path / "gpu")
 
     result = json.loads((tmp_path / "gpu.json").read_text())
