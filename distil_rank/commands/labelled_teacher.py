@@ -28,6 +28,7 @@ from distil_rank.evaluation.probes import CHOSEN_BY, decide, fit_linear, task_st
 from distil_rank.evaluation.representations import NO_MMSEQS, Representation, Role, composition
 from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.lowrank.predictor import ACTIVATIONS
+from distil_rank.measure.calibration import fit_temperature
 from distil_rank.measure.statistics import clearly_above, resample_counts
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.options.training import LabelledTeacherOptions
@@ -98,6 +99,10 @@ def train_labelled_teacher(o: LabelledTeacherOptions) -> Evaluation:
         probe = fit_linear(target, x, split.train, split.val)
         layer = nn.Linear(x.shape[1], len(probe.bias)).requires_grad_(False)
         layer.load_state_dict({"weight": torch.from_numpy(probe.weight), "bias": torch.from_numpy(probe.bias)})
+        if kind != "regression":  # ridge's scores are no logits
+            logits = torch.from_numpy(x[split.val] @ probe.weight.T + probe.bias)
+            scale = fit_temperature(logits, torch.from_numpy(task.y[split.val]), kind)
+            layer.load_state_dict({name: value / scale for name, value in layer.state_dict().items()})
         models: dict[str, tuple[nn.Linear, nn.Sequential]] = {LINEAR: (layer, nn.Sequential())}
         notes = [*proteins.notes, f"Linear probe: {probe.name}."]
         if o.head.keep != "linear":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ class PredictorResult:
     trust: Trust
     confusion: list[list[int]]
     values: list[list[float]]
-    curve: list[dict[str, float]]
+    curve: list[dict[str, Any]]
 
     @property
     def verdict(self) -> str:

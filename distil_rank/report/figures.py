@@ -221,10 +221,10 @@ def draw_predictor(result: PredictorResult, path: Path) -> None:
         scores, ranks, trust, confusion = axes[0]
         _scores(scores, result.evaluation)
         scores.set(title="scores on untouched groups", xlabel=result.evaluation.headline)
-        x = [point["rank"] for point in result.curve]
         for key, colour, marker in (("closed_form", "#000000", "o"), ("retained", COLOURS[OURS], "s")):
             name = key.replace("_", " ").replace("retained", "trained through the head")
-            ranks.plot(x, [max(point[key], 0) for point in result.curve], color=colour, marker=marker, ms=4, label=name)
+            known = [(point["rank"], max(point[key], 0)) for point in result.curve if point[key] is not None]
+            ranks.plot(*zip(*known, strict=True), color=colour, marker=marker, ms=4, label=name)
         reference_line(ranks, "asked for", result.share, CHOSEN, "--")
         ranks.plot(result.rank, result.retained.value, "*", color=CHOSEN, ms=12, label="on untouched groups")
         ranks.set(title="predictions retained", xlabel="rank", xscale="log", ylim=(0, 1.03))
