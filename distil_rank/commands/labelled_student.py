@@ -46,8 +46,8 @@ def distil_predictor(o: DistilOptions) -> Path:
     """Distil a teacher from labels at the lowest rank that retains its predictions; returns the predictor's folder."""
     if o.data != DataOptions() or o.distil != StudentOptions() or o.head or o.ckpt_path:
         raise InputError(
-            f"Expected --rank, --trainer and --seeds alone for {o.teacher.kind}, which knows its data and head, but got "
-            "options of --data, --distil, --head or --ckpt_path; leave them out."
+            f"Expected --rank, --trainer and --seeds alone for {o.teacher.kind}, which knows its data and head, but "
+            "got options of --data, --distil, --head or --ckpt_path; leave them out."
         )
     teacher = load_labelled_teacher(o.teacher.kind)
     fixed = o.rank if isinstance(o.rank, int) else None
@@ -72,7 +72,7 @@ def distil_predictor(o: DistilOptions) -> Path:
         result.curve.extend(asdict(point) for point in curve)
         folder = run_folder(Path(o.output) / "distil" / f"{teacher.name}-r{student.rank}", run.id)
         report = predictor_report(result)
-        metrics = {"evaluation": asdict(result.evaluation), "trust": asdict(result.trust)}
+        metrics: dict[str, Any] = {"evaluation": asdict(result.evaluation), "trust": asdict(result.trust)}
         metrics |= {"retained": asdict(result.retained), "probability_error": result.probability_error}
         proteins = task.proteins.embeddings
         files: dict[str, bytes] = {}
@@ -98,7 +98,7 @@ def distil_predictor(o: DistilOptions) -> Path:
     return place
 
 
-def assemble(teacher: LabelledTeacher, student: LowRankLinear | torch.nn.Linear) -> Predictor:
+def assemble(teacher: LabelledTeacher, student: LowRankLinear) -> Predictor:
     """A student with the teacher's head, calibrated on the validation proteins."""
     task, target = teacher.task, teacher.task.proteins.target
     predictor = Predictor(student, target.kind, target.classes, teacher.activation)
@@ -129,8 +129,7 @@ def measure_predictor(teacher: LabelledTeacher, predictor: Predictor, share: flo
     rows = [predicted_by(TEACHER, theirs, kind, "reference"), predicted_by(STUDENT, ours, kind, "student")]
     evaluation = evaluate(target, groups, rows, task.proteins.labels, task.proteins.notes)
     layer = teacher.layer
-    rank = getattr(predictor.layer, "rank", None)
-    parameters = [parameter_count(layer.in_features, layer.out_features, one) for one in (None, rank)]
+    rank, shape = int(predictor.layer.rank), (layer.in_features, layer.out_features)  # type: ignore[arg-type]
     trust = measure_trust(predictor, x, target.subset(task.test), number)
     y, predicted = task.y[task.test], decide(kind, ours.double().numpy())
     confusion = np.zeros((len(target.classes),) * 2, dtype=int)
@@ -141,7 +140,7 @@ def measure_predictor(teacher: LabelledTeacher, predictor: Predictor, share: flo
         kind=kind,
         classes=target.classes,
         rank=rank,
-        parameters=tuple(parameters),
+        parameters=(parameter_count(*shape), parameter_count(*shape, rank)),
         share=share,
         retained=estimate(same, resample_counts(len(same.sums))),
         probability_error=error,

@@ -84,7 +84,11 @@ def open_task(settings: Mapping[str, Any]) -> PredictionTask:
 
 def train_labelled_teacher(o: LabelledTeacherOptions) -> Evaluation:
     """Train a head, keep it where it clearly beats the linear probe, and report both on untouched groups."""
-    settings = {"source": find_source(o.data.source, LABELLED), "labels": asdict(o.labels), "task": o.task}
+    settings: dict[str, Any] = {
+        "source": find_source(o.data.source, LABELLED),
+        "labels": asdict(o.labels),
+        "task": o.task,
+    }
     settings |= {"groups": o.groups, "seed": o.data.seed}
     settings |= {"val_fraction": o.head.val_fraction, "test_fraction": o.head.test_fraction}
     task = open_task(settings)
@@ -123,16 +127,10 @@ def train_labelled_teacher(o: LabelledTeacherOptions) -> Evaluation:
         ]
         representations += _baselines(task, o.head.alignment, notes)
         evaluation = evaluate(target, proteins.groups, representations, proteins.labels, notes)
-        layer, head = models[chosen]
-        tensors = {f"layer.{key}": value for key, value in layer.state_dict().items()}
-        tensors |= {f"out.{key}": value for key, value in (head[1].state_dict().items() if len(head) else ())}
-        kept: Kept = "trained" if chosen == TRAINED else "linear"
-        manifest = {"format": TEACHER_FORMAT, "settings": settings, "digest": task.digest, "run_id": run.id}
-        manifest |= {"kept": kept, "activation": o.head.activation if len(head) else None}
         scores = {entry.name: asdict(entry.scores[evaluation.headline]) for entry in evaluation.entries}
-        manifest |= {"metrics": {evaluation.headline: scores}}
-        contiguous = {key: value.contiguous() for key, value in tensors.items()}
-        write_folder(place, manifest, {WEIGHTS: safetensors.torch.save(contiguous)})
+        kept: Kept = "trained" if chosen == TRAINED else "linear"
+        facts = {"kept": kept, "run_id": run.id, "metrics": {evaluation.headline: scores}}
+        _save(place, models[chosen], o.head.activation, task, facts)
         report: Report = prediction_report(evaluation, f"Next: make distil TEACHER={place}")
         for file in report.save(place / "evaluation"):
             run.log_artifact(file)
@@ -146,6 +144,23 @@ def train_labelled_teacher(o: LabelledTeacherOptions) -> Evaluation:
     return evaluation
 
 
+def _save(
+    place: Path,
+    model: tuple[nn.Linear, nn.Sequential],
+    activation: str,
+    task: PredictionTask,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a teacher, with the settings that open its task again."""
+    layer, head = model
+    tensors = {f"layer.{key}": value.contiguous() for key, value in layer.state_dict().items()}
+    if len(head):
+        tensors |= {f"out.{key}": value.contiguous() for key, value in head[1].state_dict().items()}
+    manifest = {"format": TEACHER_FORMAT, **facts, "settings": task.settings, "digest": task.digest}
+    manifest |= {"activation": activation if len(head) else None}
+    write_folder(place, manifest, {WEIGHTS: safetensors.torch.save(tensors)})
+
+
 def _choose(models: Mapping[str, tuple[nn.Linear, nn.Sequential]], task: PredictionTask) -> tuple[str, str]:
     """The trained head only where it is clearly better on the validation groups; and the words for it."""
     rows, target = task.data.split_rows.val, task.proteins.target
@@ -157,8 +172,8 @@ def _choose(models: Mapping[str, tuple[nn.Linear, nn.Sequential]], task: Predict
     linear, trained = statistics
     better = clearly_above(trained, linear, resample_counts(int(group.max()) + 1))
     verdict = "clearly better: it is the teacher" if better else "not clearly better: THE PROBE IS THE TEACHER"
-    words = f"On the validation groups the trained head has {trained.value:.3f} {metric}, the linear probe {linear.value:.3f}"
-    return list(models)[int(better)], f"{words}: training is {verdict}."
+    words = f"On the validation groups the trained head has {trained.value:.3f} {metric}"
+    return list(models)[int(better)], f"{words}, the linear probe {linear.value:.3f}: training is {verdict}."
 
 
 @torch.no_grad()

@@ -44,7 +44,11 @@ def predict(options: PredictOptions) -> Path:
         proteins = embed_new(predictor, o.fasta)
     else:
         proteins = load_vectors(_at_layer(str(o.data), predictor.provenance.get("layer")))
-        predictor.check_origin(proteins.provenance, str(o.data))
+        facts = {"dim": proteins.x.shape[1], **proteins.provenance}
+        if facts.get("weights_sha256") is None:
+            show_notes([f"NOTE: {o.data} does not say which model its vectors are of: only their width was checked."])
+            facts = {**predictor.provenance, "dim": facts["dim"]}
+        predictor.check_origin(facts, str(o.data))
     params = {"model": o.model, "fasta": o.fasta, "data": o.data, "confidence": o.confidence}
     made_by = {"student_run": str(manifest["data"]["run"])} if "run" in manifest["data"] else {}
     tags, name = {**lineage(predictor.provenance), **made_by}, f"{Path(o.model).name} {len(proteins.ids):,}"

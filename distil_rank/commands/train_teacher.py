@@ -148,8 +148,9 @@ def largest_rank(data: EmbeddingDataModule, teacher: TeacherOptions) -> int:
     return data.dim if teacher.kind in BUILT_IN else min(untrained_teacher(teacher.kind, data.dim).weight.shape)
 
 
-def check_rank_fits(data: EmbeddingDataModule, rank: int | float | str, teacher: TeacherOptions) -> None:
+def check_rank_fits(data: EmbeddingDataModule, rank: int | float | str | None, teacher: TeacherOptions) -> None:
     """Raise `InputError` for a rank that no teacher of these options has, before one is trained."""
+    assert rank is not None  # a command's default is in its place by now
     choose_rank(torch.ones(largest_rank(data, teacher)), rank)
 
 

@@ -111,7 +111,8 @@ class Predictor(nn.Module):
     def empty(cls, description: Mapping[str, Any]) -> Self:
         """A predictor of the right shape without numbers, whose layer is dense."""
         options = {key: description[key] for key in ("kind", "classes", "activation", "calibration", "distances")}
-        layer = nn.Linear(*map(int, description["shape"]), device="meta")
+        inputs, outputs = map(int, description["shape"])
+        layer = nn.Linear(inputs, outputs, device="meta")
         predictor = cls(layer, device="meta", **options)
         predictor.provenance = dict(description["provenance"])
         return predictor

@@ -132,7 +132,8 @@ def predictor_report(result: PredictorResult) -> Report:
     trust, dense, small = result.trust, *result.parameters
     lines = [
         f"Rank {result.rank} retains {number(result.retained.value)} {_ends(result.retained)} of the teacher's "
-        f"predictions on {result.evaluation.evaluated:,} untouched proteins: {result.verdict.upper()} at {result.share:g}.",
+        f"predictions on {result.evaluation.evaluated:,} untouched proteins: {result.verdict.upper()} at "
+        f"{result.share:g}.",
         f"Its layer has {small:,} parameters where the teacher's has {dense:,}: {dense / small:.1f}x"
         + ("." if small < dense else ", NO FEWER: this layer cannot be made smaller without changing predictions."),
     ]
@@ -145,7 +146,8 @@ def predictor_report(result: PredictorResult) -> Report:
     if trust.calibration_error is not None:
         lines.append(
             f"Calibration error {trust.before:.3f} before and {trust.calibration_error:.3f} after temperature "
-            f"{trust.temperature:.2f}; probabilities are {number(result.probability_error)} from the teacher's on average."
+            f"{trust.temperature:.2f}; probabilities differ from the teacher's by {number(result.probability_error)} "
+            "on average."
         )
     classes = [[name, f"{share:.2f}"] for name, share in trust.by_class.items()]
     tables = [evaluation_table(result.evaluation)]

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, Schema, TensorSpec
 from torch import nn
 
@@ -85,7 +86,7 @@ def log_student(run: Run, layer: nn.Module, example: np.ndarray, metrics: Mappin
     return f"models:/{model_id}"
 
 
-class ServedPredictor(mlflow.pyfunc.PythonModel):
+class ServedPredictor(PythonModel):
     """A predictor behind MLflow: a column `sequence` in, a line for each protein out.
 
     Args:

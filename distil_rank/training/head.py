@@ -96,7 +96,9 @@ class LabelTeacher(TeacherModule):
 
     def setup(self, stage: str) -> None:
         """Build layer and head, and measure the training rows, from the data module."""
-        h, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
+        h: Any = self.hparams
+        data: EmbeddingDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert data.labels is not None
         self.layer = nn.Linear(data.dim, data.dim)
         with torch.no_grad():
             self.layer.weight.mul_(START)
