@@ -192,7 +192,7 @@ def _baselines(task: PredictionTask, aligned: bool, notes: list[str]) -> list[Re
     """What needs no training: the nearest protein by vector or alignment; and composition."""
     fit = task.proteins.groups.fit
     x, y, sequences = (
-        torch.from_numpy(np.asarray(task.proteins.embeddings.x)),
+        torch.from_numpy(np.array(task.proteins.embeddings.x)),
         task.y,
         task.proteins.embeddings.sequences,
     )

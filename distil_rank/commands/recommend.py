@@ -26,7 +26,7 @@ from distil_rank.measure.statistics import LEVEL
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import Answer, RecommendOptions
 from distil_rank.recommendation.pipelines import Fitted, measure_costs
-from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, open_problem, subset_of
+from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, Problem, open_problem, subset_of
 from distil_rank.recommendation.search import (
     Confirmed,
     Costs,
@@ -143,6 +143,7 @@ def _confirmed(
         noise=problem.noise_source,
         seconds=time.perf_counter() - started,
         next=_next_command(Path(o.output) / "recommend" / "latest", problem.about[problem.last], problem.source),
+        predictor=_predictor_command(o, problem, confirmed[o.weigh].chosen.pipeline.layer),
         notes=(*problem.notes, *notes),
     )
 
@@ -153,6 +154,18 @@ def _next_command(latest: Path, about: Mapping[str, object], source: str) -> str
         return f"make code DATA={split_source(source)[0]} ENCODER={latest / 'codes' / ENCODER} CODES=my_codes"
     program = sys.argv[0] if Path(sys.argv[0]).name == "distil-rank" else "distil-rank"  # as it was typed
     return f"{program} embed --config {latest / 'recommended.yaml'} --fasta new.fasta --store new_codes"
+
+
+def _predictor_command(o: RecommendOptions, problem: Problem, layer: str | None) -> str | None:
+    """For classes or numbers: what trains a predictor of them on the chosen layer, by the same groups."""
+    if problem.searched:
+        return None
+    path, _ = split_source(problem.source)
+    labels = o.labels.source or f"{path}/{OWN_LABELS}"
+    several = len(problem.layers) > 1 and layer is not None
+    groups = "" if o.groups is None else f" GROUPS={o.groups}"
+    source = f"{path}:{layer}" if several else problem.source
+    return f"make train-teacher LABELS={labels.partition(',')[0]} DATA={source}{groups}"
 
 
 def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:

@@ -277,7 +277,8 @@ def answer_lines(result: Recommendation) -> list[str]:
             lines.append(
                 f"{name.capitalize()}: {one.chosen.pipeline}{stored}{time}: {scored}, {_claim(one, result.keep)}."
             )
-    return [*lines, f"Next: {result.next}"]
+    offer = [] if result.predictor is None else [f"For a predictor of these labels: {result.predictor}"]
+    return [*lines, f"Next: {result.next}", *offer]
 
 
 def _claim(answer: Confirmed, keep: float) -> str:
