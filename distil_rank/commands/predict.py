@@ -16,7 +16,7 @@ import yaml
 from distil_rank.artefact import write_atomically
 from distil_rank.commands.labelled_student import TRAINING
 from distil_rank.compression.saved import load, read_manifest
-from distil_rank.data.files import Embeddings, load_matrix
+from distil_rank.data.files import Embeddings
 from distil_rank.data.mmseqs import best_hits, mmseqs_binary
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import embed, options_like
@@ -98,7 +98,7 @@ def embed_new(predictor: Predictor, fasta: str | Path) -> Embeddings:
     with TemporaryDirectory(prefix="distil-rank-") as folder:
         store = Path(folder) / "new"
         embed(fasta, store, about["backbone"], **options_like(about, about.get("source")))
-        vectors = load_matrix(_at_layer(str(store), about.get("layer")))
+        vectors = load_vectors(_at_layer(str(store), about.get("layer")))
         predictor.check_origin(vectors.provenance, str(fasta))
         return Embeddings(vectors.ids, np.array(vectors.x), vectors.sequences, provenance=vectors.provenance)
 

@@ -161,7 +161,8 @@ def _predictor_command(o: RecommendOptions, problem: Problem, layer: str | None)
     if problem.searched:
         return None
     path, _ = split_source(problem.source)
-    labels = o.labels.source or f"{path}/{OWN_LABELS}"
+    own = Path(path) / OWN_LABELS
+    labels = o.labels.source or str(own if own.is_file() else problem.source)
     several = len(problem.layers) > 1 and layer is not None
     groups = "" if o.groups is None else f" GROUPS={o.groups}"
     source = f"{path}:{layer}" if several else problem.source

@@ -162,15 +162,23 @@ def unlabelled(source: str, data: Embeddings, groups: str | None, fit_fraction: 
 
 
 def load_vectors(source: str) -> Embeddings:
-    """One vector for each protein, with the clusters in the store's folder, where there are some."""
-    data = load_matrix(source)
+    """One vector for each protein, with the clusters in the store's folder, where there are some.
+
+    `STORE:2,4` puts the vectors of several layers side by side.
+    """
+    path, _, names = str(source).rpartition(":")
+    layers = names.split(",") if path and all(name.isdecimal() for name in names.split(",")) else []
+    data = load_matrix(f"{path}:{layers[-1]}" if layers else source)
+    if len(layers) > 1:
+        x = np.hstack([load_matrix(f"{path}:{layer}").x for layer in layers])
+        data = replace(data, x=x, provenance={**data.provenance, "layer": names, "dim": x.shape[1], "source": source})
     if len(set(data.ids)) < len(data.ids):
         name, times = Counter(data.ids).most_common(1)[0]
         raise InputError(
             f"Expected one vector for each protein in {source} but {name} has {times:,}; give pooled vectors (mean or "
             "bos) with different ids."
         )
-    own = Path(split_source(source)[0]) / OWN_CLUSTERS
+    own = Path(path if layers else split_source(source)[0]) / OWN_CLUSTERS
     return replace(data, clusters=read_clusters(own, data.ids)) if own.is_file() else data
 
 

@@ -70,7 +70,8 @@ def predictors(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for name, keep in (("classes", "trained"), ("numbers", "linear"), ("several", "auto")):
-            data = ["--labels.source", f"{name}.tsv", "--data.source", "my_store:1", "--groups", "plate"]
+            store = "my_store:1,2" if name == "several" else "my_store:1"
+            data = ["--labels.source", f"{name}.tsv", "--data.source", store, "--groups", "plate"]
             assert main(["-q", "train-teacher", *data, "--head.keep", keep, *QUICK]) == 0
             assert main(["-q", "distil", "--teacher.kind", f"results/teachers/{name}", *BRIEF]) == 0
     return place / "results" / "predictors"
@@ -127,9 +128,9 @@ def test_numbers_have_intervals_that_widen_with_confidence(predictors):
         predictor.predict(x, 1)
 
 
-def test_several_labels_are_predicted_together(predictors):
+def test_several_labels_are_predicted_from_several_layers(predictors):
     predictor = dr.load(predictors / "several")
-    p = predictor.predict(np.zeros((1, 32), dtype=np.float32))
+    p = predictor.predict(np.hstack([load_matrix(f"my_store:{layer}").x[:1] for layer in (1, 2)]))
     assert predictor.classes == ("base", "greasy", "other")
     assert p.predicted[0] == "|".join(np.array(predictor.classes)[p.probabilities[0] > 0.5])
 
@@ -205,5 +206,5 @@ def test_a_changed_predictor_is_not_loaded(predictors, tmp_path):
     with pytest.raises(InputError, match="its hash differs"):
         dr.load(folder)
     assert read_manifest(predictors / "several")["predictor"]["kind"] == "multilabel"
-    with pytest.raises(InputError, match=r"vectors \(N, 32\)"):
+    with pytest.raises(InputError, match=r"vectors \(N, 64\)"):
         dr.load(predictors / "several").predict(torch.zeros(2, 8))
