@@ -1,7 +1,7 @@
 """Predictors from labels: teachers beside what needs no training, students, and coverage over twenty splits.
 
     python benchmarks/predicting.py                          the functions that ship, and made-up numbers
-    python benchmarks/predicting.py --data kinases.npz       a labelled file too, and its trained head
+    python benchmarks/predicting.py --data kinases.npz       a labelled file too
 
 The made-up number of a protein is a linear function of its amino-acid composition plus noise of 0.3 of its spread. The
 tables are of one split; coverage and calibration error are means over `--splits` splits, each with a linear probe of
@@ -86,7 +86,7 @@ def trust_of(task: PredictionTask) -> Trust:
     layer = nn.Linear(task.data.dim, len(probe.bias)).requires_grad_(False)
     layer.load_state_dict({"weight": torch.from_numpy(probe.weight), "bias": torch.from_numpy(probe.bias)})
     predictor = Predictor(layer, target.kind, target.classes).eval()
-    calibrate(predictor, task.data.rows("val"), task.y[split.val])
+    calibrate(predictor, task.data.rows("val"), task.y[split.val], task.proteins.groups.number[split.val])
     number = np.unique(task.proteins.groups.number[task.test], return_inverse=True)[1]
     return measure_trust(predictor, task.data.rows("test"), target.subset(task.test), number)
 
@@ -121,7 +121,7 @@ def main(data: str | None = None, splits: int = 20) -> None:
         tasks[Path(data).stem] = (data, data)
     scores, students, trusts = list[str](), list[str](), list[str]()
     for name, (source, labels) in tasks.items():
-        for suffix, keep in (("", "auto"), ("-trained", "trained"))[: 1 + (source == data)]:
+        for suffix, keep in (("", "auto"), ("-trained", "trained"))[: 1 + (name != "numbers")]:
             lines, student = one_split(f"{name}{suffix}", source, labels, keep)
             scores += lines if not suffix else []
             students.append(student)

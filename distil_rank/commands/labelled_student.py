@@ -109,7 +109,8 @@ def assemble(teacher: LabelledTeacher, student: LowRankLinear) -> Predictor:
     keys = ("backbone", "weights_sha256", "layer", "pooling", "precision", "long", "max_length", "source", "fallback")
     predictor.provenance = {key: facts[key] for key in keys if isinstance(facts.get(key), str | int)}
     predictor.provenance |= {"labels": task.proteins.labels, "groups": task.proteins.groups.description}
-    calibrate(predictor.eval(), task.data.rows("val"), task.y[task.data.split_rows.val])
+    rows = task.data.split_rows.val
+    calibrate(predictor.eval(), task.data.rows("val"), task.y[rows], task.proteins.groups.number[rows])
     return predictor
 
 

@@ -44,8 +44,11 @@ class Trust:
     reliability: list[list[float]]
 
 
-def calibrate(predictor: Predictor, x: Tensor, y: np.ndarray) -> None:
-    """Set the temperature, the conformal scores and the distances of a predictor, by validation proteins `(N, d)`."""
+def calibrate(predictor: Predictor, x: Tensor, y: np.ndarray, group: np.ndarray) -> None:
+    """Set the temperature, the conformal scores and the distances of a predictor, by validation proteins `(N, d)`.
+
+    Every group `(N,)` of theirs weighs the same among the scores.
+    """
     with torch.no_grad():
         output = predictor(x)
         if predictor.kind != "regression":
@@ -53,7 +56,10 @@ def calibrate(predictor: Predictor, x: Tensor, y: np.ndarray) -> None:
             predictor.temperature.mul_(temperature)
             output = predictor.probabilities(output / temperature)
         scores = conformal_scores(output.double().numpy(), y, predictor.kind)
-        predictor.scores = torch.from_numpy(np.sort(scores)).float()
+        of_score = group[np.nonzero(y)[0]] if predictor.kind == "multilabel" else group
+        _, number, sizes = np.unique(of_score, return_inverse=True, return_counts=True)
+        predictor.scores = torch.from_numpy(scores).float()
+        predictor.weights = torch.from_numpy(1 / (sizes[number] * (len(sizes) + 1))).float()
         predictor.distances = predictor.distance(x).sort().values
 
 

@@ -46,9 +46,10 @@ class Predictor(nn.Module):
 
     Probabilities are of logits over a temperature (Guo et al. 2017). A set holds every class whose probability reaches
     the level that the true classes of enough validation proteins reached; an interval is as wide as enough validation
-    residuals (split conformal prediction: Vovk, Gammerman and Shafer 2005; Sadinle, Lei and Wasserman 2019). With the
-    ⌈(v + 1) · confidence⌉-th of v scores, sets hold the truth at least at that confidence where proteins are
-    exchangeable with the validation proteins; too few scores give every class, or the whole line.
+    residuals (split conformal prediction: Vovk, Gammerman and Shafer 2005; Sadinle, Lei and Wasserman 2019). Proteins of
+    a group are alike, so that groups are what new proteins are exchangeable with: each of G validation groups weighs
+    1 / (G + 1), and infinity the rest (Dunn, Wasserman and Ramdas 2023). Sets then hold the truth of a protein of a new
+    group at least at the confidence; too few groups give every class, or the whole line.
 
     Args:
         layer: the student, `LowRankLinear`, or a dense layer.
@@ -64,6 +65,7 @@ class Predictor(nn.Module):
 
     temperature: Tensor
     scores: Tensor
+    weights: Tensor
     mean: Tensor
     spread: Tensor
     distances: Tensor
@@ -90,6 +92,7 @@ class Predictor(nn.Module):
             raise InputError(f"Expected a layer of {max(len(classes), 1)} outputs but got {m}; give its activation.")
         self.register_buffer("temperature", torch.ones((), device=device))
         self.register_buffer("scores", torch.zeros(calibration, device=device))
+        self.register_buffer("weights", torch.zeros(calibration, device=device))
         self.register_buffer("mean", torch.zeros(n, device=device))
         self.register_buffer("spread", torch.ones(n, device=device))
         self.register_buffer("distances", torch.zeros(distances, device=device))
@@ -139,15 +142,16 @@ class Predictor(nn.Module):
         return (((x - self.mean) / self.spread) ** 2).mean(-1).sqrt()
 
     def threshold(self, confidence: float) -> float:
-        """The conformal score that stays inside at this confidence; infinite where there are too few scores.
+        """The conformal score that stays inside at this confidence; infinite where there are too few groups.
 
         >>> predictor = Predictor(nn.Linear(2, 1), "regression", calibration=9)
-        >>> predictor.scores = torch.arange(1.0, 10.0)
+        >>> predictor.scores, predictor.weights = torch.arange(1.0, 10.0), torch.full((9,), 0.1)
         >>> predictor.threshold(0.8), predictor.threshold(0.95)
         (8.0, inf)
         """
-        place = math.ceil((len(self.scores) + 1) * confidence - 1e-9)
-        return float(self.scores.sort().values[place - 1]) if place <= len(self.scores) else math.inf
+        order = self.scores.argsort()
+        inside = self.weights[order].double().cumsum(0) >= confidence - 1e-6
+        return float(self.scores[order][inside][0]) if inside.any() else math.inf
 
     @torch.no_grad()
     def predict(self, vectors: np.ndarray | Tensor, confidence: float = 0.9) -> Predictions:
