@@ -46,8 +46,8 @@ class Predictor(nn.Module):
 
     Probabilities are of logits over a temperature (Guo et al. 2017). A set holds every class whose probability reaches
     the level that the true classes of enough validation proteins reached; an interval is as wide as enough validation
-    residuals (split conformal prediction: Vovk, Gammerman and Shafer 2005; Sadinle, Lei and Wasserman 2019). Proteins of
-    a group are alike, so that groups are what new proteins are exchangeable with: each of G validation groups weighs
+    residuals (split conformal prediction: Vovk, Gammerman and Shafer 2005; Sadinle, Lei and Wasserman 2019). Proteins
+    of a group are alike, so that groups are what new proteins are exchangeable with: each of G validation groups weighs
     1 / (G + 1), and infinity the rest (Dunn, Wasserman and Ramdas 2023). Sets then hold the truth of a protein of a new
     group at least at the confidence; too few groups give every class, or the whole line.
 

@@ -83,7 +83,7 @@ def refused(capsys, *command: str) -> str:
 
 
 def table(path: str) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+    with Path(path).open(newline="") as file:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
