@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-comp
 # What each target takes, as in: make distil TEACHER=spectral RANK=0.95 DATA=my.npz ARGS="--distil.lr 1e-4". Only the command
 # line counts: DATA or RANK in somebody's environment mean something else. Defaults are the commands' own.
 USES_embed := FASTA STORE BACKBONE POOLING PRECISION LAYERS CODE
-USES_train-teacher := TEACHER DATA SPLIT
+USES_train-teacher := TEACHER DATA SPLIT LABELS TASK GROUPS
 USES_distil := TEACHER RANK DATA SPLIT
 USES_benchmark := RANK DATA SPLIT
 USES_sweep := TEACHER DATA SPLIT
@@ -19,6 +19,7 @@ USES_evaluate := DATA TASK LABELS GROUPS FASTA BACKBONE PRECISION
 USES_judge := $(USES_evaluate)
 USES_code := DATA METRIC RANK DTYPE CODES ENCODER TASK LABELS GROUPS
 USES_search := CODES FASTA
+USES_predict := MODEL FASTA DATA OUT
 USES_recommend := DATA KEEP TASK LABELS GROUPS FASTA BACKBONE PRECISION
 
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -59,11 +60,16 @@ embed: .venv/installed ## FASTA to ESM-2 embeddings (FASTA= STORE=embeddings/NAM
 	@$(RUN) embed $(EMBED_OPTIONS) $(call option,STORE,--store) $(call option,POOLING,--pooling) \
 	  $(call option,LAYERS,--layer) $(call option,CODE,--code) $(ARGS)
 
-train-teacher: .venv/installed ## Make the dense layer (TEACHER=denoising|random|spectral|FILE:KEY DATA= SPLIT=)
-	@$(RUN) train-teacher $(call option,TEACHER,--teacher.kind) $(DATA_OPTIONS) $(ARGS)
+train-teacher: .venv/installed ## Train the dense layer (LABELS=labels.tsv DATA= TASK= GROUPS=; or TEACHER=denoising|random|spectral|FILE:KEY DATA= SPLIT=)
+	@$(RUN) train-teacher $(call option,TEACHER,--teacher.kind) $(DATA_OPTIONS) $(call option,LABELS,--labels.source) \
+	  $(call option,TASK,--task) $(call option,GROUPS,--groups) $(ARGS)
 
-distil: .venv/installed ## Distil it and report what is retained (TEACHER= RANK=64|0.95|auto DATA= SPLIT=)
+distil: .venv/installed ## Distil it and report what is retained (TEACHER= RANK=64|0.95|auto DATA= SPLIT=; TEACHER=results/teachers/NAME RANK=0.999 makes a predictor)
 	@$(RUN) distil $(call option,TEACHER,--teacher.kind) $(call option,RANK,--rank) $(DATA_OPTIONS) $(ARGS)
+
+predict: .venv/installed ## New proteins through a predictor (MODEL=results/predictors/NAME FASTA=new.fasta, or DATA=; OUT=FILE.tsv)
+	@$(RUN) predict $(call option,MODEL,--model) $(call option,FASTA,--fasta) $(call option,DATA,--data) \
+	  $(call option,OUT,--output) $(ARGS)
 
 benchmark: .venv/installed ## The three teachers of the original, one table (DATA= RANK= SPLIT=)
 	@$(RUN) benchmark $(call option,RANK,--rank) $(DATA_OPTIONS) $(ARGS)

@@ -32,7 +32,10 @@ QUIET = (
 # takes, and a line for the help.
 COMMANDS = {
     "embed": ("embed:EmbedOptions", "protein sequences through ESM-2 into a store"),
-    "train-teacher": ("training:TrainTeacherOptions", "train or make the dense layer to be distilled"),
+    "train-teacher": (
+        "training:LabelledTeacherOptions",
+        "train the dense layer to be distilled, from labels or without",
+    ),
     "distil": ("training:DistilOptions", "distil one teacher and report what is retained"),
     "benchmark": ("training:BenchmarkOptions", "the three teachers of the original, one table"),
     "sweep": ("training:SweepOptions", "one teacher at several ranks"),
@@ -42,6 +45,7 @@ COMMANDS = {
     "code": ("codes:CodeOptions", "a few bytes for each protein of a store, fitted and evaluated"),
     "search": ("codes:SearchOptions", "proteins against a store of codes: hits with E-values"),
     "recommend": ("evaluation:RecommendOptions", "the cheapest pipeline that retains your function"),
+    "predict": ("prediction:PredictOptions", "new proteins through a predictor: a table of predictions"),
     "ui": ("ui:UiOptions", "browse the runs in MLflow's own pages"),
 }
 ALIASES = {"judge": "evaluate"}  # for one release

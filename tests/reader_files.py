@@ -30,7 +30,13 @@ model.classifier.dense = torch.nn.Linear(320, 320)
 model.forward = lambda rows: model.classifier.dense(rows).tanh()
 rows = torch.randn(1000, 320) * torch.logspace(0, -2, 320)
 loader = torch.utils.data.DataLoader(rows, batch_size=64)
-"""
+""",
+    "predict.md": """
+import distil_rank
+from distil_rank.lowrank.predictor import Predictor
+layer = distil_rank.LowRankLinear(8, 8, rank=2)
+distil_rank.save(Predictor(layer, "classification", ["a", "b"], "tanh", 9, 9), "results/predictors/labels")
+""",
 }
 
 

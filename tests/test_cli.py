@@ -19,6 +19,7 @@ REFUSED = {
     "code": "--dtype bits",
     "search": "--self true --fasta proteins.fasta",
     "recommend": "--keep 7",
+    "predict": "--model missing --fasta proteins.fasta",
     "ui": "--port -1",
 }
 

@@ -32,6 +32,7 @@ QUICKER = {
     "recommend": "--alignment false --max_bytes 8",
     "sweep": "--teacher.steps 20 --trainer.max_steps 10 --ranks [8,16]",
     "train-teacher": "--teacher.steps 20",
+    "train-teacher from labels": "--head.epochs 2 --head.alignment false --groups none",
 }
 
 # Scripts without options: all that they are given.
@@ -69,6 +70,7 @@ TEXT_IS_RUN = ("README.md", "recommend.md")
 # What is true when the Python of a page has run, in its own names.
 HOLDS = {
     "README.md": "student.layer.rank == 64 and layer.rank == 32 and report.layers[0].held_out_r2 > 0.98",
+    "predict.md": "len(result.predicted) == 12 and result.probabilities.shape == (12, len(predictor.classes))",
     "your_own_layer.md": "small.rank == 8 and report.layers[0].held_out_r2 > 0.98",
 }
 
@@ -158,7 +160,8 @@ def run(command: str, call: list[str], backbone: Path) -> None:
     assert program == "distil-rank", command
     pairs = zip(["", *arguments], arguments, strict=False)
     chosen = [str(backbone) if option == "--backbone" and value in FETCHED else value for option, value in pairs]
-    assert main(["-q", *chosen, *QUICKER.get(arguments[0], "").split()]) == 0, command
+    key = f"{arguments[0]} from labels" if "--labels.source" in arguments else arguments[0]
+    assert main(["-q", *chosen, *QUICKER.get(key, QUICKER.get(arguments[0], "")).split()]) == 0, command
 
 
 def test_every_block_says_what_it_is():

@@ -39,6 +39,13 @@ share = (places <= 10).double().mean(0)
 assert abs(share.mean() - point.knn_overlap) < 0.001 and share[0] > 0.99 > share[9]
 assert (places[query] <= 10).sum() == 9
 """,
+    "04_predict": """
+assert predictor.layer.rank == report["rank"] and report["retained"]["value"] > 0.95
+assert len(result.predicted) == 706 and set(predictor.classes) == {"ribosomal", "enzyme", "other"}
+assert {"linear probe", "trained head", "nearest neighbour", "composition"} < {
+    entry["name"] for entry in json.loads((folder.parents[1] / "teachers/kinds/evaluation.json").read_text())["entries"]
+}
+""",
 }
 
 

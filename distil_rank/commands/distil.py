@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from distil_rank.commands.labelled_student import distil_predictor
+from distil_rank.commands.labelled_teacher import is_labelled_teacher
 from distil_rank.commands.train_teacher import check_rank_fits, make_teacher, open_data
 from distil_rank.compression.own_layer import load_head
 from distil_rank.compression.saved import save
@@ -27,9 +29,13 @@ from distil_rank.training.experiment import run_experiment
 
 log = logging.getLogger(__name__)
 
+RANK = 64  # by default, as in the original
 
-def distil(options: DistilOptions) -> Result:
-    """Distil one teacher and report what is retained."""
+
+def distil(options: DistilOptions) -> Result | Path:
+    """Distil one teacher and report what is retained; of one that was trained from labels make a predictor."""
+    if is_labelled_teacher(options.teacher.kind):
+        return distil_predictor(options)
     result = distil_teacher(open_data(options.data), options)
     comparison_report(result).show()
     return result
@@ -47,6 +53,8 @@ def distil_teacher(
         experiment: MLflow experiment.
     """
     started = time.perf_counter()
+    options = replace(options, rank=options.rank or RANK)
+    assert options.rank is not None
     check_rank_fits(data, options.rank, options.teacher)
     head = None if options.head is None else load_head(options.head)
     teacher = make_teacher(data, options.teacher, options.trainer, options.output, reuse=True)

@@ -145,6 +145,7 @@ def _confirmed(
         noise=problem.noise_source,
         seconds=time.perf_counter() - started,
         next=_next_command(Path(o.output) / "recommend" / "latest", problem, answers[o.weigh].pipeline.layer),
+        predictor=_predictor_command(o, problem, confirmed[o.weigh].chosen.pipeline.layer),
         notes=(*problem.notes, *notes),
     )
 
@@ -156,6 +157,19 @@ def _next_command(latest: Path, problem: Problem, layer: str | None) -> str:
         return f"make code DATA={source} ENCODER={latest / 'codes' / ENCODER} CODES=my_codes"
     program = sys.argv[0] if Path(sys.argv[0]).name == "distil-rank" else "distil-rank"  # as it was typed
     return f"{program} embed --config {latest / 'recommended.yaml'} --fasta new.fasta --store new_codes"
+
+
+def _predictor_command(o: RecommendOptions, problem: Problem, layer: str | None) -> str | None:
+    """For classes or numbers: what trains a predictor of them on the chosen layer, by the same groups."""
+    if problem.searched:
+        return None
+    path, _ = split_source(problem.source)
+    own = Path(path) / OWN_LABELS
+    labels = o.labels.source or str(own if own.is_file() else problem.source)
+    several = len(problem.layers) > 1 and layer is not None
+    groups = "" if o.groups is None else f" GROUPS={o.groups}"
+    source = f"{path}:{layer}" if several else problem.source
+    return f"make train-teacher LABELS={labels.partition(',')[0]} DATA={source}{groups}"
 
 
 def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:

@@ -17,12 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from distil_rank.commands.labelled_teacher import train_labelled_teacher
 from distil_rank.compression.own_layer import load_linear
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
+from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.results import TeacherCheck
 from distil_rank.lowrank.solvers import choose_rank
-from distil_rank.options.training import BUILT_IN, DataOptions, TeacherOptions, TrainTeacherOptions
+from distil_rank.options.training import BUILT_IN, DataOptions, LabelledTeacherOptions, TeacherOptions
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
 from distil_rank.tracking.training import RunLogger
@@ -44,8 +46,10 @@ class Teacher:
     run_id: str
 
 
-def train_teacher(options: TrainTeacherOptions) -> Teacher:
-    """Make the dense layer that is to be distilled, check that it is worth it, and save it."""
+def train_teacher(options: LabelledTeacherOptions) -> Teacher | Evaluation:
+    """Make the dense layer that is to be distilled, from labels or without, check that it is worth it, and save it."""
+    if options.labels.source is not None:
+        return train_labelled_teacher(options)
     teacher = make_teacher(open_data(options.data), options.teacher, options.trainer, options.output)
     print(f"Teacher: {teacher.path}")
     return teacher
@@ -144,8 +148,9 @@ def largest_rank(data: EmbeddingDataModule, teacher: TeacherOptions) -> int:
     return data.dim if teacher.kind in BUILT_IN else min(untrained_teacher(teacher.kind, data.dim).weight.shape)
 
 
-def check_rank_fits(data: EmbeddingDataModule, rank: int | float | str, teacher: TeacherOptions) -> None:
+def check_rank_fits(data: EmbeddingDataModule, rank: int | float | str | None, teacher: TeacherOptions) -> None:
     """Raise `InputError` for a rank that no teacher of these options has, before one is trained."""
+    assert rank is not None  # a command's default is in its place by now
     choose_rank(torch.ones(largest_rank(data, teacher)), rank)
 
 

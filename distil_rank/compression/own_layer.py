@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distil_rank.errors import DAMAGE, InputError, examples
+from distil_rank.lowrank.predictor import ACTIVATIONS
 
 HUGGING_FACE_FILES = tuple(  # in the order in which Hugging Face itself looks for them
     f"{name}{suffix}" for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
 )
 NESTED = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, fair-esm
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from distil_rank.artefact import read_folder, write_folder
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.lowrank.low_rank import LowRankLinear
+from distil_rank.lowrank.predictor import Predictor
 from distil_rank.options.compression import FORMAT
 from distil_rank.tracking.run_store import versions
 
@@ -47,14 +48,17 @@ def save(
     *,
     metrics: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Saves a student layer, or a model with student layers in it, with their provenance and measurements.
 
     Args:
-        model: a `LowRankLinear`, a `CodeEncoder`, or a module that contains some, saved with all of its weights.
+        model: a `LowRankLinear`, a `CodeEncoder`, or a module that contains some, saved with all of its weights; of a
+            `Predictor` also what builds it.
         path: a folder; one that was saved there before is replaced.
         metrics: measured figures, JSON values, with their intervals.
         data: what the student was calibrated on: source, digest.
+        files: what else belongs into the folder, by name.
 
     Raises:
         InputError: nothing to save, weights that are not finite, or a place that cannot be written.
@@ -86,7 +90,9 @@ def save(
         "licence": LICENCE,
         "versions": versions(),
     }
-    return write_folder(path, manifest, {WEIGHTS: safetensors.torch.save(tensors)})
+    if isinstance(model, Predictor):
+        manifest["predictor"] = model.description()
+    return write_folder(path, manifest, {WEIGHTS: safetensors.torch.save(tensors), **(files or {})})
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
         path: the folder.
         rank: of the student wanted, up to the saved one: its first directions are the student of that rank.
         into: for a whole model, one of the same architecture; its dense layers are replaced, every weight is loaded,
-            and it is what is returned.
+            and it is what is returned. A `Predictor` needs none, and keeps its rank.
 
     Raises:
         InputError: the folder is damaged, hostile, or of a later version, or the rank is above the saved one.
@@ -125,6 +131,8 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
         students = {name: own[description.get("same_as", name)] for name, description in layers.items()}
         if not whole:
             into, students = own[""], {}
+        elif into is None and "predictor" in manifest and rank is None:
+            into = Predictor.empty(manifest["predictor"])
         elif into is None:
             raise InputError(f"Expected `into` to load {path}, a whole model; give one of the same architecture.")
         modules = dict(into.named_modules(remove_duplicate=False))
@@ -147,6 +155,7 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
     install(into, students)
     device = next((value.device for value in into.parameters() if not value.is_meta), None)
     into.load_state_dict(state, assign=True)
+    into = into.eval() if isinstance(into, Predictor) else into
     into.to(device)
     if rank is None:
         return into

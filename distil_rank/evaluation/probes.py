@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from distil_rank.evaluation.representations import CHANCE, MAJORITY, Sides
 from distil_rank.evaluation.retrieval import Scores
 from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.statistics import Statistic, macro_f1, matthews, mean, r2, spearman
+from distil_rank.options.evaluation import Kind
 
 FOLDS = 3
 PENALTIES = range(-5, -1)  # powers of ten, of the vectors' variance for each row: tried at first
@@ -119,21 +120,27 @@ class ProbeTrial:
                 names = examples(target.classes[k] for k in sorted(only))
                 self.notes.append(f"{len(only):,} of {len(target.classes):,} classes are only {split} ({names})")
 
-    def measure(self, rows: Sides | Scores, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
-        """By metric, sums over the evaluated groups, from a probe that is fitted on the true labels or on others."""
+    def measure(self, rows: Sides | Scores | np.ndarray, y_fit: np.ndarray | None = None) -> dict[str, Statistic]:
+        """By metric, sums over the evaluated groups, from a probe that is fitted on the true labels or on others.
+
+        Predictions of the evaluated rows, as an array, are measured as they are.
+        """
         assert not callable(rows)
-        fit, group = self.groups.fit, self.group
+        if isinstance(rows, np.ndarray):
+            unknown = {name: mean(np.full(len(rows), np.nan), self.group) for name in self.metrics if "1nn" in name}
+            return task_statistics(self.target, rows, self.y, self.group) | unknown
+        fit = self.groups.fit
         y_fit = self.y_fit if y_fit is None else y_fit
         predicted = self._predict(rows[1].numpy().astype(np.float64), y_fit)
         if self.target.kind == "regression":
-            return self._statistics(predicted, self.y, group)
+            return self.measure(predicted)
         unit = F.normalize(rows[1]).numpy()
         nearest = KNeighborsClassifier(1).fit(unit[fit], y_fit).predict(unit[~fit])
-        own, metric = self._statistics(predicted, self.y, group), self.metrics[-1].removesuffix(" 1nn")
-        return own | {self.metrics[-1]: self._statistics(nearest, self.y, group)[metric]}
+        own, metric = self.measure(predicted), self.metrics[-1].removesuffix(" 1nn")
+        return own | {self.metrics[-1]: self.measure(nearest)[metric]}
 
-    def trivial(self, rows: Sides | Scores) -> dict[str, dict[str, Statistic]]:
-        """What a probe that is fitted on permuted labels gives, and the best that knows no protein from another.
+    def trivial(self, rows: Sides | Scores | np.ndarray) -> dict[str, dict[str, Statistic]]:
+        """What a probe that is fitted on permuted labels gives (of predictions: these permuted), and the best constant.
 
         The latter says the most frequent class, every label, or the mean.
         """
@@ -143,9 +150,11 @@ class ProbeTrial:
             "multilabel": lambda: np.ones(y.shape[1], dtype=y.dtype),
             "regression": y.mean,
         }[self.target.kind]()
-        same = self._statistics(np.broadcast_to(constant, self.y.shape), self.y, self.group)
+        same = self.measure(np.broadcast_to(constant, self.y.shape))
         same |= {f"{name} 1nn": same[name] for name in same if f"{name} 1nn" in self.metrics}
-        return {CHANCE: self.measure(rows, np.random.default_rng(self.seed).permutation(y)), MAJORITY: same}
+        dice = np.random.default_rng(self.seed)
+        by_chance = self.measure(dice.permutation(rows) if isinstance(rows, np.ndarray) else rows, dice.permutation(y))
+        return {CHANCE: by_chance, MAJORITY: same}
 
     def _predict(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Of the evaluated rows, by the probe and penalty that do best in the cross-validation on the others."""
@@ -162,7 +171,7 @@ class ProbeTrial:
                 predicted = np.empty(y.shape)
                 for test, predict in parts:
                     predicted[test] = predict(penalty)
-                value = self._statistics(predicted, y, together)[CHOSEN_BY[self.target.kind]].value
+                value = task_statistics(self.target, predicted, y, together)[CHOSEN_BY[self.target.kind]].value
                 return value if np.isfinite(value) else -np.inf
 
             penalty, value = choose_penalty(score)
@@ -180,15 +189,90 @@ class ProbeTrial:
         scores = ridge(x, np.eye(len(self.target.classes))[y], new)
         return lambda penalty: scores(penalty).argmax(axis=1)
 
-    def _statistics(self, predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> dict[str, Statistic]:
-        """Every metric of a prediction but those of the nearest neighbour."""
-        if self.target.kind == "regression":
-            return {"spearman": spearman(predicted, y, group), "r2": r2(predicted, y, group)}
-        if self.target.kind == "multilabel":
-            return {"macro_f1": macro_f1(predicted, y, group)}
-        predicted, classes = predicted.astype(int), len(self.target.classes)
-        return {
-            "mcc": matthews(predicted, y, group, classes),
-            "accuracy": mean((predicted == y).astype(float), group),
-            "macro_f1": macro_f1(np.eye(classes)[predicted], np.eye(classes)[y], group),
-        }
+
+def task_statistics(target: Target, predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> dict[str, Statistic]:
+    """Every metric of a prediction but those of the nearest neighbour."""
+    if target.kind == "regression":
+        return {"spearman": spearman(predicted, y, group), "r2": r2(predicted, y, group)}
+    if target.kind == "multilabel":
+        return {"macro_f1": macro_f1(predicted, y, group)}
+    predicted, classes = predicted.astype(int), len(target.classes)
+    return {
+        "mcc": matthews(predicted, y, group, classes),
+        "accuracy": mean((predicted == y).astype(float), group),
+        "macro_f1": macro_f1(np.eye(classes)[predicted], np.eye(classes)[y], group),
+    }
+
+
+def decide(kind: Kind, outputs: np.ndarray) -> np.ndarray:
+    """Classes `(N,)`, labels `(N, L)` or values `(N,)` out of logits or values `(N, K)`.
+
+    >>> decide("multilabel", np.array([[1.5, -2.0]])).tolist()
+    [[1, 0]]
+    """
+    if kind == "regression":
+        return outputs[:, 0]
+    return outputs.argmax(axis=1) if kind == "classification" else (outputs > 0).astype(int)
+
+
+class LinearProbe(NamedTuple):
+    """A linear model of a target: `outputs = x Wᵀ + b` are logits of the classes or labels, or the value."""
+
+    weight: np.ndarray  # (K, d)
+    bias: np.ndarray  # (K,)
+    name: str  # of the model and its penalty
+
+
+def fit_linear(target: Target, x: np.ndarray, fit: np.ndarray, choose: np.ndarray) -> LinearProbe:
+    """Ridge or logistic regression of `x (N, d)` as one linear layer.
+
+    Args:
+        target: of the same N proteins.
+        x: vectors, which go in as they are, with one scale for all columns.
+        fit: rows to fit on.
+        choose: rows whose score decides on penalty and model; of equals the stronger penalty, and ridge.
+    """
+    assert target.y is not None
+    y, centre = target.y, x[fit].mean(axis=0, dtype=np.float64)
+    scale = float(np.sqrt(((x[fit] - centre) ** 2).sum(axis=1).mean())) or 1.0
+    z = (x - centre) / scale
+    y_fit = np.eye(len(target.classes))[y[fit]] if target.kind == "classification" else y[fit]
+    ask = np.vstack([np.eye(x.shape[1]), np.zeros(x.shape[1])])  # answers are the weights and the bias
+    closed = ridge(z[fit], y_fit, ask)
+
+    def by_ridge(penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        answers = closed(penalty).reshape(len(ask), -1)
+        return (answers[:-1] - answers[-1]).T, answers[-1] - (0.5 if target.kind == "multilabel" else 0)
+
+    def by_logistic(penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        model: Any = LogisticRegression(C=1 / (len(fit) * penalty), max_iter=200, tol=1e-5)
+        sides = y_fit.T.astype(int) if target.kind == "multilabel" else [y[fit]]
+        weights, biases = list[np.ndarray](), list[np.ndarray]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            for side in sides:
+                if len(np.unique(side)) < 2:  # a label that all have, or none
+                    weights, biases = [*weights, np.zeros((1, x.shape[1]))], [*biases, np.array([20.0 * side[0] - 10])]
+                    continue
+                model.fit(z[fit], side)
+                two = target.kind == "classification" and len(model.coef_) == 1  # of the second class against the first
+                weights.append(np.vstack([-model.coef_, model.coef_]) / 2 if two else model.coef_)
+                biases.append(np.hstack([-model.intercept_, model.intercept_]) / 2 if two else model.intercept_)
+        return np.vstack(weights), np.concatenate(biases)
+
+    best = list[tuple[float, LinearProbe]]()
+    for name, solve in {"ridge": by_ridge, "logistic": by_logistic}.items():
+        if name == "logistic" and target.kind == "regression":
+            continue
+
+        def score(penalty: float, solve: Callable[[float], tuple[np.ndarray, np.ndarray]] = solve) -> float:
+            weight, bias = solve(penalty)
+            predicted = decide(target.kind, z[choose] @ weight.T + bias)
+            together = np.zeros(len(choose), dtype=int)
+            value = task_statistics(target, predicted, y[choose], together)[CHOSEN_BY[target.kind]].value
+            return value if np.isfinite(value) else -np.inf
+
+        penalty, value = choose_penalty(score)
+        weight, bias = solve(penalty)
+        best.append((value, LinearProbe(weight / scale, bias - weight @ centre / scale, f"{name}, {penalty:.0e}")))
+    return max(best, key=lambda one: one[0])[1]

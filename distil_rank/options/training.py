@@ -10,6 +10,7 @@ from typing import Any, Literal
 from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
 from distil_rank.options.embed import check_exists
+from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 BUILT_IN = ("denoising", "random", "spectral")
 
@@ -135,6 +136,40 @@ class StudentOptions:
 
 
 @dataclass(frozen=True)
+class HeadOptions:
+    """How a teacher is trained from labels: Linear(d, d), activation, dropout, Linear(d, classes or targets).
+
+    Attributes:
+        keep: auto keeps the trained head only where it clearly beats the linear probe on the validation groups.
+        activation: Behind the layer.
+        seconds: Limit of the search over learning rate, dropout and weight decay.
+        epochs: At most; training stops early by the validation loss.
+        val_fraction: Share of the proteins to choose and to calibrate on.
+        test_fraction: Share of the proteins for the report alone.
+        alignment: Compare with MMseqs2's best hit too, where it is installed.
+        name: Of the folder in results/teachers; by default that of the labels' file.
+    """
+
+    keep: Literal["auto", "trained", "linear"] = "auto"
+    activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
+    seconds: float = 120.0
+    epochs: int = 200
+    val_fraction: float = 0.2
+    test_fraction: float = 0.2
+    alignment: bool = True
+    name: str | None = None
+
+    def check(self) -> None:
+        """Raises `InputError` for values out of range."""
+        check_range("--head.seconds", self.seconds, 1)
+        check_range("--head.epochs", self.epochs, 1)
+        for name in ("val_fraction", "test_fraction"):
+            check_range(f"--head.{name}", getattr(self, name), 0.01, 0.49)
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+            raise InputError(f"Expected --head.name without folders but got {self.name!r}.")
+
+
+@dataclass(frozen=True)
 class TrainTeacherOptions:
     """Train or make the dense layer that is to be distilled.
 
@@ -158,6 +193,39 @@ class TrainTeacherOptions:
 
 
 @dataclass(frozen=True)
+class LabelledTeacherOptions(TrainTeacherOptions):
+    """Train or make the dense layer that is to be distilled; with labels, the one that predicts them.
+
+    Attributes:
+        labels: What to predict; without a source the teacher is what `--teacher.kind` says.
+        task: Kind of the labels; auto decides by what they are.
+        groups: What stays in one split; see evaluate.
+        head: How it is trained from labels.
+    """
+
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    task: TaskKind = "auto"
+    groups: str | None = None
+    head: HeadOptions = field(default_factory=HeadOptions)
+
+    def check(self) -> None:
+        """Raises `InputError` for what can be told before any work."""
+        super().check()
+        self.labels.check()
+        self.head.check()
+        if self.task == "retrieval":
+            raise InputError("Expected --task classification, multilabel or regression to predict but got retrieval.")
+        if self.labels.source is None:
+            if self.task != "auto" or self.groups is not None:
+                raise InputError("Expected --labels.source with --task or --groups but got none; name the labels.")
+        elif self.data != DataOptions(self.data.source, seed=self.data.seed) or self.teacher != TeacherOptions():
+            raise InputError(
+                "Expected of --data and --teacher no more than --data.source and --data.seed with labels; --groups and "
+                "--head.val_fraction say how proteins are split."
+            )
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions(TrainTeacherOptions):
     """The three teachers of the original, one table; the teacher's `kind` is set to each in turn.
 
@@ -168,14 +236,15 @@ class BenchmarkOptions(TrainTeacherOptions):
     """
 
     distil: StudentOptions = field(default_factory=StudentOptions)
-    rank: int | float | str = 64
+    rank: int | float | str | None = 64
     seeds: Sequence[int] = (42, 43)
 
     def check(self) -> None:
         """Raises `InputError` for what can be told before any work."""
         super().check()
         self.distil.check()
-        check_rank_option(self.rank)
+        if self.rank is not None:
+            check_rank_option(self.rank)
         if not self.seeds:
             raise InputError("Expected at least one seed but --seeds has none.")
 
@@ -185,11 +254,14 @@ class DistilOptions(BenchmarkOptions):
     """Distil one teacher, which is trained first unless that was done already, and report what is retained.
 
     Attributes:
+        rank: An integer, a share of the teacher's output variance to retain (0.95), or `auto`; 64 by default. Of a
+            teacher from labels the share of its predictions to retain, 0.999 by default.
         head: What stands behind the layer, to be matched at its end: steps like `tanh,head.safetensors:out_proj`.
         ckpt_path: Resume from this Lightning checkpoint.
     """
 
     seeds: Sequence[int] = (42,)
+    rank: int | float | str | None = None
     head: str | None = None
     ckpt_path: str | None = None
 

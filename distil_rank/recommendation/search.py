@@ -113,6 +113,7 @@ class Recommendation:
     noise: str
     seconds: float
     next: str  # command to type
+    predictor: str | None = None  # for classes or numbers: the command that trains a predictor of them
     notes: tuple[str, ...] = ()
 
     @property

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION
 from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, ParetoPoint, Result, Spectrum, TeacherResult
+from distil_rank.evaluation.trust import PredictorResult
 from distil_rank.recommendation.pipelines import Pipeline
 from distil_rank.recommendation.search import Recommendation
 
@@ -41,6 +42,7 @@ ROLE_COLOURS = {
 CHOSEN, FRONT, OTHER, BASELINE = "#D55E00", "#0072B2", "#BBBBBB", "#009E73"
 NAMES = {"svd": "SVD", "svd_bias": "SVD + bias", "closed_form": "closed form"}
 SMALLEST = 1e-8  # what a logarithmic axis shows for nothing lost
+MOST_NAMES = 30  # of classes that a confusion matrix has room for
 LOWEST_R2 = -0.25  # where the sweep's axis ends; the plain SVD can lie far below
 STYLE: Any = {
     "font.size": 9,
@@ -193,6 +195,65 @@ def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
         ax.set_ylabel(headline)
         ax.set_ylim(bottom=0)
         ax.margins(x=0.12)
+
+
+def draw_scores(evaluation: Evaluation, path: Path) -> None:
+    """The headline of each model and baseline with its interval."""
+    entries, headline = evaluation.entries[::-1], evaluation.headline
+    with picture(path, 1, 1, (6.5, 0.8 + 0.35 * len(entries))) as axes:
+        _scores(axes[0, 0], evaluation)
+        axes[0, 0].set_title(evaluation_title(evaluation), loc="left")
+        axes[0, 0].set_xlabel(headline)
+
+
+def _scores(ax: Axes, evaluation: Evaluation) -> None:
+    entries = evaluation.entries[::-1]
+    for y, entry in enumerate(entries):
+        score, colour = entry.scores[evaluation.headline], ROLE_COLOURS[entry.role]
+        ax.plot([score.low, score.high], [y, y], color=colour, lw=3, alpha=0.6)
+        ax.plot(score.value, y, "o", color=colour)
+    ax.set_yticks(range(len(entries)), [entry.name for entry in entries])
+
+
+def draw_predictor(result: PredictorResult, path: Path) -> None:
+    """Scores, what each rank retains, calibration, and what is taken for what."""
+    with picture(path, 1, 4, (4.2, 3.6)) as axes:
+        scores, ranks, trust, confusion = axes[0]
+        _scores(scores, result.evaluation)
+        scores.set(title="scores on untouched groups", xlabel=result.evaluation.headline)
+        for key, colour, marker in (("closed_form", "#000000", "o"), ("retained", COLOURS[OURS], "s")):
+            name = key.replace("_", " ").replace("retained", "trained through the head")
+            known = [(point["rank"], max(point[key], 0)) for point in result.curve if point[key] is not None]
+            ranks.plot(*zip(*known, strict=True), color=colour, marker=marker, ms=4, label=name)
+        reference_line(ranks, "asked for", result.share, CHOSEN, "--")
+        ranks.plot(result.rank, result.retained.value, "*", color=CHOSEN, ms=12, label="on untouched groups")
+        ranks.set(title="predictions retained", xlabel="rank", xscale="log", ylim=(0, 1.03))
+        ranks.legend(loc="lower right")
+        if result.values:
+            true, predicted = result.values
+            confusion.plot(true, predicted, ".", color=FRONT)
+            confusion.axline((true[0], true[0]), slope=1, color="#000000", lw=1)
+            confusion.set(title="predicted values", xlabel="true", ylabel="predicted")
+            errors = sorted(abs(a - b) for a, b in zip(true, predicted, strict=True))
+            trust.plot(errors, [(i + 1) / len(errors) for i in range(len(errors))], color=FRONT)
+            trust.axvline(result.trust.size / 2, color=CHOSEN, ls="--", lw=1, label="half the interval")
+            trust.set(title="errors", xlabel="absolute error", ylabel="share of proteins")
+            trust.legend()
+            return
+        bins = [bin for bin in result.trust.reliability if bin[2]]
+        trust.plot([0, 1], [0, 1], color="#999999", lw=1)
+        trust.scatter([bin[0] for bin in bins], [bin[1] for bin in bins], [5 + 2 * bin[2] for bin in bins], FRONT)
+        trust.set(title="calibration (area: proteins)", xlabel="probability", ylabel="share that came true")
+        if len(result.confusion) > 1:
+            rows = [[count / max(sum(row), 1) for count in row] for row in result.confusion]
+            confusion.imshow(rows, cmap="Blues", vmin=0, vmax=1)
+            confusion.grid(False)
+            if len(rows) <= MOST_NAMES:
+                confusion.set_xticks(range(len(rows)), result.classes, rotation=90, fontsize=6)
+                confusion.set_yticks(range(len(rows)), result.classes, fontsize=6)
+            confusion.set(title="share of each class", xlabel="predicted", ylabel="true")
+        else:
+            confusion.set_axis_off()
 
 
 def evaluation_title(evaluation: Evaluation) -> str:

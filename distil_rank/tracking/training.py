@@ -7,18 +7,22 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import mlflow.pyfunc
 import mlflow.pytorch
 import numpy as np
+import pandas as pd
 import torch
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.pyfunc.model import PythonModel
+from mlflow.types import ColSpec, Schema, TensorSpec
 from torch import nn
 
 from distil_rank.tracking.run import Run, rounded
@@ -78,12 +82,64 @@ def log_student(run: Run, layer: nn.Module, example: np.ndarray, metrics: Mappin
             serialization_format="pt2",
         )
         client.log_model_artifacts(model_id, f"{folder}/model")
-    client.finalize_logged_model(model_id, "READY")
-    client.log_outputs(run.id, [LoggedModelOutput(model_id, step=0)])
-    now = int(time.time() * 1000)
-    figures = [Metric(key, rounded(value), now, 0, model_id=model_id) for key, value in (metrics or {}).items()]
-    client.log_batch(run.id, metrics=figures)
+    _finish(run, model_id, metrics or {})
     return f"models:/{model_id}"
+
+
+class ServedPredictor(PythonModel):
+    """A predictor behind MLflow: a column `sequence` in, a line for each protein out.
+
+    Args:
+        predict: from the predictor's folder and sequences to one record of plain values a protein.
+    """
+
+    def __init__(self, predict: Callable[[str, list[str]], list[dict[str, Any]]]) -> None:
+        self.function = predict
+
+    def load_context(self, context: Any) -> None:
+        """Remember where the predictor lies."""
+        self.folder = str(context.artifacts["predictor"])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Predictions in the order of the sequences."""
+        return pd.DataFrame(self.function(self.folder, [str(one) for one in model_input["sequence"]]))
+
+
+def log_predictor(run: Run, folder: Path, code: str, example: list[str], metrics: Mapping[str, float]) -> str:
+    """Keep a predictor with its run, as a model from sequences to predictions; returns its address, `models:/<id>`.
+
+    Args:
+        folder: of the predictor.
+        code: a Python file that sets a `ServedPredictor`, which MLflow runs to load the model: nothing is pickled.
+        example: some sequences.
+        metrics: figures to show beside it.
+    """
+    client, params = run.client, run.client.get_run(run.id).data.params
+    model_id = client.create_logged_model(run.experiment_id, "predictor", source_run_id=run.id, params=params).model_id
+    with tempfile.TemporaryDirectory() as name:
+        script = Path(name) / "served.py"
+        script.write_text(code)
+        mlflow.pyfunc.save_model(
+            f"{name}/model",
+            python_model=str(script),
+            artifacts={"predictor": str(folder.resolve())},
+            mlflow_model=Model(run_id=run.id, model_id=model_id),
+            signature=ModelSignature(Schema([ColSpec("string", "sequence")])),
+            input_example=pd.DataFrame({"sequence": example}),
+            pip_requirements=[f"{package}=={version(package)}" for package in ("distil-rank", "mlflow", "torch")],
+        )
+        client.log_model_artifacts(model_id, f"{name}/model")
+    _finish(run, model_id, metrics)
+    return f"models:/{model_id}"
+
+
+def _finish(run: Run, model_id: str, metrics: Mapping[str, float]) -> None:
+    """Mark a model as ready and as its run's output, with figures beside it."""
+    run.client.finalize_logged_model(model_id, "READY")
+    run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step=0)])
+    now = int(time.time() * 1000)
+    figures = [Metric(key, rounded(value), now, 0, model_id=model_id) for key, value in metrics.items()]
+    run.client.log_batch(run.id, metrics=figures)
 
 
 def promote_champion(run: Run, model_uri: str, *, r2: float, rank: int, teacher: str, data: str) -> str:

@@ -82,6 +82,7 @@ def test_bytes_are_no_gain_where_nothing_is_stored(workplace, monkeypatch, capsy
     printed = " ".join(capsys.readouterr().out.split())
     assert "less)" not in printed and "majority 0.000" in printed and " bytes" not in printed
     assert ": best." in printed and "Next: make code DATA=a.npz" in printed
+    assert "make train-teacher LABELS=a.csv DATA=a.npz GROUPS=none" in printed
 
 
 def test_another_precision_has_a_store_of_its_own(workplace, monkeypatch):

@@ -1,0 +1,186 @@
+"""The predictor: a student with the head behind it, and how far its answers can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distil_rank.errors import InputError
+from distil_rank.lowrank.encoder import ORIGIN
+from distil_rank.options.evaluation import Kind
+from distil_rank.origin import VectorOrigin
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a predictor says of N proteins.
+
+    Attributes:
+        predicted: the class of each, its labels as `A|B`, or its value.
+        probabilities: of each class or label, `(N, K)`; None for values.
+        sets: for each protein the classes that it may have at the confidence asked for; none where no class is
+            likely enough. None for values.
+        low, high: ends of the interval of each value, `(N,)`; None for classes.
+        distance: how far each vector is from the training vectors, as the share of validation proteins that are
+            nearer, `(N,)`: at 1 none of them was as unusual.
+    """
+
+    predicted: list[Any]
+    probabilities: np.ndarray | None
+    sets: list[tuple[str, ...]] | None
+    low: np.ndarray | None
+    high: np.ndarray | None
+    distance: np.ndarray
+
+
+class Predictor(nn.Module):
+    """Vectors `(N, n)` to classes, labels or values: a student, an activation, a linear layer, and calibration.
+
+    Probabilities are of logits over a temperature (Guo et al. 2017). A set holds every class whose probability reaches
+    the level that the true classes of enough validation proteins reached; an interval is as wide as enough validation
+    residuals (split conformal prediction: Vovk, Gammerman and Shafer 2005; Sadinle, Lei and Wasserman 2019). Proteins
+    of a group are alike, so that groups are what new proteins are exchangeable with: each of G validation groups weighs
+    1 / (G + 1), and infinity the rest (Dunn, Wasserman and Ramdas 2023). Sets then hold the truth of a protein of a new
+    group at least at the confidence; too few groups give every class, or the whole line.
+
+    Args:
+        layer: the student, `LowRankLinear`, or a dense layer.
+        kind: classification, multilabel or regression.
+        classes: names of the classes or labels.
+        activation: behind the layer, before a linear layer of its own; without one the layer's outputs are the result.
+        calibration: number of conformal scores.
+        distances: number of validation distances.
+
+    Attributes:
+        provenance: of the vectors and the training, plain JSON; saved with the predictor.
+    """
+
+    temperature: Tensor
+    scores: Tensor
+    weights: Tensor
+    mean: Tensor
+    spread: Tensor
+    distances: Tensor
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        kind: Kind,
+        classes: Sequence[str] = (),
+        activation: str | None = None,
+        calibration: int = 0,
+        distances: int = 0,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in ("classification", "multilabel", "regression") or (len(classes) < 1) != (kind == "regression"):
+            raise InputError(f"Expected classes to predict, or values, but got {len(classes)} for a {kind}.")
+        self.layer, self.kind, self.classes, self.activation = layer, kind, tuple(map(str, classes)), activation
+        n, m = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+        self.head = nn.Sequential()
+        if activation is not None:
+            self.head = nn.Sequential(ACTIVATIONS[activation](), nn.Linear(m, max(len(classes), 1), device=device))
+        elif m != max(len(classes), 1):
+            raise InputError(f"Expected a layer of {max(len(classes), 1)} outputs but got {m}; give its activation.")
+        self.register_buffer("temperature", torch.ones((), device=device))
+        self.register_buffer("scores", torch.zeros(calibration, device=device))
+        self.register_buffer("weights", torch.zeros(calibration, device=device))
+        self.register_buffer("mean", torch.zeros(n, device=device))
+        self.register_buffer("spread", torch.ones(n, device=device))
+        self.register_buffer("distances", torch.zeros(distances, device=device))
+        self.provenance: dict[str, Any] = {}
+
+    @property
+    def in_features(self) -> int:
+        """n, the width of the vectors."""
+        return int(self.layer.in_features)  # type: ignore[arg-type]
+
+    def description(self) -> dict[str, Any]:
+        """What builds an empty one, for a manifest."""
+        shape = [self.layer.in_features, self.layer.out_features]
+        facts = {"kind": self.kind, "classes": list(self.classes), "activation": self.activation, "shape": shape}
+        sizes = {"calibration": len(self.scores), "distances": len(self.distances)}
+        return {**facts, **sizes, "provenance": self.provenance}
+
+    @classmethod
+    def empty(cls, description: Mapping[str, Any]) -> Self:
+        """A predictor of the right shape without numbers, whose layer is dense."""
+        options = {key: description[key] for key in ("kind", "classes", "activation", "calibration", "distances")}
+        inputs, outputs = map(int, description["shape"])
+        layer = nn.Linear(inputs, outputs, device="meta")
+        predictor = cls(layer, device="meta", **options)
+        predictor.provenance = dict(description["provenance"])
+        return predictor
+
+    def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
+        """Raises `InputError` unless made for vectors like those that `facts` tell of; `what` is whose they are."""
+        mine = VectorOrigin.of({**self.provenance, "dim": self.in_features})
+        if difference := mine.difference(VectorOrigin.of(facts), ORIGIN):
+            raise InputError(
+                f"Expected vectors like those that the predictor learned from but those of {what} differ "
+                f"({difference}); use the backbone, layer and pooling that it was trained with."
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the classes or labels, or values: `(N, n)` → `(N, K)`."""
+        return self.head(self.layer(x)) / self.temperature
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of the classes, which exclude one another, or of the labels, which do not."""
+        return logits.softmax(-1) if self.kind == "classification" else logits.sigmoid()
+
+    def distance(self, x: Tensor) -> Tensor:
+        """Of each vector from the mean of the training vectors, in their spread per dimension, `(N,)`."""
+        return (((x - self.mean) / self.spread) ** 2).mean(-1).sqrt()
+
+    def threshold(self, confidence: float) -> float:
+        """The conformal score that stays inside at this confidence; infinite where there are too few groups.
+
+        >>> predictor = Predictor(nn.Linear(2, 1), "regression", calibration=9)
+        >>> predictor.scores, predictor.weights = torch.arange(1.0, 10.0), torch.full((9,), 0.1)
+        >>> predictor.threshold(0.8), predictor.threshold(0.95)
+        (8.0, inf)
+        """
+        order = self.scores.argsort()
+        inside = self.weights[order].double().cumsum(0) >= confidence - 1e-6
+        return float(self.scores[order][inside][0]) if inside.any() else math.inf
+
+    @torch.no_grad()
+    def predict(self, vectors: np.ndarray | Tensor, confidence: float = 0.9) -> Predictions:
+        """Predictions for vectors `(N, n)`, with sets or intervals at this confidence.
+
+        Raises:
+            InputError: another width, numbers that are not finite, or a confidence out of (0, 1).
+        """
+        x = torch.as_tensor(np.array(vectors) if isinstance(vectors, np.ndarray) else vectors).float()
+        if x.ndim != 2 or x.shape[1] != self.in_features or not len(x):
+            raise InputError(f"Expected vectors (N, {self.in_features}) to predict from but got {tuple(x.shape)}.")
+        if not x.isfinite().all():
+            raise InputError("Expected finite vectors to predict from but got NaN or infinity.")
+        if not 0 < confidence < 1:
+            raise InputError(f"Expected a confidence between 0 and 1 but got {confidence}.")
+        output, limit = self(x), self.threshold(confidence)
+        order = self.distances.sort().values
+        distance = (torch.searchsorted(order, self.distance(x)) / max(len(order), 1)).numpy()
+        if self.kind == "regression":
+            values = output[:, 0].double().numpy()
+            return Predictions(values.tolist(), None, None, values - limit, values + limit, distance)
+        p = self.probabilities(output)
+        within = (1 - p <= limit).tolist()
+        if self.kind == "classification":
+            predicted = [self.classes[k] for k in p.argmax(-1).tolist()]
+        else:
+            predicted = [self._names(row) for row in (p > 0.5).tolist()]
+        sets = [tuple(name for name, inside in zip(self.classes, row, strict=True) if inside) for row in within]
+        return Predictions(predicted, p.numpy(), sets, None, None, distance)
+
+    def _names(self, row: list[bool]) -> str:
+        return "|".join(name for name, yes in zip(self.classes, row, strict=True) if yes)
