@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -135,3 +137,11 @@ raise RuntimeError("no answer of mysql://me:secret@host/db")
     assert ended.returncode == 1 and "secret" not in ended.stderr
     assert "runs go to mysql://host/db\nTraceback" in ended.stderr
     assert ended.stderr.endswith("RuntimeError: no answer of mysql://host/db\n")
+
+
+def test_make_takes_variables_from_its_command_line_alone_and_becomes_the_command():
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    env |= {"DATA": "/scratch", "RANK": "3", "ARGS": "--nonsense"}  # as clusters and launchers set them
+    command = ["make", "-n", "-o", ".venv/installed", "distil", "TEACHER=random"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["exec", ".venv/bin/distil-rank", "distil", "--teacher.kind", '"random"']

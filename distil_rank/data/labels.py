@@ -177,6 +177,8 @@ def _from_table(
     except csv.Error as error:
         raise InputError(f"Expected a table of labels in {path} but it is malformed ({error}).") from error
     lines = {number: line for number, line in numbered if any(line)}
+    if torn := next((number for number, line in lines.items() if any("\n" in cell for cell in line)), None):
+        raise InputError(f"Expected a record in every line of {path} but a quote runs on into line {torn}; close it.")
     header = next(iter(lines.values()), [])
     if len(header) < 2:
         raise InputError(

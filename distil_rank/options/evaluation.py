@@ -167,6 +167,8 @@ class RecommendOptions:
 def _check_vectors(options: EvaluateOptions | RecommendOptions, embeds: bool | None = None) -> None:
     """What both commands can be told of vectors and labels."""
     options.labels.check()
+    if options.seed < 0:
+        raise InputError(f"Expected --seed of at least 0 but got {options.seed}.")
     data = options.data
     named = data == "auto" or "://" in data or options.fasta is not None
     check_exists(data, named)

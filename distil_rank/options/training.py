@@ -71,6 +71,7 @@ class DataOptions:
             check_range(f"--data.{name}", getattr(self, name), 0, 1)
         check_range("--data.val_fraction + --data.test_fraction", self.val_fraction + self.test_fraction, 0, 0.99)
         check_range("--data.batch_size", self.batch_size, 1)
+        check_range("--data.seed", self.seed, 0)
         named = self.source in ("auto", "synthetic") or "://" in self.source or self.fasta is not None
         check_exists(self.source, named)
         for name in ("fasta", "clusters"):
@@ -105,6 +106,7 @@ class TeacherOptions:
         check_range("--teacher.noise", self.noise, 0)
         check_range("--teacher.lr", self.lr, 0)
         check_range("--teacher.steps", self.steps, 1)
+        check_range("--teacher.seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ class BenchmarkOptions(TrainTeacherOptions):
             check_rank_option(self.rank)
         if not self.seeds:
             raise InputError("Expected at least one seed but --seeds has none.")
+        check_range("--seeds", min(self.seeds), 0)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ def test_commas_in_names_stay(tmp_path):
         ("a.npz", b"no zip", {}, "cannot be read"),
         ("a.csv", "id,label\nP1,k\nP2,prot\u00e9ase\n".encode("latin-1"), {}, "UTF-8 text"),
         ("a.csv", "id,label,family\nP1,k,\u00e9\n".encode("latin-1"), {}, "UTF-8 text"),
+        ("a.csv", 'id,label\nP1,"k\nP2,k\nP3,"m"\n', {}, "a quote runs on into line 4"),
         ("a.fasta", ">P1 \u00e9\nMK\n".encode("latin-1"), {"field": 2}, "UTF-8 text"),
     ],
 )

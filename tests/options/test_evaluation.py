@@ -25,6 +25,10 @@ from distil_rank.options.training import DataOptions, DistilOptions
         (RecommendOptions(keep=0), r"--keep in \(0, 2\]"),
         (RecommendOptions(max_time=0), "--max_time above 0"),
         (RecommendOptions(proteins=0), "--proteins of at least 1"),
+        (RecommendOptions(seed=-1), "--seed of at least 0"),
+        (EvaluateOptions(seed=-1), "--seed of at least 0"),
+        (DistilOptions(data=DataOptions("plain.npy"), seeds=(42, -1)), "--seeds of at least 0"),
+        (DistilOptions(data=DataOptions("plain.npy", seed=-1)), "--data.seed of at least 0"),
     ],
 )
 def test_what_is_refused(tmp_path, monkeypatch, options, message):

