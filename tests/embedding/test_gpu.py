@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,7 +50,7 @@ class Stream:
 @pytest.fixture
 def device(monkeypatch):
     """A CPU in place of the GPU: its kernel, its streams and its pinned memory."""
-    monkeypatch.setattr(gpu, "varlen_attn", attend)
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
     monkeypatch.setattr(gpu, "pinned_like", partial(torch.empty_like, device="cpu"))
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
