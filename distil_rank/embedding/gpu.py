@@ -90,6 +90,7 @@ class GpuEncoder(FusedEncoder):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        self.device = self.embedding.device  # with its number, which threads are told
         self.kernels = "uncompiled kernels"
         self._parts: tuple[Callable[..., Any], ...] = project, feed_forward
         self._extend_tables(POSITIONS)
