@@ -30,7 +30,6 @@ from torch import Tensor
 
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.esm2 import token_table, tokenise
 from distil_rank.embedding.extraction import MAX_TOKENS, tokens_that_fit
 from distil_rank.embedding.gpu import GpuEncoder
 from distil_rank.embedding.run import embed
@@ -78,7 +77,7 @@ def tokens_of(device: torch.device, dim: int) -> int:
     return tokens_that_fit(memory, dim) if memory else MAX_TOKENS
 
 
-def padded(forward: Callable[[Tensor], Tensor], alphabet: Any, device: torch.device, tokens: int) -> Run:
+def padded(forward: Callable[[Tensor], Tensor], backbone: Any, device: torch.device, tokens: int) -> Run:
     """Padded batches through a model from token numbers, (B, T), to hidden states, (B, T, C); means over residues."""
 
     def run(sequences: list[str]) -> Tensor:
@@ -88,10 +87,9 @@ def padded(forward: Callable[[Tensor], Tensor], alphabet: Any, device: torch.dev
             first = sum(map(len, means))
             longest = len(sequences[order[first]]) + 2
             batch = [sequences[i] for i in order[first : first + max(tokens // longest, 1)]]
-            ids = np.full((len(batch), longest), alphabet.padding_idx)
+            ids = np.full((len(batch), longest), backbone.alphabet.padding_idx)
             for row, text in enumerate(batch):
-                letters = token_table(alphabet)[np.frombuffer(text.encode(), np.uint8)]
-                ids[row, : len(text) + 2] = [alphabet.cls_idx, *letters, alphabet.eos_idx]
+                ids[row, : len(text) + 2] = backbone.tokens.pack([text])[0]
             lengths = torch.tensor([len(text) for text in batch]).to(device)[:, None]
             positions = torch.arange(longest, device=device)
             inner = ((positions >= 1) & (positions <= lengths)).float()
@@ -106,23 +104,23 @@ def padded(forward: Callable[[Tensor], Tensor], alphabet: Any, device: torch.dev
 
 def fair_esm(weights: Path, device: torch.device, autocast: bool) -> Run:
     """fair-esm's own forward, whose attention is not fused: batches of an eighth."""
-    backbone = load_backbone(str(weights))
+    backbone: Any = load_backbone(str(weights))
     model, last = backbone.model.to(device), backbone.num_layers
 
     def forward(ids: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return model(ids, repr_layers=[last])["representations"][last]  # type: ignore[no-any-return]
 
-    return padded(forward, backbone.alphabet, device, tokens_of(device, backbone.dim) // 8)
+    return padded(forward, backbone, device, tokens_of(device, backbone.dim) // 8)
 
 
 def hugging_face(weights: Path, device: torch.device, faesm: bool = False, compiled: bool = False) -> Run:
     """`EsmModel` with SDPA in bf16, or faesm's version of it."""
-    backbone = load_backbone(str(weights))
+    backbone: Any = load_backbone(str(weights))
     model: Any = hugging_face_model(weights, faesm).to(torch.bfloat16).to(device)
     model = torch.compile(model, dynamic=True) if compiled else model
     forward = partial(hidden_states, model, backbone.alphabet.padding_idx)
-    return padded(forward, backbone.alphabet, device, tokens_of(device, backbone.dim) // 2)
+    return padded(forward, backbone, device, tokens_of(device, backbone.dim) // 2)
 
 
 def hidden_states(model: Any, padding: int, ids: Tensor) -> Tensor:
@@ -134,7 +132,7 @@ def esm_efficient(weights: Path, device: torch.device) -> Run:
     """Packed, with flash-attn; with weights of its own, as its format is another."""
     from esme import ESM2
 
-    backbone = load_backbone(str(weights))
+    backbone: Any = load_backbone(str(weights))
     with torch.device(device):
         model = ESM2(backbone.num_layers, backbone.dim, int(backbone.model.attention_heads)).eval()
 
@@ -148,7 +146,7 @@ def esm_efficient(weights: Path, device: torch.device) -> Run:
                 if size + len(sequences[rest[0]]) + 2 > tokens:
                     break
                 batch.append(i)
-            packed, lengths = tokenise([sequences[i] for i in batch], backbone.alphabet)
+            packed, lengths = backbone.tokens.pack([sequences[i] for i in batch])
             ends = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
             hidden = model.forward_representation(packed.to(device), (ends, max(lengths))).float()
             means.append(torch.stack([part[1:-1].mean(0) for part in hidden.split(lengths)]))

@@ -23,7 +23,7 @@ from script import run, save_markdown
 
 from distil_rank.embedding.backbone import load_backbone
 from distil_rank.embedding.embedder import Embedder
-from distil_rank.embedding.extraction import MAX_TOKENS, Extraction
+from distil_rank.embedding.extraction import MAX_TOKENS, Extraction, tokens_that_fit
 from distil_rank.embedding.precision import native_precision
 from distil_rank.options.embed import EmbedOptions
 
@@ -32,13 +32,16 @@ def residues_per_second(sequences: list[str], device: torch.device, precision: s
     """Median of five passes of ESM-2 650M."""
     with tempfile.TemporaryDirectory() as folder:
         backbone = load_backbone(str(random_model("650M", Path(folder))))
-    embedder = Embedder(backbone, precision=precision, device=device, max_tokens=MAX_TOKENS)
+    tokens = MAX_TOKENS
+    if device.type == "cuda":
+        tokens = tokens_that_fit(torch.cuda.get_device_properties(device).total_memory, backbone.dim)
+    embedder = Embedder(backbone, precision=precision, device=device, max_tokens=tokens)
     batches = [[sequences[i] for i in batch] for batch in embedder.batches([len(text) for text in sequences])]
     times = []
     for _ in range(6):
         start = time.perf_counter()
-        for batch in batches:
-            embedder.embed(batch)  # its vectors come back to the CPU, so nothing is left running
+        for _batch in embedder.stream(enumerate(batches)):
+            pass  # its vectors are on the CPU, so nothing is left running
         times.append(time.perf_counter() - start)
     return sum(map(len, sequences)) / sorted(times[1:])[2]
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from distil_rank.embedding.esm2 import Affine, FusedEncoder, folded
 
@@ -91,6 +90,7 @@ class GpuEncoder(FusedEncoder):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        self.device = self.embedding.device  # with its number, which threads are told
         self.kernels = "uncompiled kernels"
         self._parts: tuple[Callable[..., Any], ...] = project, feed_forward
         self._extend_tables(POSITIONS)
@@ -184,6 +184,8 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: in
     The kernel for packed sequences takes 16 bits; float32 goes through nested tensors.
     """
     if q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (a second, which a CPU need not wait)
+
         return varlen_attn(q, k, v, offsets, offsets, longest, longest)  # type: ignore[return-value]
     jagged = partial(torch.nested.nested_tensor_from_jagged, offsets=offsets.long(), min_seqlen=1, max_seqlen=longest)
     q, k, v = (jagged(tensor.contiguous()).transpose(1, 2) for tensor in (q, k, v))  # (sequences, heads, lengths, D)

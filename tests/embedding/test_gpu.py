@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,7 +50,7 @@ class Stream:
 @pytest.fixture
 def device(monkeypatch):
     """A CPU in place of the GPU: its kernel, its streams and its pinned memory."""
-    monkeypatch.setattr(gpu, "varlen_attn", attend)
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
     monkeypatch.setattr(gpu, "pinned_like", partial(torch.empty_like, device="cpu"))
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
@@ -264,13 +265,37 @@ def test_killed_at_any_write_it_ends_in_the_same_bytes(card, tiny_esm2, tmp_path
     run(tmp_path / "whole")
     expected, count = content(tmp_path / "whole"), len(writes)
     assert sum(name.startswith("parts/") for name in writes) > 5
-    for killed_at in range(3, count, 2):
+    for killed_at in range(3, count, 3):
         store = tmp_path / f"killed {killed_at}"
         with pytest.raises(Killed):
             run(store, killed_at)
         run(store)
         assert content(store) == expected
         assert not (store / "parts").exists()
+
+
+def test_what_did_not_fit_is_retried_with_the_shards_that_are_computed_together(card, tiny_esm2, tmp_path, monkeypatch):
+    fasta, store, pooled = tmp_path / "in.fasta", tmp_path / "store", Embedder._pooled
+    write_fasta(fasta, 60, 40)
+    options = {"backbone": str(tiny_esm2.fair_esm), "accelerator": "cuda", "precision": "bf16", "max_tokens": 200}
+
+    def limited(self, one):
+        if max(one.lengths) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pooled(self, one)
+
+    monkeypatch.setattr(Embedder, "_pooled", limited)
+    assert embed(fasta, store, **options).skipped > 0
+    files = {file.name: file.read_bytes() for file in store.glob("vectors-*")}
+    monkeypatch.setattr(Embedder, "_pooled", pooled)
+    assert embed(fasta, store, **options).computed == 0
+    assert embed(fasta, store, retry_skipped=True, **options).skipped == 0
+    Store.open(store).verify()
+    unchanged = [name for name in files if files[name] == (store / name).read_bytes()]
+    assert 0 < len(unchanged) < len(files), "shards that had all keep their files"
+    embed(fasta, tmp_path / "whole", **options)
+    whole, retried = (vectors_of(path) for path in (tmp_path / "whole", store))
+    assert F.cosine_similarity(whole, retried).min() > 0.9995
 
 
 @pytest.mark.parametrize(("repaid", "kernels"), [(1, "compiled kernels"), (1e9, "uncompiled kernels")])
