@@ -6,7 +6,6 @@ embedding: amino-acid composition, and MMseqs2 search among the evaluated sequen
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, mmseqs_binary
+from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, mmseqs_search
 from distil_rank.errors import InputError
 from distil_rank.evaluation.retrieval import Scores
 from distil_rank.lowrank.moments import Moments
@@ -30,7 +29,6 @@ FULL, COMPOSITION, ALIGNMENT = "full vector", "composition", "MMseqs2"
 CHANCE, MAJORITY = "chance", "majority"  # permuted labels; one answer for every protein
 NO_MMSEQS = f"MMseqs2 is not installed, so not compared with it: {MMSEQS_INSTALLATION}."
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
-SEARCH = ["--dbtype", "1", "-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
 Role = Literal["reference", "student", "matrix", "baseline", "chance"]
 Rows = tuple[Tensor, Tensor]  # queries and targets, `(N, d)` float32; they differ where codes are stored
 
@@ -125,22 +123,10 @@ def alignment(sequences: Sequence[str]) -> Representation:
 
 def alignment_scores(sequences: Sequence[str]) -> Scores:
     """Scores of every sequence against every other by MMseqs2's bit score; −∞ where no alignment was found."""
-    binary = mmseqs_binary()
-    if binary is None:
-        raise InputError(f"Expected MMseqs2 to search with but there is none: {MMSEQS_INSTALLATION}.")
-    with tempfile.TemporaryDirectory(prefix="distil-rank-") as name:
-        folder = Path(name)
-        fasta, hits = folder / "sequences.fasta", folder / "hits.tsv"
-        fasta.write_text("".join(f">{row}\n{sequence}\n" for row, sequence in enumerate(sequences)))
-        files: list[str | Path] = [fasta, fasta, hits, folder / "tmp"]
-        options = ["-v", "1", *SEARCH, "--format-output", "query,target,bits"]
-        result = subprocess.run([binary, "easy-search", *files, *options], capture_output=True, text=True, check=False)
-        if result.returncode:
-            message = (result.stdout + result.stderr).strip().splitlines() or ["no message"]
-            raise InputError(f"Expected MMseqs2 to search but it ended with status {result.returncode}: {message[-1]}")
-        table = np.loadtxt(hits, dtype=np.float64, ndmin=2, delimiter="\t") if hits.stat().st_size else np.empty((0, 3))
-    pairs = table[:, 0].astype(int), table[:, 1].astype(int)
-    bits = csr_array((table[:, 2].astype(np.float32), pairs), shape=(len(sequences), len(sequences)))
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
+        found = mmseqs_search(sequences, sequences, Path(folder))
+    values = found.column("bits").astype(np.float32)
+    bits = csr_array((values, (found.query, found.target)), shape=(len(sequences), len(sequences)))
 
     def scores(queries: np.ndarray, targets: np.ndarray) -> Tensor:
         block = bits[queries][:, targets].toarray()
