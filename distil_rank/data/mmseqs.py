@@ -160,7 +160,7 @@ def _run_mmseqs(binary: Path, sequences: Sequence[str]) -> list[int]:
     with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
         fasta, prefix = _write_fasta(Path(folder, "sequences.fasta"), sequences, clustered), Path(folder, "out")
         thresholds = ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE)]
-        command = [binary, "easy-cluster", fasta, prefix, Path(folder, "tmp"), *PROTEINS, *thresholds]
+        command: list[str | Path] = [binary, "easy-cluster", fasta, prefix, Path(folder, "tmp"), *PROTEINS, *thresholds]
         # without any k-mer all are masked and repetitive: none is like another
         if _call(command, nothing="No k-mer could be extracted"):
             for line in Path(f"{prefix}_cluster.tsv").read_text().splitlines():  # representative, tab, member
