@@ -230,7 +230,7 @@ class Engines:
             block = None if queries is None else queries[start : start + BLOCK]
             hits = self._hits(rows, block, max(k, EXPANSION))
             if self.expand and block is not None and (joined := self._expanded(rows, block, hits)) is not None:
-                hits = self._hits(rows, joined, k)
+                hits = self._hits(rows, joined, k, block)
             yield hits.where(hits.rank <= k)
 
     def _expanded(self, rows: np.ndarray, queries: Tensor, hits: Hits) -> Tensor | None:
@@ -244,8 +244,11 @@ class Engines:
         number = torch.bincount(place, minlength=len(rows)).clamp(min=1)[:, None]
         return F.normalize(queries + sums / number, dim=1)
 
-    def _hits(self, rows: np.ndarray, queries: Tensor | None, k: int) -> Hits:
-        """The k best of consecutive queries: whatever is aligned, and the k nearest codes, hold them all."""
+    def _hits(self, rows: np.ndarray, queries: Tensor | None, k: int, themselves: Tensor | None = None) -> Hits:
+        """The k best of consecutive queries: whatever is aligned, and the k nearest codes, hold them all.
+
+        Cosines and E-values are those of the queries `themselves`, where others are searched with in their place.
+        """
         first, targets = rows[0], self.evidence.targets
         keys, aligned = [np.empty(0, np.int64)], np.empty(0, np.int64)
         if self.index is not None and queries is not None:
@@ -267,11 +270,14 @@ class Engines:
         if self.index is not None and queries is not None:
             cosine = self.index.scores(queries, query, target)
         evalue = alignment[:, COLUMNS.index("evalue")]
-        score = self.evidence(cosine, None if self.alignments is None else evalue)
+        looked_for = None if self.alignments is None else evalue
+        score = own_score = self.evidence(cosine, looked_for)
+        if self.index is not None and themselves is not None:
+            cosine = self.index.scores(themselves, query, target)
+            own_score = self.evidence(cosine, looked_for)
         if self.index is not None:
-            evalue = np.full(len(pairs), np.nan)
-            if self.decoys is not None:
-                evalue = self.decoys.evalues(score, targets)
+            unknown = np.full(len(pairs), np.nan)
+            evalue = unknown if self.decoys is None else self.decoys.evalues(own_score, targets)
         cosine = np.full(len(pairs), np.nan) if cosine is None else cosine
         hits = Hits(query + first, target, alignment, cosine, score, np.zeros(len(pairs), int), evalue)
         return hits.where(np.lexsort([-score, query])).best(k)

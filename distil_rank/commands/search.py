@@ -151,7 +151,8 @@ def _queries(options: SearchOptions, store: CodeStore, coded: bool) -> tuple[lis
     if options.queries is not None:
         source = Store.open(options.queries)
         store.encoder.check_origin(manifest_of(source), options.queries)
-        return source.ids, source.sequences, store.encoder(torch.from_numpy(np.array(source.embeddings())))
+        vectors = torch.from_numpy(np.array(source.embeddings())) if coded else None
+        return source.ids, source.sequences, None if vectors is None else store.encoder(vectors)
     assert options.fasta is not None
     proteins, cleaning = read_proteins(options.fasta)
     if empty := cleaning.counts["empty"]:
