@@ -24,7 +24,6 @@ from distil_rank.codes.augment import embed_like
 from distil_rank.codes.fit import open_proteins
 from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.search import NEAREST, DecoyScores, Engines, Evidence
-from distil_rank.data.labels import read_labels
 from distil_rank.data.mmseqs import Alignments, mmseqs_search
 from distil_rank.evaluation.labelled import LabelledData
 from distil_rank.evaluation.retrieval import Relevance, retrieve
@@ -115,6 +114,11 @@ def folds(proteins: LabelledData, decoys: int) -> None:
             ends = [difference(figures[one], named[rival][0][one], domains.relevance.levels[-1]) for one in metrics]
             gains.append(line(f"{name} less {rival}", [f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]" for x in ends]))
     save_markdown(RESULTS / "folds.md", table)
+    short = ("MMseqs2", "16 bytes alone", "8 bytes and MMseqs2", "16 bytes and MMseqs2")
+    save_markdown(
+        RESULTS / "short.md",
+        [*table[:2], *(one for one in table if one.startswith(tuple(f"| {name} |" for name in short)))],
+    )
     save_markdown(RESULTS / "folds_gain.md", [*table[:2], *gains])
     head = ["search", *(f"stated {stated:g}" for stated in STATED)]
     rows = [line(name, [f"{share:.3g}" for share in false]) for name, (_, false) in named.items()]
@@ -187,7 +191,6 @@ def main(
         decoys: Domains read backwards.
     """
     options = LabelOptions(labels, field=field)
-    read_labels(options)  # before any work
     groups = folds_file or "fold"
     proteins = open_proteins(CodeOptions(data, labels=options, task="retrieval", groups=groups))
     if table == "folds":
