@@ -18,7 +18,7 @@ USES_export := MODEL RANK OUT
 USES_evaluate := DATA TASK LABELS GROUPS FASTA BACKBONE PRECISION
 USES_judge := $(USES_evaluate)
 USES_code := DATA METRIC RANK DTYPE CODES ENCODER TASK LABELS GROUPS
-USES_search := CODES FASTA
+USES_search := CODES FASTA ENGINE LABELS
 USES_predict := MODEL FASTA DATA OUT
 USES_recommend := DATA KEEP TASK LABELS GROUPS FASTA BACKBONE PRECISION
 
@@ -94,8 +94,9 @@ code: .venv/installed ## A few bytes for each protein (DATA= METRIC=variance|whi
 	@$(RUN) code $(TASK_OPTIONS) $(call option,METRIC,--metric) $(call option,RANK,--rank) $(call option,DTYPE,--dtype) \
 	  $(call option,CODES,--codes) $(call option,ENCODER,--encoder) $(ARGS)
 
-search: .venv/installed ## Proteins against codes, with E-values (CODES= FASTA=; ARGS="--self true" for all against all)
-	@$(RUN) search $(call option,CODES,--codes) $(call option,FASTA,--fasta) \
+search: .venv/installed ## Proteins against codes and by alignment, with E-values (CODES= FASTA= ENGINE=codes|alignment|both LABELS=; ARGS="--self true" for all against all)
+	@$(RUN) search $(call option,CODES,--codes) $(call option,FASTA,--fasta) $(call option,ENGINE,--engine) \
+	  $(call option,LABELS,--labels.source) \
 	  $(if $(filter FASTA ARGS,$(TYPED)),,--fasta data/sample.fasta.gz) $(ARGS)
 
 recommend: .venv/installed ## The cheapest pipeline that retains your function (FASTA= LABELS= DATA= KEEP=0.99; alone: the labelled sample)

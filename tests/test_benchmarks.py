@@ -14,7 +14,9 @@ from tests.documented import run_script
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("command", [["recipe.py"], ["recommendation.py"], ["codes.py", "million"]])
+@pytest.mark.parametrize(
+    "command", [["recipe.py"], ["recommendation.py"], ["codes.py", "million"], ["search.py", "folds"]]
+)
 def test_data_that_are_not_there_are_one_line_and_exit_code_2(command, tmp_path, monkeypatch, capsys):
     script, *arguments = command
     monkeypatch.chdir(tmp_path)

@@ -69,14 +69,25 @@ class CodeIndex:
         parts = []
         for part in queries.split(QUERIES_AT_ONCE):
             rows = self.index.search(_padded(part, self.encoder), wanted)[1]
-            targets = torch.from_numpy(self.codes[rows.clip(0)])  # (Q, wanted, width)
-            decoded = F.normalize(self.encoder.decode(targets.flatten(0, 1)), dim=1).unflatten(0, rows.shape)
-            scores = torch.einsum("qr,qkr->qk", part, decoded).numpy()
+            pairs = np.repeat(np.arange(len(part)), rows.shape[1]), rows.clip(0).ravel()
+            scores = self.scores(part, *pairs).reshape(rows.shape)
             scores[rows < 0] = -np.inf
             order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
             parts.append((np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)))
         scores, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         return scores, rows
+
+    def decoded(self, rows: np.ndarray) -> Tensor:
+        """What codes stand for, `(P, r)` of unit length."""
+        return F.normalize(self.encoder.decode(torch.from_numpy(self.codes[rows])), dim=1)
+
+    def scores(self, queries: Tensor, query: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Cosines of pairs, `(P,)`: rows of the queries `(Q, r)`, of unit length, and of the codes."""
+        parts = [np.empty(0, np.float32)]
+        for start in range(0, len(query), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            parts.append((queries[torch.from_numpy(query[part])] * self.decoded(target[part])).sum(1).numpy())
+        return np.concatenate(parts)
 
     def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Decoded codes, some thousands at a time: a code of them is the very same code again."""
@@ -98,7 +109,7 @@ class CodeIndex:
     def _choose_visited(self, seed: int) -> None:
         """Visit as few lists as find `RECALL` of the exact neighbours of some of the codes."""
         chosen = np.random.default_rng(seed).permutation(len(self.codes))[:TRIALS]
-        queries = F.normalize(self.encoder.decode(torch.from_numpy(self.codes[chosen])), dim=1)
+        queries = self.decoded(chosen)
         self.index.nprobe = self.lists
         exact, _ = self.search(queries, DEPTH)
         self.visited = self.index.nprobe = 1

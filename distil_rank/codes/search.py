@@ -1,42 +1,102 @@
-"""Queries against a store of codes: hits with their scores, ranks and E-values.
+"""Queries against a store of codes: hits by codes, by alignment or by both, with their scores, ranks and E-values.
+
+Alignment finds the nearest relatives, codes the remote ones. Each tells how unlikely a pair is without a relation, and
+independent evidence multiplies: the score of a pair is the sum of both surprises, in nats. Nothing in it is fitted to
+labels.
 
 An E-value tells how many targets as near as this one a query without relatives would find. Decoys tell: proteins that
-have no relatives by construction, sent through the same backbone, encoder and search as the queries. All that they
+have no relatives by construction, sent through the same backbone, encoder and engines as the queries. All that they
 find is false (target-decoy estimation: Elias and Gygi, Nature Methods 4, 2007).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import log_ndtr
 from scipy.stats import genpareto
 from torch import Tensor
 
 from distil_rank.codes.augment import embed_like
 from distil_rank.codes.index import CodeIndex
 from distil_rank.codes.store import CodeStore
+from distil_rank.data.mmseqs import COLUMNS, Alignments, mmseqs_search
 from distil_rank.errors import InputError
 
 TAIL = 0.002  # share of the decoys' scores that the tail is fitted to
 LEAST = 200  # scores in the tail, as far as there are any
 SAMPLED_TARGETS = 20_000  # that decoys are compared with
-BLOCK = 4096  # of queries that are searched and written at once
+BLOCK = 256  # of queries that are searched at once
+NEAREST = 0.99  # cosines above it count as this: of two equal codes it would be infinite evidence
+SAFE, EXPANSION = 0.001, 10  # E-value up to which, and number of the hits that join a query
+UNSAFE = 0.01  # least E-value of decoys at which no hit is safe
 
 
-class Hit(NamedTuple):
-    """A line of the table; without decoys the E-value is NaN."""
+@dataclass(frozen=True)
+class Hits:
+    """Pairs of query and target, each query's best first.
 
-    query: str
-    target: str
-    score: float
-    rank: int
-    evalue: float
+    Attributes:
+        query: indices, `(P,)`.
+        target: indices, `(P,)`.
+        alignment: `(P, 10)`, see `Alignments.columns`; NaN where there is none.
+        cosine: of the float query and the code, `(P,)`; NaN where codes are not searched.
+        score: evidence in nats, `(P,)`.
+        rank: from 1, `(P,)`.
+        evalue: `(P,)`; NaN without decoys.
+    """
+
+    query: np.ndarray
+    target: np.ndarray
+    alignment: np.ndarray
+    cosine: np.ndarray
+    score: np.ndarray
+    rank: np.ndarray
+    evalue: np.ndarray
+
+    def where(self, chosen: np.ndarray) -> Hits:
+        """Some of them."""
+        return Hits(**{name: column[chosen] for name, column in vars(self).items()})
+
+    def best(self, k: int) -> Hits:
+        """The k best of each query, with their ranks among those that are here."""
+        rank = np.arange(len(self.query)) - np.searchsorted(self.query, self.query) + 1
+        return replace(self, rank=rank).where(rank <= k)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How surprising a pair is if it is not related, in nats; what was not found is no surprise.
+
+    Of a code it is `−ln P(Z > z)` of a normal Z: Fisher's transform `artanh` makes cosines of unrelated vectors normal
+    (Biometrika 10, 1915), and decoys tell mean and spread. The decoys' own tail is heavier, since some share a
+    composition; to count it would leave too little of the codes' evidence (docs/codes.md has both). Of an alignment it
+    is `−ln(E / targets)` with its own E-value (Karlin and Altschul, PNAS 87, 1990).
+    """
+
+    targets: int
+    mean: float = 0.0
+    spread: float = 1.0
+
+    def __call__(self, cosine: np.ndarray | None, evalue: np.ndarray | None) -> np.ndarray:
+        """The evidence of cosines and alignments' E-values of the same pairs; NaN is not found, None not looked for.
+
+        >>> Evidence(100, 0.0, 0.1)(np.array([0.0, 0.3]), np.array([np.nan, 1.0])).round(1).tolist()
+        [0.7, 11.5]
+        """
+        parts = []
+        if cosine is not None:
+            z = (np.arctanh(np.clip(cosine, -NEAREST, NEAREST).astype(np.float64)) - self.mean) / self.spread
+            parts.append(-log_ndtr(-z))
+        if evalue is not None:
+            share = np.clip(np.nan_to_num(evalue, nan=np.inf) / self.targets, 1e-300, 1)
+            parts.append(-np.log(share))
+        return np.sum(parts, axis=0)
 
 
 def vectors_like(sequences: list[str], store: CodeStore, folder: Path, kind: str) -> Tensor:
@@ -56,9 +116,9 @@ class DecoyScores:
     """The scores of decoys, with a model of their upper tail.
 
     Up to a high threshold the share of decoy scores that reach s is counted; the excess over it follows a generalised
-    Pareto distribution (Pickands, Annals of Statistics 3, 1975). Its shape is fitted: scores end at 1, so that an
-    exponential tail, right for the unbounded scores of alignments, would state far too many false hits. Beyond all
-    decoys nothing is known, so that no E-value is below that of a single score.
+    Pareto distribution (Pickands, Annals of Statistics 3, 1975). Its shape is fitted, up to that of an exponential
+    tail, which is that of evidence in nats and of alignments. Beyond all decoys nothing is known, so that no E-value is
+    below that of a single score.
 
     Attributes:
         below: the sorted scores below the threshold, thinned.
@@ -90,6 +150,8 @@ class DecoyScores:
         threshold = float(flat[-count - 1])
         excess = np.maximum(flat[-count:].astype(np.float64) - threshold, np.finfo(np.float32).eps)
         shape, _, scale = genpareto.fit(excess, floc=0)
+        if shape > 0:  # heavier than evidence in nats can be: a few scores of few decoys
+            shape, scale = 0.0, excess.mean()
         below = flat[: -count : max(1, len(flat) // 10_000)]
         return cls(below, threshold, count / len(flat), float(scale), float(shape), len(flat))
 
@@ -105,38 +167,117 @@ class DecoyScores:
         return targets / self.count
 
 
-def decoy_scores(store: CodeStore, decoys: int, folder: Path, seed: int = 0) -> DecoyScores:
-    """Scores that so many reversed proteins of the store reach among its codes.
+def evidence_of(
+    store: CodeStore, decoys: int, folder: Path, seed: int = 0, databases: Path | None = None, own: bool = False
+) -> tuple[Evidence, DecoyScores | None]:
+    """What counts as evidence, and the scores that so many reversed proteins of the store reach among its codes.
 
     Read from its end a sequence has the same composition, repeats and low complexity, and no relative; its own original
-    does not count as found, for that composition.
+    does not count as found, for that composition. With `databases`, alignments count beside the codes; `own` says that
+    queries are codes as well. Without decoys unrelated codes count as random directions.
     """
-    dice = np.random.default_rng(seed)
-    chosen = np.sort(dice.permutation(len(store))[:decoys])
-    reversed_sequences = [text[::-1] for text in store.proteins.take(chosen)["sequence"].to_pylist()]
-    queries = store.encoder(vectors_like(reversed_sequences, store, folder, "decoys"))
-    rows = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
-    targets = F.normalize(store.encoder.decode(torch.from_numpy(store.embeddings()[rows])), dim=1)
-    scores = (queries @ targets.T).numpy()
-    scores[chosen[:, None] == rows] = -1
-    return DecoyScores.of(scores)
+    dice, size = np.random.default_rng(seed), len(store)
+    if not decoys:
+        return Evidence(size, 0.0, store.encoder.rank**-0.5), None
+    chosen = np.sort(dice.permutation(size)[:decoys])
+    backwards = [text[::-1] for text in store.proteins.take(chosen)["sequence"].to_pylist()]
+    vectors, encoder = vectors_like(backwards, store, folder, "decoys"), store.encoder
+    queries = F.normalize(encoder.decode(encoder.encode(vectors)), dim=1) if own else encoder(vectors)
+    rows = np.sort(dice.permutation(size)[:SAMPLED_TARGETS])
+    targets = F.normalize(encoder.decode(torch.from_numpy(store.embeddings()[rows])), dim=1)
+    cosine, others = (queries @ targets.T).numpy(), chosen[:, None] != rows
+    z = np.arctanh(np.clip(cosine[others], -NEAREST, NEAREST).astype(np.float64))
+    evidence, evalue = Evidence(size, float(z.mean()), float(z.std())), None
+    if databases is not None:
+        found = mmseqs_search(backwards, store.sequences, databases, keep=True)
+        column = np.full(size, -1)
+        column[rows] = np.arange(len(rows))
+        seen = column[found.target] >= 0
+        evalue = np.full(cosine.shape, np.nan)
+        evalue[found.query[seen], column[found.target[seen]]] = found.column("evalue")[seen]
+    return evidence, DecoyScores.of(np.where(others, evidence(cosine, evalue), 0.0))
 
 
-def search_blocks(
-    names: list[str], queries: Tensor, index: CodeIndex, ids: list[str], decoys: DecoyScores | None, k: int, own: bool
-) -> Iterator[list[Hit]]:
-    """The k best hits of all queries, a block at a time.
+@dataclass(frozen=True)
+class Engines:
+    """What is searched with: codes, alignments made beforehand, or both.
 
-    Queries are `(Q, r)`, of unit length; `own` says that they are the targets, which then do not find themselves.
+    Attributes:
+        evidence: of a pair.
+        index: the codes; None without them.
+        alignments: of the queries with the targets; None without them.
+        decoys: what E-values come from; without codes they are MMseqs2's own.
+        own: whether the queries are the targets, which then do not find themselves.
+        expand: whether the codes of safe hits join a query for a second search.
     """
-    for start in range(0, len(names), BLOCK):
-        scores, rows = index.search(queries[start : start + BLOCK], k + own)
-        evalues = np.full(scores.shape, np.nan)
-        if decoys is not None:
-            evalues = decoys.evalues(scores.astype(np.float64), len(ids))
-        lines: list[Hit] = []
-        for number, columns in enumerate(zip(scores, rows, evalues, strict=True), start):
-            hits = [hit for hit in zip(*columns, strict=True) if hit[1] >= 0 and not (own and hit[1] == number)][:k]
-            for rank, (score, row, evalue) in enumerate(hits, 1):
-                lines.append(Hit(names[number], ids[row], float(score), rank, float(evalue)))
-        yield lines
+
+    evidence: Evidence
+    index: CodeIndex | None
+    alignments: Alignments | None
+    decoys: DecoyScores | None = None
+    own: bool = False
+    expand: bool = False
+
+    @property
+    def least(self) -> float:
+        """The least E-value that decoys can tell; 0 where none come from them."""
+        return 0.0 if self.decoys is None else self.decoys.least(self.evidence.targets)
+
+    def search(self, queries: Tensor | None, count: int, k: int) -> Iterator[Hits]:
+        """The k best hits of `count` queries, a block at a time; with codes queries are `(count, r)`."""
+        for start in range(0, count, BLOCK):
+            rows = np.arange(start, min(start + BLOCK, count))
+            block = None if queries is None else queries[start : start + BLOCK]
+            hits = self._hits(rows, block, max(k, EXPANSION))
+            if self.expand and block is not None and (joined := self._expanded(rows, block, hits)) is not None:
+                hits = self._hits(rows, joined, k, block)
+            yield hits.where(hits.rank <= k)
+
+    def _expanded(self, rows: np.ndarray, queries: Tensor, hits: Hits) -> Tensor | None:
+        """Each query with the mean of what its safe hits' codes stand for; None where there is no safe hit."""
+        assert self.index is not None
+        safe = hits.where((hits.evalue <= max(SAFE, self.least)) & (hits.rank <= EXPANSION))
+        if self.least > UNSAFE or not len(safe.query):
+            return None
+        place = torch.from_numpy(safe.query - rows[0])
+        sums = torch.zeros_like(queries).index_add_(0, place, self.index.decoded(safe.target))
+        number = torch.bincount(place, minlength=len(rows)).clamp(min=1)[:, None]
+        return F.normalize(queries + sums / number, dim=1)
+
+    def _hits(self, rows: np.ndarray, queries: Tensor | None, k: int, themselves: Tensor | None = None) -> Hits:
+        """The k best of consecutive queries: whatever is aligned, and the k nearest codes, hold them all.
+
+        Cosines and E-values are those of the queries `themselves`, where others are searched with in their place.
+        """
+        first, targets = rows[0], self.evidence.targets
+        keys, aligned = [np.empty(0, np.int64)], np.empty(0, np.int64)
+        if self.index is not None and queries is not None:
+            near = self.index.search(queries, k + self.own)[1]
+            keys.append(((rows - first)[:, None] * targets + near)[near >= 0])
+        if self.alignments is not None:
+            low, high = np.searchsorted(self.alignments.query, [first, rows[-1] + 1])
+            aligned = (self.alignments.query[low:high] - first) * targets + self.alignments.target[low:high]
+            keys.append(aligned)
+        pairs = np.unique(np.concatenate(keys))
+        if self.own:
+            pairs = pairs[pairs // targets + first != pairs % targets]
+        query, target = np.divmod(pairs, targets)
+        alignment, cosine = np.full((len(pairs), len(COLUMNS)), np.nan), None
+        if self.alignments is not None and len(aligned):
+            place = np.searchsorted(aligned, pairs).clip(max=len(aligned) - 1)
+            found = aligned[place] == pairs
+            alignment[found] = self.alignments.columns[low + place[found]]
+        if self.index is not None and queries is not None:
+            cosine = self.index.scores(queries, query, target)
+        evalue = alignment[:, COLUMNS.index("evalue")]
+        looked_for = None if self.alignments is None else evalue
+        score = own_score = self.evidence(cosine, looked_for)
+        if self.index is not None and themselves is not None:
+            cosine = self.index.scores(themselves, query, target)
+            own_score = self.evidence(cosine, looked_for)
+        if self.index is not None:
+            unknown = np.full(len(pairs), np.nan)
+            evalue = unknown if self.decoys is None else self.decoys.evalues(own_score, targets)
+        cosine = np.full(len(pairs), np.nan) if cosine is None else cosine
+        hits = Hits(query + first, target, alignment, cosine, score, np.zeros(len(pairs), int), evalue)
+        return hits.where(np.lexsort([-score, query])).best(k)

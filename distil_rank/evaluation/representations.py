@@ -6,6 +6,7 @@ embedding: amino-acid composition, and MMseqs2 search among the evaluated sequen
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, search
+from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, mmseqs_search
 from distil_rank.errors import InputError
 from distil_rank.evaluation.retrieval import Scores
 from distil_rank.lowrank.moments import Moments
@@ -122,9 +123,10 @@ def alignment(sequences: Sequence[str]) -> Representation:
 
 def alignment_scores(sequences: Sequence[str]) -> Scores:
     """Scores of every sequence against every other by MMseqs2's bit score; −∞ where no alignment was found."""
-    table = search(sequences, sequences, ("bits",))
-    pairs = table[:, 0].astype(int), table[:, 1].astype(int)
-    bits = csr_array((table[:, 2].astype(np.float32), pairs), shape=(len(sequences), len(sequences)))
+    with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
+        found = mmseqs_search(sequences, sequences, Path(folder))
+    values = found.column("bits").astype(np.float32)
+    bits = csr_array((values, (found.query, found.target)), shape=(len(sequences), len(sequences)))
 
     def scores(queries: np.ndarray, targets: np.ndarray) -> Tensor:
         block = bits[queries][:, targets].toarray()

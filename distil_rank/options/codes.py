@@ -12,6 +12,7 @@ from distil_rank.options.evaluation import LabelOptions, TaskKind
 Metric = Literal["variance", "whitened", "invariant"]
 CodeType = Literal["float32", "int8", "bit"]
 NoiseSource = Literal["copies", "labels"]
+Engine = Literal["auto", "codes", "alignment", "both"]
 FITTING = ("metric", "rank", "dtype", "noise", "regularisation", "augmentation", "train", "groups", "fit_fraction")
 
 
@@ -108,18 +109,23 @@ class CodeOptions:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Search a store of codes with proteins, and write a table of hits.
+    """Search a store of codes with proteins, by codes and by alignment, and write a table of hits.
 
     Attributes:
         codes: Folder or address of the store of codes.
         fasta: Queries; embedded as the proteins behind the codes were.
         queries: Queries that are embedded already, a store of the same backbone, layer and pooling.
         self: Search with the codes themselves, each against all others.
+        engine: codes, alignment (MMseqs2) or both; auto is both where MMseqs2 is installed, otherwise codes.
+        expand: Whether the codes of safe hits join the query for a second search: more remote hits, whose E-values
+            are still those of the query alone.
         hits: Of each query at most.
         evalue: Hits of a greater E-value are left out; 10 by default.
         decoys: Reversed proteins that E-values are estimated with; 0 for none.
         exact: Whether every query looks at every code; by default where there are not too many.
-        out: The table, tab separated: query, target, score, rank, E-value.
+        labels: Labels of the targets, from which each query gets a vote of its hits.
+        cluster: With self, E-value up to which hits are neighbours; writes clusters.tsv beside the table.
+        out: The table, tab separated: BLAST's twelve columns, cosine, score, rank, and the E-value of both engines.
         seed: Of the choice of decoys and of the index.
         output: Folder for results.
     """
@@ -128,10 +134,14 @@ class SearchOptions:
     fasta: str | None = None
     queries: str | None = None
     self: bool = False
+    engine: Engine = "auto"
+    expand: bool = False
     hits: int = 10
     evalue: float | None = None
     decoys: int = 200
     exact: bool | None = None
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    cluster: float | None = None
     out: str = "results/search/hits.tsv"
     seed: int = 0
     output: str = "results"
@@ -148,8 +158,12 @@ class SearchOptions:
             raise InputError(
                 f"Expected hits of at least 1 and decoys of at least 0 but got {self.hits}, {self.decoys}."
             )
-        if self.evalue is not None and not (self.evalue > 0 and self.decoys):
-            raise InputError(
-                f"Expected an E-value above 0, and decoys to estimate it with, but got {self.evalue} and {self.decoys} "
-                "decoys."
-            )
+        for name in ("evalue", "cluster"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and (self.decoys or self.engine == "alignment")):
+                raise InputError(
+                    f"Expected an E-value above 0, and decoys to estimate it with, but got --{name} {value} and "
+                    f"{self.decoys} decoys."
+                )
+        if self.cluster is not None and not self.self:
+            raise InputError("Expected --cluster with --self true, all against all, but got it without; add that.")

