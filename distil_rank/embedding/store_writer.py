@@ -271,7 +271,7 @@ class StoreWriter:
             if (table.schema.metadata or {}).get(b"key") == key.encode():
                 return table
         where = self.storage.where(name)
-        logger.warning("%s is damaged or of other proteins or settings: it is computed again", where)
+        logger.warning("%s is damaged or of other proteins, settings or batches: it is computed again", where)
         self.storage.delete(name)
         return None
 
