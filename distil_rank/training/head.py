@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 10  # epochs without a lower validation loss
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # that are tried, from below
-START = 0.1  # of the usual size: what the layer ends with is then what labels taught it, which few directions hold
 UNEQUAL = 1.5  # the largest class over the smallest, from which classes are weighted
 
 
@@ -41,17 +40,18 @@ class HeadSettings:
     lr: float
     dropout: float
     weight_decay: float
+    start: float
 
 
 SEARCHED = tuple(  # in this order, as far as the time goes
     HeadSettings(*one)
     for one in (
-        (1e-3, 0.3, 0.01),
-        (3e-4, 0.3, 0.01),
-        (1e-3, 0.6, 0.1),
-        (3e-4, 0.6, 0.1),
-        (1e-4, 0.3, 0.01),
-        (3e-3, 0.3, 0.1),
+        (1e-3, 0.3, 0.01, 0.1),
+        (3e-3, 0.3, 0.1, 1.0),
+        (3e-4, 0.3, 0.01, 0.1),
+        (3e-4, 0.6, 0.1, 0.1),
+        (1e-3, 0.3, 0.01, 1.0),
+        (1e-4, 0.3, 0.01, 0.1),
     )
 )
 
@@ -71,6 +71,8 @@ class LabelTeacher(TeacherModule):
         dropout: share of the activations that a training step leaves out.
         lr: learning rate of AdamW.
         weight_decay: of AdamW.
+        start: size of the layer at first, in units of the usual one. What a small layer ends with is what labels taught
+            it, which few directions hold; a large one, with biases as large, bends and so learns what is not linear.
     """
 
     mean: Tensor
@@ -86,6 +88,7 @@ class LabelTeacher(TeacherModule):
         dropout: float = 0.3,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
+        start: float = 0.1,
     ) -> None:
         super().__init__(lr=lr)
         self.save_hyperparameters()
@@ -101,8 +104,8 @@ class LabelTeacher(TeacherModule):
         assert data.labels is not None
         self.layer = nn.Linear(data.dim, data.dim)
         with torch.no_grad():
-            self.layer.weight.mul_(START)
-            self.layer.bias.zero_()
+            self.layer.weight.mul_(h.start)
+            self.layer.bias.uniform_(-h.start, h.start)
         self.head = nn.Sequential(ACTIVATIONS[h.activation](), nn.Dropout(h.dropout), nn.Linear(data.dim, h.outputs))
         self.mean, self.std = data.moments.mean.float(), spread(data)
         y = data.labels[torch.from_numpy(data.split_rows.train)]
