@@ -75,7 +75,7 @@ class Evidence:
 
     Of a code it is `−ln P(Z > z)` of a normal Z: Fisher's transform `artanh` makes cosines of unrelated vectors normal
     (Biometrika 10, 1915), and decoys tell mean and spread. The decoys' own tail is heavier, since some share a
-    composition; to count it would leave too little of the codes' evidence (docs/codes.md has both). Of an alignment it
+    composition; to count it would leave too little of the codes' evidence. Of an alignment it
     is `−ln(E / targets)` with its own E-value (Karlin and Altschul, PNAS 87, 1990).
     """
 
