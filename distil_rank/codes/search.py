@@ -75,7 +75,7 @@ class Evidence:
 
     Of a code it is `−ln P(Z > z)` of a normal Z: Fisher's transform `artanh` makes cosines of unrelated vectors normal
     (Biometrika 10, 1915), and decoys tell mean and spread. The decoys' own tail is heavier, since some share a
-    composition; to count it would leave too little of the codes' evidence (docs/codes.md has both). Of an alignment it
+    composition; to count it would leave too little of the codes' evidence. Of an alignment it
     is `−ln(E / targets)` with its own E-value (Karlin and Altschul, PNAS 87, 1990).
     """
 
@@ -116,8 +116,8 @@ class DecoyScores:
     """The scores of decoys, with a model of their upper tail.
 
     Up to a high threshold the share of decoy scores that reach s is counted; the excess over it follows a generalised
-    Pareto distribution (Pickands, Annals of Statistics 3, 1975). Its shape is fitted, up to that of an exponential
-    tail, which is that of evidence in nats and of alignments. Beyond all decoys nothing is known, so that no E-value is
+    Pareto distribution (Pickands, Annals of Statistics 3, 1975). Its shape is fitted; of few scores up to that of
+    an exponential tail, which evidence in nats would have. Beyond all decoys nothing is known, so that no E-value is
     below that of a single score.
 
     Attributes:
@@ -150,7 +150,7 @@ class DecoyScores:
         threshold = float(flat[-count - 1])
         excess = np.maximum(flat[-count:].astype(np.float64) - threshold, np.finfo(np.float32).eps)
         shape, _, scale = genpareto.fit(excess, floc=0)
-        if shape > 0:  # heavier than evidence in nats can be: a few scores of few decoys
+        if shape > 0 and TAIL * len(flat) < LEAST:  # too few scores for what lies so far out: evidence in nats ends so
             shape, scale = 0.0, excess.mean()
         below = flat[: -count : max(1, len(flat) // 10_000)]
         return cls(below, threshold, count / len(flat), float(scale), float(shape), len(flat))
