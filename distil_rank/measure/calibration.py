@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from distil_rank.options.evaluation import Kind
 
 BINS = 10  # of the calibration error, of equal width
-RATIO = (5**0.5 - 1) / 2  # of the golden section
 
 
 def cross_entropy(logits: Tensor, y: Tensor, kind: Kind) -> Tensor:
@@ -22,19 +22,16 @@ def cross_entropy(logits: Tensor, y: Tensor, kind: Kind) -> Tensor:
 def fit_temperature(logits: Tensor, y: Tensor, kind: Kind) -> float:
     """The temperature in [1/1000, 1000] at which `logits / temperature` have the least cross-entropy (Guo et al. 2017).
 
-    The loss is convex in the inverse temperature, so that a golden-section search of its logarithm finds the minimum.
+    The loss is convex in the inverse temperature, so that it has one minimum on a logarithmic scale too.
 
+    >>> import torch
     >>> logits = torch.tensor([[8.0, 0.0], [8.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
     >>> round(fit_temperature(logits, torch.tensor([0, 0, 1, 1]), "classification"), 2)  # three in four: ln 3 = 8 / T
     7.28
     """
     logits = logits.double()
-    low, high = -3.0, 3.0
-    for _ in range(40):
-        left, right = high - RATIO * (high - low), low + RATIO * (high - low)
-        losses = [float(cross_entropy(logits / 10**power, y, kind)) for power in (left, right)]
-        low, high = (low, right) if losses[0] < losses[1] else (left, high)
-    return float(10 ** ((low + high) / 2))
+    loss = minimize_scalar(lambda power: float(cross_entropy(logits / 10**power, y, kind)), bounds=(-3, 3))
+    return float(10**loss.x)
 
 
 def conformal_scores(outputs: np.ndarray, y: np.ndarray, kind: Kind) -> np.ndarray:

