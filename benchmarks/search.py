@@ -55,7 +55,7 @@ class Set:
         self.aligned = mmseqs_search(sequences, sequences, RESULTS / "alignments", keep=True)
         self.aligned_decoys = mmseqs_search(backwards, sequences, RESULTS / "alignments", keep=True)
 
-    def search(self, encoder: CodeEncoder | None, aligned: bool, expand: bool = False) -> tuple[Figures, np.ndarray]:
+    def search(self, encoder: CodeEncoder | None, aligned: bool) -> tuple[Figures, np.ndarray]:
         """Figures of each query, and hits of another fold for each query at the stated E-values."""
         count, index, decoys, evidence = len(self.x), None, None, Evidence(len(self.x))
         queries, alignments = None, self.aligned if aligned else None
@@ -68,7 +68,7 @@ class Set:
             evalue = dense(self.aligned_decoys, cosine.shape) if aligned else None
             decoys = DecoyScores.of(np.where(others, evidence(cosine, evalue), 0.0))
         scores, false, fold = torch.full((count, count), -torch.inf), np.zeros(len(STATED)), self.relevance.levels[-1]
-        for hits in Engines(evidence, index, alignments, decoys, True, expand).search(queries, count, DEPTH):
+        for hits in Engines(evidence, index, alignments, decoys, True).search(queries, count, DEPTH):
             scores[hits.query, hits.target] = torch.from_numpy(hits.score).float()
             wrong = hits.evalue[fold[hits.query] != fold[hits.target]]
             false += [(wrong <= stated).sum() for stated in STATED]
@@ -104,8 +104,7 @@ def folds(proteins: LabelledData, decoys: int) -> None:
         name = f"{encoder.bytes_per_protein} bytes"
         named[f"{name} alone"] = domains.search(encoder, False)
         named[f"{name} and MMseqs2"] = domains.search(encoder, True)
-        named[f"{name} and MMseqs2, expanded"] = domains.search(encoder, True, True)
-        rivals[f"{name} and MMseqs2"] = rivals[f"{name} and MMseqs2, expanded"] = ("MMseqs2", f"{name} alone")
+        rivals[f"{name} and MMseqs2"] = ("MMseqs2", f"{name} alone")
     metrics = list(named["MMseqs2"][0])
     table, gains = [line("search", metrics), "|---" * (len(metrics) + 1) + "|"], []
     for name, (figures, _) in named.items():

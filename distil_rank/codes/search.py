@@ -33,8 +33,6 @@ LEAST = 200  # scores in the tail, as far as there are any
 SAMPLED_TARGETS = 20_000  # that decoys are compared with
 BLOCK = 256  # of queries that are searched at once
 NEAREST = 0.99  # cosines above it count as this: of two equal codes it would be infinite evidence
-SAFE, EXPANSION = 0.001, 10  # E-value up to which, and number of the hits that join a query
-UNSAFE = 0.01  # least E-value of decoys at which no hit is safe
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,6 @@ class Engines:
         alignments: of the queries with the targets; None without them.
         decoys: what E-values come from; without codes they are MMseqs2's own.
         own: whether the queries are the targets, which then do not find themselves.
-        expand: whether the codes of safe hits join a query for a second search.
     """
 
     evidence: Evidence
@@ -216,7 +213,6 @@ class Engines:
     alignments: Alignments | None
     decoys: DecoyScores | None = None
     own: bool = False
-    expand: bool = False
 
     @property
     def least(self) -> float:
@@ -228,27 +224,10 @@ class Engines:
         for start in range(0, count, BLOCK):
             rows = np.arange(start, min(start + BLOCK, count))
             block = None if queries is None else queries[start : start + BLOCK]
-            hits = self._hits(rows, block, max(k, EXPANSION))
-            if self.expand and block is not None and (joined := self._expanded(rows, block, hits)) is not None:
-                hits = self._hits(rows, joined, k, block)
-            yield hits.where(hits.rank <= k)
+            yield self._hits(rows, block, k)
 
-    def _expanded(self, rows: np.ndarray, queries: Tensor, hits: Hits) -> Tensor | None:
-        """Each query with the mean of what its safe hits' codes stand for; None where there is no safe hit."""
-        assert self.index is not None
-        safe = hits.where((hits.evalue <= max(SAFE, self.least)) & (hits.rank <= EXPANSION))
-        if self.least > UNSAFE or not len(safe.query):
-            return None
-        place = torch.from_numpy(safe.query - rows[0])
-        sums = torch.zeros_like(queries).index_add_(0, place, self.index.decoded(safe.target))
-        number = torch.bincount(place, minlength=len(rows)).clamp(min=1)[:, None]
-        return F.normalize(queries + sums / number, dim=1)
-
-    def _hits(self, rows: np.ndarray, queries: Tensor | None, k: int, themselves: Tensor | None = None) -> Hits:
-        """The k best of consecutive queries: whatever is aligned, and the k nearest codes, hold them all.
-
-        Cosines and E-values are those of the queries `themselves`, where others are searched with in their place.
-        """
+    def _hits(self, rows: np.ndarray, queries: Tensor | None, k: int) -> Hits:
+        """The k best of consecutive queries: whatever is aligned, and the k nearest codes, hold them all."""
         first, targets = rows[0], self.evidence.targets
         keys, aligned = [np.empty(0, np.int64)], np.empty(0, np.int64)
         if self.index is not None and queries is not None:
@@ -270,14 +249,9 @@ class Engines:
         if self.index is not None and queries is not None:
             cosine = self.index.scores(queries, query, target)
         evalue = alignment[:, COLUMNS.index("evalue")]
-        looked_for = None if self.alignments is None else evalue
-        score = own_score = self.evidence(cosine, looked_for)
-        if self.index is not None and themselves is not None:
-            cosine = self.index.scores(themselves, query, target)
-            own_score = self.evidence(cosine, looked_for)
+        score = self.evidence(cosine, None if self.alignments is None else evalue)
         if self.index is not None:
-            unknown = np.full(len(pairs), np.nan)
-            evalue = unknown if self.decoys is None else self.decoys.evalues(own_score, targets)
+            evalue = np.full(len(pairs), np.nan) if self.decoys is None else self.decoys.evalues(score, targets)
         cosine = np.full(len(pairs), np.nan) if cosine is None else cosine
         hits = Hits(query + first, target, alignment, cosine, score, np.zeros(len(pairs), int), evalue)
         return hits.where(np.lexsort([-score, query])).best(k)

@@ -136,7 +136,7 @@ def _prepared(options: SearchOptions, store: CodeStore, engine: str) -> tuple[li
     decoys = options.decoys if index is not None and _has_sequences(store) else 0
     folder = Path(options.output, "decoys")
     evidence, scores = evidence_of(store, decoys, folder, options.seed, databases, options.self)
-    return names, queries, Engines(evidence, index, alignments, scores, options.self, options.expand)
+    return names, queries, Engines(evidence, index, alignments, scores, options.self)
 
 
 def _has_sequences(store: CodeStore) -> bool:
@@ -237,5 +237,5 @@ def _vote_accuracy(
     if engines.alignments is not None:
         sequences = [store.sequences[row] for row in rows]
         alignments = mmseqs_search(sequences, store.sequences, Path(options.output, DATABASES), keep=True)
-    engines = replace(engines, alignments=alignments, own=False, expand=False)  # or relatives would join the queries
+    engines = replace(engines, alignments=alignments, own=False)
     return vote_accuracy(engines, rows, member, np.unique(group, return_inverse=True)[1], options.hits, most)

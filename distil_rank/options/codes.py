@@ -117,8 +117,6 @@ class SearchOptions:
         queries: Queries that are embedded already, a store of the same backbone, layer and pooling.
         self: Search with the codes themselves, each against all others.
         engine: codes, alignment (MMseqs2) or both; auto is both where MMseqs2 is installed, otherwise codes.
-        expand: Whether the codes of safe hits join the query for a second search: more remote hits, whose E-values
-            are still those of the query alone.
         hits: Of each query at most.
         evalue: Hits of a greater E-value are left out; 10 by default.
         decoys: Reversed proteins that E-values are estimated with; 0 for none.
@@ -135,7 +133,6 @@ class SearchOptions:
     queries: str | None = None
     self: bool = False
     engine: Engine = "auto"
-    expand: bool = False
     hits: int = 10
     evalue: float | None = None
     decoys: int = 200

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from distil_rank.codes import search as search_module
 from distil_rank.codes.fit import fit_metric
 from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.search import DecoyScores, Engines, Evidence
+from distil_rank.codes.search import Engines, Evidence
 from distil_rank.codes.votes import members, set_cover, vote_accuracy
 from distil_rank.data.mmseqs import COLUMNS, Alignments
 
@@ -59,30 +59,6 @@ def test_alignment_alone_has_its_own_evalues(made):
     first = hits.where(hits.rank == 1)
     least = [alignments.column("evalue")[alignments.query == query].min() for query in first.query]
     assert np.array_equal(first.evalue, least)
-
-
-def test_safe_hits_join_the_query(made):
-    index, queries, alignments = made
-    evidence = Evidence(PROTEINS, 0.0, 0.2)
-    scores = dense(queries, index, alignments, evidence)
-    decoys = DecoyScores.of(np.random.default_rng(1).exponential(1.0, 100_000))
-    plain, joined = (
-        np.concatenate(
-            [
-                hits.score
-                for hits in Engines(evidence, index, alignments, decoys, False, expand).search(queries, QUERIES, 20)
-            ]
-        )
-        for expand in (False, True)
-    )
-    safe = decoys.evalues(scores, PROTEINS) <= decoys.least(PROTEINS)
-    assert safe.any(axis=1).any() and not np.allclose(plain, joined)
-    vectors = []
-    for query, row, those in zip(queries, scores, safe, strict=True):
-        best = [target for target in np.argsort(-row)[: search_module.EXPANSION] if those[target]]
-        vectors.append(query + index.decoded(np.array(best)).mean(0) if best else query)
-    again = dense(F.normalize(torch.stack(vectors), dim=1), index, alignments, evidence)
-    assert np.allclose(joined.reshape(QUERIES, 20), -np.sort(-again, axis=1)[:, :20], atol=1e-3)
 
 
 def test_evidence_of_unrelated_vectors_is_their_surprise():
