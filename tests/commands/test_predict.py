@@ -69,6 +69,9 @@ def predictors(place):
     """A predictor of classes through a trained head, and linear ones of numbers and of several labels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setenv(
+            "MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlruns' / 'mlflow.db'}"
+        )  # another module's may be set
         for name, keep in (("classes", "trained"), ("numbers", "linear"), ("several", "auto")):
             store = "my_store:1,2" if name == "several" else "my_store:1"
             data = ["--labels.source", f"{name}.tsv", "--data.source", store, "--groups", "plate"]
@@ -102,6 +105,9 @@ def predictions(predictors, place):
     """Tables of new proteins, by their sequences, and of all, by their vectors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setenv(
+            "MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlruns' / 'mlflow.db'}"
+        )  # another module's may be set
         model = ["-q", "predict", "--model", str(predictors / "classes")]
         assert main([*model, "--fasta", "new.fasta", "--output", "a.tsv"]) == 0
         assert main([*model, "--data", "my_store", "--output", "b.tsv"]) == 0
