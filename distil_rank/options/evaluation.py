@@ -67,7 +67,7 @@ class EvaluateOptions:
         groups: What stays in one split: a column of the table, a level of the label, clusters, mmseqs, none, or a file
             of the groups to fit on.
         fasta: Sequences to embed into `data` first (only what is missing there).
-        backbone: ESM-2 model for that.
+        backbone: Model for that; see embed.
         precision: For that; see embed.
         ranks: Of the students that are fitted here; by default 16, 32, 64 and 128, as far as the vectors are wide.
         students: Folders of saved students or encoders; FOLDER:RANK takes a lower rank.
@@ -122,7 +122,7 @@ class RecommendOptions:
         max_bytes: For each protein at most.
         max_time: Share of the full backbone's time at most.
         fasta: Sequences to embed into `data` first, all layers in one pass (only what is missing there).
-        backbone: ESM-2 model for that.
+        backbone: Model for that; see embed.
         precision: For that; see embed.
         proteins: At most so many of a larger FASTA file: whole classes, the largest in part.
         task: Kind of the task; auto decides by the labels.
