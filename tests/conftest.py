@@ -4,6 +4,7 @@ import argparse
 import functools
 import logging
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,16 @@ def log_levels() -> None:
     logging.getLogger("distil_rank").setLevel(logging.NOTSET)
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def tracking_address() -> Iterator[None]:
+    """Undo what Lightning's own MLFlowLogger sets for the whole process, and for commands of later tests."""
+    before = os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 @pytest.fixture(scope="session", autouse=True)

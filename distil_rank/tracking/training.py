@@ -41,6 +41,12 @@ class RunLogger(MLFlowLogger):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.experiment, tracking_uri=run.tracking_uri, run_id=run.id, synchronous=False)
+        self._mlflow_client = run.client
+
+    @property
+    def experiment(self) -> mlflow.MlflowClient:
+        """The run's client. Lightning's own property would also set the process's MLFLOW_TRACKING_URI, for good."""
+        return self._mlflow_client
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: the command has recorded them."""
@@ -48,7 +54,7 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
         """Wait for what was sent. The run stays open: it may hold several fits, and what follows them."""
-        mlflow.flush_async_logging()
+        self._mlflow_client._tracking_client.store.flush_async_logging()  # mlflow's own function takes another address
 
 
 def log_student(run: Run, layer: nn.Module, example: np.ndarray, metrics: Mapping[str, float] | None = None) -> str:

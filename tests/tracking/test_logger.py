@@ -44,9 +44,10 @@ def fit(run: Run, *callbacks: Callback, **options) -> None:
 
 
 def test_a_trainer_logs_into_the_open_run_and_leaves_it_open(project):
-    client = MlflowClient(default_tracking_uri(project))
+    client, environment = MlflowClient(default_tracking_uri(project)), dict(os.environ)
     with start_run("distil", "toy", params={"width": "wide"}, tags={}, root=project) as run:
         fit(run)
+        assert {**os.environ, "PL_GLOBAL_SEED": ""} == {**environment, "PL_GLOBAL_SEED": ""}  # the next run is free
         assert client.get_run(run.id).info.status == "RUNNING"
         run.log_metrics({"test/r2": 1.0})
     retained = client.get_run(run.id)
