@@ -130,12 +130,13 @@ class GpuEncoder(FusedEncoder):
         Tried on few tokens, so that an error shows before the work begins.
         """
         uncompiled = self._parts
-        self._parts = tuple(torch.compile(part, dynamic=True) for part in uncompiled)
+        self._parts = tuple(map(torch.compile, uncompiled))
         try:
-            x = torch.zeros(TRIAL, len(self.embedding[0]), device=self.device)
-            positions = torch.zeros(TRIAL, dtype=torch.int64, device=self.device)
+            x = of_any_length(torch.zeros(TRIAL, len(self.embedding[0]), device=self.device))
+            positions = of_any_length(torch.zeros(TRIAL, dtype=torch.int64, device=self.device))
+            self._cos, self._sin = of_any_length(self._cos), of_any_length(self._sin)
             for layer in self.layers[:1]:
-                self._behind(layer, x, positions, lambda q, k, v: torch.empty_like(q))
+                self._behind(layer, x, positions, lambda q, k, v: of_any_length(torch.empty_like(q)))
         except Exception as error:  # whatever a missing compiler, or one of another version, ends in
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             self.kernels = f"uncompiled kernels, as compiling them failed ({reason})"
@@ -176,6 +177,12 @@ class GpuEncoder(FusedEncoder):
         project_layer, apply_rest = self._parts
         q, k, v = project_layer(x, *layer.qkv, self._cos, self._sin, positions)
         return apply_rest(x, attend(q, k, v), *layer.out, *layer.fc1, *layer.fc2)
+
+
+def of_any_length(tensor: Tensor) -> Tensor:
+    """Tells the compiler that the first axis may have any length; of widths that are fixed it makes faster kernels."""
+    torch._dynamo.mark_dynamic(tensor, 0)  # type: ignore[no-untyped-call]
+    return tensor
 
 
 def attend_at_once(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:

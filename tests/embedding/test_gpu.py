@@ -302,7 +302,7 @@ def test_what_did_not_fit_is_retried_with_the_shards_that_are_computed_together(
 def test_it_compiles_where_the_residues_repay_it(card, tiny_esm2, tmp_path, monkeypatch, repaid, kernels, caplog):
     caplog.set_level("INFO", "distil_rank")
     monkeypatch.setattr(extraction, "REPAID", repaid)
-    monkeypatch.setattr(torch, "compile", lambda part, dynamic: part)
+    monkeypatch.setattr(torch, "compile", lambda part: part)
     write_fasta(tmp_path / "in.fasta", 9, 40)
     options = {"backbone": str(tiny_esm2.fair_esm), "accelerator": "cuda", "precision": "bf16"}
     assert embed(tmp_path / "in.fasta", tmp_path / "store", **options).precision_note == kernels
