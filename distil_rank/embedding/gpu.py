@@ -181,7 +181,7 @@ class GpuEncoder(FusedEncoder):
 
 def of_any_length(tensor: Tensor) -> Tensor:
     """Tells the compiler that the first axis may have any length; of widths that are fixed it makes faster kernels."""
-    torch._dynamo.mark_dynamic(tensor, 0)  # type: ignore[no-untyped-call]
+    torch._dynamo.mark_dynamic(tensor, 0)
     return tensor
 
 
