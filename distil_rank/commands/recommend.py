@@ -135,7 +135,7 @@ def _confirmed(
         answers=confirmed,
         searched=problem.searched,
         full=evaluator.full(costs),
-        front=tuple(sorted(shown.values(), key=lambda one: one.price("fastest"))),
+        front=tuple(sorted(shown.values(), key=lambda one: one.price)),
         outcomes=tuple(outcomes),
         costs=tuple(costs.values()),
         baselines=tuple(evaluator.baselines(o.alignment)),
