@@ -22,12 +22,12 @@ from distil_rank.embedding.store import open_storage, read_provenance
 from distil_rank.errors import InputError
 from distil_rank.evaluation.representations import Sides
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType
-from distil_rank.options.codes import Metric
+from distil_rank.options.codes import CodeMetric
 from distil_rank.recommendation.problem import FIT, Problem
 
 IN_MEMORY = 4  # fits: all metrics of a layer, and one more
 RANKS = (16, 32, 64, 128, 256)
-TYPES: Mapping[Metric, tuple[CodeType, ...]] = {
+TYPES: Mapping[CodeMetric, tuple[CodeType, ...]] = {
     "variance": ("float32", "int8"),  # the signs of principal components say next to nothing
     "whitened": ("float32", "int8", "bit"),
     "invariant": ("float32", "int8", "bit"),
@@ -41,7 +41,7 @@ class Pipeline:
     """One way from a sequence to what is stored of it."""
 
     layer: str | None  # of the backbone, as the store names it; None where the vectors do not tell
-    metric: Metric
+    metric: CodeMetric
     rank: int  # numbers of each code
     dtype: CodeType  # of these numbers
 
@@ -94,7 +94,7 @@ class Fitted:
         self.problem = problem
         self._fit = lru_cache(IN_MEMORY)(self._fit_layer)
 
-    def _fit_layer(self, layer: str | None, metric: Metric) -> FittedMetric:
+    def _fit_layer(self, layer: str | None, metric: CodeMetric) -> FittedMetric:
         problem, fit = self.problem, self.problem.split == FIT
         noise = problem.noise(layer, fit) if problem.noise and metric == "invariant" else None
         origin = origin_of(problem.about[layer])
