@@ -82,7 +82,7 @@ def one_split(name: str, source: str, labels: str, keep: Any) -> tuple[list[str]
 def trust_of(task: PredictionTask) -> Trust:
     """A linear probe of one split, calibrated and measured."""
     target, split = task.proteins.target, task.data.split_rows
-    probe = fit_linear(target, np.asarray(task.proteins.embeddings.x), split.train, split.val)
+    probe = fit_linear(target, np.asarray(task.proteins.embeddings.x), split.train, [(split.train, split.val)])
     layer = nn.Linear(task.data.dim, len(probe.bias)).requires_grad_(False)
     layer.load_state_dict({"weight": torch.from_numpy(probe.weight), "bias": torch.from_numpy(probe.bias)})
     predictor = Predictor(layer, target.kind, target.classes).eval()

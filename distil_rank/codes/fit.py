@@ -29,7 +29,7 @@ from distil_rank.evaluation.task import Groups, Target
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType, int8_scale
 from distil_rank.lowrank.moments import Moments, MomentSums
 from distil_rank.lowrank.solvers import Directions, noise_directions
-from distil_rank.options.codes import AugmentationOptions, CodeOptions, Metric, NoiseSource
+from distil_rank.options.codes import AugmentationOptions, CodeMetric, CodeOptions, NoiseSource
 from distil_rank.options.evaluation import LabelOptions
 from distil_rank.origin import VectorOrigin
 
@@ -46,7 +46,7 @@ EVALUATION_COPIES = 300  # of proteins that nothing was fitted on
 class FittedMetric:
     """What one metric makes of some proteins: directions, best first, and a `sample` `(n, d)` of the rows fitted on."""
 
-    metric: Metric
+    metric: CodeMetric
     mean: Tensor
     directions: Directions
     sample: Tensor
@@ -76,7 +76,7 @@ class FittedMetric:
 def fit_metric(
     x: np.ndarray,
     fit: np.ndarray,
-    metric: Metric = "invariant",
+    metric: CodeMetric = "invariant",
     noise: Tensor | None = None,
     regularisation: float = REGULARISATION,
     seed: int = 0,

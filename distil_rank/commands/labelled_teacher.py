@@ -100,7 +100,7 @@ def train_labelled_teacher(o: LabelledTeacherOptions) -> Evaluation:
     params: dict[str, Any] = {"teacher": name, "backbone": about.get("backbone", "unknown"), "task": kind, **settings}
     with start_run("teacher", f"{name} {kind}", params=params, tags=lineage({**about, "digest": data.digest})) as run:
         split, x = data.split_rows, np.asarray(proteins.embeddings.x)
-        probe = fit_linear(target, x, split.train, split.val)
+        probe = fit_linear(target, x, split.train, [(split.train, split.val)])
         layer = nn.Linear(x.shape[1], len(probe.bias)).requires_grad_(False)
         layer.load_state_dict({"weight": torch.from_numpy(probe.weight), "bias": torch.from_numpy(probe.bias)})
         if kind != "regression":  # ridge's scores are no logits

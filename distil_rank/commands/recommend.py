@@ -25,7 +25,7 @@ from distil_rank.evaluation.representations import NO_MMSEQS
 from distil_rank.measure.statistics import LEVEL
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import Answer, RecommendOptions
-from distil_rank.recommendation.pipelines import Fitted, measure_costs
+from distil_rank.recommendation.pipelines import Fitted, layer_costs
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, Problem, open_problem, subset_of
 from distil_rank.recommendation.search import (
     QUERIES,
@@ -65,19 +65,17 @@ def recommend(options: RecommendOptions) -> Recommendation:
 
     started = time.perf_counter()
     problem = open_problem(data, labels, o.task, o.groups, o.seed, output)
-    within_limits(problem, o.max_bytes)  # refused before times are measured, as is a task of chance
+    costs, words = layer_costs(problem)
+    pipelines = within_limits(problem, o.max_bytes, o.max_time, costs)
     fitted = Fitted(problem)
     validation = Evaluator(fitted, VALIDATE, o.metric, QUERIES, o.seed)
     confirmation = Evaluator(fitted, CONFIRM, o.metric, seed=o.seed)
-    about, sequences = problem.about[problem.last], problem.sequences
+    about = problem.about[problem.last]
     params: dict[str, object] = {"source": problem.source, "tasks": ", ".join(task.name for task in problem.tasks)}
     params |= {"groups": problem.groups, "keep": o.keep, "weigh": o.weigh, "seed": o.seed}
     params |= {"max_bytes": o.max_bytes, "max_time": o.max_time}
     title = f"{Path(problem.source).stem} keep {o.keep:g}"
     with start_run("recommend", title, params=params, tags=lineage(about)) as run:
-        log.info("Measuring the time of each layer ...")
-        costs, words = measure_costs(list(problem.layers), about, sequences)
-        pipelines = within_limits(problem, o.max_bytes, o.max_time, costs)
         outcomes, answers = search_pipelines(validation, pipelines, costs, o.keep)
         result = _confirmed(o, confirmation, costs, outcomes, answers, [*notes, words], started)
 
@@ -135,7 +133,7 @@ def _confirmed(
         answers=confirmed,
         searched=problem.searched,
         full=evaluator.full(costs),
-        front=tuple(sorted(shown.values(), key=lambda one: one.price("fastest"))),
+        front=tuple(sorted(shown.values(), key=lambda one: one.price)),
         outcomes=tuple(outcomes),
         costs=tuple(costs.values()),
         baselines=tuple(evaluator.baselines(o.alignment)),

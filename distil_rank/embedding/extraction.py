@@ -145,7 +145,7 @@ class Extraction:
         if existing and wanted != stored:
             raise InputError(
                 f"Expected layers {stored}, which the store {writer.path} was made with, but got {wanted}; "
-                f"use --layer {stored}, or choose another store."
+                f"use --layer {stored}, or {writer.another(f'layers-{wanted}')}."
             )
         if options.pooling == "bos" and not backbone.tokens.bos:
             raise InputError(f"Expected --pooling mean or residue with {backbone.name}, which has no BOS, but got bos.")

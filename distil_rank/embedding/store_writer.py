@@ -65,6 +65,11 @@ class StoreWriter:
         """Takes the store's exclusive lock; see `Storage.lock`."""
         return self.storage.lock()
 
+    def another(self, value: object) -> str:
+        """What to type for a store beside this one, named by what is different."""
+        name = f"{self.path}-{Path(str(value)).stem.replace(',', '-')[:20]}"
+        return f"take another store: --store {name} (evaluate and recommend: --data {name}; make: STORE=, DATA=)"
+
     def plan(
         self,
         proteins: Iterable[Protein],
@@ -90,7 +95,7 @@ class StoreWriter:
             if manifest.get(key) != value:
                 raise InputError(
                     f"Expected {key} {manifest.get(key)!r}, which the store {self.path} was made with, but got "
-                    f"{value!r}; choose another store with --store (evaluate and recommend: --data)."
+                    f"{value!r}; {self.another(value)}."
                 )
         self._record_finished(manifest)
         name = f"proteins-{len(manifest['proteins']):05d}.arrow"

@@ -84,7 +84,7 @@ def solved_students(
     solved = {
         "svd": svd,
         "svd_bias": refit_bias(svd, weight, bias, moments.mean),  # one decomposition for both
-        "whitened": solve(weight, bias, rank, "whitened", moments),
+        "whitened_svd": solve(weight, bias, rank, "whitened_svd", moments),
         "closed_form": solve(weight, bias, rank, "closed_form", moments, spectrum),
     }
     return {solver: LowRankLinear.from_factors(factors, moments.mean) for solver, factors in solved.items()}

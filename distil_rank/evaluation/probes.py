@@ -8,7 +8,9 @@ a rotation of the vectors would change what a probe makes of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +18,6 @@ import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
-from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
 from distil_rank.errors import InputError, examples
@@ -35,41 +36,58 @@ METRICS = {
     "regression": ("spearman", "r2"),
 }
 CHOSEN_BY = {"classification": "mcc", "multilabel": "macro_f1", "regression": "r2"}  # in the cross-validation
-Predict = Callable[[float], np.ndarray]  # of new rows, by a model that was fitted with this penalty
+PROBES = ("ridge", "logistic")
+Model = tuple[np.ndarray, np.ndarray]  # weight (d, K) and bias (K,): outputs are `x @ weight + bias`
+Solve = Callable[[float], Model]  # with this penalty
 
 
-def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
-    """Ridge regression `(N, d)` to `(N,)` or `(N, K)` in closed form: one decomposition serves all penalties.
+def ridge(x: np.ndarray, y: np.ndarray) -> Solve:
+    """Ridge regression `(N, d)` to `(N, K)` in closed form: one decomposition serves all penalties.
 
-    With centred rows and `X Xᵀ = U S Uᵀ` it predicts `x Xᵀ U (S + N λ)⁻¹ Uᵀ y`, or the same from `Xᵀ X`, whichever is
+    With centred rows and `X Xᵀ = U S Uᵀ` the weight is `Xᵀ U (S + N λ)⁻¹ Uᵀ y`, or the same from `Xᵀ X`, whichever is
     smaller (Hastie, Tibshirani and Friedman 2009, 3.4.1 and 18.3.5).
 
-    >>> x, y = np.array([[-1.0], [1.0]]), np.array([-1.0, 1.0])
-    >>> ridge(x, y, x)(1.0).tolist()  # Σ x y / (Σ x² + N λ) = 2 / (2 + 2)
-    [-0.5, 0.5]
+    >>> x = y = np.array([[-1.0], [1.0]])
+    >>> ridge(x, y)(1.0)[0].tolist()  # Σ x y / (Σ x² + N λ) = 2 / (2 + 2)
+    [[0.5]]
     """
     mean, offset = x.mean(axis=0), y.mean(axis=0)
-    x, new, y = x - mean, new - mean, y - offset
+    x, y = x - mean, y - offset
     if len(x) < x.shape[1]:
         values, vectors = np.linalg.eigh(x @ x.T)
-        left, right = new @ x.T @ vectors, vectors.T @ y
+        left, right = x.T @ vectors, vectors.T @ y
     else:
-        values, vectors = np.linalg.eigh(x.T @ x)
-        left, right = new @ vectors, vectors.T @ (x.T @ y)
-    return lambda penalty: left / (values.clip(0) + len(x) * penalty) @ right + offset
+        values, left = np.linalg.eigh(x.T @ x)
+        right = left.T @ (x.T @ y)
+
+    def solve(penalty: float) -> Model:
+        weight = left @ (right / (values.clip(0) + len(x) * penalty)[:, None])
+        return weight, offset - mean @ weight
+
+    return solve
 
 
-def logistic(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
-    """Logistic regression of classes `(N,)`, or of each label `(N, L)`, by scikit-learn."""
+def logistic(x: np.ndarray, y: np.ndarray, classes: int) -> Solve:
+    """Logistic regression by scikit-learn of classes `(N,)`, some of which may be absent, or of each label `(N, L)`."""
 
-    def predict(penalty: float) -> np.ndarray:
-        model: Any = LogisticRegression(C=1 / (len(x) * penalty), max_iter=200, tol=1e-5)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
-            warnings.filterwarnings("ignore", "The number of unique classes|Label .* is present")  # --task decides
-            return (OneVsRestClassifier(model) if y.ndim == 2 else model).fit(x, y).predict(new)
+    def solve(penalty: float) -> Model:
+        if y.ndim == 2:  # each label has it, or has it not; ±10 where all rows do the same
+            weights, biases = zip(*(logistic(x, label, 2)(penalty) for label in y.T), strict=True)
+            bias = np.nan_to_num(np.diff(biases)[:, 0], posinf=10, neginf=-10)
+            return np.diff(weights)[..., 0].T, bias
+        weight, bias, present = np.zeros((x.shape[1], classes)), np.full(classes, -np.inf), np.unique(y)
+        bias[present] = 0
+        if len(present) > 1:
+            model: Any = LogisticRegression(C=1 / (len(x) * penalty), max_iter=200, tol=1e-5)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
+                warnings.filterwarnings("ignore", "The number of unique classes")  # --task decides
+                model.fit(x, y)
+            sides = np.array([[-0.5], [0.5]]) if len(present) == 2 else 1  # of two it has the second against the first
+            weight[:, present], bias[present] = (sides * model.coef_).T, np.ravel(sides * model.intercept_[:, None])
+        return weight, bias
 
-    return predict if y.ndim == 2 or len(np.unique(y)) > 1 else lambda _: np.full(len(new), y[0])
+    return solve
 
 
 def choose_penalty(score: Callable[[float], float]) -> tuple[float, float]:
@@ -89,6 +107,61 @@ def choose_penalty(score: Callable[[float], float]) -> tuple[float, float]:
         scores[wider] = score(10.0**wider)
 
 
+class LinearProbe(NamedTuple):
+    """A linear model of a target: `outputs = x Wᵀ + b` are logits of the classes or labels, or the value."""
+
+    weight: np.ndarray  # (K, d)
+    bias: np.ndarray  # (K,)
+    name: str  # of the model and its penalty
+
+
+def fit_linear(
+    target: Target,
+    x: np.ndarray,
+    fit: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    probes: Sequence[str] = PROBES,
+) -> LinearProbe:
+    """Ridge or logistic regression of `x (N, d)` as one linear layer; of values ridge alone.
+
+    Args:
+        target: of the same N proteins.
+        x: vectors, which go in as they are, with one scale for all columns.
+        fit: rows to fit on.
+        folds: rows to fit on and rows to predict, which decide on penalty and probe; of equals the stronger penalty,
+            and ridge.
+        probes: to choose from.
+    """
+    assert target.y is not None
+    y, kind, z = target.y, target.kind, x - x[fit].mean(axis=0, dtype=np.float64)
+    z /= (scale := float(np.sqrt((z[fit] ** 2).sum(axis=1).mean())) or 1.0)
+    sides = np.eye(len(target.classes))[y] if kind == "classification" else y.reshape(len(y), -1)
+    held = np.concatenate([test for _, test in folds])
+
+    def solver(probe: str, rows: np.ndarray) -> Solve:
+        if probe == "logistic":
+            return logistic(z[rows], y[rows], len(target.classes))
+        return ridge(z[rows], sides[rows] - 0.5 * (kind == "multilabel"))
+
+    best = list[tuple[float, float, str]]()
+    for probe in probes[:1] if kind == "regression" else probes:
+        solvers = [solver(probe, train) for train, _ in folds]
+
+        def score(penalty: float, solvers: list[Solve] = solvers) -> float:
+            models = [(*solve(penalty), z[test]) for solve, (_, test) in zip(solvers, folds, strict=True)]
+            predicted = np.concatenate([decide(kind, new @ weight + bias) for weight, bias, new in models])
+            statistics = task_statistics(target, predicted, y[held], np.zeros(len(held), dtype=int))
+            value = statistics[CHOSEN_BY[kind]].value
+            return value if np.isfinite(value) else -np.inf
+
+        penalty, value = choose_penalty(score)
+        best.append((value, penalty, probe))
+    _, penalty, probe = max(best, key=itemgetter(0))
+    weight, bias = solver(probe, fit)(penalty)
+    offset = x[fit].mean(axis=0, dtype=np.float64) @ weight
+    return LinearProbe(weight.T / scale, bias - offset / scale, f"{probe}, {penalty:.0e}")
+
+
 class ProbeTrial:
     """A linear model on top of the vectors, fitted on the fit groups and measured on the others.
 
@@ -101,7 +174,7 @@ class ProbeTrial:
     def __init__(self, target: Target, groups: Groups, seed: int, quick: bool = False) -> None:
         assert target.y is not None
         fit = groups.fit
-        self.probes = (ridge,) if quick or target.kind == "regression" else (ridge, logistic)
+        self.probes = PROBES[:1] if quick else PROBES
         self.target, self.groups, self.seed, self.notes = target, groups, seed, list[str]()
         self.metrics, self.y_fit, self.y = METRICS[target.kind], target.y[fit], target.y[~fit]
         self.group = np.unique(groups.number[~fit], return_inverse=True)[1]  # of the evaluated rows, numbered from 0
@@ -129,9 +202,12 @@ class ProbeTrial:
         if isinstance(rows, np.ndarray):
             unknown = {name: mean(np.full(len(rows), np.nan), self.group) for name in self.metrics if "1nn" in name}
             return task_statistics(self.target, rows, self.y, self.group) | unknown
-        fit = self.groups.fit
-        y_fit = self.y_fit if y_fit is None else y_fit
-        predicted = self._predict(rows[1].numpy().astype(np.float64), y_fit)
+        fit, number, y = self.groups.fit, self.groups.number, self.target.y.copy()  # type: ignore[union-attr]
+        y[fit] = y_fit = self.y_fit if y_fit is None else y_fit
+        some, parts = np.flatnonzero(fit), GroupKFold(min(FOLDS, len(np.unique(number[fit]))))
+        folds = [(some[train], some[test]) for train, test in parts.split(some, groups=number[fit])]
+        probe = fit_linear(replace(self.target, y=y), rows[1].numpy(), some, folds, self.probes)
+        predicted = decide(self.target.kind, rows[1][~fit].numpy() @ probe.weight.T + probe.bias)
         if self.target.kind == "regression":
             return self.measure(predicted)
         unit = F.normalize(rows[1]).numpy()
@@ -155,39 +231,6 @@ class ProbeTrial:
         dice = np.random.default_rng(self.seed)
         by_chance = self.measure(dice.permutation(rows) if isinstance(rows, np.ndarray) else rows, dice.permutation(y))
         return {CHANCE: by_chance, MAJORITY: same}
-
-    def _predict(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Of the evaluated rows, by the probe and penalty that do best in the cross-validation on the others."""
-        fit, number = self.groups.fit, self.groups.number
-        x = x - x[fit].mean(axis=0)
-        energy = (x[fit] ** 2).sum(axis=1).mean()
-        x /= np.sqrt(energy) if energy > 0 else 1.0
-        folds = list(GroupKFold(min(FOLDS, len(np.unique(number[fit])))).split(x[fit], groups=number[fit]))
-        together, best = np.zeros(len(y), dtype=int), list[tuple[float, Predict, float]]()
-        for probe in self.probes:
-            parts = [(test, self._fitted(probe, x[fit][train], y[train], x[fit][test])) for train, test in folds]
-
-            def score(penalty: float, parts: list[tuple[np.ndarray, Predict]] = parts) -> float:
-                predicted = np.empty(y.shape)
-                for test, predict in parts:
-                    predicted[test] = predict(penalty)
-                value = task_statistics(self.target, predicted, y, together)[CHOSEN_BY[self.target.kind]].value
-                return value if np.isfinite(value) else -np.inf
-
-            penalty, value = choose_penalty(score)
-            best.append((value, self._fitted(probe, x[fit], y, x[~fit]), penalty))
-        _, predict, penalty = max(best, key=lambda one: one[0])
-        return predict(penalty)
-
-    def _fitted(self, probe: Callable[..., Predict], x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
-        """A probe whose predictions are classes, 0 or 1 of labels, or values; ridge regresses indicators of classes."""
-        if probe is not ridge or self.target.kind == "regression":
-            return probe(x, y, new)
-        if self.target.kind == "multilabel":
-            scores = ridge(x, y, new)
-            return lambda penalty: (scores(penalty) > 0.5).astype(int)
-        scores = ridge(x, np.eye(len(self.target.classes))[y], new)
-        return lambda penalty: scores(penalty).argmax(axis=1)
 
 
 def task_statistics(target: Target, predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> dict[str, Statistic]:
@@ -213,66 +256,3 @@ def decide(kind: Kind, outputs: np.ndarray) -> np.ndarray:
     if kind == "regression":
         return outputs[:, 0]
     return outputs.argmax(axis=1) if kind == "classification" else (outputs > 0).astype(int)
-
-
-class LinearProbe(NamedTuple):
-    """A linear model of a target: `outputs = x Wᵀ + b` are logits of the classes or labels, or the value."""
-
-    weight: np.ndarray  # (K, d)
-    bias: np.ndarray  # (K,)
-    name: str  # of the model and its penalty
-
-
-def fit_linear(target: Target, x: np.ndarray, fit: np.ndarray, choose: np.ndarray) -> LinearProbe:
-    """Ridge or logistic regression of `x (N, d)` as one linear layer.
-
-    Args:
-        target: of the same N proteins.
-        x: vectors, which go in as they are, with one scale for all columns.
-        fit: rows to fit on.
-        choose: rows whose score decides on penalty and model; of equals the stronger penalty, and ridge.
-    """
-    assert target.y is not None
-    y, centre = target.y, x[fit].mean(axis=0, dtype=np.float64)
-    scale = float(np.sqrt(((x[fit] - centre) ** 2).sum(axis=1).mean())) or 1.0
-    z = (x - centre) / scale
-    y_fit = np.eye(len(target.classes))[y[fit]] if target.kind == "classification" else y[fit]
-    ask = np.vstack([np.eye(x.shape[1]), np.zeros(x.shape[1])])  # answers are the weights and the bias
-    closed = ridge(z[fit], y_fit, ask)
-
-    def by_ridge(penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        answers = closed(penalty).reshape(len(ask), -1)
-        return (answers[:-1] - answers[-1]).T, answers[-1] - (0.5 if target.kind == "multilabel" else 0)
-
-    def by_logistic(penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        model: Any = LogisticRegression(C=1 / (len(fit) * penalty), max_iter=200, tol=1e-5)
-        sides = y_fit.T.astype(int) if target.kind == "multilabel" else [y[fit]]
-        weights, biases = list[np.ndarray](), list[np.ndarray]()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            for side in sides:
-                if len(np.unique(side)) < 2:  # a label that all have, or none
-                    weights, biases = [*weights, np.zeros((1, x.shape[1]))], [*biases, np.array([20.0 * side[0] - 10])]
-                    continue
-                model.fit(z[fit], side)
-                two = target.kind == "classification" and len(model.coef_) == 1  # of the second class against the first
-                weights.append(np.vstack([-model.coef_, model.coef_]) / 2 if two else model.coef_)
-                biases.append(np.hstack([-model.intercept_, model.intercept_]) / 2 if two else model.intercept_)
-        return np.vstack(weights), np.concatenate(biases)
-
-    best = list[tuple[float, LinearProbe]]()
-    for name, solve in {"ridge": by_ridge, "logistic": by_logistic}.items():
-        if name == "logistic" and target.kind == "regression":
-            continue
-
-        def score(penalty: float, solve: Callable[[float], tuple[np.ndarray, np.ndarray]] = solve) -> float:
-            weight, bias = solve(penalty)
-            predicted = decide(target.kind, z[choose] @ weight.T + bias)
-            together = np.zeros(len(choose), dtype=int)
-            value = task_statistics(target, predicted, y[choose], together)[CHOSEN_BY[target.kind]].value
-            return value if np.isfinite(value) else -np.inf
-
-        penalty, value = choose_penalty(score)
-        weight, bias = solve(penalty)
-        best.append((value, LinearProbe(weight / scale, bias - weight @ centre / scale, f"{name}, {penalty:.0e}")))
-    return max(best, key=lambda one: one[0])[1]

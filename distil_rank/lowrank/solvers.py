@@ -4,7 +4,7 @@ Every solver returns `Factors` of `y = B (A x) + c` for a teacher `y = W x + b` 
 
     svd          the best B A for ‖W − B A‖ (Eckart-Young-Mirsky); knows nothing of the data; c = b
     svd_bias     the same, with c refitted to the mean of the data
-    whitened     the best B A for E‖(W − B A) x‖², uncentred, as SVD-LLM and DRONE have it; c = b
+    whitened_svd the best B A for E‖(W − B A) x‖², uncentred, as SVD-LLM and DRONE have it; c = b
     closed_form  the best B A *and* c for E‖W x + b − (B A x + c)‖²: centred reduced-rank regression
 
 All of them are nested: the first k columns of B and rows of A are the same solver's answer for rank k.
@@ -33,7 +33,7 @@ from torch import Tensor
 from distil_rank.errors import InputError
 from distil_rank.lowrank.moments import Moments
 
-Solver = Literal["svd", "svd_bias", "whitened", "closed_form"]
+Solver = Literal["svd", "svd_bias", "whitened_svd", "closed_form"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 
@@ -110,7 +110,7 @@ def solve(
     mean = moments.mean.to(weight)
     if solver == "svd_bias":
         return refit_bias(by_svd, weight, bias, mean)
-    if solver == "whitened":
+    if solver == "whitened_svd":
         second_moment = Moments(mean, moments.covariance + torch.outer(moments.mean, moments.mean), moments.rows)
         Q = output_spectrum(weight, second_moment)[1][:, :rank]
         return Factors(Q.T @ weight, Q, bias)

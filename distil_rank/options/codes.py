@@ -9,7 +9,7 @@ from distil_rank.artefact import check_writable
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
-Metric = Literal["variance", "whitened", "invariant"]
+CodeMetric = Literal["variance", "whitened", "invariant"]
 CodeType = Literal["float32", "int8", "bit"]
 NoiseSource = Literal["copies", "labels"]
 Engine = Literal["auto", "codes", "alignment", "both"]
@@ -71,7 +71,7 @@ class CodeOptions:
     """
 
     data: str = "auto"
-    metric: Metric = "invariant"
+    metric: CodeMetric = "invariant"
     rank: int = 64
     dtype: CodeType = "bit"
     codes: str = "codes"

@@ -117,8 +117,8 @@ class RecommendOptions:
         labels: Where labels come from; several tables, separated by commas, are several tasks that all must be
             retained. Without labels proteins are to be found by their augmented copies.
         keep: Share of the full vector's score that must be retained.
-        weigh: Which of three answers comes first. fastest: least time, then least bytes, or the highest score where
-            nothing is stored; smallest: least bytes, then time; best: the highest score, then the cheapest.
+        weigh: Which of three answers comes first. fastest: saves most time, then bytes, or has the highest score where
+            nothing is stored; smallest: saves most bytes, then time; best: the highest score, then the cheapest.
         max_bytes: For each protein at most.
         max_time: Share of the full backbone's time at most.
         fasta: Sequences to embed into `data` first, all layers in one pass (only what is missing there).

@@ -1,39 +1,34 @@
 """What can be recommended, and what it costs: a layer of the backbone, a metric, a rank and a type of number.
 
-Encoders are fitted in closed form. Time is measured on this machine.
+Encoders are fitted in closed form. Time is what was measured when the vectors were made.
 """
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from distil_rank.codes.fit import FittedMetric, fit_metric, origin_of
-from distil_rank.embedding.run import embed, options_like
+from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.store import open_storage, read_provenance
-from distil_rank.errors import InputError
 from distil_rank.evaluation.representations import Sides
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType
-from distil_rank.options.codes import Metric
+from distil_rank.options.codes import CodeMetric
 from distil_rank.recommendation.problem import FIT, Problem
 
 IN_MEMORY = 4  # fits: all metrics of a layer, and one more
 RANKS = (16, 32, 64, 128, 256)
-TYPES: Mapping[Metric, tuple[CodeType, ...]] = {
+TYPES: Mapping[CodeMetric, tuple[CodeType, ...]] = {
     "variance": ("float32", "int8"),  # the signs of principal components say next to nothing
     "whitened": ("float32", "int8", "bit"),
     "invariant": ("float32", "int8", "bit"),
 }
 BITS = {"float32": 32, "int8": 8, "bit": 1}
-TIMED, TIMED_WIDE, WIDE = 256, 16, 640  # proteins that are timed; fewer where the vectors are at least this wide
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Pipeline:
     """One way from a sequence to what is stored of it."""
 
     layer: str | None  # of the backbone, as the store names it; None where the vectors do not tell
-    metric: Metric
+    metric: CodeMetric
     rank: int  # numbers of each code
     dtype: CodeType  # of these numbers
 
@@ -61,7 +56,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the backbone takes up to one layer, measured here."""
+    """What the backbone takes up to one layer."""
 
     layer: str | None
     share: float  # of the time of the full depth
@@ -94,7 +89,7 @@ class Fitted:
         self.problem = problem
         self._fit = lru_cache(IN_MEMORY)(self._fit_layer)
 
-    def _fit_layer(self, layer: str | None, metric: Metric) -> FittedMetric:
+    def _fit_layer(self, layer: str | None, metric: CodeMetric) -> FittedMetric:
         problem, fit = self.problem, self.problem.split == FIT
         noise = problem.noise(layer, fit) if problem.noise and metric == "invariant" else None
         origin = origin_of(problem.about[layer])
@@ -118,37 +113,21 @@ class Fitted:
         return whole, whole
 
 
-def measure_costs(
-    layers: Sequence[str | None], about: Mapping[str, Any], sequences: Sequence[str] | None
-) -> tuple[dict[str | None, Cost], str]:
-    """Time of a backbone that stops behind each layer, on some of the proteins, of all lengths alike.
+def layer_costs(problem: Problem) -> tuple[dict[str | None, Cost], str]:
+    """Time of a backbone that stops behind each layer, by layer, as measured when the vectors were made.
 
-    By layer, as the store names them; empty where the backbone or the sequences are not at hand. And in words what was
-    measured or why not.
+    It is empty where the vectors are no store of ours, or do not say; and in words where the times come from.
     """
-    if sequences is None or about.get("backbone") is None or None in layers:
-        return {}, "Time was not measured: the vectors do not tell their backbone and layer, or have no sequences."
-    numbers = {name: int(name) for name in layers if name is not None}
-    count = TIMED_WIDE if about.get("dim", 0) >= WIDE else TIMED
-    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-    chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))]
-    with tempfile.TemporaryDirectory(prefix="distil-rank-") as name:
-        fasta = Path(name) / "timed.fasta"
-        fasta.write_text("".join(f">{row}\n{sequences[row]}\n" for row in chosen))
-        settings = options_like(about, about.get("source"))
-        deepest, log = max(numbers.values()), logging.getLogger("distil_rank.embedding")
-        level = log.level
-        log.setLevel(logging.WARNING)  # what it tells of files that are gone soon is no news
-        try:
-            embed(fasta, Path(name) / "store", about["backbone"], **{**settings, "layer": deepest})
-        except InputError as error:
-            return {}, f"Time was not measured: {error}"
-        finally:
-            log.setLevel(level)
-        [extraction] = read_provenance(open_storage(Path(name) / "store"))["extractions"]
-    measured = {one["layer"]: one for one in extraction["layer_costs"]}
-    costs: dict[str | None, Cost] = {
-        name: Cost(name, measured[layer]["share"], measured[layer]["seconds_per_1000"])
-        for name, layer in numbers.items()
-    }
-    return costs, f"Time was measured on {len(chosen):,} of the proteins, of all lengths alike, {about['precision']}."
+    about, extractions = problem.about[problem.last], list[dict[str, Any]]()
+    if about.get("format") == "store":
+        extractions = read_provenance(open_storage(split_source(problem.source)[0]))["extractions"]
+    for extraction in sorted(extractions, key=lambda one: -one.get("computed", 0)):  # the largest says most
+        known = {str(one["layer"]): one for one in extraction.get("layer_costs", [])}
+        if set(problem.layers) <= set(known):
+            costs: dict[str | None, Cost] = {
+                name: Cost(name, known[name]["share"], known[name]["seconds_per_1000"])
+                for name in problem.layers
+                if name is not None
+            }
+            return costs, f"Time is what each layer took when {extraction['computed']:,} of the vectors were made."
+    return {}, "Time was not measured: the vectors do not say what each layer took when they were made."

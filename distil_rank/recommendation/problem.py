@@ -31,7 +31,7 @@ from distil_rank.evaluation.labelled import (
 )
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target
-from distil_rank.options.codes import AugmentationOptions, Metric
+from distil_rank.options.codes import AugmentationOptions, CodeMetric
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 FIT, VALIDATE, CONFIRM = range(3)
@@ -81,7 +81,7 @@ class Problem:
         return any(task.target.kind == "retrieval" for task in self.tasks)
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
+    def metrics(self) -> tuple[CodeMetric, ...]:
         """Metrics of encoders that can be fitted here."""
         return ("variance", "whitened") if self.noise is None else ("variance", "whitened", "invariant")
 

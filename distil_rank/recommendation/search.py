@@ -35,7 +35,7 @@ SCHEMA = 2
 QUERIES = 2000  # validation proteins that each pipeline is searched with at most
 ONE_SIDED = 0.90  # level of an interval whose lower end 95 % lie above
 LOOKS = 3  # at the confirmation groups, one for each answer
-LIKELY = 0.7  # chance of being confirmed from which a pipeline is taken
+LIKELY = 0.5  # more likely to be confirmed than not: only then is a pipeline an answer
 PROBED = 12  # pipelines of a classification or regression that the probe itself is fitted to before the choice
 Costs = Mapping[str | None, Cost]  # by layer
 
@@ -61,10 +61,10 @@ class Outcome:
         """The lower end of the interval of the task whose lower end is lowest."""
         return min(interval.low for interval in self.retained)
 
-    def price(self, answer: Answer) -> tuple[float, float]:
-        """Time and bytes, what counts more first."""
-        time = 1.0 if self.time is None else self.time
-        return (self.bytes, time) if answer == "smallest" else (time, self.bytes)
+    @property
+    def price(self) -> tuple[float, int]:
+        """Time, all of it where it could not be measured, and bytes."""
+        return 1.0 if self.time is None else self.time, self.bytes
 
 
 @dataclass(frozen=True)
@@ -227,16 +227,15 @@ class Evaluator:
 def within_limits(
     problem: Problem, max_bytes: float | None = None, max_time: float | None = None, costs: Costs | None = None
 ) -> list[Pipeline]:
-    """Pipelines within the limits of bytes for each protein and, where costs are known, of time."""
+    """Pipelines within the limits of bytes for each protein and of time, all of it where costs are not known."""
     pipelines, times = grid(problem), {layer: cost.share for layer, cost in (costs or {}).items()}
-    least = min(times.values(), default=0.0 if costs is None else 1.0)
+    least = min(times.values(), default=1.0)
     allowed = [one for one in pipelines if max_bytes is None or one.bytes <= max_bytes]
     allowed = [one for one in allowed if max_time is None or times.get(one.layer, least) <= max_time]
     if not allowed:
         raise InputError(
-            f"Expected limits that some pipeline meets (from {min(one.bytes for one in pipelines)} bytes"
-            f"{f' and {least:.2f} of the time' if least else ''}) but got --max_bytes {max_bytes} and --max_time "
-            f"{max_time}."
+            f"Expected limits that some pipeline meets (from {min(one.bytes for one in pipelines)} bytes and "
+            f"{least:.2f} of the time) but got --max_bytes {max_bytes} and --max_time {max_time}."
         )
     return allowed
 
@@ -260,7 +259,7 @@ def search_pipelines(
     known = dict[Pipeline, Outcome]()
     outcomes = {one: measure(quick, one) for one in progress(pipelines, "pipelines")}
     while True:
-        answers = choose(list(outcomes.values()), quick.ties, problem.searched)
+        answers = choose(list(outcomes.values()), quick.ties, problem.searched, full_pipeline(problem).bytes)
         fresh = {one.pipeline for one in answers.values()} - set(known)
         if not probed or not fresh or len(known) >= PROBED:
             return list(outcomes.values()), answers
@@ -270,30 +269,40 @@ def search_pipelines(
 
 
 def choose(
-    outcomes: Sequence[Outcome], ties: Callable[[Outcome, Outcome], bool], searched: bool
+    outcomes: Sequence[Outcome], ties: Callable[[Outcome, Outcome], bool], searched: bool, full_bytes: int
 ) -> dict[Answer, Outcome]:
-    """The fastest, the smallest and the best of the pipelines that will probably be confirmed to retain enough.
+    """The fastest, the smallest and the best of the pipelines that are more likely to be confirmed than not.
 
-    Where there are none, of those that are likeliest to be. `fastest` takes least time, and of equals fewest bytes, or
-    where nothing is stored the highest score; `smallest` takes fewest bytes, then least time; `best` scores highest,
-    the cheapest of those that tie with the highest. What costs the same is decided by score, a tie by simplicity.
+    Where there are none, of those that are likeliest to be. `fastest` and `smallest` save most time and most bytes in
+    expectation, by the logarithm of the factor, for factors multiply: a pipeline that is not confirmed saves nothing,
+    for the full vector is used. Of what saves the same time `fastest` is the smallest, or where nothing is stored the
+    best; of what has the same bytes `smallest` is the fastest. `best` scores highest, the cheapest of those that tie
+    with the highest. What costs the same is decided by score, a tie by simplicity.
     """
+
+    def quicker(one: Outcome) -> float:
+        return -(one.likely or 0.0) * math.log(one.price[0])
+
+    def smaller(one: Outcome) -> float:
+        return (one.likely or 0.0) * math.log(full_bytes / one.bytes)
+
+    def most(some: Sequence[Outcome], saving: Callable[[Outcome], float], cost: int) -> list[Outcome]:
+        """Those that cost what the one costs that is expected to save most."""
+        top = max(some, key=saving).price[cost]
+        return [one for one in some if one.price[cost] == top]
 
     def best(some: Sequence[Outcome]) -> Outcome:
         top = max(some, key=lambda one: one.worst)
-        return min((one for one in some if one is top or ties(top, one)), key=lambda one: one.price("best"))
+        return min((one for one in some if one is top or ties(top, one)), key=lambda one: one.price)
 
-    def cheapest(answer: Answer, costs: int) -> Outcome:
-        least = min(one.price(answer)[:costs] for one in enough)
-        return best([one for one in enough if one.price(answer)[:costs] == least])
-
-    most = max(one.likely or 0.0 for one in outcomes)
-    enough = [one for one in outcomes if (one.likely or 0.0) >= min(most, LIKELY)]
-    if most == 0:
+    likeliest = max(one.likely or 0.0 for one in outcomes)
+    enough = [one for one in outcomes if (one.likely or 0.0) >= min(likeliest, LIKELY)]
+    if likeliest == 0:
         enough = [max(outcomes, key=lambda one: one.worst)]
+    fastest = most(enough, quicker, 0)
     return {
-        "fastest": cheapest("fastest", 2 if searched else 1),
-        "smallest": cheapest("smallest", 2),
+        "fastest": best(most(fastest, smaller, 1) if searched else fastest),
+        "smallest": best(most(most(enough, smaller, 1), quicker, 0)),
         "best": best(enough),
     }
 

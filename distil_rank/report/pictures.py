@@ -27,7 +27,7 @@ COLOURS = {
     "constant": "#999999",
     "svd": "#D55E00",
     "svd_bias": "#E69F00",
-    "whitened": "#CC79A7",
+    "whitened_svd": "#CC79A7",
     "closed_form": "#000000",
     RECIPE: "#0072B2",
     OURS: "#009E73",
@@ -40,7 +40,7 @@ ROLE_COLOURS = {
     "chance": "#999999",
 }
 CHOSEN, FRONT, OTHER, BASELINE = "#D55E00", "#0072B2", "#BBBBBB", "#009E73"
-NAMES = {"svd": "SVD", "svd_bias": "SVD + bias", "closed_form": "closed form"}
+NAMES = {"svd": "SVD", "svd_bias": "SVD + bias", "whitened_svd": "whitened SVD", "closed_form": "closed form"}
 SMALLEST = 1e-8  # what a logarithmic axis shows for nothing lost
 MOST_NAMES = 30  # of classes that a confusion matrix has room for
 LOWEST_R2 = -0.25  # where the sweep's axis ends; the plain SVD can lie far below

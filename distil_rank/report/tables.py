@@ -15,7 +15,7 @@ from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.results import OURS, Result, TeacherResult
 from distil_rank.evaluation.trust import PredictorResult
 from distil_rank.measure.statistics import Interval
-from distil_rank.recommendation.search import LIKELY, SCHEMA, Confirmed, Recommendation
+from distil_rank.recommendation.search import SCHEMA, Confirmed, Recommendation
 from distil_rank.report import pictures
 from distil_rank.report.writer import Report, Table, number
 
@@ -44,7 +44,8 @@ CODE_METRICS = {
 NUMBERS = {"bit": "signs", "int8": "int8 numbers", "float32": "float32 numbers"}
 RECOMMENDATION_METHOD = (
     "At least: one-sided 95 % lower end on the validation groups. Likely: the chance, from these groups alone, that as "
-    f"many others confirm it (predictive power); from {LIKELY:g} a pipeline is taken. The claims come from groups "
+    "many others confirm it (predictive power). An answer is likelier to be confirmed than not, and saves most in "
+    "expectation: likely × ln(full vector's ÷ its time, or bytes). The claims come from groups "
     "that nothing was fitted or chosen on, with intervals that hold together at 95 % (Bonferroni): t-intervals "
     "of the logarithm of the ratio, jackknife over groups. Retained: score ÷ the full vector's."
 )

@@ -74,7 +74,7 @@ def runs(workplace, experiment):
 def test_the_report_has_the_whole_comparison(distilled):
     (teacher,) = distilled["teachers"]
     methods = [row["method"] for row in teacher["comparison"]]
-    expected = ["constant", "svd", "svd_bias", "whitened", "closed_form", "original recipe", "Distil-Rank"]
+    expected = ["constant", "svd", "svd_bias", "whitened_svd", "closed_form", "original recipe", "Distil-Rank"]
     assert methods == expected
     assert distilled["schema"] == 2
     assert teacher["parameters"] == {"dense": 1056, "student": 544, "ratio": 1056 / 544, "break_even_rank": 16.0}

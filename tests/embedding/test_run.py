@@ -148,7 +148,7 @@ def test_more_proteins_are_added_and_only_they_are_computed(run, fasta, tmp_path
 )
 def test_other_settings_into_the_same_store_are_refused(run, fasta, other):
     digest = run(fasta).digest
-    with pytest.raises(InputError, match="choose another store"):
+    with pytest.raises(InputError, match="take another store: --store"):
         run(fasta, **other)
     assert run(fasta).digest == digest
 

@@ -98,7 +98,7 @@ def test_nothing_new_changes_nothing(tmp_path):
 @pytest.mark.parametrize(("key", "value"), [("pooling", "bos"), ("dim", 4), ("long", "window"), ("max_length", 6)])
 def test_other_settings_are_refused(tmp_path, key, value):
     plan(tmp_path / "s", proteins("MK"))
-    with pytest.raises(InputError, match=f"Expected {key} .*made with, but got .*choose another store"):
+    with pytest.raises(InputError, match=f"Expected {key} .*made with, but got .*take another store: --store .*/s-"):
         plan(tmp_path / "s", proteins("MV"), **{key: value})
 
 

@@ -93,16 +93,16 @@ def test_the_ladder_climbs():
     moments = Moments.of(x)
     errors = {solver: error(solve(layer.weight, layer.bias, 4, solver, moments), layer, x) for solver in SOLVERS}
     assert errors["closed_form"] < errors["svd_bias"] < errors["svd"]
-    assert errors["closed_form"] <= errors["whitened"] < errors["svd"]
+    assert errors["closed_form"] <= errors["whitened_svd"] < errors["svd"]
     for _ in range(50):  # no small step in any direction improves on it
         A, B, c = solve(layer.weight, layer.bias, 4, "closed_form", moments)
         moved = (A + 1e-3 * torch.randn_like(A), B + 1e-3 * torch.randn_like(B), c + 1e-3 * torch.randn_like(c))
         assert error(moved, layer, x) > errors["closed_form"]
 
 
-def test_whitened_minimises_the_uncentred_error_with_the_bias_retained():
+def test_whitened_svd_minimises_the_uncentred_error_with_the_bias_retained():
     layer, x = dense_layer(15, 15), correlated_rows(300, 15)
-    factors = solve(layer.weight, layer.bias, 3, "whitened", Moments.of(x))
+    factors = solve(layer.weight, layer.bias, 3, "whitened_svd", Moments.of(x))
     Y = (x @ layer.weight.T).detach()
     dropped = torch.linalg.svdvals(Y)[3:]
     assert error(factors, layer, x) == pytest.approx(float((dropped**2).sum()) / len(x), rel=1e-8)

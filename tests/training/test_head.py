@@ -38,7 +38,7 @@ def test_a_head_learns_what_a_linear_probe_cannot(trained):
     predicted = decide("classification", head(layer(data.rows("test"))).numpy())
     test = data.split_rows.test
     target = Target("classification", y=y, classes=("in", "out"))
-    probe = fit_linear(target, data.embeddings.x, data.split_rows.train, data.split_rows.val)
+    probe = fit_linear(target, data.embeddings.x, data.split_rows.train, [(data.split_rows.train, data.split_rows.val)])
     linear = decide("classification", data.embeddings.x[test] @ probe.weight.T + probe.bias)
     assert (predicted == y[test]).mean() > 0.8 > (linear == y[test]).mean()
     assert 1 <= search.tried <= 6 and "chosen: lr" in str(search)
