@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.embedding.backbone import Backbone, Encoder
 from distil_rank.embedding.esm2 import WIDE
 from distil_rank.embedding.gpu import AHEAD, GpuEncoder, Outbox, prepared
+from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.options.embed import Pooling
 
 logger = logging.getLogger(__name__)

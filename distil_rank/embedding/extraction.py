@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distil_rank.embedding.backbone import Backbone, Encoder, ESM2Backbone, load_backbone
+from distil_rank.embedding.backbone import ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder
 from distil_rank.embedding.gpu import GpuEncoder, this_gpu
 from distil_rank.embedding.int8.quantisation import CalibrationEncoder
 from distil_rank.embedding.layers import LayerCost, layer_costs, parse_layers
+from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.embedding.planning import SHARD_BYTES, Shard
 from distil_rank.embedding.precision import CALIBRATION, HEAD, choose, int8_encoder, store_calibration
 from distil_rank.embedding.sequences import CleaningReport, iter_records, uncompressed_name
