@@ -132,7 +132,7 @@ def _from_fair_esm(path: Path, name: str) -> ESM2Backbone:
 
     content = load_tensors(path)
     try:
-        weights: dict[str, Tensor] = content["model"]  # type: ignore[assignment]
+        weights: dict[str, Tensor] = content["model"]
         config = fields(fields(content["cfg"])["model"])
         heads, dropout = int(config["encoder_attention_heads"]), bool(config.get("token_dropout", True))
     except (KeyError, TypeError) as error:
