@@ -10,6 +10,7 @@ integers, and `LowRankLinear.to_linear`.
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from distil_rank.artefact import read_folder, write_folder
+from distil_rank.artefact import read_folder, write_atomically, write_folder
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.lowrank.low_rank import LowRankLinear
@@ -230,7 +231,7 @@ def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
     Half precision is widened to float32.
 
     Raises:
-        InputError: onnx or onnxruntime is not installed.
+        InputError: onnx or onnxruntime is not installed, or the file cannot be written.
         RuntimeError: ONNX Runtime does not give what the layer gives.
     """
     try:
@@ -238,19 +239,18 @@ def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
         import onnxruntime  # noqa: PLC0415
     except ImportError as error:
         raise InputError("Expected onnx and onnxruntime but they are missing; pip install onnx onnxruntime.") from error
-    path, plain = Path(path), copy.deepcopy(layer).cpu().float().eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    plain, graph = copy.deepcopy(layer).cpu().float().eval(), io.BytesIO()
     example, axes = torch.zeros(2, layer.in_features), {"x": {0: "rows"}, "y": {0: "rows"}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)  # the exporter in its place needs onnxscript, for no gain
-        names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
-        torch.onnx.export(plain, (example,), path, **names, opset_version=OPSET, dynamo=False)
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names: dict[str, Any] = {"f": graph, "input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
+        torch.onnx.export(plain, (example,), **names, opset_version=OPSET, dynamo=False)
+        session = onnxruntime.InferenceSession(graph.getvalue(), providers=["CPUExecutionProvider"])
         for rows in (1, 7):
             x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows))
             output, expected = torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), plain(x)
             difference = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
             if not difference <= TOLERANCE:
-                path.unlink()
-                raise RuntimeError(f"{path.name} differs from the layer by {difference:.2g} of its largest output.")
-    return path
+                raise RuntimeError(f"The graph differs from the layer by {difference:.2g} of its largest output.")
+    write_atomically(path, graph.getvalue())
+    return Path(path)

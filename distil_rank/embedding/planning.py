@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from distil_rank.artefact import UNFINISHED
 from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
-from distil_rank.embedding.storage import BATCH_ROWS, UNFINISHED, Storage
+from distil_rank.embedding.storage import BATCH_ROWS, Storage
 from distil_rank.embedding.store import settings_of
 from distil_rank.errors import InputError
 

@@ -150,8 +150,7 @@ def cached_sha256(path: Path) -> str:
         if len(bytes.fromhex(digest)) == hashlib.sha256().digest_size:
             return digest
     digest = sha256_of(path)
-    with suppress(OSError, InputError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(InputError):
         write_atomically(memory, digest.encode())
     return digest
 
