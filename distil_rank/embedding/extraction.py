@@ -27,7 +27,7 @@ from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.embedding.planning import SHARD_BYTES, Shard
 from distil_rank.embedding.precision import CALIBRATION, HEAD, choose, int8_encoder, store_calibration
 from distil_rank.embedding.sequences import CleaningReport, iter_records, uncompressed_name
-from distil_rank.embedding.storage import absolute
+from distil_rank.embedding.storage import is_remote
 from distil_rank.embedding.store import CODES, EMBEDDINGS
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -183,7 +183,8 @@ class Extraction:
         """What a worker of a cluster calls to compute shards; store and backbone must mean the same everywhere."""
         backbone = Path(self.options.backbone)
         name = str(backbone.absolute()) if backbone.exists() else self.options.backbone
-        options, encoder = replace(self.options, store=absolute(self.writer.path), backbone=name), self.encoder
+        store = self.writer.path if is_remote(self.writer.path) else Path(self.writer.path).absolute()
+        options, encoder = replace(self.options, store=store, backbone=name), self.encoder
 
         def make() -> Callable[[Shard], tuple[int, int]]:
             if not gpus:

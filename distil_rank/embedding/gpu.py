@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -225,18 +225,9 @@ class Outbox:
 
 def prepared(items: Iterable[Item], prepare: Callable[[Item], Result], device: torch.device) -> Iterator[Result]:
     """Applies a function to items in a thread, a few ahead; the thread pins memory with this device's driver."""
-    rest, waiting = iter(items), deque[Future[tuple[Result] | None]]()
-
-    def step() -> tuple[Result] | None:
-        for item in rest:
-            return (prepare(item),)
-        return None
-
+    rest: Iterator[Result] = map(prepare, items)
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
-        while True:
-            while len(waiting) < AHEAD:
-                waiting.append(thread.submit(step))
-            result = waiting.popleft().result()
-            if result is None:
-                return
-            yield result[0]
+        waiting = deque(thread.submit(next, rest, None) for _ in range(AHEAD))
+        while (result := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, rest, None))
+            yield result

@@ -84,7 +84,11 @@ class LayerClock:
 
     def now(self) -> Any:
         """The time; on a GPU an event that has it when the device has done what it was told to."""
-        return _event(self._device) if self.samples else time.perf_counter()
+        if not self.samples:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def lap(self, layer: int, since: Any) -> None:
         """Adds the time since then to a layer."""
@@ -96,12 +100,6 @@ class LayerClock:
                 self._laps.append((layer, since, now))
             else:
                 self._seconds[layer] += now - since
-
-
-def _event(device: torch.device) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,14 @@ def embed(
     *,
     encoder: CodeEncoder | None = None,
     as_stored: bool = False,
+    run: str | None = None,
     **options: Any,
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store lacks.
 
     Arguments are those of `EmbedOptions`; by default into embeddings/NAME. With an encoder its codes are stored.
-    `as_stored` says that other vectors decide on the precision (see `precision.choose`).
+    `as_stored` says that other vectors decide on the precision (see `precision.choose`); `run` is the MLflow run, for
+    the store's provenance.
 
     Raises:
         InputError: an option, the input, the store or the backbone cannot be used.
@@ -132,9 +134,9 @@ def embed(
         if leads:
             writer.finish()
         if leads and computed:
-            figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)} | extraction.how
+            figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3), "run": run}
             writer.record_extraction(
-                **environment(extraction.device), **figures, layer_costs=[asdict(cost) for cost in costs]
+                **environment(extraction.device), **figures | extraction.how, layer_costs=[asdict(one) for one in costs]
             )
         wait_for("finished")
         last = "".join(f":{layer}" for layer in writer.manifest.get("layers", [])[-1:])  # named: none is chosen

@@ -39,11 +39,6 @@ def is_remote(location: Location) -> bool:
     return str(location).startswith(S3)
 
 
-def absolute(location: Location) -> Location:
-    """The same place for a process with another working directory."""
-    return location if is_remote(location) else Path(location).absolute()
-
-
 class Storage:
     """Files in a folder by name, as in `parts/vectors-00000/7.arrow`; `lock` or the first file creates it."""
 
