@@ -136,15 +136,6 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
             into = Predictor.empty(manifest["predictor"])
         elif into is None:
             raise InputError(f"Expected `into` to load {path}, a whole model; give one of the same architecture.")
-        modules = dict(into.named_modules(remove_duplicate=False))
-        for name, student in students.items():
-            expected = (getattr(student, "out_features", student.rank), student.in_features)
-            shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
-            if shape != expected:
-                actual = shape if name in modules else "missing"
-                raise InputError(
-                    f"Expected {name!r} of `into` to be {expected} but it is {actual}; give the same model."
-                )
         _check_fits(state, into, students)
     except InputError:
         raise
@@ -177,16 +168,8 @@ def _describe(student: Student) -> dict[str, Any]:
     if isinstance(student, CodeEncoder):
         shape = {name: getattr(student, name) for name in ENCODER_SHAPE}
         return {"kind": "encoder", **shape, "provenance": student.provenance}
-    return {
-        "kind": "low_rank",
-        "in_features": student.in_features,
-        "out_features": student.out_features,
-        "rank": student.rank,
-        "bias": student.bias is not None,
-        "input_mean": student.input_mean is not None,
-        "dtype": str(student.A.dtype).removeprefix("torch."),
-        "provenance": student.provenance,
-    }
+    dtype = str(student.A.dtype).removeprefix("torch.")
+    return {"kind": "low_rank", **student.shape, "dtype": dtype, "provenance": student.provenance}
 
 
 def _empty(description: Mapping[str, Any]) -> Student:
@@ -205,7 +188,14 @@ def _empty(description: Mapping[str, Any]) -> Student:
 
 
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module, students: Mapping[str, Student]) -> None:
-    """Whether tensors are all those of a model with these students in it: PyTorch would load those that fit first."""
+    """Whether a model has the students' places, and tensors are all of its: PyTorch would load those that fit first."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, student in students.items():
+        place = (getattr(student, "out_features", student.rank), student.in_features)
+        shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
+        if shape != place:
+            actual = shape if name in modules else "missing"
+            raise InputError(f"Expected {name!r} of `into` to be {place} but it is {actual}; give the same model.")
     replaced = tuple(f"{name}." for name in students)
     expected = {key: value for key, value in model.state_dict().items() if not key.startswith(replaced)}
     for name, student in students.items():

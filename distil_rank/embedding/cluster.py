@@ -13,7 +13,6 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -32,27 +31,16 @@ Computer = Callable[[Shard], Any]
 _computers: list[Computer] = []  # of this worker, once it has one: a model takes seconds to load
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where workers run, and what each takes."""
-
-    address: str | None = None  # HOST:PORT; None starts a cluster on this machine for as long as it is needed
-    cores: int = 1
-    gpus: int = 0  # or 1
-
-
-def workers_on(address: str | None, cores: int | None = None, gpus: int = 0) -> Cluster:
-    """What to ask a cluster for, by default one core beside a GPU, otherwise all; `InputError` if there is none."""
-    if address is not None:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
-        except (OSError, ValueError, OverflowError) as error:
-            raise InputError(
-                f"Expected a Ray cluster at {address} but nothing answers ({getattr(error, 'strerror', 0) or error}); "
-                "start one with ray start --head, and name it as HOST:PORT."
-            ) from error
-    return Cluster(address, cores or (1 if gpus else os.cpu_count() or 1), gpus)
+def check_answers(address: str) -> None:
+    """Raises `InputError` where no cluster is at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"Expected a Ray cluster at {address} but nothing answers ({getattr(error, 'strerror', 0) or error}); "
+            "start one with ray start --head, and name it as HOST:PORT."
+        ) from error
 
 
 @contextmanager
@@ -86,11 +74,16 @@ def _compute(make: Callable[[], Computer], shard: Shard) -> Any:
 
 
 def compute_elastically(
-    shards: Sequence[Shard], make: Callable[[], Computer], cluster: Cluster, progress: str
+    shards: Sequence[Shard], make: Callable[[], Computer], address: str | None, cores: int, gpus: int = 0
 ) -> list[Any]:
     """Computes shards on all devices of a cluster, whichever are there at the time; results are in no order.
 
-    `make` is called in each worker, and returns what computes a shard; `progress` is what the bar calls the work.
+    Args:
+        shards: What to compute.
+        make: Called in each worker, returns what computes a shard.
+        address: HOST:PORT; None starts a cluster on this machine for as long as it is needed.
+        cores: That each worker takes.
+        gpus: That each worker takes, 0 or 1.
 
     Raises:
         InputError: raised by a worker, or several died on the same shard.
@@ -101,10 +94,10 @@ def compute_elastically(
     deaths: Counter[str] = Counter()
     total = sum(shard.residues for shard in shards)
     with (
-        _connected(cluster.address) as ray,
-        tqdm(total=total, desc=progress, unit="residue", unit_scale=True, disable=None) as bar,
+        _connected(address) as ray,
+        tqdm(total=total, desc="embed", unit="residue", unit_scale=True, disable=None) as bar,
     ):
-        options = {"num_cpus": cluster.cores, "num_gpus": cluster.gpus, "max_retries": 0, "max_calls": 0}
+        options = {"num_cpus": cores, "num_gpus": gpus, "max_retries": 0, "max_calls": 0}
         task, made = ray.remote(**options)(_compute), ray.put(make)
         waiting = {task.remote(made, shard): shard for shard in sorted(shards, key=lambda shard: -shard.residues)}
         while waiting:

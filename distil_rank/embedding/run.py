@@ -21,9 +21,10 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 
-from distil_rank.embedding.cluster import compute_elastically, workers_on
+from distil_rank.embedding.cluster import check_answers, compute_elastically
 from distil_rank.embedding.extraction import Extraction
 from distil_rank.embedding.layers import LayerCost, split_source
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import Store
@@ -92,11 +93,10 @@ def embed(
     """
     request = EmbedOptions(fasta, store, backbone, pooling, layer, **options)  # type: ignore[arg-type]
     request.check()
-    device = _device(request)
-    cluster = fabric = None
-    if request.engine == "ray":
-        cluster = workers_on(request.ray_address, request.ray_cores, int(device.type == "cuda"))
-    elif request.devices > 1 or request.num_nodes > 1:
+    device, fabric, elastic = _device(request), None, request.engine == "ray"
+    if request.ray_address is not None:
+        check_answers(request.ray_address)
+    if request.devices > 1 or request.num_nodes > 1:
         fabric = _launched(request)
         device = fabric.device
     leads = fabric is None or fabric.is_global_zero
@@ -116,21 +116,13 @@ def embed(
         problem = broadcast(problem)  # or the other ranks would wait forever
         if problem is not None:
             raise problem
-        devices = fabric.world_size if fabric is not None else 0 if cluster is not None else 1
+        devices = fabric.world_size if fabric is not None else 0 if elastic else 1
         shards = broadcast(extraction.pending(devices) if leads else [])
         start = time.perf_counter()
-        if cluster is not None:
-            counts = compute_elastically(shards, extraction.worker(cluster.cores, cluster.gpus), cluster, "embed")
-        elif fabric is not None:
-            largest_first = sorted(shards, key=lambda shard: -shard.residues)  # so that every rank has about as much
-            extraction.compute(largest_first[fabric.global_rank :: fabric.world_size], progress=leads)
-            wait_for("all shards")
-            counts = [(shard.rows[1] - shard.rows[0], shard.residues) for shard in shards]
-        else:
-            counts = [extraction.compute(shards)]
-        computed, residues = sum(rows for rows, _ in counts), sum(residues for _, residues in counts)
+        computed, residues = _compute(extraction, shards, fabric)
+        wait_for("all shards")
         seconds = time.perf_counter() - start
-        costs = [] if cluster is not None or not computed else extraction.costs(computed, residues, seconds)
+        costs = [] if elastic or not computed else extraction.costs(computed, residues, seconds)
         if leads:
             writer.finish()
         if leads and computed:
@@ -144,6 +136,22 @@ def embed(
         wait_for("opened")
 
     return _summary(opened, added, report, computed, residues, seconds, costs, extraction.how)
+
+
+def _compute(extraction: Extraction, shards: list[Shard], fabric: Any) -> tuple[int, int]:
+    """Computes shards on all devices of a request; the number of distinct sequences, and of their residues."""
+    request = extraction.options
+    if request.engine == "ray":
+        gpus = int(extraction.device.type == "cuda")
+        cores = request.ray_cores or (1 if gpus else os.cpu_count() or 1)
+        counts = compute_elastically(shards, extraction.worker(cores, gpus), request.ray_address, cores, gpus)
+    elif fabric is not None:
+        largest_first = sorted(shards, key=lambda shard: -shard.residues)  # so that every rank has about as much
+        extraction.compute(largest_first[fabric.global_rank :: fabric.world_size], progress=fabric.is_global_zero)
+        counts = [(shard.rows[1] - shard.rows[0], shard.residues) for shard in shards]
+    else:
+        counts = [extraction.compute(shards)]
+    return sum(rows for rows, _ in counts), sum(residues for _, residues in counts)
 
 
 def _device(request: EmbedOptions) -> torch.device:
