@@ -3,8 +3,6 @@
 Reading a folder checks every hash before anything is handed out, and nothing is ever unpickled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """A layer of a saved model compressed into a folder that deploys, as an MLflow run."""
 
-from __future__ import annotations
-
 import logging
 from collections import OrderedDict
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Sequences to vectors, or to codes, as an MLflow run."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A saved student in the format of another runtime."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import safetensors.torch

@@ -1,7 +1,5 @@
 """MLflow's own pages on the project's runs, by a process of its own."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

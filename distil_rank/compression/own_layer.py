@@ -1,7 +1,5 @@
 """Layers from files of other projects: one projection, or the short head behind it, from a saved state dict."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -7,8 +7,6 @@ For other runtimes there are `to_onnx`, whose file ONNX Runtime's own quantiser 
 integers, and `LowRankLinear.to_linear`.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import warnings

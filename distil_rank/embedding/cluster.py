@@ -4,8 +4,6 @@ Every shard is a task that waits for a device, so that machines that join the cl
 a worker dies, its shard waits again; what was finished of it stays.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -11,8 +11,6 @@ and shift are folded into the linear map that follows, so that the rounded value
 a GPU.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator

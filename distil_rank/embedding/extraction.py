@@ -3,8 +3,6 @@
 The batches of a shard follow from its sequences alone, so that a killed run's shards end in the same bytes.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -3,8 +3,6 @@
 `4` is the output of layer 4, as fair-esm's `repr_layers=[4]` gives it. The last layer's has the model's final norm.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What every backbone is to the rest: residues in, as its tokens without padding, and hidden states out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self

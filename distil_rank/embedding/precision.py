@@ -4,8 +4,6 @@ Compared is before a store has anything: int8 is calibrated on the first protein
 those that follow, in one exact pass; bf16, where it was not asked for by name, is compared on the first.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence

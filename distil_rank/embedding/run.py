@@ -4,8 +4,6 @@ One process plans under the store's lock; then one device, several under Lightni
 cluster compute whole shards, and the first process records them. The next run computes what a dead one has left.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

@@ -4,8 +4,6 @@ Both promise that a file appears whole or not at all, and takes the place of an 
 upload), and that one process at a time holds the lock, a dead one not for long (the kernel's; a lease).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil

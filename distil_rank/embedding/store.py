@@ -11,8 +11,6 @@ one. A pooled store has one vector for each row, a per-residue store as many as 
 a vector was skipped.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

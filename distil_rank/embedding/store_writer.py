@@ -10,8 +10,6 @@
 Parts and shards carry the key of what they were computed from; one with another key, or damaged, is computed again.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence

