@@ -7,8 +7,6 @@ Weights are mapped into memory, not read, and what was used of a mapping stays r
 Encoders that keep copies of the weights therefore take a mapping of their own, which ends when they are made.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -48,7 +46,7 @@ DEFAULT = "esm2_t33_650M_UR50D"
 class ESM2Backbone(Backbone):
     """An ESM-2 model of fair-esm, and where its weights come from."""
 
-    reload: Callable[[], ESM2Backbone] | None = None  # from the same files; None where `model` has none
+    reload: Callable[[], Self] | None = None  # from the same files; None where `model` has none
 
     @classmethod
     def of(cls, name: str, model: ESM2, sha256: str) -> Self:

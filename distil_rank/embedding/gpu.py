@@ -9,14 +9,12 @@ No operation here reads a value back from the device, or adds in an order that c
 each time.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +40,9 @@ class _PackedLayer(NamedTuple):
     fc1: Affine
     fc2: Affine
 
-    def to(self, dtype: torch.dtype) -> _PackedLayer:
+    def to(self, dtype: torch.dtype) -> Self:
         """In another type."""
-        return _PackedLayer(*((weight.to(dtype), bias.to(dtype)) for weight, bias in self))
+        return type(self)(*((weight.to(dtype), bias.to(dtype)) for weight, bias in self))
 
 
 def project(

@@ -5,8 +5,6 @@ are the list of modules as long as its configuration says, and its limit of resi
 Only safe weights are read (safetensors, or tensors alone of a `.bin`), and no code that comes with a model is run.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import threading
@@ -73,7 +71,7 @@ class TransformersBackbone(Backbone):
 
     def encoder(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", layers: Sequence[int] = ()
-    ) -> TransformersEncoder:
+    ) -> Encoder:
         """The encoder in some precision on a device, for these layers; by default for the last."""
         return TransformersEncoder(self, dtype, device, layers or [self.num_layers])
 
