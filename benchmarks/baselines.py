@@ -67,7 +67,7 @@ def fair_esm(weights: Path, sequences: list[str], precision: str) -> Callable[[]
     from distil_rank.embedding.backbone import load_backbone
 
     backbone = load_backbone(str(weights))
-    convert = backbone.alphabet.get_batch_converter()
+    convert = backbone.model.alphabet.get_batch_converter()
     last = backbone.num_layers
 
     def run() -> list[torch.Tensor]:

@@ -87,7 +87,7 @@ def padded(forward: Callable[[Tensor], Tensor], backbone: Any, device: torch.dev
             first = sum(map(len, means))
             longest = len(sequences[order[first]]) + 2
             batch = [sequences[i] for i in order[first : first + max(tokens // longest, 1)]]
-            ids = np.full((len(batch), longest), backbone.alphabet.padding_idx)
+            ids = np.full((len(batch), longest), backbone.model.alphabet.padding_idx)
             for row, text in enumerate(batch):
                 ids[row, : len(text) + 2] = backbone.tokens.pack([text])[0]
             lengths = torch.tensor([len(text) for text in batch]).to(device)[:, None]
@@ -119,7 +119,7 @@ def hugging_face(weights: Path, device: torch.device, faesm: bool = False, compi
     backbone: Any = load_backbone(str(weights))
     model: Any = hugging_face_model(weights, faesm).to(torch.bfloat16).to(device)
     model = torch.compile(model, dynamic=True) if compiled else model
-    forward = partial(hidden_states, model, backbone.alphabet.padding_idx)
+    forward = partial(hidden_states, model, backbone.model.alphabet.padding_idx)
     return padded(forward, backbone, device, tokens_of(device, backbone.dim) // 2)
 
 

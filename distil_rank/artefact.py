@@ -3,20 +3,20 @@
 Reading a folder checks every hash before anything is handed out, and nothing is ever unpickled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from distil_rank.errors import InputError
 
 MANIFEST = "manifest.json"
 VERSION = 1  # of the manifest's layout
+UNFINISHED = ".unfinished-"  # prefix of temporary files and folders, which a killed process leaves behind
 
 
 def sha256_of(path: str | Path) -> str:
@@ -25,18 +25,36 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk and rename it: readers see all of it or none."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write atomically: temporary file, fsync, rename, fsync of the folder; `InputError` where it fails."""
+    temporary = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}")  # which does not end in .arrow
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise InputError(
+            f"Expected to write {path} but got: {error.strerror or error}; free space there, or remove the cause, and "
+            "run the same command again: finished work is kept."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes a file of which readers see all or nothing; see `atomic_file`."""
+    with atomic_file(Path(path)) as file:
+        file.write(content)
 
 
 def json_text(value: Any, indent: int | None = 1) -> str:

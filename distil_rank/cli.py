@@ -1,7 +1,5 @@
 """The command line: one table of commands, whose options are frozen objects of `distil_rank.options`."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import logging

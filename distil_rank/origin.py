@@ -1,7 +1,5 @@
 """What the numbers of a vector depend on: the one record that stores, encoders, students and predictors share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -49,7 +47,7 @@ long=None, max_length=None, calibration_sha256=None, fallback=None)
         """What is known, for JSON."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
-    def difference(self, other: VectorOrigin, keys: tuple[str, ...]) -> str | None:
+    def difference(self, other: Self, keys: tuple[str, ...]) -> str | None:
         """The first of these keys, known here, that has another value in `other`: in words, or None.
 
         >>> VectorOrigin(layer="4").difference(VectorOrigin(layer="6"), ("pooling", "layer"))

@@ -9,7 +9,7 @@ from esm import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
-from distil_rank.embedding.tokens import ResidueTokens
+from distil_rank.embedding.model import ResidueTokens
 
 
 def tokenise(sequences: list[str], alphabet: Alphabet) -> tuple[Tensor, list[int]]:

@@ -1,7 +1,5 @@
 """Several distillations as children of one run: the three teachers of the original, or (`sweep`) several ranks."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

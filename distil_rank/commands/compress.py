@@ -1,7 +1,5 @@
 """A layer of a saved model compressed into a folder that deploys, as an MLflow run."""
 
-from __future__ import annotations
-
 import logging
 from collections import OrderedDict
 from dataclasses import asdict, replace
@@ -12,11 +10,11 @@ import torch
 import yaml
 from torch import nn
 
+from distil_rank.commands.train_teacher import open_data
 from distil_rank.compression.compress import CompressionReport
 from distil_rank.compression.compress import compress as compress_model
 from distil_rank.compression.own_layer import load_linear
 from distil_rank.compression.saved import save
-from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.metrics import energy, residual
@@ -33,9 +31,7 @@ def compress(options: CompressOptions) -> CompressionReport:
     """Compress one layer of a saved model into a folder that deploys."""
     o = options
     dense = load_linear(o.model if o.layer is None else f"{o.model}:{o.layer}").requires_grad_(False)
-    data = EmbeddingDataModule(**asdict(o.data))
-    data.prepare_data()
-    data.setup()
+    data = open_data(o.data)
     if data.dim != dense.in_features:
         raise InputError(
             f"Expected inputs of width {dense.in_features} for this layer but the data have {data.dim}; embed with"

@@ -1,8 +1,5 @@
 """Sequences to vectors, or to codes, as an MLflow run."""
 
-from __future__ import annotations
-
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +7,7 @@ from distil_rank.codes.store import load_encoder, own_encoder, write_encoder
 from distil_rank.embedding import run as embedding
 from distil_rank.embedding.extraction import default_store
 from distil_rank.embedding.run import EmbedSummary
-from distil_rank.embedding.store import CODES, EMBEDDINGS
+from distil_rank.embedding.store import CODES
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.options.embed import EmbedOptions
@@ -52,17 +49,13 @@ def embed(options: EmbedOptions) -> EmbedSummary:
     requested = {f"{key}_requested" if key in ("backbone", "precision") else key: settings[key] for key in settings}
     params = requested | {"encoder": None if encoder is None else encoder.digest}
     with start_run("embed", name, params=params, tags={}) as run:
-        summary = embedding.embed(**settings, encoder=encoder)
+        summary = embedding.embed(**settings, encoder=encoder, run=run.id)
         facts = asdict(summary)
         counts = {key: value for key, value in facts.items() if isinstance(value, int | float)}
         run.log_metrics({**counts, "residues_per_second": summary.residues_per_second})
         run.log_params({key: facts[key] for key in ("backbone", "precision")})
         run.set_tags({key: facts[key] for key in ("digest", "cleaning", "backbone", "fallback") if facts[key]})
         run.note("\n".join(f"- {key}: {value}" for key, value in facts.items()))
-        if summary.computed and process_rank() == 0:  # only rank 0's run is kept
-            writer = StoreWriter(summary.store, EMBEDDINGS if encoder is None else CODES)
-            with suppress(InputError), writer.lock():  # locked: another process is already extending the store
-                writer.record_run(run.id)
     if process_rank() == 0:
         show_facts("Embeddings", facts)
     return summary

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from distil_rank.artefact import check_writable, write_atomically
+from distil_rank.artefact import atomic_file, check_writable, write_atomically
 from distil_rank.codes.index import CodeIndex, import_faiss
 from distil_rank.codes.search import Engines, Hits, evidence_of, vectors_like
 from distil_rank.codes.store import CodeStore, manifest_of
@@ -23,7 +23,6 @@ from distil_rank.codes.votes import VoteAccuracy, members, set_cover, vote, vote
 from distil_rank.data.labels import LabelTable, read_labels
 from distil_rank.data.mmseqs import COLUMNS, MMSEQS_INSTALLATION, mmseqs_binary, mmseqs_clusters, mmseqs_search
 from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.storage import atomic_file
 from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from distil_rank.evaluation.labelled import MOST_CLUSTERED

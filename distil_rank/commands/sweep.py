@@ -1,7 +1,5 @@
 """One teacher at several ranks: a parent run with a child for each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from distil_rank.commands.benchmark import distil_several

@@ -1,7 +1,5 @@
 """The dense layer to be distilled: generated, trained or read from a file, checked, saved and reused."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """MLflow's own pages on the project's runs, by a process of its own."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -108,11 +106,9 @@ def free_port(host: str, wanted: int | None) -> int:
         InputError: if the wanted one cannot be had.
     """
     for port in (wanted,) if wanted is not None else (DEFAULT_PORT, 0):
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((host, port))
+        try:
+            with socket.create_server((host, port)) as listener:
                 return int(listener.getsockname()[1])
-            except OSError as error:
-                reason = error.strerror
+        except OSError as error:
+            reason = error.strerror
     raise InputError(f"Expected a free port at {host} but {wanted} cannot be had ({reason}): choose another --port.")

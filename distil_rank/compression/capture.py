@@ -1,7 +1,5 @@
 """The one pass over the user's data: batches through the model, hooks that sum up what its layers are given."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

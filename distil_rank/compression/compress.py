@@ -1,7 +1,5 @@
 """The public call: replace dense layers inside any model by low-rank ones, and report what they retain."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections import Counter

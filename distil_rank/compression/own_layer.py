@@ -1,28 +1,15 @@
-"""Layers from files of other projects: one projection, or the short head behind it, from a saved state dict.
+"""Layers from files of other projects: one projection, or the short head behind it, from a saved state dict."""
 
-Nothing here unpickles: PyTorch files load with `weights_only=True`, safetensors holds plain tensors.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distil_rank.errors import DAMAGE, InputError, examples
+from distil_rank.embedding.weight_files import hugging_face_files, load_tensors
+from distil_rank.errors import InputError, examples
 from distil_rank.lowrank.predictor import ACTIVATIONS
 
-HUGGING_FACE_FILES = tuple(  # in the order in which Hugging Face itself looks for them
-    f"{name}{suffix}" for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
-)
 NESTED = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, fair-esm
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -34,42 +21,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         InputError: nothing is there, it is damaged, or it holds anything that would have to be unpickled.
     """
     path = Path(path)
-    if path.is_dir():
-        file = next((path / name for name in HUGGING_FACE_FILES if (path / name).exists()), None)
-        if file is None:
-            raise InputError(f"Expected one of {', '.join(HUGGING_FACE_FILES)} in {path} but found none.")
-        path = file
     if not path.exists():
         raise InputError(f"Expected a saved model at {path} but there is nothing; check the path.")
-    try:
-        if path.suffix == ".json":  # an index of shards
-            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise InputError(f"Expected shards beside {path} but it names files elsewhere; save the model again.")
-            return {key: value for name in names for key, value in read_state_dict(path.parent / name).items()}
-        return load_file(path) if path.suffix == ".safetensors" else _read_pytorch(path)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"Expected plain tensors in {path} but it holds pickled Python objects, such as a whole model, which are"
-            " never loaded; save `model.state_dict()`."
-        ) from error
-    except (*DAMAGE, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"Expected plain tensors in {path} but it cannot be read safely ({reason}); save it again as .safetensors."
-        ) from error
-
-
-def _read_pytorch(path: Path) -> dict[str, Tensor]:
-    with torch.serialization.safe_globals([argparse.Namespace]):  # fair-esm's own files hold one
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    nested = next((key for key in NESTED if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
-    content = content[nested] if nested else content
-    if not isinstance(content, dict):
-        raise InputError(f"Expected a state dict in {path} but got a {type(content).__name__}; save `state_dict()`.")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    state: dict[str, Tensor] = {}
+    for file in hugging_face_files(path) if path.is_dir() else [path]:
+        content = load_tensors(file)
+        content = next((content[key] for key in NESTED if isinstance(content.get(key), dict)), content)
+        state |= {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return state
 
 
 def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str = "the model") -> nn.Linear:

@@ -7,9 +7,8 @@ For other runtimes there are `to_onnx`, whose file ONNX Runtime's own quantiser 
 integers, and `LowRankLinear.to_linear`.
 """
 
-from __future__ import annotations
-
 import copy
+import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from distil_rank.artefact import read_folder, write_folder
+from distil_rank.artefact import read_folder, write_atomically, write_folder
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.lowrank.low_rank import LowRankLinear
@@ -135,15 +134,6 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
             into = Predictor.empty(manifest["predictor"])
         elif into is None:
             raise InputError(f"Expected `into` to load {path}, a whole model; give one of the same architecture.")
-        modules = dict(into.named_modules(remove_duplicate=False))
-        for name, student in students.items():
-            expected = (getattr(student, "out_features", student.rank), student.in_features)
-            shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
-            if shape != expected:
-                actual = shape if name in modules else "missing"
-                raise InputError(
-                    f"Expected {name!r} of `into` to be {expected} but it is {actual}; give the same model."
-                )
         _check_fits(state, into, students)
     except InputError:
         raise
@@ -176,16 +166,8 @@ def _describe(student: Student) -> dict[str, Any]:
     if isinstance(student, CodeEncoder):
         shape = {name: getattr(student, name) for name in ENCODER_SHAPE}
         return {"kind": "encoder", **shape, "provenance": student.provenance}
-    return {
-        "kind": "low_rank",
-        "in_features": student.in_features,
-        "out_features": student.out_features,
-        "rank": student.rank,
-        "bias": student.bias is not None,
-        "input_mean": student.input_mean is not None,
-        "dtype": str(student.A.dtype).removeprefix("torch."),
-        "provenance": student.provenance,
-    }
+    dtype = str(student.A.dtype).removeprefix("torch.")
+    return {"kind": "low_rank", **student.shape, "dtype": dtype, "provenance": student.provenance}
 
 
 def _empty(description: Mapping[str, Any]) -> Student:
@@ -204,7 +186,14 @@ def _empty(description: Mapping[str, Any]) -> Student:
 
 
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module, students: Mapping[str, Student]) -> None:
-    """Whether tensors are all those of a model with these students in it: PyTorch would load those that fit first."""
+    """Whether a model has the students' places, and tensors are all of its: PyTorch would load those that fit first."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, student in students.items():
+        place = (getattr(student, "out_features", student.rank), student.in_features)
+        shape = tuple(getattr(modules.get(name), side, None) for side in ("out_features", "in_features"))
+        if shape != place:
+            actual = shape if name in modules else "missing"
+            raise InputError(f"Expected {name!r} of `into` to be {place} but it is {actual}; give the same model.")
     replaced = tuple(f"{name}." for name in students)
     expected = {key: value for key, value in model.state_dict().items() if not key.startswith(replaced)}
     for name, student in students.items():
@@ -230,7 +219,7 @@ def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
     Half precision is widened to float32.
 
     Raises:
-        InputError: onnx or onnxruntime is not installed.
+        InputError: onnx or onnxruntime is not installed, or the file cannot be written.
         RuntimeError: ONNX Runtime does not give what the layer gives.
     """
     try:
@@ -238,19 +227,18 @@ def to_onnx(layer: LowRankLinear | nn.Linear, path: str | Path) -> Path:
         import onnxruntime  # noqa: PLC0415
     except ImportError as error:
         raise InputError("Expected onnx and onnxruntime but they are missing; pip install onnx onnxruntime.") from error
-    path, plain = Path(path), copy.deepcopy(layer).cpu().float().eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    plain, graph = copy.deepcopy(layer).cpu().float().eval(), io.BytesIO()
     example, axes = torch.zeros(2, layer.in_features), {"x": {0: "rows"}, "y": {0: "rows"}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)  # the exporter in its place needs onnxscript, for no gain
-        names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
-        torch.onnx.export(plain, (example,), path, **names, opset_version=OPSET, dynamo=False)
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names: dict[str, Any] = {"f": graph, "input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
+        torch.onnx.export(plain, (example,), **names, opset_version=OPSET, dynamo=False)
+        session = onnxruntime.InferenceSession(graph.getvalue(), providers=["CPUExecutionProvider"])
         for rows in (1, 7):
             x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows))
             output, expected = torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), plain(x)
             difference = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
             if not difference <= TOLERANCE:
-                path.unlink()
-                raise RuntimeError(f"{path.name} differs from the layer by {difference:.2g} of its largest output.")
-    return path
+                raise RuntimeError(f"The graph differs from the layer by {difference:.2g} of its largest output.")
+    write_atomically(path, graph.getvalue())
+    return Path(path)

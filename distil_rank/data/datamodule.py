@@ -1,7 +1,5 @@
 """Embeddings as a LightningDataModule: extracted where missing, split without leaks, in batches."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 Nothing here unpickles: `.pt` files load with `weights_only=True`, NumPy files with `allow_pickle=False`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -1,7 +1,5 @@
 """Labels of proteins from a table, a FASTA file's headers or the data themselves."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
@@ -10,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -49,7 +47,7 @@ class LabelTable:
     @classmethod
     def of(
         cls, source: str, pairs: Sequence[tuple[str, str]], columns: Mapping[str, Mapping[str, str]] | None = None
-    ) -> LabelTable:
+    ) -> Self:
         """Labels out of ids and texts: ids shortened to accessions, missing labels left out, decimal commas read.
 
         Raises:

@@ -9,13 +9,11 @@ the rows, and a large cluster can make a test set of half the data. Here the ord
 content, and what does not fit is trained on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -142,7 +140,7 @@ class Split:
     method: str
 
     @classmethod
-    def of(cls, number: np.ndarray, method: str) -> Split:
+    def of(cls, number: np.ndarray, method: str) -> Self:
         """From the number of the split of each row, 0 to 2."""
         train, val, test = (np.flatnonzero(number == one) for one in range(3))
         return cls(train, val, test, method)

@@ -7,18 +7,16 @@ Weights are mapped into memory, not read, and what was used of a mapping stays r
 Encoders that keep copies of the weights therefore take a mapping of their own, which ends when they are made.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
 import re
 import urllib.error
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from esm import Alphabet
@@ -27,8 +25,7 @@ from torch import Tensor
 
 from distil_rank.embedding.esm2 import FusedEncoder
 from distil_rank.embedding.gpu import GpuEncoder
-from distil_rank.embedding.layers import LayerClock
-from distil_rank.embedding.tokens import ResidueTokens
+from distil_rank.embedding.model import Backbone, ResidueTokens
 from distil_rank.embedding.weight_files import (
     fair_esm_key,
     hugging_face_files,
@@ -45,77 +42,17 @@ HUB = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 DEFAULT = "esm2_t33_650M_UR50D"
 
 
-class Encoder(Protocol):
-    """A model up to some layer in some precision on a device: packed tokens in, hidden states out."""
-
-    device: torch.device
-    layer: int  # the last that is computed
-    depth: int  # of the whole model
-    clock: LayerClock
-
-    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Hidden states behind the last computed layer, (T, dim) float32; those of the model's last have its norm."""
-
-    def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
-        """Hidden states behind the embedding and each layer, without the final norm; to be used before the next."""
-
-    def normed(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the last layer after the model's final norm."""
-
-
-class Backbone(Protocol):
-    """What the rest needs to know of a protein language model."""
-
-    @property
-    def name(self) -> str:
-        """As requested; for `auto` the chosen one."""
-
-    @property
-    def dim(self) -> int:
-        """Width of the hidden states."""
-
-    @property
-    def num_layers(self) -> int:
-        """Transformer layers."""
-
-    @property
-    def tokens(self) -> ResidueTokens:
-        """How the model writes residues."""
-
-    @property
-    def limit(self) -> int | None:
-        """Residues in one pass at most, where the model has a table of positions."""
-
-    @property
-    def sha256(self) -> str:
-        """Of the weights' file, or over those of all files in order."""
-
-    @property
-    def fallback(self) -> str | None:
-        """The warning, where this is not the model that was asked for."""
-
-    def encoder(
-        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", layers: Sequence[int] = ()
-    ) -> Encoder:
-        """In some precision on a device, up to the last of these layers, whose states are wanted; by default of all."""
-
-
 @dataclass(frozen=True)
-class ESM2Backbone:
-    """An ESM-2 model in evaluation mode, and where its weights come from."""
+class ESM2Backbone(Backbone):
+    """An ESM-2 model of fair-esm, and where its weights come from."""
 
-    name: str  # as requested; for `auto` the chosen one
-    model: ESM2
-    alphabet: Alphabet
-    sha256: str  # of the weights' file, or over those of all files in order
-    fallback: str | None = None  # the warning, where `auto` could not load the 650M weights
-    reload: Callable[[], ESM2Backbone] | None = None  # from the same files; None where `model` has none
-    limit: int | None = None  # of residues in one pass: positions are rotations
+    reload: Callable[[], Self] | None = None  # from the same files; None where `model` has none
 
-    @cached_property
-    def tokens(self) -> ResidueTokens:
-        """How the model writes residues."""
-        return ResidueTokens.of_alphabet(self.alphabet)
+    @classmethod
+    def of(cls, name: str, model: ESM2, sha256: str) -> Self:
+        """A module of fair-esm with weights of this hash."""
+        tokens = ResidueTokens.of_alphabet(model.alphabet)
+        return cls(name, model.eval().requires_grad_(False), tokens, model.embed_dim, model.num_layers, sha256)
 
     def encoder(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", layers: Sequence[int] = ()
@@ -129,16 +66,6 @@ class ESM2Backbone:
             return GpuEncoder(self.model, dtype, device, last)
         model = self.model if dtype == torch.float32 else self.remapped()  # in float32 its own weights serve
         return FusedEncoder(model, dtype, device, last)
-
-    @property
-    def dim(self) -> int:
-        """Width of the hidden states."""
-        return int(self.model.embed_dim)
-
-    @property
-    def num_layers(self) -> int:
-        """Transformer layers."""
-        return int(self.model.num_layers)
 
     def remapped(self) -> ESM2:
         """The model in a mapping of its own, for an encoder that copies its weights: both leave memory together."""
@@ -203,7 +130,7 @@ def _from_fair_esm(path: Path, name: str) -> ESM2Backbone:
 
     content = load_tensors(path)
     try:
-        weights: dict[str, Tensor] = content["model"]  # type: ignore[assignment]
+        weights: dict[str, Tensor] = content["model"]
         config = fields(fields(content["cfg"])["model"])
         heads, dropout = int(config["encoder_attention_heads"]), bool(config.get("token_dropout", True))
     except (KeyError, TypeError) as error:
@@ -248,4 +175,4 @@ def _build(state: Mapping[str, Tensor], heads: int, dropout: bool, name: str, di
         else:
             complete[key] = torch.zeros(shape)
     model.load_state_dict(complete, assign=True)
-    return ESM2Backbone(name, model.eval().requires_grad_(False), alphabet, digest)
+    return ESM2Backbone.of(name, model, digest)

@@ -1,22 +1,16 @@
 """Shards computed by the workers of a Ray cluster, which come and go: one worker a device, one shard at a time.
 
-One worker more than there is room for is always asked for, so that machines that join the cluster are used without
-being told. When a worker dies, its shard goes back to the front of the queue; what was finished of it stays.
+Every shard is a task that waits for a device, so that machines that join the cluster are used without being told. When
+a worker dies, its shard waits again; what was finished of it stays.
 """
-
-from __future__ import annotations
 
 import logging
 import os
-import platform
 import signal
 import socket
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -29,32 +23,22 @@ logger = logging.getLogger(__name__)
 ANSWER_SECONDS = 10.0  # for a cluster's address to accept a connection; Ray itself would wait for minutes
 OBJECT_STORE_BYTES = 128 * 2**20  # of a cluster started here; vectors go straight into the store, not through Ray
 DEATHS = 3  # of workers on the same shard, after which the shard is taken to be the cause
-WAIT_SECONDS = 60.0  # for the first worker, before a line says what is missing
+WAIT_SECONDS = 60.0  # for a shard, before a line says what the cluster has
+
+Computer = Callable[[Shard], Any]
+_computers: list[Computer] = []  # of this worker, once it has one: a model takes seconds to load
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where workers run, and what each takes."""
-
-    address: str | None = None  # HOST:PORT; None starts a cluster on this machine for as long as it is needed
-    cores: int = 1
-    gpus: int = 0  # or 1
-
-
-def workers_on(address: str | None, cores: int | None = None, gpus: int = 0) -> Cluster:
-    """What to ask a cluster for, by default one core beside a GPU, otherwise all; `InputError` if there is none."""
-    if find_spec("ray") is None:
-        raise InputError("Expected Ray for --engine ray but it is missing; pip install 'distil-rank[ray]'.")
-    if address is not None:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
-        except (OSError, ValueError, OverflowError) as error:
-            raise InputError(
-                f"Expected a Ray cluster at {address} but nothing answers ({getattr(error, 'strerror', 0) or error}); "
-                "start one with ray start --head, and name it as HOST:PORT."
-            ) from error
-    return Cluster(address, cores or (1 if gpus else os.cpu_count() or 1), gpus)
+def check_answers(address: str) -> None:
+    """Raises `InputError` where no cluster is at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"Expected a Ray cluster at {address} but nothing answers ({getattr(error, 'strerror', 0) or error}); "
+            "start one with ray start --head, and name it as HOST:PORT."
+        ) from error
 
 
 @contextmanager
@@ -65,7 +49,6 @@ def _connected(address: str | None) -> Iterator[Any]:
     import ray  # noqa: PLC0415  (optional: the ray extra)
 
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
@@ -73,33 +56,32 @@ def _connected(address: str | None) -> Iterator[Any]:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"Expected a Ray cluster at {address or 'this machine'} but got: {reason}") from error
     try:
-        if main:  # Ray has put its own in place of the handler, which hides every exception but Ctrl-C's
+        with suppress(ValueError):  # Ray has put its own in the main thread, which hides all exceptions but Ctrl-C's
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield ray
     finally:
         ray.shutdown()
-        if main:
+        with suppress(ValueError):
             signal.signal(signal.SIGTERM, handler)
 
 
-class _Worker:
-    """One process on one device."""
-
-    def start(self, make: Callable[[], Callable[[Shard], Any]]) -> str:
-        """Loads what computing takes; returns the machine's name. No constructor, so that errors come back."""
-        self._compute = make()
-        return platform.node()
-
-    def compute(self, shard: Shard) -> Any:
-        return self._compute(shard)
+def _compute(make: Callable[[], Computer], shard: Shard) -> Any:
+    if not _computers:
+        _computers.append(make())
+    return _computers[0](shard)
 
 
 def compute_elastically(
-    shards: Sequence[Shard], make: Callable[[], Callable[[Shard], Any]], cluster: Cluster, progress: str
+    shards: Sequence[Shard], make: Callable[[], Computer], address: str | None, cores: int, gpus: int = 0
 ) -> list[Any]:
     """Computes shards on all devices of a cluster, whichever are there at the time; results are in no order.
 
-    `make` is called in each worker, and returns what computes a shard; `progress` is what the bar calls the work.
+    Args:
+        shards: What to compute.
+        make: Called in each worker, returns what computes a shard.
+        address: HOST:PORT; None starts a cluster on this machine for as long as it is needed.
+        cores: That each worker takes.
+        gpus: That each worker takes, 0 or 1.
 
     Raises:
         InputError: raised by a worker, or several died on the same shard.
@@ -107,51 +89,34 @@ def compute_elastically(
     if not shards:
         return []
     results: list[Any] = []
-    waiting = deque(sorted(shards, key=lambda shard: -shard.residues))
     deaths: Counter[str] = Counter()
-    busy: dict[Any, tuple[Any, Shard | None]] = {}  # by what is awaited: the worker, None while it starts
     total = sum(shard.residues for shard in shards)
     with (
-        _connected(cluster.address) as ray,
-        tqdm(total=total, desc=progress, unit="residue", unit_scale=True, disable=None) as bar,
+        _connected(address) as ray,
+        tqdm(total=total, desc="embed", unit="residue", unit_scale=True, disable=None) as bar,
     ):
-        remote = ray.remote(num_cpus=cluster.cores, num_gpus=cluster.gpus, max_restarts=0)(_Worker)
-        made = ray.put(make)
-        while len(results) < len(shards):
-            starting = [awaited for awaited, (_, shard) in busy.items() if shard is None]
-            if waiting and not starting:
-                worker = remote.remote()
-                busy[worker.start.remote(made)] = worker, None
-            ready, _ = ray.wait(list(busy), timeout=WAIT_SECONDS)
+        options = {"num_cpus": cores, "num_gpus": gpus, "max_retries": 0, "max_calls": 0}
+        task, made = ray.remote(**options)(_compute), ray.put(make)
+        waiting = {task.remote(made, shard): shard for shard in sorted(shards, key=lambda shard: -shard.residues)}
+        while waiting:
+            ready, _ = ray.wait(list(waiting), timeout=WAIT_SECONDS)
             if not ready:
-                level = logging.WARNING if len(starting) == len(busy) else logging.DEBUG
-                logger.log(level, "no device of the cluster is free: waiting (Ray: %s)", ray.cluster_resources())
+                logger.info("waiting for %d shards; free in the cluster: %s", len(waiting), ray.available_resources())
                 continue
-            worker, shard = busy.pop(ready[0])
-            doing = "starting" if shard is None else f"computing {shard.file}"
+            shard = waiting.pop(ready[0])
             try:
-                result = ray.get(ready[0])
+                results.append(ray.get(ready[0]))
+                bar.update(shard.residues)
             except ray.exceptions.RayTaskError as error:  # raised in the worker
                 raise InputError(str(error.cause)) if isinstance(error.cause, InputError) else error from error
             except ray.exceptions.RayError as error:  # the worker is no more
-                deaths[doing] += 1
-                if deaths[doing] >= DEATHS:
+                deaths[shard.file] += 1
+                if deaths[shard.file] >= DEATHS:
                     raise InputError(
-                        f"Expected workers to live but {DEATHS} died {doing}, for lack of memory perhaps: "
-                        f"{' '.join(str(error).split())[:300]}; lower --max_tokens, or give each more memory, and run "
-                        "the same command again."
+                        f"Expected workers to live but {DEATHS} died computing {shard.file}, for lack of memory "
+                        f"perhaps: {' '.join(str(error).split())[:300]}; lower --max_tokens, or give each more memory, "
+                        "and run the same command again."
                     ) from error
-                logger.warning("a worker died %s: once more", doing)
-                waiting.extendleft([] if shard is None else [shard])
-                continue
-            if shard is None:
-                logger.info("a worker joined on %s", result)
-            else:
-                results.append(result)
-                bar.update(shard.residues)
-            if waiting:
-                shard = waiting.popleft()
-                busy[worker.compute.remote(shard)] = worker, shard
-            else:
-                ray.kill(worker)
+                logger.warning("a worker died computing %s: once more", shard.file)
+                waiting[task.remote(made, shard)] = shard
     return results

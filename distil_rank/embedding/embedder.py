@@ -1,7 +1,5 @@
 """Sequences to vectors in memory: batches without padding, windows for long proteins, halving when out of memory."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import sys
@@ -11,16 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.embedding.backbone import Backbone, Encoder
 from distil_rank.embedding.esm2 import WIDE
 from distil_rank.embedding.gpu import AHEAD, GpuEncoder, Outbox, prepared
+from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.options.embed import Pooling
 
 logger = logging.getLogger(__name__)
@@ -73,9 +71,9 @@ class _Pass(NamedTuple):
     rows: Tensor  # to which each adds, (E,)
     steps: list[int]  # how many add at once, no two of them to the same row
 
-    def pinned(self) -> _Pass:
+    def pinned(self) -> Self:
         """In memory that a GPU copies from by itself."""
-        return _Pass(*map(_pinned, self))
+        return type(self)(*map(_pinned, self))
 
 
 def _pinned(part: Any) -> Any:

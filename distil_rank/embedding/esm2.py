@@ -11,8 +11,6 @@ and shift are folded into the linear map that follows, so that the rounded value
 a GPU.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator
@@ -27,6 +25,7 @@ from esm.model.esm2 import ESM2
 from torch import Tensor
 
 from distil_rank.embedding.layers import LayerClock
+from distil_rank.embedding.model import Encoder
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
 EXACT = 2  # first layers, whose queries and keys are not rounded: later layers amplify their errors most
@@ -49,7 +48,7 @@ class _Layer(NamedTuple):
     fc2: Affine
 
 
-class FusedEncoder:
+class FusedEncoder(Encoder):
     """The encoder of a fair-esm ESM-2 model up to one layer, for inference.
 
     Args:
@@ -61,7 +60,6 @@ class FusedEncoder:
     Attributes:
         embedding: Of each token, (tokens, dim).
         first: The first layer's queries and keys, (tokens, 2 dim), and values, (tokens, dim), of each token.
-        clock: What each layer took so far.
     """
 
     def __init__(
@@ -144,14 +142,6 @@ class FusedEncoder:
         rounded = x.to(layer.v.dtype)
         return linear(x if layer.qk[0].dtype == x.dtype else rounded, layer.qk), F.linear(rounded, layer.v)
 
-    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Hidden states of packed sequences behind the last computed layer; those of the model's last have its norm.
-
-        Tokens (T,) and their numbers are as `ResidueTokens` packs them; the result is (T, dim) float32.
-        """
-        *_, hidden = self.states(tokens, lengths)
-        return self.normed(hidden) if self.layer == self.depth else hidden
-
     @torch.no_grad()
     def normed(self, hidden: Tensor) -> Tensor:
         """Hidden states after the model's final norm."""
@@ -159,10 +149,7 @@ class FusedEncoder:
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
-        """Hidden states behind the embedding and each layer, none of them normed, (T, dim) float32.
-
-        Each is overwritten by the next: use it before going on.
-        """
+        """Hidden states behind the embedding and each layer, (T, dim) float32; each is overwritten by the next."""
         total, lap = len(tokens), self.clock.start()
         padding = -total % ROWS if self.dtype != torch.float32 else 0
         if padding:  # as an extra sequence, dropped from what is returned

@@ -3,8 +3,6 @@
 The batches of a shard follow from its sequences alone, so that a killed run's shards end in the same bytes.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,15 +16,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distil_rank.embedding.backbone import Backbone, Encoder, ESM2Backbone, load_backbone
+from distil_rank.embedding.backbone import ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder
 from distil_rank.embedding.gpu import GpuEncoder, this_gpu
 from distil_rank.embedding.int8.quantisation import CalibrationEncoder
 from distil_rank.embedding.layers import LayerCost, layer_costs, parse_layers
+from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.embedding.planning import SHARD_BYTES, Shard
 from distil_rank.embedding.precision import CALIBRATION, HEAD, choose, int8_encoder, store_calibration
 from distil_rank.embedding.sequences import CleaningReport, iter_records, uncompressed_name
-from distil_rank.embedding.storage import absolute
+from distil_rank.embedding.storage import is_remote
 from distil_rank.embedding.store import CODES, EMBEDDINGS
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -182,7 +181,8 @@ class Extraction:
         """What a worker of a cluster calls to compute shards; store and backbone must mean the same everywhere."""
         backbone = Path(self.options.backbone)
         name = str(backbone.absolute()) if backbone.exists() else self.options.backbone
-        options, encoder = replace(self.options, store=absolute(self.writer.path), backbone=name), self.encoder
+        store = self.writer.path if is_remote(self.writer.path) else Path(self.writer.path).absolute()
+        options, encoder = replace(self.options, store=store, backbone=name), self.encoder
 
         def make() -> Callable[[Shard], tuple[int, int]]:
             if not gpus:

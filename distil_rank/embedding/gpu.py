@@ -9,14 +9,12 @@ No operation here reads a value back from the device, or adds in an order that c
 each time.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +40,9 @@ class _PackedLayer(NamedTuple):
     fc1: Affine
     fc2: Affine
 
-    def to(self, dtype: torch.dtype) -> _PackedLayer:
+    def to(self, dtype: torch.dtype) -> Self:
         """In another type."""
-        return _PackedLayer(*((weight.to(dtype), bias.to(dtype)) for weight, bias in self))
+        return type(self)(*((weight.to(dtype), bias.to(dtype)) for weight, bias in self))
 
 
 def project(
@@ -232,18 +230,9 @@ class Outbox:
 
 def prepared(items: Iterable[Item], prepare: Callable[[Item], Result], device: torch.device) -> Iterator[Result]:
     """Applies a function to items in a thread, a few ahead; the thread pins memory with this device's driver."""
-    rest, waiting = iter(items), deque[Future[tuple[Result] | None]]()
-
-    def step() -> tuple[Result] | None:
-        for item in rest:
-            return (prepare(item),)
-        return None
-
+    rest: Iterator[Result] = map(prepare, items)
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
-        while True:
-            while len(waiting) < AHEAD:
-                waiting.append(thread.submit(step))
-            result = waiting.popleft().result()
-            if result is None:
-                return
-            yield result[0]
+        waiting = deque(thread.submit(next, rest, None) for _ in range(AHEAD))
+        while (result := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, rest, None))
+            yield result

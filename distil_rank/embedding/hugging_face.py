@@ -5,14 +5,11 @@ are the list of modules as long as its configuration says, and its limit of resi
 Only safe weights are read (safetensors, or tensors alone of a `.bin`), and no code that comes with a model is run.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from distil_rank.embedding.layers import LayerClock
-from distil_rank.embedding.tokens import ResidueTokens
+from distil_rank.embedding.model import Backbone, Encoder, ResidueTokens
 from distil_rank.embedding.weight_files import hugging_face_files, sha256_of_files
 from distil_rank.errors import DAMAGE, InputError, examples
 
@@ -69,27 +66,17 @@ def residue_tokens(tokenizer: Any) -> ResidueTokens | None:
     return None
 
 
-@dataclass(frozen=True)
-class TransformersBackbone:
-    """An encoder of `transformers` in evaluation mode; see `backbone.Backbone`."""
-
-    name: str
-    model: nn.Module
-    tokens: ResidueTokens
-    dim: int
-    num_layers: int
-    sha256: str  # of the weights' file, or over those of all files in order
-    limit: int | None = None  # residues in one pass, where the model has a table of positions
-    fallback: str | None = None
+class TransformersBackbone(Backbone):
+    """An encoder of `transformers`."""
 
     def encoder(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", layers: Sequence[int] = ()
-    ) -> TransformersEncoder:
+    ) -> Encoder:
         """The encoder in some precision on a device, for these layers; by default for the last."""
         return TransformersEncoder(self, dtype, device, layers or [self.num_layers])
 
 
-class TransformersEncoder:
+class TransformersEncoder(Encoder):
     """Hidden states of packed sequences; they are padded to a rectangle for the model, whose own attention it is.
 
     Args:
@@ -111,15 +98,6 @@ class TransformersEncoder:
             block.register_forward_hook(partial(self._behind, number))
         self.clock = LayerClock(self.layer, self.device)
         self._pass = threading.local()  # threads compute batches side by side
-
-    def normed(self, hidden: Tensor) -> Tensor:
-        """The last layer's states as they are: they have the model's final norm already."""
-        return hidden
-
-    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Hidden states of packed sequences behind the last wanted layer, (T, dim) float32."""
-        *_, hidden = self.states(tokens, lengths)
-        return hidden
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:

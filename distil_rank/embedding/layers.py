@@ -3,8 +3,6 @@
 `4` is the output of layer 4, as fair-esm's `repr_layers=[4]` gives it. The last layer's has the model's final norm.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from dataclasses import dataclass
@@ -84,7 +82,11 @@ class LayerClock:
 
     def now(self) -> Any:
         """The time; on a GPU an event that has it when the device has done what it was told to."""
-        return _event(self._device) if self.samples else time.perf_counter()
+        if not self.samples:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def lap(self, layer: int, since: Any) -> None:
         """Adds the time since then to a layer."""
@@ -96,12 +98,6 @@ class LayerClock:
                 self._laps.append((layer, since, now))
             else:
                 self._seconds[layer] += now - since
-
-
-def _event(device: torch.device) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 Out of core: proteins go into DuckDB, which groups and joins names and digests within a memory limit, on disk beyond it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile
@@ -12,15 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from distil_rank.artefact import UNFINISHED
 from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
-from distil_rank.embedding.storage import BATCH_ROWS, UNFINISHED, Storage
+from distil_rank.embedding.storage import BATCH_ROWS, Storage
 from distil_rank.embedding.store import settings_of
 from distil_rank.errors import InputError
 
@@ -46,10 +45,10 @@ class Shard:
     proteins: tuple[str, int, int]  # the table and its lines where these rows first appear
     residues: int
     key: str  # digest of what determines its vectors: the settings, and its lines
-    members: tuple[Shard, ...] = ()  # of several that are computed together; its parts are in the first one's folder
+    members: tuple[Self, ...] = ()  # of several that are computed together; its parts are in the first one's folder
 
     @classmethod
-    def of(cls, entry: dict[str, Any], manifest: dict[str, Any]) -> Shard:
+    def of(cls, entry: dict[str, Any], manifest: dict[str, Any]) -> Self:
         """The shard of an entry in the manifest."""
         table = next(file["sha256"] for file in manifest["proteins"] if file["file"] == entry["proteins"][0])
         inputs = [settings_of(manifest), table, entry["proteins"], entry["rows"]]
@@ -57,7 +56,7 @@ class Shard:
         return cls(entry["file"], tuple(entry["rows"]), tuple(entry["proteins"]), entry["residues"], key)
 
     @classmethod
-    def joined(cls, members: Sequence[Shard]) -> Shard:
+    def joined(cls, members: Sequence[Self]) -> Self:
         """Consecutive shards of one table, to be computed together."""
         first, last = members[0], members[-1]
         if first is last:

@@ -4,8 +4,6 @@ Compared is before a store has anything: int8 is calibrated on the first protein
 those that follow, in one exact pass; bf16, where it was not asked for by name, is compared on the first.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distil_rank.embedding.backbone import Backbone, Encoder, ESM2Backbone
+from distil_rank.embedding.backbone import ESM2Backbone
 from distil_rank.embedding.esm2 import FusedEncoder, has_bf16_units
 from distil_rank.embedding.gpu import GpuEncoder
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, has_int8_units
 from distil_rank.embedding.layers import LayerClock
+from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import open_storage
 from distil_rank.embedding.store_writer import StoreWriter

@@ -4,8 +4,6 @@ One process plans under the store's lock; then one device, several under Lightni
 cluster compute whole shards, and the first process records them. The next run computes what a dead one has left.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import platform
@@ -21,9 +19,10 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 
-from distil_rank.embedding.cluster import compute_elastically, workers_on
+from distil_rank.embedding.cluster import check_answers, compute_elastically
 from distil_rank.embedding.extraction import Extraction
 from distil_rank.embedding.layers import LayerCost, split_source
+from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import Store
@@ -78,23 +77,24 @@ def embed(
     *,
     encoder: CodeEncoder | None = None,
     as_stored: bool = False,
+    run: str | None = None,
     **options: Any,
 ) -> EmbedSummary:
     """Embeds the proteins of a file that the store lacks.
 
     Arguments are those of `EmbedOptions`; by default into embeddings/NAME. With an encoder its codes are stored.
-    `as_stored` says that other vectors decide on the precision (see `precision.choose`).
+    `as_stored` says that other vectors decide on the precision (see `precision.choose`); `run` is the MLflow run, for
+    the store's provenance.
 
     Raises:
         InputError: an option, the input, the store or the backbone cannot be used.
     """
     request = EmbedOptions(fasta, store, backbone, pooling, layer, **options)  # type: ignore[arg-type]
     request.check()
-    device = _device(request)
-    cluster = fabric = None
-    if request.engine == "ray":
-        cluster = workers_on(request.ray_address, request.ray_cores, int(device.type == "cuda"))
-    elif request.devices > 1 or request.num_nodes > 1:
+    device, fabric, elastic = _device(request), None, request.engine == "ray"
+    if request.ray_address is not None:
+        check_answers(request.ray_address)
+    if request.devices > 1 or request.num_nodes > 1:
         fabric = _launched(request)
         device = fabric.device
     leads = fabric is None or fabric.is_global_zero
@@ -114,27 +114,19 @@ def embed(
         problem = broadcast(problem)  # or the other ranks would wait forever
         if problem is not None:
             raise problem
-        devices = fabric.world_size if fabric is not None else 0 if cluster is not None else 1
+        devices = fabric.world_size if fabric is not None else 0 if elastic else 1
         shards = broadcast(extraction.pending(devices) if leads else [])
         start = time.perf_counter()
-        if cluster is not None:
-            counts = compute_elastically(shards, extraction.worker(cluster.cores, cluster.gpus), cluster, "embed")
-        elif fabric is not None:
-            largest_first = sorted(shards, key=lambda shard: -shard.residues)  # so that every rank has about as much
-            extraction.compute(largest_first[fabric.global_rank :: fabric.world_size], progress=leads)
-            wait_for("all shards")
-            counts = [(shard.rows[1] - shard.rows[0], shard.residues) for shard in shards]
-        else:
-            counts = [extraction.compute(shards)]
-        computed, residues = sum(rows for rows, _ in counts), sum(residues for _, residues in counts)
+        computed, residues = _compute(extraction, shards, fabric)
+        wait_for("all shards")
         seconds = time.perf_counter() - start
-        costs = [] if cluster is not None or not computed else extraction.costs(computed, residues, seconds)
+        costs = [] if elastic or not computed else extraction.costs(computed, residues, seconds)
         if leads:
             writer.finish()
         if leads and computed:
-            figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3)} | extraction.how
+            figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3), "run": run}
             writer.record_extraction(
-                **environment(extraction.device), **figures, layer_costs=[asdict(cost) for cost in costs]
+                **environment(extraction.device), **figures | extraction.how, layer_costs=[asdict(one) for one in costs]
             )
         wait_for("finished")
         last = "".join(f":{layer}" for layer in writer.manifest.get("layers", [])[-1:])  # named: none is chosen
@@ -142,6 +134,22 @@ def embed(
         wait_for("opened")
 
     return _summary(opened, added, report, computed, residues, seconds, costs, extraction.how)
+
+
+def _compute(extraction: Extraction, shards: list[Shard], fabric: Any) -> tuple[int, int]:
+    """Computes shards on all devices of a request; the number of distinct sequences, and of their residues."""
+    request = extraction.options
+    if request.engine == "ray":
+        gpus = int(extraction.device.type == "cuda")
+        cores = request.ray_cores or (1 if gpus else os.cpu_count() or 1)
+        counts = compute_elastically(shards, extraction.worker(cores, gpus), request.ray_address, cores, gpus)
+    elif fabric is not None:
+        largest_first = sorted(shards, key=lambda shard: -shard.residues)  # so that every rank has about as much
+        extraction.compute(largest_first[fabric.global_rank :: fabric.world_size], progress=fabric.is_global_zero)
+        counts = [(shard.rows[1] - shard.rows[0], shard.residues) for shard in shards]
+    else:
+        counts = [extraction.compute(shards)]
+    return sum(rows for rows, _ in counts), sum(residues for _, residues in counts)
 
 
 def _device(request: EmbedOptions) -> torch.device:

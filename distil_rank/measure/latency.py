@@ -6,8 +6,6 @@ what counts is the median, with the 95th percentile beside it. Autograd is off: 
 (`torch.utils.benchmark` times one candidate after another: a busy minute would be charged to whichever was running.)
 """
 
-from __future__ import annotations
-
 import math
 import os
 import platform

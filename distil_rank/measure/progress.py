@@ -1,7 +1,5 @@
 """How far a loop is, on a terminal and on a log."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

@@ -16,8 +16,6 @@ True
 False
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

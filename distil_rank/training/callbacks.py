@@ -1,7 +1,5 @@
 """Lightning callbacks for `DistilModule`: fidelity, latency, the better of start and end, curves, progress."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping, Sequence

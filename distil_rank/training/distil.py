@@ -1,10 +1,8 @@
 """Distillation: train two thin factors against a frozen dense layer, from the closed form on."""
 
-from __future__ import annotations
-
 import copy
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +116,7 @@ class DistilModule(LightningModule):
         with torch.no_grad():
             self.output_mean = teacher(moments.mean.float())
 
-    def start_from(self, other: DistilModule, layer: LowRankLinear) -> None:
+    def start_from(self, other: Self, layer: LowRankLinear) -> None:
         """Start from this layer, with what another module of the same teacher has solved on the same data."""
         self.moments, self.spectrum, self.output_variance = other.moments, other.spectrum, other.output_variance
         self.output_mean, self.layer = other.output_mean.clone(), copy.deepcopy(layer)

@@ -1,7 +1,5 @@
 """One teacher from start to finish: solve, train, run the original recipe, compare, and assemble the result."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import time

@@ -1,7 +1,5 @@
 """Teachers: the dense layers to be distilled, and a check whether one is worth it."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, Literal
 

@@ -62,7 +62,7 @@ def test_one_folder_goes_everywhere(made, tmp_path, capsys):
     dense = load_file(export(ExportOptions(str(out), "dense", 3)))
     torch.testing.assert_close(x @ dense["weight"].T + dense["bias"], student.truncate(3)(x), atol=1e-5, rtol=1e-4)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"Expected a place to write to at .* but got: (Not a directory|File exists)"):
+    with pytest.raises(InputError, match=r"Expected to write .* but got: (Not a directory|File exists)"):
         export(ExportOptions(str(out), "dense", output=str(tmp_path / "file" / "w.safetensors")))
     dense = load_file(export(ExportOptions(str(out), "dense", output=str(tmp_path / "new" / "w.safetensors"))))
     torch.testing.assert_close(x @ dense["weight"].T + dense["bias"], student(x), atol=1e-5, rtol=1e-4)

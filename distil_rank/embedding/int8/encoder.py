@@ -9,8 +9,6 @@ it is two batched products of oneDNN, of as many queries and heads as go into it
 compiled softmax between them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise

@@ -7,8 +7,6 @@ Every row is computed by itself, so that its bytes do not depend on the rows bes
 interpreter: threads run them side by side. Inputs and outputs are contiguous in their last dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import erf, sqrt
 from typing import Any
@@ -128,20 +126,17 @@ def _power(x, scale, per_scale, coefficients):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _step(row, levels):  # type: ignore[no-untyped-def]
-    """What one step is worth in a row; the largest value of floats without their sign is that of their bits."""
+def _round(row, levels, zero, out):  # type: ignore[no-untyped-def]
+    """Rounds a row to bytes; returns what one step is worth. Floats without a sign are in the order of their bits."""
     bits = row.view(np.int32)
     largest = _SMALLEST
     for j in range(bits.size):
         largest = max(largest, np.int32(bits[j] & _WITHOUT_SIGN))
-    return np.int32(largest).view(np.float32) / levels
-
-
-@_inlined
-def _round(row, step, zero, out):  # type: ignore[no-untyped-def]
+    step = np.int32(largest).view(np.float32) / levels
     per_step = _ONE / step
     for j in range(row.size):
         out[j] = np.uint8(np.int32(row[j] * per_step + zero))
+    return step
 
 
 @_inlined
@@ -186,8 +181,7 @@ def round_rows(x: Numbers, values: Bytes, steps: Floats) -> None:
     for i in range(len(x)):
         for j in range(row.size):
             row[j] = _float(x[i, j])
-        steps[i, 0] = _step(row, _LEVELS)
-        _round(row, steps[i, 0], _ZERO, values[i])
+        steps[i, 0] = _round(row, _LEVELS, _ZERO, values[i])
 
 
 @_compiled
@@ -196,8 +190,7 @@ def norm_rows(x: Floats, scale: Floats, eps: np.float32, values: Bytes, steps: F
     row = np.empty(x.shape[1], np.float32)
     for i in range(len(x)):
         _normed(x[i], scale, eps, row)
-        steps[i, 0] = _step(row, _LEVELS)
-        _round(row, steps[i, 0], _ZERO, values[i])
+        steps[i, 0] = _round(row, _LEVELS, _ZERO, values[i])
 
 
 @_compiled
@@ -207,8 +200,7 @@ def add_and_norm_rows(x, product, product_steps, bias, scale, eps, values, steps
     for i in range(len(x)):
         _add(x[i], product[i], product_steps[i, 0], bias)
         _normed(x[i], scale, eps, row)
-        steps[i, 0] = _step(row, _LEVELS)
-        _round(row, steps[i, 0], _ZERO, values[i])
+        steps[i, 0] = _round(row, _LEVELS, _ZERO, values[i])
 
 
 @_compiled
@@ -229,8 +221,7 @@ def activate_rows(
         step = product_steps[i, 0]
         for j in range(row.size):
             row[j] = _gelu(_float(product[i, j]) * step + bias[j]) * scale[j] + shift[j]
-        steps[i, 0] = _step(row, _UNSIGNED)
-        _round(row, steps[i, 0], _HALF, values[i])
+        steps[i, 0] = _round(row, _UNSIGNED, _HALF, values[i])
 
 
 @_compiled

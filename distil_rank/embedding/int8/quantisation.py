@@ -15,8 +15,6 @@ oneDNN's, as torch ships it, and knows one scale for all inputs: they are given 
 scale multiplies its row of the result. On x86 it is fast for unsigned inputs only, hence the zero points.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,7 +70,7 @@ class Calibration:
         return safetensors.torch.save(tensors, {"alpha": str(self.alpha)})
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
+    def load(cls, path: Path) -> Self:
         """Reads a file of `content`."""
         try:
             with safetensors.safe_open(path, "pt") as file:

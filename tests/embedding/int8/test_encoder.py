@@ -28,7 +28,7 @@ def proteins(number: int, seed: int = 0) -> list[str]:
 
 
 def backbone_of(model: ESM2) -> ESM2Backbone:
-    return ESM2Backbone("made here", model.eval().requires_grad_(False), model.alphabet, "0" * 64)
+    return ESM2Backbone.of("made here", model, "0" * 64)
 
 
 @pytest.fixture(scope="module")
