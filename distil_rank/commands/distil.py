@@ -22,7 +22,7 @@ from distil_rank.report.tables import comparison_report
 from distil_rank.report.writer import link, run_folder
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage
-from distil_rank.tracking.training import RunLogger, log_student, promote_champion
+from distil_rank.tracking.training import RunLogger, log_student, register_student
 from distil_rank.training.experiment import run_experiment
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ def distil_teacher(
         run.log_text(yaml.safe_dump(asdict(options)), "config.yaml")
         uri = log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": metrics["r2"]})
         lineage_key = f"{teacher.name} {digest[:16]}"  # layers of one name can differ
-        promote_champion(run, uri, r2=metrics["r2"], rank=outcome.rank, teacher=lineage_key, data=data.digest)
+        kind = {"rank": outcome.rank, "teacher": lineage_key, "data": data.digest}
+        register_student(run, uri, {"r2": metrics["r2"], **kind})
     return result
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch.nn.functional as F
@@ -115,36 +114,6 @@ def evaluate(
     return Evaluation(target.kind, labels, groups.description, fitted, evaluated, metrics, tuple(entries), tuple(lines))
 
 
-class Trial(Protocol):
-    """A task that representations of the same proteins are put to, one after the other."""
-
-    metrics: tuple[str, ...]
-    notes: list[str]
-    evaluated_groups: int
-
-    def measure(self, rows: Sides | Scores | np.ndarray) -> dict[str, Statistic]:
-        """By metric, sums over the evaluated groups; scores are for retrieval, predictions for the other tasks."""
-
-    def trivial(self, rows: Sides | Scores | np.ndarray) -> dict[str, dict[str, Statistic]]:
-        """The same by name of what takes no function: permuted labels, or one answer for every protein."""
-
-
-def headline_of(trial: Trial, metric: str | None) -> str:
-    """The metric of this name, or the trial's first."""
-    if metric is not None and metric not in trial.metrics:
-        raise InputError(f"Expected --metric out of {', '.join(trial.metrics)} but got {metric!r}.")
-    return metric or trial.metrics[0]
-
-
-def make_trial(
-    target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0, quick: bool = False
-) -> Trial:
-    """The trial that a target asks for; `quick` is for a search among hundreds of representations."""
-    if target.relevance is not None:
-        return RetrievalTrial(target.relevance, groups, max_queries, seed)
-    return ProbeTrial(target, groups, seed, quick)
-
-
 class RetrievalTrial:
     """Search among the evaluated proteins."""
 
@@ -180,3 +149,22 @@ class RetrievalTrial:
         """From the same search, by permuted labels."""
         order = np.random.default_rng(self.seed).permutation(len(self.rows))
         return {CHANCE: self.measure(rows, self.relevance.subset(order))}
+
+
+Trial = RetrievalTrial | ProbeTrial  # a task that representations of the same proteins are put to, one after the other
+
+
+def headline_of(trial: Trial, metric: str | None) -> str:
+    """The metric of this name, or the trial's first."""
+    if metric is not None and metric not in trial.metrics:
+        raise InputError(f"Expected --metric out of {', '.join(trial.metrics)} but got {metric!r}.")
+    return metric or trial.metrics[0]
+
+
+def make_trial(
+    target: Target, groups: Groups, max_queries: int = MAX_QUERIES, seed: int = 0, quick: bool = False
+) -> Trial:
+    """The trial that a target asks for; `quick` is for a search among hundreds of representations."""
+    if target.relevance is not None:
+        return RetrievalTrial(target.relevance, groups, max_queries, seed)
+    return ProbeTrial(target, groups, seed, quick)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +28,6 @@ from distil_rank.tracking.run import Run, rounded
 from distil_rank.tracking.run_store import is_remote
 
 REGISTERED_NAME = "distil-rank"
-CHAMPION = "champion"
 
 
 class RunLogger(MLFlowLogger):
@@ -148,37 +146,22 @@ def _finish(run: Run, model_id: str, metrics: Mapping[str, float]) -> None:
     run.client.log_batch(run.id, metrics=figures)
 
 
-def promote_champion(run: Run, model_uri: str, *, r2: float, rank: int, teacher: str, data: str) -> str:
-    """Register a student; make it champion if no registered one of its kind has a higher held-out R².
+def register_student(run: Run, model_uri: str, tags: Mapping[str, object]) -> str:
+    """Register a student with tags to choose by; returns its address in the registry, `models:/distil-rank/<version>`.
 
-    R² compares only at the same rank, on the same teacher and data. The best of each rank also has the
-    alias `champion-rank-<rank>`; `champion` is the newest of them.
-
-    Returns:
-        Its address in the registry: `models:/distil-rank@champion`, or `models:/distil-rank/<version>`.
+    R² compares only at the same rank, on the same teacher and data.
     """
-    client = run.client
+    client, model_id = run.client, model_uri.removeprefix("models:/")
     if not client.search_registered_models(f"name = '{REGISTERED_NAME}'"):
         client.create_registered_model(REGISTERED_NAME, description="Low-rank students, by `distil-rank`.")
-    kind = {"rank": str(rank), "teacher": teacher, "data": data}
-    baselines = [
-        float(other.tags["r2"])
-        for other in client.search_model_versions(f"name = '{REGISTERED_NAME}'")
-        if kind.items() <= other.tags.items()
-    ]
-    model_id = model_uri.removeprefix("models:/")
     local = not is_remote(run.tracking_uri)  # MLflow would look a local `models:/` up at its default address
     student = client.create_model_version(
         REGISTERED_NAME,
         client.get_logged_model(model_id).artifact_location if local else model_uri,
         run_id=run.id,
-        tags={**kind, "r2": repr(float(r2))},
+        tags={name: str(value) for name, value in tags.items()},
         model_id=model_id,
     )
     link = json.dumps([{"name": REGISTERED_NAME, "version": student.version}])
     client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
-    if r2 < max(baselines, default=-math.inf):
-        return f"models:/{REGISTERED_NAME}/{student.version}"
-    for alias in (CHAMPION, f"{CHAMPION}-rank-{rank}"):
-        client.set_registered_model_alias(REGISTERED_NAME, alias, student.version)
-    return f"models:/{REGISTERED_NAME}@{CHAMPION}"
+    return f"models:/{REGISTERED_NAME}/{student.version}"

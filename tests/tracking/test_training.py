@@ -13,7 +13,7 @@ from torch import nn
 
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import default_tracking_uri
-from distil_rank.tracking.training import log_student, promote_champion
+from distil_rank.tracking.training import log_student, register_student
 
 
 @pytest.fixture
@@ -69,29 +69,19 @@ def test_logging_a_student_leaves_it_as_it_was(project, layer, rows):
     assert layer.training and layer[0].weight.dtype == torch.float64
 
 
-def test_the_champion_is_the_best_of_its_kind(project, layer, rows):
-    def champion() -> str:
-        return run.client.get_model_version_by_alias("distil-rank", "champion").tags["r2"]
-
+def test_a_registered_student_can_be_chosen_by_its_tags(project, layer, rows):
     with start_run("distil", "one", params={}, tags={}, root=project) as run:
         uri = log_student(run, layer, rows)
-        kind = {"rank": 8, "teacher": "random", "data": "digest"}
-        assert promote_champion(run, uri, r2=0.5, **kind) == "models:/distil-rank@champion"
-        assert promote_champion(run, uri, r2=0.4, **kind) == "models:/distil-rank/2"
-        assert champion() == "0.5"
-        promote_champion(run, uri, r2=0.6, **kind)
-        assert champion() == "0.6"
-        promote_champion(run, uri, r2=0.3, **{**kind, "rank": 4})  # of another kind: nothing to compare with
-        assert champion() == "0.3"
-        assert run.client.get_model_version_by_alias("distil-rank", "champion-rank-8").tags["r2"] == "0.6"
-        promote_champion(run, uri, r2=0.1, **{**kind, "teacher": "another"})
-        assert champion() == "0.1"
+        places = [register_student(run, uri, {"r2": r2, "rank": 8}) for r2 in (0.5, 0.4)]
+    assert places == ["models:/distil-rank/1", "models:/distil-rank/2"]
+    versions = run.client.search_model_versions("name = 'distil-rank'")
+    assert max(versions, key=lambda one: float(one.tags["r2"])).version == 1 and versions[0].tags["rank"] == "8"
 
 
 @pytest.mark.slow
-def test_the_champion_answers_over_http_without_this_package(project, layer, rows, without_this_package, tmp_path):
+def test_a_student_answers_over_http_without_this_package(project, layer, rows, without_this_package, tmp_path):
     with start_run("distil", "one", params={}, tags={}, root=project) as run:
-        uri = promote_champion(run, log_student(run, layer, rows), r2=0.5, rank=3, teacher="t", data="d")
+        uri = register_student(run, log_student(run, layer, rows), {"r2": 0.5})
     arguments = ("models", "serve", "--model-uri", uri, "--env-manager", "local")
     environment = {**without_this_package, "MLFLOW_TRACKING_URI": default_tracking_uri(project)}
     with mlflow_process(*arguments, folder=tmp_path, env=environment, path="/ping") as address:
@@ -115,12 +105,12 @@ def test_a_remote_server_keeps_everything(tmp_path, layer, rows, monkeypatch):
             run.log_metrics({"test/r2": 0.5})
             run.log_text("a: 1", "config.yaml")
             run.log_dataset((5, 12), name="sample", digest="d" * 64, context="test", source="data")
-            uri = promote_champion(run, log_student(run, layer, rows), r2=0.5, rank=3, teacher="t", data="d")
+            uri = register_student(run, log_student(run, layer, rows), {"r2": 0.5})
         client = MlflowClient(address)
         retained = client.get_run(run.id)
         assert (retained.info.status, retained.data.metrics["test/r2"]) == ("FINISHED", 0.5)
-        assert uri == "models:/distil-rank@champion"
-        version = client.get_model_version_by_alias("distil-rank", "champion")
+        assert uri == "models:/distil-rank/1"
+        version = client.get_model_version("distil-rank", "1")
         assert version.run_id == run.id
         place = client.download_artifacts(run.id, "config.yaml", str(tmp_path))
         assert Path(place).read_text() == "a: 1"
