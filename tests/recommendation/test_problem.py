@@ -1,13 +1,20 @@
 """What a recommendation is made for."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from distil_rank.codes.augment import Copies
+from distil_rank.data.files import load_matrix
 from distil_rank.errors import InputError
 from distil_rank.options.evaluation import LabelOptions
+from distil_rank.recommendation import problem
+from distil_rank.recommendation.pipelines import Fitted, Pipeline
 from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, open_problem, subset_of
+from distil_rank.recommendation.search import Evaluator
 
 SAMPLE = Path(__file__).parents[2] / "data" / "functions"
 
@@ -21,11 +28,35 @@ def test_no_group_is_in_two_splits_and_proteins_without_labels_are_in_none(tmp_p
         assert len(set(opened.split[opened.group == number]) - {-1}) == 1
 
 
-def test_without_labels_nothing_is_promised():
-    """Copies of proteins, which share their composition, promised 2 bytes that retain .57 of the sample's function."""
-    bare = str(SAMPLE.parent / "sample")
-    with pytest.raises(InputError, match=r"Expected labels of the proteins in .*make code"):
-        open_problem(bare, LabelOptions())
+def test_without_labels_copies_look_for_their_originals(tmp_path, monkeypatch):
+    """Copies are made by adding noise, in place of a backbone's: what is found, and what nothing is fitted on."""
+    data = load_matrix(SAMPLE)
+    rng = np.random.default_rng(0)
+    spread = data.x.std(axis=0)
+
+    def noisy(sequences, chosen, how, layers, folder):
+        owner = np.repeat(chosen, how.copies)
+        noise = rng.normal(size=(len(owner), data.x.shape[1])) * spread
+        return [Copies((data.x[owner] + 0.5 * noise).astype(np.float32), owner) for _ in layers]
+
+    monkeypatch.setattr(problem, "embed_copies", noisy)
+    bare = replace(data, labels=None)
+    monkeypatch.setattr(problem, "load_vectors", lambda _: bare)
+    monkeypatch.setattr(problem, "own_labels", lambda *_: None)
+    opened = open_problem(str(SAMPLE), LabelOptions(), groups="none", folder=tmp_path)
+    assert opened.tasks[0].name == "augmented copies" and len(opened.split) == 706 + len(opened.split[706:])
+    assert set(opened.split[706:]) == {VALIDATE, CONFIRM}
+    fitted = Fitted(opened)
+    evaluator = Evaluator(fitted, CONFIRM)
+    assert [one.metric for one in evaluator.trials] == ["mAP"]
+    outcome = evaluator.outcome(Pipeline(opened.last, "invariant", 64, "int8"), {})
+    assert outcome.scores[0] > 0.5
+
+
+def test_data_without_labels_and_sequences_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", embeddings=np.ones((40, 3), np.float32), ids=np.array([f"p{i}" for i in range(40)]))
+    with pytest.raises(InputError, match="it has neither"):
+        open_problem(str(tmp_path / "a.npz"), LabelOptions())
 
 
 def test_whole_classes_and_a_note(tmp_path):
