@@ -217,15 +217,13 @@ def train_recipes(
     """The original's recipe: from the SVD, a fixed number of steps, the last step whatever it is."""
     started, curve, students = time.perf_counter(), RecordCurve(), []
     data = data.with_batches(ORIGINAL_BATCH, replacement=True, epoch_batches=ORIGINAL_STEPS)
-    recipe = DistilModule(module.teacher, module.layer.rank, **ORIGINAL)
-    teacher_shape = (module.teacher.in_features, module.teacher.out_features)
+    teacher, rank = module.teacher, module.layer.rank
+    recipe = DistilModule(teacher, rank, **ORIGINAL)
     for number, seed in enumerate(seeds):
         watched: dict[str, Any] = {"val_check_interval": 50, "callbacks": [LogFidelity({}), curve]}
         options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, **({"limit_val_batches": 0} if number else watched)}
         seed_everything(seed, verbose=False)
-        LowRankLinear(
-            *teacher_shape, module.layer.rank
-        )  # draws initial weights, as the original does before its batches
+        LowRankLinear(teacher.in_features, teacher.out_features, rank)  # draws weights before batches, as the original
         recipe.start_from(module, baselines["svd"])
         Trainer(**options, logger=False, enable_checkpointing=False).fit(recipe, datamodule=data)
         students.append(recipe.cpu().layer.eval())
