@@ -68,11 +68,11 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help=config_help)
     parser.add_class_arguments(options_class, as_group=False)
     # A switch alone is on: --self, or --self=false.
-    flags = {f"--{field.name}" for field in fields(options_class) if field.type == "bool"}
+    flags = {f"--{field.name}" for field in fields(options_class) if field.type is bool}
     pairs = zip(argv, [*argv[1:], "--"], strict=False)
     argv = [f"{one}=true" if one in flags and after[:2] == "--" else one for one, after in pairs]
     # A list of one needs no brackets, nor does one with commas: --seeds 42, or --ranks 8,16.
-    lists = {f"--{field.name}" for field in fields(options_class) if field.type.startswith("Sequence[")}
+    lists = {f"--{field.name}" for field in fields(options_class) if "Sequence[" in str(field.type)}
     pairs = zip(["", *argv], argv, strict=False)
     argv = [f"[{one}]" if before in lists and one[:1] not in ("[", "-") else one for before, one in pairs]
     try:

@@ -222,11 +222,10 @@ def _concatenated(parts: list[Embeddings], provenance: dict[str, Any], path: Pat
 def _read_fair_esm_folder(path: Path) -> Embeddings:
     files = sorted(path.glob("**/*.pt"))  # fair-esm makes sub-folders of a label with slashes
     parts = [_read_pt(file) for file in files]
-    for file, part in zip(files, parts, strict=True):
-        if part.provenance["format"] != "fair-esm":
-            raise InputError(f"Expected {', '.join(FAIR_ESM_KEYS)} in {file}, as fair-esm writes them; separate it.")
     first = parts[0].provenance
-    for file, other in ((file, part.provenance) for file, part in zip(files, parts, strict=True)):
+    for file, other in zip(files, (part.provenance for part in parts), strict=True):
+        if other["format"] != "fair-esm":
+            raise InputError(f"Expected {', '.join(FAIR_ESM_KEYS)} in {file}, as fair-esm writes them; separate it.")
         if other != first:
             raise InputError(
                 f"Expected one layer and pooling in {path} but got {first['pooling']} of layer {first['layer']} in "

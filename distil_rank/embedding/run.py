@@ -52,9 +52,7 @@ class EmbedSummary:
     cleaning: str
     backbone: str
     precision: str
-    precision_note: (
-        str | None
-    )  # how closely int8 followed fp32, or why it is not used; with which kernels a GPU computed
+    precision_note: str | None  # how int8 followed fp32, or why it is not used; with which kernels a GPU computed
     pooling: str
     dim: int
     layers: str
@@ -206,15 +204,11 @@ def _summary(
         skipped_ids=", ".join(skipped) or None,
         long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
         cleaning=str(report),
-        backbone=manifest["backbone"],
-        precision=manifest["precision"],
         precision_note="; ".join(notes) or None,
-        pooling=manifest["pooling"],
-        dim=manifest["dim"],
         layers=", ".join(map(str, store.layers or [manifest["layer"]])),
         layer_cost="; ".join(map(str, costs)) or None,
-        fallback=manifest["fallback"],
         digest=store.digest,
+        **{key: manifest[key] for key in ("backbone", "precision", "pooling", "dim", "fallback")},
     )
 
 

@@ -185,17 +185,16 @@ class Lease:
 
     def acquire(self) -> None:
         """Takes the lease, from a dead holder where there is one; raises `InputError` where it lives."""
-        last, alive = self._read(), False
-        if last is not None:
+        first = last = self._read()
+        if first is not None:
             logger.info("%s is locked: looking for %.0f s whether its holder is alive", self.where, SECONDS)
         for _ in range(LOOKS):
-            if last is None or alive:
+            if last is None or last != first:
                 break
             time.sleep(SECONDS / LOOKS)
-            before, last = last, self._read()
-            alive = last not in (None, before)
+            last = self._read()
         self._version = None if last is None else last[1]
-        if alive or not self.renew():
+        if last not in (None, first) or not self.renew():
             holder = last[0].decode(errors="replace").partition("\n")[0] if last else "another process"
             raise InputError(
                 f"Expected exclusive access to {self.where} but {holder} is filling it; wait for it, or choose another "

@@ -1,7 +1,5 @@
 """Options of code and search, and of augmented copies wherever they are made."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

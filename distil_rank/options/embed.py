@@ -1,7 +1,5 @@
 """What `embed` can be told."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Options of evaluate and recommend."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,8 +18,8 @@ class LabelOptions:
     """Where labels come from, and how to read them.
 
     Attributes:
-        source: CSV or TSV table, FASTA file, or `.npz`; by default what lies with the data (`labels.tsv` in a store's
-            folder, or the labels of the data file).
+        source: CSV or TSV table (recommend: several, with commas between them), FASTA file, or `.npz`; by default what
+            lies with the data (`labels.tsv` in a store's folder, or the labels of the data file).
         column: Column of the table, or array of the `.npz`, that holds the label; by default one called label, class,
             family, target or the like, else the second.
         field: Word of each FASTA header that is the label, counted from 1: 2 for SCOPe, whose first is the id.
@@ -57,11 +55,12 @@ class LabelOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """Evaluate what representations of the same proteins retain of a labelled task.
+class TaskOptions:
+    """What evaluate and recommend are told alike.
 
     Attributes:
-        data: The vectors: a store or any file that distil reads; auto is your one store or the sample.
+        data: The vectors: a store (recommend: of one or several layers) or any file that distil reads; auto is your one
+            store or the sample.
         labels: Where labels come from.
         task: Kind of the task; auto decides by the labels.
         groups: What stays in one split: a column of the table, a level of the label, clusters, mmseqs, none, or a file
@@ -69,13 +68,9 @@ class EvaluateOptions:
         fasta: Sequences to embed into `data` first (only what is missing there).
         backbone: Model for that; see embed.
         precision: For that; see embed.
-        ranks: Of the students that are fitted here; by default 16, 32, 64 and 128, as far as the vectors are wide.
-        students: Folders of saved students or encoders; FOLDER:RANK takes a lower rank.
-        others: Further matrices of the same proteins, NAME=PATH.
-        alignment: Search with MMseqs2 too, where it is installed (retrieval only).
-        metric: That is reported first; by default mAP (retrieval), mcc, macro_f1 or spearman.
-        fit_fraction: Share of the proteins to fit on.
-        seed: Of the draw of groups.
+        metric: The score that decides; by default mAP (retrieval), mcc, macro_f1 or spearman.
+        alignment: Search with MMseqs2 too, where it is installed.
+        seed: Of all draws.
         output: Folder for results.
     """
 
@@ -86,19 +81,48 @@ class EvaluateOptions:
     fasta: str | None = None
     backbone: str = "auto"
     precision: Precision = "auto"
-    ranks: list[int] | None = None
-    students: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    alignment: bool = True
     metric: str | None = None
-    fit_fraction: float = 0.5
+    alignment: bool = True
     seed: int = 0
     output: str = "results"
 
+    def _check(self, embeds: bool) -> None:
+        """What can be told of vectors and labels; `embeds` says whether proteins are to be embedded."""
+        check_writable(self.output)
+        self.labels.check()
+        if self.seed < 0:
+            raise InputError(f"Expected --seed of at least 0 but got {self.seed}.")
+        check_exists(self.data, self.data == "auto" or "://" in self.data or self.fasta is not None)
+        if self.fasta is not None and self.fasta != "-" and not Path(self.fasta).is_file():
+            raise InputError(f"Expected sequences at {self.fasta} but there is no such file; give a FASTA file.")
+        if embeds:
+            check_backbone(self.backbone)
+        elif self.precision != "auto" or self.backbone != "auto":
+            raise InputError(
+                f"Expected --fasta, whose proteins are to be embedded by {self.backbone} in {self.precision}, but "
+                "got none; vectors that are there have their own."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(TaskOptions):
+    """Evaluate what representations of the same proteins retain of a labelled task.
+
+    Attributes:
+        ranks: Of the students that are fitted here; by default 16, 32, 64 and 128, as far as the vectors are wide.
+        students: Folders of saved students or encoders; FOLDER:RANK takes a lower rank.
+        others: Further matrices of the same proteins, NAME=PATH.
+        fit_fraction: Share of the proteins to fit on.
+    """
+
+    ranks: list[int] | None = None
+    students: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    fit_fraction: float = 0.5
+
     def check(self) -> None:
         """Raises `InputError` for values out of range, files that are not there and options that contradict."""
-        check_writable(self.output)
-        _check_vectors(self)
+        self._check(embeds=self.fasta is not None)
         if min(self.ranks or [1]) < 1:
             raise InputError(f"Expected --ranks of at least 1 but got {self.ranks}.")
         if not 0 < self.fit_fraction < 1:
@@ -109,52 +133,30 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class RecommendOptions:
+class RecommendOptions(TaskOptions):
     """Recommend the cheapest pipeline that retains a function.
 
+    Several tables of labels, separated by commas, are several tasks that all must be retained; without labels proteins
+    are to be found by their augmented copies.
+
     Attributes:
-        data: A store of one or several layers, or any file that distil reads; auto is your one store or the sample.
-        labels: Where labels come from; several tables, separated by commas, are several tasks that all must be
-            retained. Without labels proteins are to be found by their augmented copies.
         keep: Share of the full vector's score that must be retained.
         weigh: Which of three answers comes first. fastest: saves most time, then bytes, or has the highest score where
             nothing is stored; smallest: saves most bytes, then time; best: the highest score, then the cheapest.
         max_bytes: For each protein at most.
         max_time: Share of the full backbone's time at most.
-        fasta: Sequences to embed into `data` first, all layers in one pass (only what is missing there).
-        backbone: Model for that; see embed.
-        precision: For that; see embed.
         proteins: At most so many of a larger FASTA file: whole classes, the largest in part.
-        task: Kind of the task; auto decides by the labels.
-        groups: What stays in one split; see evaluate.
-        metric: The score to be retained; by default mAP (retrieval), mcc, macro_f1 or spearman.
-        alignment: Search with MMseqs2 too, where it is installed.
-        seed: Of all draws.
-        output: Folder for results.
     """
 
-    data: str = "auto"
-    labels: LabelOptions = field(default_factory=LabelOptions)
     keep: float = 0.99
     weigh: Answer = "fastest"
     max_bytes: float | None = None
     max_time: float | None = None
-    fasta: str | None = None
-    backbone: str = "auto"
-    precision: Precision = "auto"
     proteins: int = 20_000
-    task: TaskKind = "auto"
-    groups: str | None = None
-    metric: str | None = None
-    alignment: bool = True
-    seed: int = 0
-    output: str = "results"
 
     def check(self) -> None:
         """Raises `InputError` for values out of range, files that are not there and options that contradict."""
-        embeds = self.fasta is not None or (self.data == "auto" and self.labels.source is None)
-        check_writable(self.output)
-        _check_vectors(self, embeds)
+        self._check(embeds=self.fasta is not None or (self.data == "auto" and self.labels.source is None))
         if not 0 < self.keep <= 2:
             raise InputError(f"Expected --keep in (0, 2], a share of the full vector's score, but got {self.keep}.")
         for name in ("max_bytes", "max_time"):
@@ -162,23 +164,3 @@ class RecommendOptions:
                 raise InputError(f"Expected --{name} above 0 but got {limit}.")
         if self.proteins < 1:
             raise InputError(f"Expected --proteins of at least 1 but got {self.proteins}.")
-
-
-def _check_vectors(options: EvaluateOptions | RecommendOptions, embeds: bool | None = None) -> None:
-    """What both commands can be told of vectors and labels."""
-    options.labels.check()
-    if options.seed < 0:
-        raise InputError(f"Expected --seed of at least 0 but got {options.seed}.")
-    data = options.data
-    named = data == "auto" or "://" in data or options.fasta is not None
-    check_exists(data, named)
-    if options.fasta is not None and options.fasta != "-" and not Path(options.fasta).is_file():
-        raise InputError(f"Expected sequences at {options.fasta} but there is no such file; give a FASTA file.")
-    embeds = options.fasta is not None if embeds is None else embeds
-    if embeds:
-        check_backbone(options.backbone)
-    elif options.precision != "auto" or options.backbone != "auto":
-        raise InputError(
-            f"Expected --fasta, whose proteins are to be embedded by {options.backbone} in {options.precision}, but "
-            "got none; vectors that are there have their own."
-        )

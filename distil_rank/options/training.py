@@ -1,7 +1,5 @@
 """Options of train-teacher, distil, benchmark and sweep."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

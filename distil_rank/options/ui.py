@@ -1,7 +1,5 @@
 """Options of ui."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from distil_rank.errors import InputError

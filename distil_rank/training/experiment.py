@@ -19,6 +19,7 @@ from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, 
 from distil_rank.evaluation.results import (
     OURS,
     RECIPE,
+    ComparisonRow,
     Curve,
     ParameterCounts,
     ParetoPoint,
@@ -127,12 +128,9 @@ def run_experiment(
     recipe = train_recipes(module, baselines, paired, seeds)
 
     held_out = HeldOut.of(data)
-    methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
-    methods |= {method: [layer] for method, layer in baselines.items()}
-    methods |= {RECIPE: recipe.students, OURS: ours.students}
-    function = function_retained(module.teacher, methods, data)
     seconds = {"closed_form": solving, RECIPE: recipe.seconds, OURS: ours.seconds + solving}
-    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
+    students = {RECIPE: recipe.students, OURS: ours.students}
+    rows = _compared(module, baselines, students, data, held_out, seconds)
 
     n, m, reached = teacher.in_features, teacher.out_features, module.layer.rank
     predicted = float(r2_curve(module.spectrum[0])[reached - 1])
@@ -163,6 +161,21 @@ def run_experiment(
     student = ours.students[0]
     student.provenance |= {"warm_start": options.warm_start, "trained_steps": ours.steps}
     return result, student
+
+
+def _compared(
+    module: DistilModule,
+    baselines: Mapping[str, nn.Module],
+    students: Mapping[str, Sequence[nn.Module]],
+    data: EmbeddingDataModule,
+    held_out: HeldOut,
+    seconds: Mapping[str, float],
+) -> list[ComparisonRow]:
+    """The constant, baselines and students on the same held-out rows."""
+    methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
+    methods |= {**{method: [layer] for method, layer in baselines.items()}, **students}
+    function = function_retained(module.teacher, methods, data)
+    return compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
 
 
 def train_students(
@@ -217,15 +230,13 @@ def train_recipes(
     """The original's recipe: from the SVD, a fixed number of steps, the last step whatever it is."""
     started, curve, students = time.perf_counter(), RecordCurve(), []
     data = data.with_batches(ORIGINAL_BATCH, replacement=True, epoch_batches=ORIGINAL_STEPS)
-    recipe = DistilModule(module.teacher, module.layer.rank, **ORIGINAL)
-    teacher_shape = (module.teacher.in_features, module.teacher.out_features)
+    teacher, rank = module.teacher, module.layer.rank
+    recipe = DistilModule(teacher, rank, **ORIGINAL)
     for number, seed in enumerate(seeds):
         watched: dict[str, Any] = {"val_check_interval": 50, "callbacks": [LogFidelity({}), curve]}
         options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, **({"limit_val_batches": 0} if number else watched)}
         seed_everything(seed, verbose=False)
-        LowRankLinear(
-            *teacher_shape, module.layer.rank
-        )  # draws initial weights, as the original does before its batches
+        LowRankLinear(teacher.in_features, teacher.out_features, rank)  # draws weights before batches, as the original
         recipe.start_from(module, baselines["svd"])
         Trainer(**options, logger=False, enable_checkpointing=False).fit(recipe, datamodule=data)
         students.append(recipe.cpu().layer.eval())

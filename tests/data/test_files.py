@@ -1,29 +1,17 @@
-"""Embeddings in and out of each format, and which data `auto` is; nothing is unpickled, damaged files are refused."""
+"""Embeddings in and out of each format; nothing is unpickled, damaged files are refused."""
 
 import argparse
 import json
 import logging
 import os
 import pickle
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 
-from distil_rank.data import files
-from distil_rank.data.files import (
-    LABELLED,
-    UNLABELLED,
-    Embeddings,
-    find_source,
-    layer_names,
-    load_matrix,
-    read_clusters,
-    sample,
-)
+from distil_rank.data.files import Embeddings, layer_names, load_matrix, read_clusters
 from distil_rank.embedding.sequences import CleaningReport, Protein
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
@@ -138,10 +126,10 @@ def test_fair_esms_folder(tmp_path, kind):
 def test_fair_esms_folder_with_two_kinds_is_refused(tmp_path, other, got):
     torch.save({"label": "P1", "mean_representations": {33: torch.zeros(4)}}, tmp_path / "P1.pt")
     torch.save({"label": "P2", **other}, tmp_path / "P2.pt")
-    torch.save({"weight": torch.zeros(4, 4)}, tmp_path / "model.pt")
-    with pytest.raises(InputError, match=r"model\.pt, as fair-esm writes them"):
+    torch.save({"weight": torch.zeros(4, 4)}, tmp_path / "Model.pt")
+    with pytest.raises(InputError, match=r"Model\.pt, as fair-esm writes them"):
         load_matrix(tmp_path)
-    (tmp_path / "model.pt").unlink()
+    (tmp_path / "Model.pt").unlink()
     with pytest.raises(InputError, match=rf"but got mean of layer 33 in P1\.pt and {got} in P2\.pt; separate them"):
         load_matrix(tmp_path)
 
@@ -299,50 +287,6 @@ def test_clusters_are_read_by_member_and_missing_ones_are_named(tmp_path):
         read_clusters(table, ["a"])
 
 
-def test_auto_is_what_ships_unless_there_is_one_finished_store_of_the_users(tmp_path, monkeypatch, caplog):
-    shipped = Path("data").resolve()
-    monkeypatch.chdir(tmp_path)
-    caplog.set_level(logging.INFO)
-    for place in ("PACKAGED", "EDITABLE"):
-        monkeypatch.setattr(files, place, tmp_path / "absent")
-    assert find_source("auto") == "synthetic"
-    assert "NO EMBEDDINGS FOUND" in caplog.text
-    assert find_source("mine.npz") == "mine.npz"
-
-    def made(name: str, finished: bool = True) -> None:
-        writer = StoreWriter(Path("embeddings") / name)
-        settings = {"dim": 4, "pooling": "mean", "long": "window", "max_length": 9, "layer": 1}
-        with writer.lock():
-            writer.plan([Protein("a", "MK")], settings, {"backbone": "x", "fallback": None}, CleaningReport(""))
-            (shard,) = writer.pending()
-            writer.write_part(shard, [0], [1], X[:1])
-            if finished:
-                writer.seal(shard)
-                writer.finish()
-
-    def auto(*arguments, **options):
-        caplog.clear()
-        return find_source("auto", *arguments, **options)
-
-    (tmp_path / "data").symlink_to(shipped)
-    shutil.copytree(shipped / "functions", "embeddings/functions-layers")  # as `make recommend` leaves it
-    assert (auto(), auto("functions")) == ("data/sample", "data/functions")
-    made("killed", finished=False)
-    assert auto() == "data/sample"
-
-    made("mine")
-    assert auto() == auto("functions") == "embeddings/mine"
-    assert "Taking the embeddings in embeddings/mine, the only finished ones" in caplog.text
-    assert "(--data, with make DATA=, names another)" in caplog.text
-    assert auto("functions", labelled=True) == "data/functions"
-    Path("embeddings/mine/labels.tsv").touch()
-    assert auto("functions", labelled=True) == "embeddings/mine"
-
-    made("yours")
-    assert auto() == "data/sample"
-    assert "as there are several of yours (embeddings/mine, embeddings/yours) (--data.source, " in caplog.text
-
-
 def test_ids_are_accessions_in_every_format_as_in_fasta(tmp_path, caplog):
     name = "sp|P69905|HBA_HUMAN"
     with h5py.File(tmp_path / "e.h5", "w") as file:
@@ -357,33 +301,6 @@ def test_ids_are_accessions_in_every_format_as_in_fasta(tmp_path, caplog):
     assert read_clusters(tmp_path / "clusters.tsv", ["P69905"]) == [name]
 
 
-def test_a_checkout_uses_its_own_data(monkeypatch, pytestconfig):
-    monkeypatch.chdir(pytestconfig.rootpath)
-    assert sample(LABELLED) == "data/functions"
-    assert sample(UNLABELLED, LABELLED) == "data/sample"
-
-
-def test_an_installed_package_uses_its_copy(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    packaged = tmp_path / "site-packages"
-    (packaged / LABELLED).mkdir(parents=True)
-    monkeypatch.setattr(files, "PACKAGED", packaged)
-    monkeypatch.setattr(files, "EDITABLE", tmp_path / "absent")
-    assert sample(UNLABELLED, LABELLED) == str(packaged / LABELLED)
-
-
-def test_outside_the_checkout_an_editable_installation_uses_its_data(monkeypatch, tmp_path, pytestconfig):
-    monkeypatch.chdir(tmp_path)
-    assert sample(LABELLED) == str(pytestconfig.rootpath / "data" / LABELLED)
-
-
-def test_what_is_missing_is_named_as_a_checkout_has_it(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for place in ("PACKAGED", "EDITABLE"):
-        monkeypatch.setattr(files, place, tmp_path / "absent")
-    assert sample(UNLABELLED) == "data/sample"
-
-
 @pytest.fixture(params=["npz", "npy", "hdf5"])
 def several_layers(request, tmp_path):
     """A file of three layers of six proteins, and the vectors, (3, 6, 4)."""
@@ -394,7 +311,6 @@ def several_layers(request, tmp_path):
     elif request.param == "npy":
         np.save(path, x)
     else:
-        h5py = pytest.importorskip("h5py")
         with h5py.File(path, "w") as file:
             for name, layer in zip(("layer_2", "layer_3", "layer_12"), x, strict=True):
                 for key, vector in zip(ids, layer, strict=True):
@@ -416,7 +332,6 @@ def test_one_of_several_layers_is_read(several_layers):
 
 
 def test_groups_of_other_names_than_layers_are_parts_of_the_name(tmp_path):
-    h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "x.h5", "w") as file:
         for name in ("human/P1", "human/P2", "mouse/P1"):
             file[name] = np.zeros(4, dtype=np.float32)

@@ -15,7 +15,7 @@ from distil_rank.embedding.store import Store
 from distil_rank.errors import InputError
 from tests.stores import MAX_TOKENS, attempt, content, lines, write_fasta
 
-KILLS = 10
+KILLS = 8
 
 
 def test_killed_again_and_again(tiny_esm2, tmp_path, forks):
