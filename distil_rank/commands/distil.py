@@ -99,8 +99,8 @@ def distil_teacher(
         run.log_text(yaml.safe_dump(asdict(options)), "config.yaml")
         uri = log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": metrics["r2"]})
         lineage_key = f"{teacher.name} {digest[:16]}"  # layers of one name can differ
-        tags = {"r2": metrics["r2"], "rank": outcome.rank, "teacher": lineage_key, "data": data.digest}
-        register_student(run, uri, tags)
+        kind = {"rank": outcome.rank, "teacher": lineage_key, "data": data.digest}
+        register_student(run, uri, {"r2": metrics["r2"], **kind})
     return result
 
 
