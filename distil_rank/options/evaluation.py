@@ -155,7 +155,7 @@ class RecommendOptions:
         embeds = self.fasta is not None or (self.data == "auto" and self.labels.source is None)
         check_writable(self.output)
         _check_vectors(self, embeds)
-        if self.fasta is not None and self.labels.source is None and not Path(self.data, "labels.tsv").is_file():
+        if self.fasta is not None and self.labels.source is None:
             raise InputError(
                 "Expected --labels.source with --fasta, for what is retained depends on the task, but got none; give a "
                 "CSV, TSV, FASTA or .npz file, or fit a code without labels: make code."
