@@ -40,16 +40,8 @@ class RunList:
 
 
 # No prefix: charts of curves come first.
-_STUDENTS = (
-    "children",
-    "r2",
-    "centred_cosine",
-    "knn_overlap",
-    "share_of_optimum",
-    "cosine",
-    "speed_up",
-    "parameter_ratio",
-)
+_FIDELITY = ("r2", "centred_cosine", "knn_overlap", "share_of_optimum", "cosine")
+_STUDENTS = ("children", *_FIDELITY, "speed_up", "parameter_ratio")
 RUN_LISTS = {
     "embed": RunList(
         "Protein sequences through ESM-2: what was read, with which weights, and how fast.",
