@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import errno
 import logging
 import sys
 import traceback
@@ -186,8 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         function = name.replace("-", "_")
         getattr(import_module(f"distil_rank.commands.{function}"), function)(options)
         return 0
-    except InputError as error:
-        print(f"{PROG}: {without_credentials(str(error))}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            reason = f"Expected room for files but got: {error.strerror}; what was finished stays."
+        print(f"{PROG}: {without_credentials(reason)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and (error.code in SIGNAL_EXIT_CODES or not was_interrupted(error)):

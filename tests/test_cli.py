@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -123,6 +124,15 @@ def test_unknown_commands_and_interrupts(capsys, monkeypatch):
         monkeypatch.setattr("distil_rank.cli.parse", stopped)
         assert main(["distil"]) == 130
         assert capsys.readouterr().err == "distil-rank: stopped; what was finished stays.\n"
+
+
+def test_a_full_disk_is_one_line(capsys, monkeypatch):
+    def full(options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("distil_rank.commands.evaluate.evaluate", full)
+    assert main(["evaluate"]) == 2
+    assert capsys.readouterr().err.strip().endswith("No space left on device; what was finished stays.")
 
 
 def test_passwords_are_neither_logged_nor_in_a_traceback():

@@ -6,6 +6,7 @@ Encoders are fitted in closed form. Time is what was measured when the vectors w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -121,13 +122,16 @@ def layer_costs(problem: Problem) -> tuple[dict[str | None, Cost], str]:
     about, extractions = problem.about[problem.last], list[dict[str, Any]]()
     if about.get("format") == "store":
         extractions = read_provenance(open_storage(split_source(problem.source)[0]))["extractions"]
-    for extraction in sorted(extractions, key=lambda one: -one.get("computed", 0)):  # the largest says most
-        known = {str(one["layer"]): one for one in extraction.get("layer_costs", [])}
-        if set(problem.layers) <= set(known):
-            costs: dict[str | None, Cost] = {
-                name: Cost(name, known[name]["share"], known[name]["seconds_per_1000"])
+    best, most = dict[str | None, Cost](), 0
+    for one in extractions:
+        with suppress(KeyError, TypeError, ValueError):  # of another version, or written by hand
+            known = {str(cost["layer"]): cost for cost in one["layer_costs"]}
+            costs = {
+                name: Cost(name, float(known[str(name)]["share"]), float(known[str(name)]["seconds_per_1000"]))
                 for name in problem.layers
-                if name is not None
             }
-            return costs, f"Time is what each layer took when {extraction['computed']:,} of the vectors were made."
-    return {}, "Time was not measured: the vectors do not say what each layer took when they were made."
+            if one["computed"] > most and all(0 < cost.share <= 1 for cost in costs.values()):
+                best, most = costs, one["computed"]  # the largest pass says most
+    if not best:
+        return {}, "Time was not measured: the vectors do not say what each layer took when they were made."
+    return best, f"Time is what each layer took when {most:,} of the vectors were made."

@@ -20,8 +20,6 @@ SIGNAL_EXIT_CODES = {128 + number for number in (signal.SIGINT, signal.SIGTERM, 
 LINEAGE = ("embedding_run", "fallback", "digest", "backbone", "split")
 VIEW = "distil-rank"  # the key of the view that a run list opens with
 MODEL_TRAINING = "workflowType=machine_learning"  # in a page's address: not among the pages of generative models
-
-
 WIDTHS = {"choice": 220, "verdict": 120, "source": 180, "codes": 160, "fasta": 160}  # of columns of long words
 
 
@@ -41,13 +39,9 @@ class RunList:
         return json.dumps({"selectedColumns": list(named), "columnOrder": list(named), "columnWidths": widths})
 
 
-_FIDELITY = (
-    "r2",
-    "centred_cosine",
-    "knn_overlap",
-    "share_of_optimum",
-    "cosine",
-)  # no prefix: charts of curves come first
+# No prefix: charts of curves come first.
+_FIDELITY = ("r2", "centred_cosine", "knn_overlap", "share_of_optimum", "cosine")
+_STUDENTS = ("children", *_FIDELITY, "speed_up", "parameter_ratio")
 RUN_LISTS = {
     "embed": RunList(
         "Protein sequences through ESM-2: what was read, with which weights, and how fast.",
@@ -62,12 +56,12 @@ RUN_LISTS = {
     "distil": RunList(
         "Low-rank students beside the teachers they replace, on held-out proteins. A benchmark shows its best.",
         params=("teacher", "rank", "backbone"),
-        metrics=("children", *_FIDELITY, "speed_up", "parameter_ratio"),
+        metrics=_STUDENTS,
     ),
     "sweep": RunList(
         "One teacher at many ranks: a sweep shows the best of its runs; open it to compare them.",
         params=("teacher", "rank", "backbone"),
-        metrics=("children", *_FIDELITY, "speed_up", "parameter_ratio"),
+        metrics=_STUDENTS,
     ),
     "evaluate": RunList(
         "Representations of the same proteins on labelled tasks: what each keeps of the full vector's function.",

@@ -210,3 +210,6 @@ def test_times_are_those_of_the_pass_that_made_most_of_the_vectors(tmp_path, req
     (store / "provenance.json").write_text(json.dumps({"extractions": passes}))
     costs, words = pipelines.layer_costs(problem)
     assert costs == {"6": Cost("6", 1.0, 40.0)} and "700 of the vectors" in words
+    for wrong in ({"computed": "x", "layer_costs": 7}, made("x", 1.0), made(5, "half"), made(5, 2.0), {}):
+        (store / "provenance.json").write_text(json.dumps({"extractions": [wrong]}))
+        assert pipelines.layer_costs(problem)[0] == {}
