@@ -216,25 +216,28 @@ def _copy_problem(
 def subset_of(fasta: str, labels: LabelOptions, proteins: int, seed: int, folder: Path) -> tuple[str, str | None]:
     """The file itself where it has no more than `proteins`, else a file in `folder` of some, and a note that says so.
 
-    These are whole classes, so that there is something to find, and a part of classes too large for that.
+    With labels these are whole classes, so that there is something to find, and a part of classes too large for that.
     """
     everything, _ = read_proteins(fasta)
-    if len(everything) <= proteins or labels.source is None:
+    if len(everything) <= proteins:
         return fasta, None
-    dice, members = np.random.default_rng(seed), dict[str, list[int]]()
-    first = labels.source if Path(labels.source).is_file() else labels.source.split(",")[0]
-    table = read_labels(replace(labels, source=first)).labels
-    for row in dice.permutation(len(everything)):
-        if everything[row].id in table:
-            members.setdefault(table[everything[row].id], []).append(row)
-    if not members:
-        raise InputError(f"Expected labels of the proteins in the FASTA file but {first} has none of them.")
-    most = max(proteins // len(members), proteins // LARGE, 1)
-    drawn = np.concatenate([members[name][:most] for name in dice.permutation(sorted(members))])
-    chosen = np.sort(drawn[:proteins])
+    dice = np.random.default_rng(seed)
+    chosen = dice.permutation(len(everything))
+    if labels.source is not None:
+        first = labels.source if Path(labels.source).is_file() else labels.source.split(",")[0]
+        table = read_labels(replace(labels, source=first)).labels
+        members: dict[str, list[int]] = {}
+        for row in chosen:
+            if everything[row].id in table:
+                members.setdefault(table[everything[row].id], []).append(row)
+        if not members:
+            raise InputError(f"Expected labels of the proteins in the FASTA file but {first} has none of them.")
+        most = max(proteins // len(members), proteins // LARGE, 1)
+        chosen = np.concatenate([members[name][:most] for name in dice.permutation(sorted(members))])
+    chosen = np.sort(chosen[:proteins])
     text = "".join(f">{everything[row].id}\n{everything[row].sequence}\n" for row in chosen)
     path = folder / f"subset-{hashlib.sha256(text.encode()).hexdigest()[:12]}.fasta"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    note = f"FEWER PROTEINS: {len(chosen):,} of {len(everything):,}, classes at random, the largest in part"
-    return str(path), f"{note} (--proteins takes more)"
+    how = "classes at random, the largest in part" if labels.source is not None else "at random"
+    return str(path), f"FEWER PROTEINS: {len(chosen):,} of {len(everything):,}, {how} (--proteins takes more)"

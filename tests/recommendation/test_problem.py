@@ -74,6 +74,8 @@ def test_whole_classes_and_a_note(tmp_path):
         {f"p{3 * k}", f"p{3 * k + 1}", f"p{3 * k + 2}"} <= set(retained)
         for k in {int(one[1:]) // 3 for one in retained}
     )
+    unlabelled, note = subset_of(fasta, LabelOptions(), 10, 0, tmp_path)
+    assert Path(unlabelled).read_text().count(">") == 10 and "10 of 90, at random" in note
 
 
 @pytest.mark.parametrize(
