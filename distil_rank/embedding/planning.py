@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from distil_rank.artefact import UNFINISHED
 from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
-from distil_rank.embedding.storage import BATCH_ROWS, Storage
+from distil_rank.embedding.storage import BATCH_ROWS, Storage, is_remote
 from distil_rank.embedding.store import settings_of
 from distil_rank.errors import InputError
 
@@ -96,7 +96,8 @@ def write_new_proteins(
         InputError: the store has a protein of one of the names with another sequence, or the disk is full.
     """
     try:
-        folder = tempfile.TemporaryDirectory(dir=store.scratch, prefix=UNFINISHED)
+        place = None if is_remote(store.location) else store.location
+        folder = tempfile.TemporaryDirectory(dir=place, prefix=UNFINISHED)
         with folder as scratch, duckdb.connect(str(Path(scratch) / "index.duckdb")) as database:
             database.execute(f"set threads = 1; set memory_limit = '{MEMORY_LIMIT}'")  # Python parses meanwhile
             database.execute("set preserve_insertion_order = false")
