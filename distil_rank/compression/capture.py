@@ -139,7 +139,7 @@ class LayerInputs:
         return x.reshape(-1, x.shape[-1])
 
 
-class Capture:
+class Capture(ExitStack):
     """Hooks that sum up the inputs of layers while a model runs; use it as a context.
 
     Args:
@@ -155,21 +155,18 @@ class Capture:
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
         self.layers, self.inputs = layers, dict[str, LayerInputs]()
         self.mask: Tensor | None = None
         self.held_out = False
         self._pending: dict[str, Tensor] = {}
-        self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
         for name, layer in self.layers.items():  # before and after any hooks of the user's own: a student has none
             before, after = partial(self._before, name), partial(self._after, name)
-            self._hooks.callback(layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
-            self._hooks.callback(layer.register_forward_hook(after).remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()
+            self.callback(layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            self.callback(layer.register_forward_hook(after).remove)
+        return super().__enter__()
 
     def _before(self, name: str, layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
         self._pending[name] = arguments[0] if arguments else keywords["input"]

@@ -52,12 +52,11 @@ def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str 
                 f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {examples(matrices)}."
             )
         key = matrices[0]
-    prefix = key.removesuffix("weight").removesuffix(".")
     name = next((name for name in (key, f"{key}.weight") if name in state), None)
     if name is None:
         raise InputError(f"Expected a layer {key!r} in {source} but it has none; its matrices: {examples(matrices)}.")
     weight = state[name]
-    bias = state.get(f"{prefix}.bias" if prefix else "bias") if name.endswith("weight") else None
+    bias = state.get(f"{name.removesuffix('weight')}bias") if name.endswith("weight") else None
     if weight.ndim != 2 or weight.dtype not in FLOATS:
         raise InputError(
             f"Expected {name!r} in {source} to be a floating-point (m, n) weight but got"

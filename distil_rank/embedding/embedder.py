@@ -186,12 +186,10 @@ class Embedder:
         ends = tokens_of.cumsum()
         begins = ends - tokens_of
         tokens, inner = np.empty(ends[-1], np.int64), np.ones(ends[-1], bool)
-        specials = [
-            *((begins + i, one) for i, one in enumerate(before)),
-            *((ends - len(after) + i, one) for i, one in enumerate(after)),
-        ]
-        for places, token in specials:
-            tokens[places], inner[places] = token, False
+        for i, token in enumerate(before):
+            tokens[begins + i], inner[begins + i] = token, False
+        for i, token in enumerate(after, start=-len(after)):
+            tokens[ends + i], inner[ends + i] = token, False
         residues = (np.arange(len(inner)) + np.repeat(start - begins - len(before), tokens_of))[inner]  # in the text
         tokens[inner] = self.tokens.table[pieces.text[residues]]
 

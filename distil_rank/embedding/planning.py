@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from distil_rank.artefact import UNFINISHED
 from distil_rank.embedding.sequences import CleaningReport, Protein, UniqueNames
-from distil_rank.embedding.storage import BATCH_ROWS, Storage
+from distil_rank.embedding.storage import BATCH_ROWS, Storage, is_remote
 from distil_rank.embedding.store import settings_of
 from distil_rank.errors import InputError
 
@@ -96,7 +96,8 @@ def write_new_proteins(
         InputError: the store has a protein of one of the names with another sequence, or the disk is full.
     """
     try:
-        folder = tempfile.TemporaryDirectory(dir=store.scratch, prefix=UNFINISHED)
+        place = None if is_remote(store.location) else store.location
+        folder = tempfile.TemporaryDirectory(dir=place, prefix=UNFINISHED)
         with folder as scratch, duckdb.connect(str(Path(scratch) / "index.duckdb")) as database:
             database.execute(f"set threads = 1; set memory_limit = '{MEMORY_LIMIT}'")  # Python parses meanwhile
             database.execute("set preserve_insertion_order = false")
@@ -222,23 +223,14 @@ def new_shards(store: Storage, name: str, manifest: dict[str, Any]) -> list[dict
         size = min(size, SHARD_BYTES // (4 * manifest["dim"] * max(len(manifest.get("layers", [])), 1)))
     shards: list[dict[str, Any]] = []
     start = rows = residues = 0  # of the shard that is being filled: its first line, distinct sequences, their residues
-
-    def end_at(stop: int) -> None:
-        nonlocal start, row, rows, residues
-        if rows:  # not repeated sequences alone
-            file = f"vectors-{len(manifest['shards']) + len(shards):05d}.arrow"
-            extent = {"rows": [row, row + rows], "proteins": [name, start, stop], "residues": residues}
-            shards.append({"file": file, **extent})
-        start, row, rows, residues = stop, row + rows, 0, 0
-
-    line = 0
-    for line, work in enumerate(_work(store, name, row), start=1):
-        if residues + work > size and line - 1 > start:
-            end_at(line - 1)
-        rows, residues = rows + (work > 0), residues + work
-        if residues > size:  # one sequence alone
-            end_at(line)
-    end_at(line)
+    for line, work in enumerate(chain(_work(store, name, row), [None])):
+        if work is None or (residues + work > size and line > start):
+            if rows:  # not repeated sequences alone
+                file = f"vectors-{len(manifest['shards']) + len(shards):05d}.arrow"
+                extent = {"rows": [row, row + rows], "proteins": [name, start, line], "residues": residues}
+                shards.append({"file": file, **extent})
+            start, row, rows, residues = line, row + rows, 0, 0
+        rows, residues = rows + bool(work), residues + (work or 0)
     return shards
 
 

@@ -74,7 +74,6 @@ class S3Storage(Storage):
         if not bucket or not prefix:
             raise InputError(f"Expected {S3}BUCKET/NAME but got {location}.")
         super().__init__(f"{S3}{bucket}/{prefix}")
-        self.scratch = None
         try:
             credentials = Boto3CredentialProvider()
         except (ValueError, BotoCoreError) as error:

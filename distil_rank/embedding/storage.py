@@ -42,7 +42,6 @@ class Storage:
 
     def __init__(self, location: Location):
         self.location = location
-        self.scratch: Location | None = location  # where temporary folders go; None is the machine's place for them
 
     def where(self, name: str) -> str:
         """A file as messages name it."""

@@ -9,7 +9,6 @@ what counts is the median, with the 95th percentile beside it. Autograd is off: 
 import math
 import os
 import platform
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,25 +16,9 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import nn
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call of one candidate, one sample for each turn, in the order in which they were taken."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median_s(self) -> float:
-        """Median over the turns."""
-        return statistics.median(self.samples)
-
-    @property
-    def p95_s(self) -> float:
-        """The least sample that 95 % of the samples do not exceed."""
-        return sorted(self.samples)[math.ceil(0.95 * len(self.samples)) - 1]
 
 
 @dataclass(frozen=True)
@@ -61,8 +44,8 @@ def time_interleaved(
     warmup: int = 5,
     min_time: float = 1e-3,
     device: torch.device | str = "cpu",
-) -> dict[str, Timing]:
-    """Time callables in turns, under `torch.inference_mode`, with as many threads as torch is set to.
+) -> dict[str, np.ndarray]:
+    """Seconds per call of each candidate, `(repeats,)`, in turns, under `torch.inference_mode` and torch's own threads.
 
     Every other round goes through the candidates backwards, so that none always runs in another's cache. In its turn a
     call is repeated until at least `min_time` seconds are over. On CUDA the clock is read only once the device is idle.
@@ -81,7 +64,7 @@ def time_interleaved(
             for name in order:
                 samples[name].append(_seconds(candidates[name], calls[name], device))
             order.reverse()
-    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+    return {name: np.array(taken) for name, taken in samples.items()}
 
 
 def compare_layers(
@@ -94,31 +77,37 @@ def compare_layers(
         for batch in batches:
             x = torch.randn(batch, dense.in_features, generator=generator).to(dense.weight)
             calls = {"dense": partial(dense, x), "student": partial(student, x)}
-            slow, fast = time_interleaved(calls, repeats=repeats, device=x.device).values()
+            timings = time_interleaved(calls, repeats=repeats, device=x.device).values()
+            slow, fast = (1e6 * seconds for seconds in timings)
             rows.append(
                 LayerLatency(
                     batch=batch,
                     threads=threads,
                     device=str(x.device),
                     repeats=repeats,
-                    dense_us=1e6 * slow.median_s,
-                    dense_p95_us=1e6 * slow.p95_s,
-                    student_us=1e6 * fast.median_s,
-                    student_p95_us=1e6 * fast.p95_s,
-                    ratio=slow.median_s / fast.median_s,
+                    dense_us=float(np.median(slow)),
+                    dense_p95_us=p95(slow),
+                    student_us=float(np.median(fast)),
+                    student_p95_us=p95(fast),
+                    ratio=float(np.median(slow) / np.median(fast)),
                     paired_ratio=paired_ratio(slow, fast),
                 )
             )
     return rows
 
 
-def paired_ratio(slow: Timing, fast: Timing) -> float:
+def p95(samples: np.ndarray) -> float:
+    """The least sample that 95 % of the samples do not exceed."""
+    return float(np.quantile(samples, 0.95, method="inverted_cdf"))
+
+
+def paired_ratio(slow: np.ndarray, fast: np.ndarray) -> float:
     """Median of the ratios of samples taken in the same round: the speed-up that a slow minute cannot move.
 
-    >>> paired_ratio(Timing((2.0, 200.0, 4.0)), Timing((1.0, 100.0, 1.0)))
+    >>> paired_ratio(np.array([2.0, 200.0, 4.0]), np.array([1.0, 100.0, 1.0]))
     2.0
     """
-    return statistics.median(a / b for a, b in zip(slow.samples, fast.samples, strict=True))
+    return float(np.median(slow / fast))
 
 
 @contextmanager

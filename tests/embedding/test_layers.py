@@ -99,7 +99,7 @@ def test_a_gpu_is_timed_by_events_of_the_first_batches_that_are_read_at_the_end(
             return until.time - self.time  # milliseconds
 
     events = map(Event, range(0, 10_000, 500))
-    monkeypatch.setattr(layers, "_event", lambda device: next(events))
+    monkeypatch.setattr(LayerClock, "now", lambda self: next(events))
     monkeypatch.setattr(layers, "SAMPLED", 2)
     clock = LayerClock(2, torch.device("cuda"))
     starts = [clock.start() for _ in range(5)]

@@ -55,7 +55,7 @@ def expected(stored_lines, proteins):
     return lines
 
 
-@settings(max_examples=30)  # each plans twice
+@settings(max_examples=20)  # each plans twice
 @given(records, records, st.integers(1, 7))
 def test_names_and_rows_are_those_of_dictionaries(tmp_path_factory, first, second, batch):
     store = tmp_path_factory.mktemp("s")

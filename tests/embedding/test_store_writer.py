@@ -55,7 +55,7 @@ def test_plan_notes_long_proteins_and_settings(tmp_path):
 sequences = st.lists(st.text("ACD", min_size=1, max_size=12), min_size=1, max_size=40)
 
 
-@settings(max_examples=30)  # each plans twice
+@settings(max_examples=20)  # each plans twice
 @given(sequences, sequences, st.integers(1, 60), st.sampled_from(["mean", "residue"]))
 def test_shards_cover_every_distinct_sequence_once(tmp_path_factory, first, second, size, pooling):
     """Whatever is planned, in two steps, each distinct sequence is in exactly one shard, in order."""
