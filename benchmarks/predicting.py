@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from distil_rank.commands.labelled_student import distil_predictor
+from distil_rank.commands.labelled_teacher import PredictionTask, open_task, train_labelled_teacher
 from script import run, save_markdown
 from torch import nn
 
-from distil_rank.commands.labelled_student import distil_predictor
-from distil_rank.commands.labelled_teacher import PredictionTask, open_task, train_labelled_teacher
 from distil_rank.data.files import load_matrix, sample
 from distil_rank.evaluation.probes import fit_linear
 from distil_rank.evaluation.representations import AMINO_ACIDS

@@ -14,15 +14,12 @@ import numpy as np
 import yaml
 
 from distil_rank.artefact import write_atomically
-from distil_rank.commands.labelled_student import TRAINING
+from distil_rank.commands.train_teacher import TRAINING
 from distil_rank.compression.saved import load, read_manifest
-from distil_rank.data.files import Embeddings
+from distil_rank.data.files import Embeddings, layer_names
 from distil_rank.data.mmseqs import best_hits, mmseqs_binary
-from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import embed, options_like
 from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.store import open_storage
-from distil_rank.embedding.store import read_manifest as read_store_manifest
 from distil_rank.errors import InputError
 from distil_rank.evaluation.labelled import load_vectors
 from distil_rank.lowrank.predictor import Predictor
@@ -104,12 +101,8 @@ def embed_new(predictor: Predictor, fasta: str | Path) -> Embeddings:
 
 
 def _at_layer(source: str, layer: Any) -> str:
-    """A store of several layers at the predictor's; anything else as it is."""
-    path, named = split_source(source)
-    if named is None and layer is not None and (Path(path) / "manifest.json").is_file():
-        layers = (read_store_manifest(open_storage(path)) or {}).get("layers", [])
-        return f"{source}:{layer}" if layers else source
-    return source
+    """A source of several layers at the predictor's; anything else as it is."""
+    return f"{source}:{layer}" if layer is not None and layer_names(source) else source
 
 
 def predictions(predictor: Predictor, proteins: Embeddings, folder: Path, confidence: float) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from lightning import Trainer, seed_everything
@@ -17,22 +18,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from distil_rank.commands.labelled_teacher import train_labelled_teacher
 from distil_rank.compression.own_layer import load_linear
+from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.data.files import LABELLED, find_source
+from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import Evaluation
+from distil_rank.evaluation.evaluate import Evaluation, evaluate
+from distil_rank.evaluation.labelled import open_to_predict
+from distil_rank.evaluation.probes import CHOSEN_BY, decide, fit_linear, task_statistics
+from distil_rank.evaluation.representations import NO_MMSEQS, best_hit, composition, nearest_neighbour
 from distil_rank.evaluation.results import TeacherCheck
+from distil_rank.evaluation.trust import calibrate, predictions
+from distil_rank.lowrank.predictor import Predictor
 from distil_rank.lowrank.solvers import choose_rank
+from distil_rank.measure.statistics import clearly_above, resample_counts
 from distil_rank.options.training import BUILT_IN, DataOptions, LabelledTeacherOptions, TeacherOptions
+from distil_rank.report.tables import evaluation_report
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
 from distil_rank.tracking.training import RunLogger
 from distil_rank.training.callbacks import Progress
 from distil_rank.training.experiment import trainer_options
+from distil_rank.training.head import spread, train_head
 from distil_rank.training.teacher import TeacherModule, check_teacher, random_teacher, spectral_teacher
 
 log = logging.getLogger(__name__)
+
+TRAINED, LINEAR = "trained head", "linear probe"
+TRAINING = "training.fasta"  # in the folder of a predictor: what new proteins are compared with
+ABOUT = ("backbone", "weights_sha256", "layer", "pooling", "precision", "long", "max_length", "source", "fallback")
 
 
 @dataclass(frozen=True)
@@ -49,10 +64,83 @@ class Teacher:
 def train_teacher(options: LabelledTeacherOptions) -> Teacher | Evaluation:
     """Make the dense layer that is to be distilled, from labels or without, check that it is worth it, and save it."""
     if options.labels.source is not None:
-        return train_labelled_teacher(options)
+        return train_from_labels(options)
     teacher = make_teacher(open_data(options.data), options.teacher, options.trainer, options.output)
     print(f"Teacher: {teacher.path}")
     return teacher
+
+
+def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
+    """Train a head, keep it where it clearly beats the linear probe, and report both on untouched groups."""
+    task = {"labels": asdict(o.labels), "kind": o.task, "groups": o.groups, "seed": o.data.seed}
+    task = {"source": find_source(o.data.source, LABELLED), **task}
+    proteins, split = open_to_predict(**task)
+    target, vectors, notes, group = proteins.target, proteins.embeddings, list(proteins.notes), proteins.groups.number
+    y, about, kind, sequences = target.y, vectors.provenance, target.kind, vectors.sequences
+    assert y is not None
+    data = EmbeddingDataModule.of(vectors, split, y)
+    name = o.head.name or Path(str(o.labels.source)).name.partition(".")[0]
+    place = Path(o.output) / "teachers" / name
+    log.info("Teacher %s, %s of %d classes: %s", name, kind, len(target.classes), proteins.groups.description)
+    params = {"teacher": name, "backbone": about.get("backbone", "unknown"), **task, "task": kind}
+    with start_run("teacher", f"{name} {kind}", params=params, tags=lineage({**about, "digest": data.digest})) as run:
+        layer, words = fit_linear(target, np.asarray(vectors.x), split.train, split.val)
+        models, notes = {LINEAR: Predictor(layer, kind, target.classes)}, [*notes, f"Linear probe: {words}."]
+        if o.head.keep != "linear":
+            module, words = train_head(data, kind, max(len(target.classes), 1), o.head, o.data.seed, RunLogger(run))
+            models[TRAINED] = module.predictor(target.classes)
+            notes.append(words)
+        for one, model in models.items():
+            model.eval().requires_grad_(False)
+            if not all(value.isfinite().all() for value in model.state_dict().values()):
+                raise InputError(f"Expected vectors that a {one} can be fitted to but its weights are NaN; scale them.")
+        x, kept = data.rows("val"), list(models)[-1]
+        if o.head.keep == "auto":
+            number = np.unique(group[split.val], return_inverse=True)[1]
+            decisions = [decide(kind, model(x).numpy()) for model in models.values()]
+            metric = CHOSEN_BY[kind]
+            linear, trained = (task_statistics(target, one, y[split.val], number)[metric] for one in decisions)
+            better = clearly_above(trained, linear, resample_counts(int(number.max()) + 1))
+            kept = TRAINED if better else LINEAR
+            verdict = "clearly better: it is the teacher" if better else "not clearly better: THE PROBE IS THE TEACHER"
+            words = f"On the validation groups the trained head has {trained.value:.3f} {metric}"
+            notes.append(f"{words}, the linear probe {linear.value:.3f}: training is {verdict}.")
+        test = data.rows("test")
+        rows = [
+            predictions(one, model, test, "matrix" if one == TRAINED else "reference") for one, model in models.items()
+        ]
+        rows.append(nearest_neighbour(vectors.x, y))
+        if sequences is None:
+            notes.append("No sequences in the data: not compared with composition and MMseqs2.")
+        else:
+            rows.append(composition(sequences))
+            if o.head.alignment and mmseqs_binary() is None:
+                notes.append(NO_MMSEQS)
+            elif o.head.alignment:
+                rows.append(best_hit(sequences, y))
+        evaluation = evaluate(target, proteins.groups, rows, proteins.labels, notes)
+
+        teacher, files = models[kept], dict[str, bytes]()
+        teacher.mean, teacher.spread = data.moments.mean.float(), spread(data)
+        teacher.provenance = {key: about[key] for key in ABOUT if isinstance(about.get(key), str | int)}
+        teacher.provenance |= {"labels": proteins.labels, "groups": proteins.groups.description}
+        calibrate(teacher, x, y[split.val], group[split.val])
+        if sequences is not None:
+            known = [f">{vectors.ids[row]}\n{sequences[row]}\n" for row in split.train.tolist()]
+            files[TRAINING] = "".join(known).encode()
+        scores = {entry.name: asdict(entry.scores[evaluation.headline]) for entry in evaluation.entries}
+        facts = {"task": task, "digest": data.digest, "run": run.id, "kept": kept}
+        save(teacher, place, metrics={evaluation.headline: scores}, data=facts, files=files)
+        report = evaluation_report(evaluation, f"Next: make distil TEACHER={place}")
+        for file in report.save(place.with_name(f"{name}_evaluation")):
+            run.log_artifact(file)
+        run.log_params({"kept": kept, "metric": evaluation.headline})
+        run.log_metrics({key.replace(" ", "_"): one.value for key, one in evaluation.entry(kept).scores.items()})
+        run.log_artifact(place)
+        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
+        run.note(report.markdown())
+    report.show()
+    return evaluation
 
 
 def open_data(options: DataOptions) -> EmbeddingDataModule:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import cache
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
-from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 from distil_rank.errors import InputError, examples
 from distil_rank.evaluation.representations import CHANCE, MAJORITY, Sides
@@ -27,6 +28,7 @@ from distil_rank.measure.statistics import Statistic, macro_f1, matthews, mean, 
 from distil_rank.options.evaluation import Kind
 
 FOLDS = 3
+CERTAIN = 10.0  # logit of a class or label that all rows have
 PENALTIES = range(-5, -1)  # powers of ten, of the vectors' variance for each row: tried at first
 FURTHEST = range(-10, 4)  # beyond these nothing changes: rows are interpolated, or the most frequent class is taken
 METRICS = {
@@ -35,41 +37,60 @@ METRICS = {
     "regression": ("spearman", "r2"),
 }
 CHOSEN_BY = {"classification": "mcc", "multilabel": "macro_f1", "regression": "r2"}  # in the cross-validation
-Predict = Callable[[float], np.ndarray]  # of new rows, by a model that was fitted with this penalty
+Linear = tuple[np.ndarray, np.ndarray]  # weights (d, K) and offsets (K,): outputs are x W + b
+Solve = Callable[[float], Linear]  # fitted with this penalty
 
 
-def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
-    """Ridge regression `(N, d)` to `(N,)` or `(N, K)` in closed form: one decomposition serves all penalties.
+def ridge(x: np.ndarray, columns: np.ndarray) -> Solve:
+    """Ridge regression `(N, d)` to `(N, K)` in closed form: one decomposition serves all penalties.
 
-    With centred rows and `X Xᵀ = U S Uᵀ` it predicts `x Xᵀ U (S + N λ)⁻¹ Uᵀ y`, or the same from `Xᵀ X`, whichever is
-    smaller (Hastie, Tibshirani and Friedman 2009, 3.4.1 and 18.3.5).
+    With centred rows and `X Xᵀ = U S Uᵀ` the weights are `Xᵀ U (S + N λ)⁻¹ Uᵀ Y`, or the same from `Xᵀ X`, whichever
+    is smaller (Hastie, Tibshirani and Friedman 2009, 3.4.1 and 18.3.5).
 
-    >>> x, y = np.array([[-1.0], [1.0]]), np.array([-1.0, 1.0])
-    >>> ridge(x, y, x)(1.0).tolist()  # Σ x y / (Σ x² + N λ) = 2 / (2 + 2)
-    [-0.5, 0.5]
+    >>> x = np.array([[-1.0], [1.0]])
+    >>> ridge(x, x)(1.0)[0].tolist()  # Σ x y / (Σ x² + N λ) = 2 / (2 + 2)
+    [[0.5]]
     """
-    mean, offset = x.mean(axis=0), y.mean(axis=0)
-    x, new, y = x - mean, new - mean, y - offset
+    mean, offset = x.mean(axis=0), columns.mean(axis=0)
+    x, columns = x - mean, columns - offset
     if len(x) < x.shape[1]:
         values, vectors = np.linalg.eigh(x @ x.T)
-        left, right = new @ x.T @ vectors, vectors.T @ y
+        left, right = x.T @ vectors, vectors.T @ columns
     else:
-        values, vectors = np.linalg.eigh(x.T @ x)
-        left, right = new @ vectors, vectors.T @ (x.T @ y)
-    return lambda penalty: left / (values.clip(0) + len(x) * penalty) @ right + offset
+        values, left = np.linalg.eigh(x.T @ x)
+        right = left.T @ (x.T @ columns)
+
+    def solve(penalty: float) -> Linear:
+        weight = left / (values.clip(0) + len(x) * penalty) @ right
+        return weight, offset - mean @ weight
+
+    return solve
 
 
-def logistic(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
-    """Logistic regression of classes `(N,)`, or of each label `(N, L)`, by scikit-learn."""
+def logistic(x: np.ndarray, columns: np.ndarray) -> Solve:
+    """Logistic regression by scikit-learn of classes, where one column of each row is 1, or of each column above 0."""
+    one = (columns.max(axis=1) == 1).all() and (columns.sum(axis=1) == 1).all()
+    sides = [columns.argmax(axis=1)] if one else (columns > 0).T.astype(int)
 
-    def predict(penalty: float) -> np.ndarray:
-        model: Any = LogisticRegression(C=1 / (len(x) * penalty), max_iter=200, tol=1e-5)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
-            warnings.filterwarnings("ignore", "The number of unique classes|Label .* is present")  # --task decides
-            return (OneVsRestClassifier(model) if y.ndim == 2 else model).fit(x, y).predict(new)
+    def solve(penalty: float) -> Linear:
+        model = LogisticRegression(C=1 / (len(x) * penalty), max_iter=200, tol=1e-5)
+        weight, offset = np.zeros((x.shape[1], columns.shape[1])), np.full(columns.shape[1], -CERTAIN)
+        for k, side in enumerate(sides):
+            present = np.unique(side)
+            if len(present) < 2:  # a class or label that all have, or none
+                offset[present if one else k] = CERTAIN if one or present[0] else -CERTAIN
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
+                model.fit(x, side)
+            if one and len(present) == 2:  # of the second class against the first
+                weight[:, present], offset[present] = model.coef_.T * [-0.5, 0.5], model.intercept_ * [-0.5, 0.5]
+            else:
+                place = present if one else [k]
+                weight[:, place], offset[place] = model.coef_.T, model.intercept_
+        return weight, offset
 
-    return predict if y.ndim == 2 or len(np.unique(y)) > 1 else lambda _: np.full(len(new), y[0])
+    return solve
 
 
 def choose_penalty(score: Callable[[float], float]) -> tuple[float, float]:
@@ -163,31 +184,35 @@ class ProbeTrial:
         energy = (x[fit] ** 2).sum(axis=1).mean()
         x /= np.sqrt(energy) if energy > 0 else 1.0
         folds = list(GroupKFold(min(FOLDS, len(np.unique(number[fit])))).split(x[fit], groups=number[fit]))
-        together, best = np.zeros(len(y), dtype=int), list[tuple[float, Predict, float]]()
+        columns, best = as_columns(self.target, y), list[tuple[float, float, Callable[..., Solve]]]()
         for probe in self.probes:
-            parts = [(test, self._fitted(probe, x[fit][train], y[train], x[fit][test])) for train, test in folds]
+            parts = [(test, probe(x[fit][train], columns[train])) for train, test in folds]
 
-            def score(penalty: float, parts: list[tuple[np.ndarray, Predict]] = parts) -> float:
-                predicted = np.empty(y.shape)
-                for test, predict in parts:
-                    predicted[test] = predict(penalty)
-                value = task_statistics(self.target, predicted, y, together)[CHOSEN_BY[self.target.kind]].value
-                return value if np.isfinite(value) else -np.inf
+            def score(penalty: float, parts: list[tuple[np.ndarray, Solve]] = parts) -> float:
+                outputs = np.empty(columns.shape)
+                for test, solve in parts:
+                    weight, offset = solve(penalty)
+                    outputs[test] = x[fit][test] @ weight + offset
+                return score_of(self.target, outputs, y)
 
-            penalty, value = choose_penalty(score)
-            best.append((value, self._fitted(probe, x[fit], y, x[~fit]), penalty))
-        _, predict, penalty = max(best, key=lambda one: one[0])
-        return predict(penalty)
+            best.append((*choose_penalty(score)[::-1], probe))
+        _, penalty, probe = max(best, key=lambda one: one[0])
+        weight, offset = probe(x[fit], columns)(penalty)
+        return decide(self.target.kind, x[~fit] @ weight + offset)
 
-    def _fitted(self, probe: Callable[..., Predict], x: np.ndarray, y: np.ndarray, new: np.ndarray) -> Predict:
-        """A probe whose predictions are classes, 0 or 1 of labels, or values; ridge regresses indicators of classes."""
-        if probe is not ridge or self.target.kind == "regression":
-            return probe(x, y, new)
-        if self.target.kind == "multilabel":
-            scores = ridge(x, y, new)
-            return lambda penalty: (scores(penalty) > 0.5).astype(int)
-        scores = ridge(x, np.eye(len(self.target.classes))[y], new)
-        return lambda penalty: scores(penalty).argmax(axis=1)
+
+def as_columns(target: Target, y: np.ndarray) -> np.ndarray:
+    """What is regressed on, `(N, K)`: 0 or 1 of classes, −½ or ½ of labels, or values."""
+    if target.kind == "classification":
+        return np.eye(len(target.classes))[y]
+    return y - 0.5 if target.kind == "multilabel" else y[:, None]
+
+
+def score_of(target: Target, outputs: np.ndarray, y: np.ndarray) -> float:
+    """What a model and its penalty are chosen by, from outputs `(N, K)`; −∞ where it is undefined."""
+    together = np.zeros(len(y), dtype=int)
+    value = task_statistics(target, decide(target.kind, outputs), y, together)[CHOSEN_BY[target.kind]].value
+    return value if np.isfinite(value) else -np.inf
 
 
 def task_statistics(target: Target, predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> dict[str, Statistic]:
@@ -215,64 +240,30 @@ def decide(kind: Kind, outputs: np.ndarray) -> np.ndarray:
     return outputs.argmax(axis=1) if kind == "classification" else (outputs > 0).astype(int)
 
 
-class LinearProbe(NamedTuple):
-    """A linear model of a target: `outputs = x Wᵀ + b` are logits of the classes or labels, or the value."""
-
-    weight: np.ndarray  # (K, d)
-    bias: np.ndarray  # (K,)
-    name: str  # of the model and its penalty
-
-
-def fit_linear(target: Target, x: np.ndarray, fit: np.ndarray, choose: np.ndarray) -> LinearProbe:
-    """Ridge or logistic regression of `x (N, d)` as one linear layer.
+def fit_linear(target: Target, x: np.ndarray, fit: np.ndarray, choose: np.ndarray) -> tuple[nn.Linear, str]:
+    """Ridge or logistic regression as one linear layer to logits of the classes or labels, or values; and its name.
 
     Args:
         target: of the same N proteins.
-        x: vectors, which go in as they are, with one scale for all columns.
+        x: vectors `(N, d)`, which go in as they are, with one scale for all columns.
         fit: rows to fit on.
         choose: rows whose score decides on penalty and model; of equals the stronger penalty, and ridge.
     """
-    assert target.y is not None
     y, centre = target.y, x[fit].mean(axis=0, dtype=np.float64)
+    assert y is not None
     scale = float(np.sqrt(((x[fit] - centre) ** 2).sum(axis=1).mean())) or 1.0
-    z = (x - centre) / scale
-    y_fit = np.eye(len(target.classes))[y[fit]] if target.kind == "classification" else y[fit]
-    ask = np.vstack([np.eye(x.shape[1]), np.zeros(x.shape[1])])  # answers are the weights and the bias
-    closed = ridge(z[fit], y_fit, ask)
+    z, best = (x - centre) / scale, list[tuple[float, str, Linear]]()
+    for probe in (ridge,) if target.kind == "regression" else (ridge, logistic):
+        solve = cache(probe(z[fit], as_columns(target, y[fit])))
 
-    def by_ridge(penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        answers = closed(penalty).reshape(len(ask), -1)
-        return (answers[:-1] - answers[-1]).T, answers[-1] - (0.5 if target.kind == "multilabel" else 0)
-
-    def by_logistic(penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        model: Any = LogisticRegression(C=1 / (len(fit) * penalty), max_iter=200, tol=1e-5)
-        sides = y_fit.T.astype(int) if target.kind == "multilabel" else [y[fit]]
-        weights, biases = list[np.ndarray](), list[np.ndarray]()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            for side in sides:
-                if len(np.unique(side)) < 2:  # a label that all have, or none
-                    weights, biases = [*weights, np.zeros((1, x.shape[1]))], [*biases, np.array([20.0 * side[0] - 10])]
-                    continue
-                model.fit(z[fit], side)
-                two = target.kind == "classification" and len(model.coef_) == 1  # of the second class against the first
-                weights.append(np.vstack([-model.coef_, model.coef_]) / 2 if two else model.coef_)
-                biases.append(np.hstack([-model.intercept_, model.intercept_]) / 2 if two else model.intercept_)
-        return np.vstack(weights), np.concatenate(biases)
-
-    best = list[tuple[float, LinearProbe]]()
-    for name, solve in {"ridge": by_ridge, "logistic": by_logistic}.items():
-        if name == "logistic" and target.kind == "regression":
-            continue
-
-        def score(penalty: float, solve: Callable[[float], tuple[np.ndarray, np.ndarray]] = solve) -> float:
-            weight, bias = solve(penalty)
-            predicted = decide(target.kind, z[choose] @ weight.T + bias)
-            together = np.zeros(len(choose), dtype=int)
-            value = task_statistics(target, predicted, y[choose], together)[CHOSEN_BY[target.kind]].value
-            return value if np.isfinite(value) else -np.inf
+        def score(penalty: float, solve: Solve = solve) -> float:
+            weight, offset = solve(penalty)
+            return score_of(target, z[choose] @ weight + offset, y[choose])
 
         penalty, value = choose_penalty(score)
-        weight, bias = solve(penalty)
-        best.append((value, LinearProbe(weight / scale, bias - weight @ centre / scale, f"{name}, {penalty:.0e}")))
-    return max(best, key=lambda one: one[0])[1]
+        best.append((value, f"{probe.__name__}, {penalty:.0e}", solve(penalty)))
+    _, name, (weight, offset) = max(best, key=lambda one: one[0])
+    layer = nn.Linear(*weight.shape)
+    state = {"weight": weight.T / scale, "bias": offset - centre @ weight / scale}
+    layer.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    return layer, name

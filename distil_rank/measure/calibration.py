@@ -1,4 +1,4 @@
-"""How far probabilities and sets can be trusted: temperature, conformal scores, calibration error, coverage."""
+"""How far predictions can be trusted: temperature, conformal scores, calibration error, and what a student retains."""
 
 from __future__ import annotations
 
@@ -12,26 +12,19 @@ from distil_rank.options.evaluation import Kind
 BINS = 10  # of the calibration error, of equal width
 
 
-def cross_entropy(logits: Tensor, y: Tensor, kind: Kind) -> Tensor:
-    """Mean loss of logits `(N, K)`: of classes `(N,)`, or of labels `(N, K)` that are 0 or 1."""
-    if kind == "classification":
-        return F.cross_entropy(logits, y)
-    return F.binary_cross_entropy_with_logits(logits, y.to(logits))
-
-
 def fit_temperature(logits: Tensor, y: Tensor, kind: Kind) -> float:
     """The temperature in [1/1000, 1000] at which `logits / temperature` have the least cross-entropy (Guo et al. 2017).
 
     The loss is convex in the inverse temperature, so that it has one minimum on a logarithmic scale too.
 
-    >>> import torch
     >>> logits = torch.tensor([[8.0, 0.0], [8.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
     >>> round(fit_temperature(logits, torch.tensor([0, 0, 1, 1]), "classification"), 2)  # three in four: ln 3 = 8 / T
     7.28
     """
-    logits = logits.double()
-    loss = minimize_scalar(lambda power: float(cross_entropy(logits / 10**power, y, kind)), bounds=(-3, 3))
-    return float(10**loss.x)
+    one, logits = kind == "classification", logits.double()
+    loss = F.cross_entropy if one else F.binary_cross_entropy_with_logits
+    y = y if one else y.double()
+    return float(10 ** minimize_scalar(lambda power: float(loss(logits / 10**power, y)), bounds=(-3, 3)).x)
 
 
 def conformal_scores(outputs: np.ndarray, y: np.ndarray, kind: Kind) -> np.ndarray:
@@ -77,3 +70,19 @@ def calibration_error(probabilities: np.ndarray, y: np.ndarray, kind: Kind) -> f
     """
     said, true, count = reliability(probabilities, y, kind).T
     return float((np.abs(said - true) * count).sum() / count.sum())
+
+
+def overlap(ours: Tensor, theirs: Tensor, kind: Kind) -> Tensor:
+    """How much of the teacher's predictions `(N, K)` a student's hold, for each row `(N,)`.
+
+    Probabilities of classes: 1 less the total variation, the chance that both say the same; of labels: 1 less the mean
+    difference. Of decisions, probabilities that are 0 or 1, the mean is the share of equal ones. Values: 1 less the
+    squared difference over the variance of the teacher's, whose mean is R² against the teacher.
+
+    >>> overlap(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.75, 0.25]]), "classification").tolist()
+    [0.75]
+    """
+    difference = (ours - theirs).abs().double()
+    if kind == "regression":
+        return 1 - (difference**2 / theirs.double().var(0, correction=0).clamp_min(1e-300)).mean(-1)
+    return 1 - (difference.sum(-1) / 2 if kind == "classification" else difference.mean(-1))

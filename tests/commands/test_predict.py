@@ -91,12 +91,12 @@ def table(path: str) -> list[dict[str, str]]:
 
 
 def test_the_table_of_a_teacher_has_what_needs_no_training(predictors):
-    report = json.loads(Path("results/teachers/classes/evaluation.json").read_text())
+    report = json.loads(Path("results/teachers/classes_evaluation.json").read_text())
     names = [entry["name"] for entry in report["entries"]]
     assert names[:1] + names[3:] == ["linear probe", "trained head", "nearest neighbour", "composition"]
     assert {"chance", "majority"} < set(names)
     assert any("Search for the head, limit 20 s" in note for note in report["notes"])
-    several = json.loads(Path("results/teachers/several/evaluation.json").read_text())
+    several = json.loads(Path("results/teachers/several_evaluation.json").read_text())
     assert any("THE PROBE IS THE TEACHER" in note or "it is the teacher" in note for note in several["notes"])
 
 
@@ -160,7 +160,7 @@ def test_teacher_student_and_predictions_are_linked_and_the_model_answers(predic
     )
     student = client.get_run(prediction.data.tags["student_run"])
     teacher = client.get_run(student.data.tags["teacher_run"])
-    assert teacher.data.params["kept"] == "trained" and student.data.metrics["retained"] > 0.9
+    assert teacher.data.params["kept"] == "trained head" and student.data.metrics["retained"] > 0.9
     assert {"predictor_report.png", "predictor_report.md"} < {
         file.path for file in client.list_artifacts(student.info.run_id)
     }
@@ -182,8 +182,8 @@ def test_what_does_not_fit_is_one_line(predictors, capsys, tmp_path):
     assert "layer 1 where the other has 2" in refused(capsys, *model, "--data", "my_store:2")
     np.savez("wide.npz", embeddings=np.ones((3, 8), dtype=np.float32))
     assert "dim 32 where the other has 8" in refused(capsys, *model, "--data", "wide.npz")
-    teacher = ["predict", "--model", "results/teachers/classes", "--data", "my_store"]
-    assert "'distil-rank' in" in refused(capsys, *teacher)
+    twice = ["distil", "--teacher.kind", str(predictors / "classes"), *BRIEF]
+    assert "it holds a student" in refused(capsys, *twice)
     teacher = ["train-teacher", "--data.source", "my_store:1", *QUICK]
     Path("others.tsv").write_text("id\tlabel\nP1\ta\nP2\tb\n")
     assert "give a table whose ids are the data's" in refused(capsys, *teacher, "--labels.source", "others.tsv")
