@@ -137,18 +137,20 @@ def distil_predictor(o: DistilOptions) -> Path:
             f"Expected vectors, labels and groups as {kind} was trained on but {data.source} has others now; "
             "train it again."
         )
+    y, groups = proteins.target.y, proteins.groups.number
+    assert y is not None
     name, about, full = source.name, proteins.embeddings.provenance, min(teacher.layer.weight.shape)
     rank, share = (o.rank, SHARE) if isinstance(o.rank, int) else (None, o.rank or SHARE)
     if isinstance(share, str) or (rank or 1) > full:
         raise InputError(f"Expected --rank as a share below 1, or up to {full}, the layer's own, but got {o.rank}.")
-    params = {"teacher": name, "backbone": about.get("backbone", "unknown"), "task": teacher.kind}
+    params: dict[str, Any] = {"teacher": name, "backbone": about.get("backbone", "unknown"), "task": teacher.kind}
     params |= {"rank_requested": rank or share, "source": facts["task"]["source"]}
     tags = {**lineage({**about, "digest": data.digest}), "teacher_run": facts["run"]}
     with start_run("distil", f"{name} predictor", params=params, tags=tags) as run:
         layer, curve = smallest_student(teacher, data, rank, share, o.trainer, o.seeds[0], RunLogger(run))
         predictor = copy.deepcopy(teacher)
         predictor.layer = layer
-        calibrate(predictor, data.rows("val"), proteins.target.y[split.val], proteins.groups.number[split.val])
+        calibrate(predictor, data.rows("val"), y[split.val], groups[split.val])
         result = measure_student(teacher, predictor, proteins, share, curve)
         folder = run_folder(Path(o.output) / "distil" / f"{name}-r{layer.rank}", run.id)
         files = {path.name: path.read_bytes() for path in source.glob(TRAINING)}

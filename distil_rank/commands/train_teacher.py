@@ -25,10 +25,11 @@ from distil_rank.data.files import LABELLED, find_source
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import Evaluation, evaluate
-from distil_rank.evaluation.labelled import open_to_predict
+from distil_rank.evaluation.labelled import LabelledData, open_to_predict
 from distil_rank.evaluation.probes import CHOSEN_BY, decide, fit_linear, task_statistics
-from distil_rank.evaluation.representations import NO_MMSEQS, best_hit, composition, nearest_neighbour
+from distil_rank.evaluation.representations import NO_MMSEQS, Representation, best_hit, composition, nearest_neighbour
 from distil_rank.evaluation.results import TeacherCheck
+from distil_rank.evaluation.task import Target
 from distil_rank.evaluation.trust import calibrate, predictions
 from distil_rank.lowrank.predictor import Predictor
 from distil_rank.lowrank.solvers import choose_rank
@@ -72,8 +73,8 @@ def train_teacher(options: LabelledTeacherOptions) -> Teacher | Evaluation:
 
 def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
     """Train a head, keep it where it clearly beats the linear probe, and report both on untouched groups."""
-    task = {"labels": asdict(o.labels), "kind": o.task, "groups": o.groups, "seed": o.data.seed}
-    task = {"source": find_source(o.data.source, LABELLED), **task}
+    task: dict[str, Any] = {"source": find_source(o.data.source, LABELLED), "labels": asdict(o.labels)}
+    task |= {"kind": o.task, "groups": o.groups, "seed": o.data.seed}
     proteins, split = open_to_predict(**task)
     target, vectors, notes, group = proteins.target, proteins.embeddings, list(proteins.notes), proteins.groups.number
     y, about, kind, sequences = target.y, vectors.provenance, target.kind, vectors.sequences
@@ -96,28 +97,13 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
                 raise InputError(f"Expected vectors that a {one} can be fitted to but its weights are NaN; scale them.")
         x, kept = data.rows("val"), list(models)[-1]
         if o.head.keep == "auto":
-            number = np.unique(group[split.val], return_inverse=True)[1]
-            decisions = [decide(kind, model(x).numpy()) for model in models.values()]
-            metric = CHOSEN_BY[kind]
-            linear, trained = (task_statistics(target, one, y[split.val], number)[metric] for one in decisions)
-            better = clearly_above(trained, linear, resample_counts(int(number.max()) + 1))
-            kept = TRAINED if better else LINEAR
-            verdict = "clearly better: it is the teacher" if better else "not clearly better: THE PROBE IS THE TEACHER"
-            words = f"On the validation groups the trained head has {trained.value:.3f} {metric}"
-            notes.append(f"{words}, the linear probe {linear.value:.3f}: training is {verdict}.")
-        test = data.rows("test")
+            kept, words = _choose(models, target, x, y[split.val], group[split.val])
+            notes.append(words)
         rows = [
-            predictions(one, model, test, "matrix" if one == TRAINED else "reference") for one, model in models.items()
+            predictions(one, model, data.rows("test"), "matrix" if one == TRAINED else "reference")
+            for one, model in models.items()
         ]
-        rows.append(nearest_neighbour(vectors.x, y))
-        if sequences is None:
-            notes.append("No sequences in the data: not compared with composition and MMseqs2.")
-        else:
-            rows.append(composition(sequences))
-            if o.head.alignment and mmseqs_binary() is None:
-                notes.append(NO_MMSEQS)
-            elif o.head.alignment:
-                rows.append(best_hit(sequences, y))
+        rows += _baselines(proteins, o.head.alignment, notes)
         evaluation = evaluate(target, proteins.groups, rows, proteins.labels, notes)
 
         teacher, files = models[kept], dict[str, bytes]()
@@ -132,8 +118,7 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
         facts = {"task": task, "digest": data.digest, "run": run.id, "kept": kept}
         save(teacher, place, metrics={evaluation.headline: scores}, data=facts, files=files)
         report = evaluation_report(evaluation, f"Next: make distil TEACHER={place}")
-        for file in report.save(place.with_name(f"{name}_evaluation")):
-            run.log_artifact(file)
+        report.save(place / "evaluation")
         run.log_params({"kept": kept, "metric": evaluation.headline})
         run.log_metrics({key.replace(" ", "_"): one.value for key, one in evaluation.entry(kept).scores.items()})
         run.log_artifact(place)
@@ -141,6 +126,32 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
         run.note(report.markdown())
     report.show()
     return evaluation
+
+
+def _choose(
+    models: Mapping[str, Predictor], target: Target, x: torch.Tensor, y: np.ndarray, group: np.ndarray
+) -> tuple[str, str]:
+    """The trained head only where it is clearly better on the validation proteins; and the words for it."""
+    number, metric = np.unique(group, return_inverse=True)[1], CHOSEN_BY[target.kind]
+    decisions = [decide(target.kind, model(x).numpy()) for model in models.values()]
+    linear, trained = (task_statistics(target, one, y, number)[metric] for one in decisions)
+    better = clearly_above(trained, linear, resample_counts(int(number.max()) + 1))
+    verdict = "clearly better: it is the teacher" if better else "not clearly better: THE PROBE IS THE TEACHER"
+    words = f"On the validation groups the trained head has {trained.value:.3f} {metric}"
+    return list(models)[int(better)], f"{words}, the linear probe {linear.value:.3f}: training is {verdict}."
+
+
+def _baselines(proteins: LabelledData, aligned: bool, notes: list[str]) -> list[Representation]:
+    """What needs no training, and no embedding."""
+    y, sequences = proteins.target.y, proteins.embeddings.sequences
+    assert y is not None
+    rows = [nearest_neighbour(proteins.embeddings.x, y)]
+    if sequences is None:
+        notes.append("No sequences in the data: not compared with composition and MMseqs2.")
+        return rows
+    if aligned and mmseqs_binary() is None:
+        notes.append(NO_MMSEQS)
+    return [*rows, composition(sequences), *[best_hit(sequences, y)] * (aligned and mmseqs_binary() is not None)]
 
 
 def open_data(options: DataOptions) -> EmbeddingDataModule:

@@ -151,7 +151,8 @@ def best_hit(sequences: Sequence[str], y: np.ndarray) -> Representation:
     """The label of MMseqs2's best hit among the fit proteins; where it finds none, the mean, or the most frequent."""
 
     def make(fit: np.ndarray) -> np.ndarray:
-        hit, _ = best_hits(*([sequences[row] for row in np.flatnonzero(side)] for side in (~fit, fit)))
+        queries, targets = ([sequences[row] for row in np.flatnonzero(side).tolist()] for side in (~fit, fit))
+        hit, _ = best_hits(queries, targets)
         rows, counts = np.unique(y[fit], axis=0, return_counts=True)
         answers = y[fit][hit]
         answers[hit < 0] = y[fit].mean() if y.dtype.kind == "f" else rows[counts.argmax()]

@@ -154,11 +154,11 @@ def measure_student(
         student.read_out(student(x)),
         student.read_out(teacher(x) * teacher.temperature / student.temperature),
     )
-    one_of = np.eye(len(student.classes)) if kind == "classification" else None
     decided = [decide(kind, model(x).double().numpy()) for model in (student, teacher)]
-    decisions = [torch.from_numpy(rows if one_of is None else one_of[rows]).double() for rows in decided]
+    hard = [torch.from_numpy(np.eye(len(student.classes))[one] if kind == "classification" else one) for one in decided]
+    agree = overlap(hard[0].reshape(len(x), -1), hard[1].reshape(len(x), -1), kind)
     number = np.unique(groups.number[test], return_inverse=True)[1]
-    same = mean(overlap(*(rows.reshape(len(rows), -1) for rows in decisions), kind).numpy(), number)
+    same = mean(agree.numpy(), number)
     n, m, rank = student.in_features, int(student.layer.out_features), int(student.layer.rank)  # type: ignore[arg-type]
     rows = [predictions(TEACHER, teacher, x, "reference"), predictions(STUDENT, student, x, "student")]
     assert target.y is not None

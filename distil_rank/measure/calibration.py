@@ -17,6 +17,7 @@ def fit_temperature(logits: Tensor, y: Tensor, kind: Kind) -> float:
 
     The loss is convex in the inverse temperature, so that it has one minimum on a logarithmic scale too.
 
+    >>> import torch
     >>> logits = torch.tensor([[8.0, 0.0], [8.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
     >>> round(fit_temperature(logits, torch.tensor([0, 0, 1, 1]), "classification"), 2)  # three in four: ln 3 = 8 / T
     7.28
@@ -79,6 +80,7 @@ def overlap(ours: Tensor, theirs: Tensor, kind: Kind) -> Tensor:
     difference. Of decisions, probabilities that are 0 or 1, the mean is the share of equal ones. Values: 1 less the
     squared difference over the variance of the teacher's, whose mean is R² against the teacher.
 
+    >>> import torch
     >>> overlap(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.75, 0.25]]), "classification").tolist()
     [0.75]
     """

@@ -55,6 +55,11 @@ class LabelTeacher(TeacherModule):
             learned.
     """
 
+    mean: Tensor
+    weights: Tensor
+    offset: Tensor
+    scale: Tensor
+
     def __init__(self, kind: Kind, outputs: int = 1, dropout: float = 0.3, lr: float = 3e-4, bend: float = 0.1) -> None:
         super().__init__(lr=lr)
         self.save_hyperparameters()
@@ -115,7 +120,7 @@ class LabelTeacher(TeacherModule):
         predictor = Predictor(nn.Linear(*self.layer.weight.shape), self.hparams["kind"], classes, "tanh")
         weight = self.layer.weight.double() / self.std
         bias = self.layer.bias - weight @ self.mean.double()
-        last = self.head[2]
+        last: Any = self.head[2]
         state = {"layer.weight": weight, "layer.bias": bias}
         state |= {"head.1.weight": last.weight * self.scale, "head.1.bias": last.bias * self.scale + self.offset}
         predictor.load_state_dict(state, strict=False)

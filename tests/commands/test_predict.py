@@ -91,12 +91,12 @@ def table(path: str) -> list[dict[str, str]]:
 
 
 def test_the_table_of_a_teacher_has_what_needs_no_training(predictors):
-    report = json.loads(Path("results/teachers/classes_evaluation.json").read_text())
+    report = json.loads(Path("results/teachers/classes/evaluation.json").read_text())
     names = [entry["name"] for entry in report["entries"]]
     assert names[:1] + names[3:] == ["linear probe", "trained head", "nearest neighbour", "composition"]
     assert {"chance", "majority"} < set(names)
     assert any("Search for the head, limit 20 s" in note for note in report["notes"])
-    several = json.loads(Path("results/teachers/several_evaluation.json").read_text())
+    several = json.loads(Path("results/teachers/several/evaluation.json").read_text())
     assert any("THE PROBE IS THE TEACHER" in note or "it is the teacher" in note for note in several["notes"])
 
 
