@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from lightning import Trainer, seed_everything
@@ -26,15 +25,15 @@ from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import Evaluation, evaluate
 from distil_rank.evaluation.labelled import LabelledData, open_to_predict
-from distil_rank.evaluation.probes import CHOSEN_BY, decide, fit_linear, task_statistics
+from distil_rank.evaluation.probes import decide, fit_linear
 from distil_rank.evaluation.representations import NO_MMSEQS, Representation, best_hit, composition, nearest_neighbour
 from distil_rank.evaluation.results import TeacherCheck
-from distil_rank.evaluation.task import Target
 from distil_rank.evaluation.trust import calibrate, predictions
 from distil_rank.lowrank.predictor import Predictor
 from distil_rank.lowrank.solvers import choose_rank
-from distil_rank.measure.statistics import clearly_above, resample_counts
+from distil_rank.measure.statistics import clearly_better
 from distil_rank.options.training import BUILT_IN, DataOptions, LabelledTeacherOptions, TeacherOptions
+from distil_rank.origin import VectorOrigin
 from distil_rank.report.tables import evaluation_report
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
@@ -48,7 +47,6 @@ log = logging.getLogger(__name__)
 
 TRAINED, LINEAR = "trained head", "linear probe"
 TRAINING = "training.fasta"  # in the folder of a predictor: what new proteins are compared with
-ABOUT = ("backbone", "weights_sha256", "layer", "pooling", "precision", "long", "max_length", "source", "fallback")
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
     log.info("Teacher %s, %s of %d classes: %s", name, kind, len(target.classes), proteins.groups.description)
     params = {"teacher": name, "backbone": about.get("backbone", "unknown"), **task, "task": kind}
     with start_run("teacher", f"{name} {kind}", params=params, tags=lineage({**about, "digest": data.digest})) as run:
-        layer, words = fit_linear(target, np.asarray(vectors.x), split.train, split.val)
-        models, notes = {LINEAR: Predictor(layer, kind, target.classes)}, [*notes, f"Linear probe: {words}."]
+        linear, words = fit_linear(target, vectors.x, y, split.train, [(split.train, split.val)])
+        models, notes = {LINEAR: Predictor.linear(*linear, kind, target.classes)}, [*notes, f"Linear probe: {words}."]
         if o.head.keep != "linear":
             module, words = train_head(data, kind, max(len(target.classes), 1), o.head, o.data.seed, RunLogger(run))
             models[TRAINED] = module.predictor(target.classes)
@@ -97,8 +95,15 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
                 raise InputError(f"Expected vectors that a {one} can be fitted to but its weights are NaN; scale them.")
         x, kept = data.rows("val"), list(models)[-1]
         if o.head.keep == "auto":
-            kept, words = _choose(models, target, x, y[split.val], group[split.val])
-            notes.append(words)
+            decided = [decide(kind, model(x).double().numpy()) - y[split.val] for model in models.values()]
+            off = [(one**2 if kind == "regression" else one != 0).reshape(len(x), -1).mean(1) for one in decided]
+            gain = clearly_better(*off, group[split.val])
+            kept = TRAINED if gain.low > 0 else LINEAR
+            verdict = (
+                "clearly fewer: it is the teacher" if gain.low > 0 else "not clearly fewer: THE PROBE IS THE TEACHER"
+            )
+            shares = f"{off[1].mean():.3f} by the trained head, {off[0].mean():.3f} by the linear probe"
+            notes.append(f"Errors on the validation groups: {shares}, {verdict}.")
         rows = [
             predictions(one, model, data.rows("test"), "matrix" if one == TRAINED else "reference")
             for one, model in models.items()
@@ -108,37 +113,22 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
 
         teacher, files = models[kept], dict[str, bytes]()
         teacher.mean, teacher.spread = data.moments.mean.float(), spread(data)
-        teacher.provenance = {key: about[key] for key in ABOUT if isinstance(about.get(key), str | int)}
-        teacher.provenance |= {"labels": proteins.labels, "groups": proteins.groups.description}
+        teacher.provenance = {**VectorOrigin.of(about).facts(), "source": about.get("source")}
         calibrate(teacher, x, y[split.val], group[split.val])
         if sequences is not None:
-            known = [f">{vectors.ids[row]}\n{sequences[row]}\n" for row in split.train.tolist()]
-            files[TRAINING] = "".join(known).encode()
-        scores = {entry.name: asdict(entry.scores[evaluation.headline]) for entry in evaluation.entries}
+            files[TRAINING] = "".join(f">{vectors.ids[row]}\n{sequences[row]}\n" for row in split.train).encode()
+        scores = {key.replace(" ", "_"): one.value for key, one in evaluation.entry(kept).scores.items()}
         facts = {"task": task, "digest": data.digest, "run": run.id, "kept": kept}
-        save(teacher, place, metrics={evaluation.headline: scores}, data=facts, files=files)
+        save(teacher, place, metrics=scores, data=facts, files=files)
         report = evaluation_report(evaluation, f"Next: make distil TEACHER={place}")
         report.save(place / "evaluation")
         run.log_params({"kept": kept, "metric": evaluation.headline})
-        run.log_metrics({key.replace(" ", "_"): one.value for key, one in evaluation.entry(kept).scores.items()})
+        run.log_metrics(scores)
         run.log_artifact(place)
         run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
         run.note(report.markdown())
     report.show()
     return evaluation
-
-
-def _choose(
-    models: Mapping[str, Predictor], target: Target, x: torch.Tensor, y: np.ndarray, group: np.ndarray
-) -> tuple[str, str]:
-    """The trained head only where it is clearly better on the validation proteins; and the words for it."""
-    number, metric = np.unique(group, return_inverse=True)[1], CHOSEN_BY[target.kind]
-    decisions = [decide(target.kind, model(x).numpy()) for model in models.values()]
-    linear, trained = (task_statistics(target, one, y, number)[metric] for one in decisions)
-    better = clearly_above(trained, linear, resample_counts(int(number.max()) + 1))
-    verdict = "clearly better: it is the teacher" if better else "not clearly better: THE PROBE IS THE TEACHER"
-    words = f"On the validation groups the trained head has {trained.value:.3f} {metric}"
-    return list(models)[int(better)], f"{words}, the linear probe {linear.value:.3f}: training is {verdict}."
 
 
 def _baselines(proteins: LabelledData, aligned: bool, notes: list[str]) -> list[Representation]:

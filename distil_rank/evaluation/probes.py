@@ -8,17 +8,14 @@ a rotation of the vectors would change what a probe makes of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
-from torch import nn
 
 from distil_rank.errors import InputError, examples
 from distil_rank.evaluation.representations import CHANCE, MAJORITY, Sides
@@ -39,6 +36,7 @@ METRICS = {
 CHOSEN_BY = {"classification": "mcc", "multilabel": "macro_f1", "regression": "r2"}  # in the cross-validation
 Linear = tuple[np.ndarray, np.ndarray]  # weights (d, K) and offsets (K,): outputs are x W + b
 Solve = Callable[[float], Linear]  # fitted with this penalty
+Probe = Callable[[np.ndarray, np.ndarray], Solve]  # of vectors (N, d) and columns (N, K)
 
 
 def ridge(x: np.ndarray, columns: np.ndarray) -> Solve:
@@ -122,7 +120,7 @@ class ProbeTrial:
     def __init__(self, target: Target, groups: Groups, seed: int, quick: bool = False) -> None:
         assert target.y is not None
         fit = groups.fit
-        self.probes = (ridge,) if quick or target.kind == "regression" else (ridge, logistic)
+        self.probes = (ridge,) if quick else (ridge, logistic)
         self.target, self.groups, self.seed, self.notes = target, groups, seed, list[str]()
         self.metrics, self.y_fit, self.y = METRICS[target.kind], target.y[fit], target.y[~fit]
         self.group = np.unique(groups.number[~fit], return_inverse=True)[1]  # of the evaluated rows, numbered from 0
@@ -178,26 +176,11 @@ class ProbeTrial:
         return {CHANCE: by_chance, MAJORITY: same}
 
     def _predict(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Of the evaluated rows, by the probe and penalty that do best in the cross-validation on the others."""
-        fit, number = self.groups.fit, self.groups.number
-        x = x - x[fit].mean(axis=0)
-        energy = (x[fit] ** 2).sum(axis=1).mean()
-        x /= np.sqrt(energy) if energy > 0 else 1.0
-        folds = list(GroupKFold(min(FOLDS, len(np.unique(number[fit])))).split(x[fit], groups=number[fit]))
-        columns, best = as_columns(self.target, y), list[tuple[float, float, Callable[..., Solve]]]()
-        for probe in self.probes:
-            parts = [(test, probe(x[fit][train], columns[train])) for train, test in folds]
-
-            def score(penalty: float, parts: list[tuple[np.ndarray, Solve]] = parts) -> float:
-                outputs = np.empty(columns.shape)
-                for test, solve in parts:
-                    weight, offset = solve(penalty)
-                    outputs[test] = x[fit][test] @ weight + offset
-                return score_of(self.target, outputs, y)
-
-            best.append((*choose_penalty(score)[::-1], probe))
-        _, penalty, probe = max(best, key=lambda one: one[0])
-        weight, offset = probe(x[fit], columns)(penalty)
+        """Of the evaluated rows, by the probe and penalty that do best in a cross-validation over the other groups."""
+        fit = self.groups.fit
+        number = self.groups.number[fit]
+        folds = list(GroupKFold(min(FOLDS, len(np.unique(number)))).split(y, groups=number))
+        (weight, offset), _ = fit_linear(self.target, x[fit], y, np.arange(len(y)), folds, self.probes)
         return decide(self.target.kind, x[~fit] @ weight + offset)
 
 
@@ -206,13 +189,6 @@ def as_columns(target: Target, y: np.ndarray) -> np.ndarray:
     if target.kind == "classification":
         return np.eye(len(target.classes))[y]
     return y - 0.5 if target.kind == "multilabel" else y[:, None]
-
-
-def score_of(target: Target, outputs: np.ndarray, y: np.ndarray) -> float:
-    """What a model and its penalty are chosen by, from outputs `(N, K)`; −∞ where it is undefined."""
-    together = np.zeros(len(y), dtype=int)
-    value = task_statistics(target, decide(target.kind, outputs), y, together)[CHOSEN_BY[target.kind]].value
-    return value if np.isfinite(value) else -np.inf
 
 
 def task_statistics(target: Target, predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> dict[str, Statistic]:
@@ -240,30 +216,40 @@ def decide(kind: Kind, outputs: np.ndarray) -> np.ndarray:
     return outputs.argmax(axis=1) if kind == "classification" else (outputs > 0).astype(int)
 
 
-def fit_linear(target: Target, x: np.ndarray, fit: np.ndarray, choose: np.ndarray) -> tuple[nn.Linear, str]:
-    """Ridge or logistic regression as one linear layer to logits of the classes or labels, or values; and its name.
+def fit_linear(
+    target: Target,
+    x: np.ndarray,
+    y: np.ndarray,
+    fit: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    probes: Sequence[Probe] = (ridge, logistic),
+) -> tuple[Linear, str]:
+    """A linear model to logits of the classes or labels, or values; and the name of the probe with its penalty.
 
     Args:
-        target: of the same N proteins.
-        x: vectors `(N, d)`, which go in as they are, with one scale for all columns.
+        target: what is predicted.
+        x: vectors `(N, d)`, with one scale for all columns.
+        y: the target's numbers for them.
         fit: rows to fit on.
-        choose: rows whose score decides on penalty and model; of equals the stronger penalty, and ridge.
+        folds: rows to fit on and rows whose score decides on probe and penalty; of equals the stronger penalty.
+        probes: to choose from, in this order where they are equal.
     """
-    y, centre = target.y, x[fit].mean(axis=0, dtype=np.float64)
-    assert y is not None
+    centre = x[fit].mean(axis=0, dtype=np.float64)
     scale = float(np.sqrt(((x[fit] - centre) ** 2).sum(axis=1).mean())) or 1.0
-    z, best = (x - centre) / scale, list[tuple[float, str, Linear]]()
-    for probe in (ridge,) if target.kind == "regression" else (ridge, logistic):
-        solve = cache(probe(z[fit], as_columns(target, y[fit])))
+    z, columns, best = (x - centre) / scale, as_columns(target, y), list[tuple[float, float, Probe]]()
+    tested = np.concatenate([test for _, test in folds])
+    for probe in probes if target.kind != "regression" else (ridge,):
+        parts = [(test, probe(z[train], columns[train])) for train, test in folds]
 
-        def score(penalty: float, solve: Solve = solve) -> float:
-            weight, offset = solve(penalty)
-            return score_of(target, z[choose] @ weight + offset, y[choose])
+        def score(penalty: float, parts: list[tuple[np.ndarray, Solve]] = parts) -> float:
+            models = [(test, *solve(penalty)) for test, solve in parts]
+            predicted = decide(target.kind, np.vstack([z[test] @ weight + offset for test, weight, offset in models]))
+            together = np.zeros(len(tested), dtype=int)
+            value = task_statistics(target, predicted, y[tested], together)[CHOSEN_BY[target.kind]].value
+            return value if np.isfinite(value) else -np.inf
 
         penalty, value = choose_penalty(score)
-        best.append((value, f"{probe.__name__}, {penalty:.0e}", solve(penalty)))
-    _, name, (weight, offset) = max(best, key=lambda one: one[0])
-    layer = nn.Linear(*weight.shape)
-    state = {"weight": weight.T / scale, "bias": offset - centre @ weight / scale}
-    layer.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
-    return layer, name
+        best.append((value, penalty, probe))
+    _, penalty, probe = max(best, key=lambda one: one[0])
+    weight, offset = probe(z[fit], columns[fit])(penalty)
+    return (weight / scale, offset - centre @ weight / scale), f"{probe.__name__}, {penalty:.0e}"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.lowrank.encoder import ORIGIN
 from distil_rank.options.evaluation import Kind
 from distil_rank.origin import VectorOrigin
 
@@ -118,14 +117,16 @@ class Predictor(nn.Module):
         predictor.provenance = dict(description["provenance"])
         return predictor
 
+    @classmethod
+    def linear(cls, weight: np.ndarray, offset: np.ndarray, kind: Kind, classes: Sequence[str]) -> Self:
+        """Of one layer alone, `x W + b` with `W (n, K)`."""
+        predictor = cls(nn.Linear(*weight.shape), kind, classes)
+        predictor.layer.load_state_dict({"weight": torch.from_numpy(weight.T), "bias": torch.from_numpy(offset)})
+        return predictor
+
     def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
         """Raises `InputError` unless made for vectors like those that `facts` tell of; `what` is whose they are."""
-        mine = VectorOrigin.of({**self.provenance, "dim": self.in_features})
-        if difference := mine.difference(VectorOrigin.of(facts), ORIGIN):
-            raise InputError(
-                f"Expected vectors like those that the predictor learned from but those of {what} differ "
-                f"({difference}); use the backbone, layer and pooling that it was trained with."
-            )
+        VectorOrigin.of({**self.provenance, "dim": self.in_features}).check(facts, what, "this predictor learned from")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the classes or labels, or values: `(N, n)` → `(N, K)`."""

@@ -198,20 +198,6 @@ def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
         ax.margins(x=0.12)
 
 
-def draw_scores(evaluation: Evaluation, path: Path) -> None:
-    """The headline of each model and baseline with its interval."""
-    entries, headline = evaluation.entries[::-1], evaluation.headline
-    with picture(path, 1, 1, (6.5, 0.8 + 0.35 * len(entries))) as axes:
-        ax = axes[0, 0]
-        for y, entry in enumerate(entries):
-            score, colour = entry.scores[headline], ROLE_COLOURS[entry.role]
-            ax.plot([score.low, score.high], [y, y], color=colour, lw=3, alpha=0.6)
-            ax.plot(score.value, y, "o", color=colour)
-        ax.set_yticks(range(len(entries)), [entry.name for entry in entries])
-        ax.set_title(evaluation_title(evaluation), loc="left")
-        ax.set_xlabel(headline)
-
-
 def draw_predictor(result: PredictorResult, path: Path) -> None:
     """What each rank retains, what is taken for what, and calibration."""
     true, predicted = result.decisions

@@ -119,12 +119,14 @@ def evaluation_report(evaluation: Evaluation, following: str | None = None) -> R
 
     Or a teacher from labels beside what needs no training, where `following` is what to type next.
     """
-    data, draw = {"schema": EVALUATION_SCHEMA, **asdict(evaluation)}, pictures.draw_evaluation
-    method, last = EVALUATION_METHOD, None
+    data, notes = (
+        {"schema": EVALUATION_SCHEMA, **asdict(evaluation)},
+        [f"Groups: {evaluation.groups}.", *evaluation.notes],
+    )
+    table = [evaluation_table(evaluation)]
     if following is not None:
-        method, draw, last = PREDICTION_METHOD, pictures.draw_scores, Table("", ["what to type next"], [[following]])
-    notes = [f"Groups: {evaluation.groups}.", *evaluation.notes]
-    return Report([evaluation_table(evaluation)], notes, method, last, data, partial(draw, evaluation))
+        return Report(table, notes, PREDICTION_METHOD, Table("", ["what to type next"], [[following]]), data)
+    return Report(table, notes, EVALUATION_METHOD, data=data, draw=partial(pictures.draw_evaluation, evaluation))
 
 
 def predictor_report(result: PredictorResult) -> Report:

@@ -50,7 +50,7 @@ class LabelTeacher(TeacherModule):
         kind: classification, multilabel or regression.
         outputs: K.
         dropout: share of the activations that a training step leaves out.
-        lr: learning rate of AdamW.
+        lr: learning rate of Adam.
         bend: largest bias of the layer at first. Near zero tanh is a line; where it bends, what is not linear is
             learned.
     """
@@ -90,7 +90,7 @@ class LabelTeacher(TeacherModule):
         """Logits, or values on the training rows' scale: `(N, d)` → `(N, K)`."""
         return self.head(self.layer((x - self.mean) / self.std))
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """The mean loss of a batch."""
         (x, y), kind = batch, self.hparams["kind"]
         output = self(x)
@@ -99,20 +99,6 @@ class LabelTeacher(TeacherModule):
         if kind == "multilabel":
             return F.binary_cross_entropy_with_logits(output, y.to(output), pos_weight=self.weights)
         return F.mse_loss(output[:, 0], (y - self.offset) / self.scale)
-
-    def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        """The loss of one batch."""
-        loss = self.loss(batch)
-        self.log("train/loss", loss)
-        return loss
-
-    def validation_step(self, batch: Any, batch_index: int) -> None:
-        """The same on validation rows."""
-        self.log("val/loss", self.loss(batch), batch_size=len(batch[0]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW at a constant rate; training stops early."""
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"], fused=True)
 
     @torch.no_grad()
     def predictor(self, classes: Sequence[str]) -> Predictor:

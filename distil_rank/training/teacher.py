@@ -61,22 +61,21 @@ class TeacherModule(LightningModule):
         """`(…, d)` → `(…, d)`."""
         return self.layer(x)
 
-    def denoising_loss(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, x: Any, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error against the clean input `(N, d)`, with noise from torch's generator or another one."""
         h: Any = self.hparams
         noise = torch.randn(x.shape, generator=generator, device=None if generator else x.device).to(x)
         return F.mse_loss(self(x + h.noise * self.std * noise), x)
 
-    def training_step(self, x: Tensor, batch_index: int) -> Tensor:
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """The loss of one batch."""
-        loss = self.denoising_loss(x)
+        loss = self.loss(batch)
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, x: Tensor, batch_index: int) -> None:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
         """The same on validation rows, with the same noise in every epoch, so that epochs can be compared."""
-        generator = torch.Generator().manual_seed(batch_index)
-        self.log("val/loss", self.denoising_loss(x, generator), batch_size=len(x))
+        self.log("val/loss", self.loss(batch, torch.Generator().manual_seed(batch_index)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam at a constant rate."""

@@ -38,8 +38,9 @@ def test_a_head_learns_what_a_linear_probe_cannot(trained):
     predicted = decide("classification", module.predictor(("in", "out"))(data.rows("test")).detach().numpy())
     test = data.split_rows.test
     target = Target("classification", y=y, classes=("in", "out"))
-    probe, _ = fit_linear(target, data.embeddings.x, data.split_rows.train, data.split_rows.val)
-    linear = decide("classification", probe(data.rows("test")).detach().numpy())
+    split, x = data.split_rows, data.embeddings.x
+    (weight, offset), _ = fit_linear(target, x, y, split.train, [(split.train, split.val)])
+    linear = decide("classification", x[test] @ weight + offset)
     assert (predicted == y[test]).mean() > 0.8 > (linear == y[test]).mean()
     assert "chosen: lr" in words
 
