@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from distil_rank.commands.labelled_student import distil_predictor
 from script import run, save_markdown
 
+from distil_rank.commands.distil import distil_predictor
+from distil_rank.commands.train_teacher import train_from_labels
+from distil_rank.compression.saved import read_manifest
 from distil_rank.data.files import load_matrix, sample
+from distil_rank.evaluation.labelled import open_to_predict
 from distil_rank.evaluation.probes import fit_linear
 from distil_rank.evaluation.representations import AMINO_ACIDS
 from distil_rank.evaluation.trust import Trust, calibrate, measure_trust
