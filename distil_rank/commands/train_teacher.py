@@ -40,7 +40,7 @@ from distil_rank.tracking.run_store import lineage
 from distil_rank.tracking.training import RunLogger
 from distil_rank.training.callbacks import Progress
 from distil_rank.training.experiment import trainer_options
-from distil_rank.training.head import spread, train_head
+from distil_rank.training.head import train_head
 from distil_rank.training.teacher import TeacherModule, check_teacher, random_teacher, spectral_teacher
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
         evaluation = evaluate(target, proteins.groups, rows, proteins.labels, notes)
 
         teacher, files = models[kept], dict[str, bytes]()
-        teacher.mean, teacher.spread = data.moments.mean.float(), spread(data)
+        teacher.mean, teacher.spread = data.moments.mean.float(), data.moments.std.float()
         teacher.provenance = {**VectorOrigin.of(about).facts(), "source": about.get("source")}
         calibrate(teacher, x, y[split.val], group[split.val])
         if sequences is not None:

@@ -78,7 +78,8 @@ class LabelTeacher(TeacherModule):
         share = (F.one_hot(y, h.outputs) if one else y.reshape(len(y), -1)).float().mean(0)
         share = share.clamp(1 / len(y), 1 - 1 / len(y))
         weights = share.rsqrt() / share.sqrt().sum() if one else ((1 - share) / share).sqrt()
-        statistics = {"mean": data.moments.mean.float(), "std": spread(data), "weights": weights}
+        moments = data.moments
+        statistics = {"mean": moments.mean.float(), "std": moments.std.float(), "weights": weights}
         statistics |= {
             "offset": y.mean() if numbers else torch.zeros(()),
             "scale": y.std() if numbers else torch.ones(()),
@@ -111,12 +112,6 @@ class LabelTeacher(TeacherModule):
         state |= {"head.1.weight": last.weight * self.scale, "head.1.bias": last.bias * self.scale + self.offset}
         predictor.load_state_dict(state, strict=False)
         return predictor
-
-
-def spread(data: EmbeddingDataModule) -> Tensor:
-    """The standard deviation of each dimension over the training rows, no less than a thousandth of the typical one."""
-    std = data.moments.covariance.diagonal().clamp_min(0).sqrt().float()
-    return std.clamp_min(1e-3 * float(std.mean()) or 1.0)
 
 
 def train_head(

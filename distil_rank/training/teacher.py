@@ -54,8 +54,7 @@ class TeacherModule(LightningModule):
             self.layer = nn.Linear(self.trainer.datamodule.dim, self.trainer.datamodule.dim)  # type: ignore[attr-defined]
         h: Any = self.hparams
         if h.noise_scale == "relative":
-            variance = self.trainer.datamodule.moments.covariance.diagonal()  # type: ignore[attr-defined]
-            self.std = variance.clamp_min(0).sqrt().float()
+            self.std = self.trainer.datamodule.moments.std.float()  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, d)` → `(…, d)`."""
@@ -131,7 +130,7 @@ def check_teacher(
         return TeacherCheck(rank)
     mean = moments.mean.to(heldout)
     variance = (heldout - mean).double().square().sum()
-    std = moments.covariance.diagonal().clamp_min(0).sqrt()
+    std = moments.std
     generator = torch.Generator().manual_seed(0)
     corrupted = heldout + noise * (std.to(heldout) if relative else 1.0) * torch.randn(
         heldout.shape, generator=generator
