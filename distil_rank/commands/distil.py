@@ -152,14 +152,14 @@ def distil_predictor(o: DistilOptions) -> Path:
         predictor.layer = layer
         calibrate(predictor, data.rows("val"), y[split.val], groups[split.val])
         result = measure_student(teacher, predictor, proteins, share, curve)
-        folder = run_folder(Path(o.output) / "distil" / f"{name}-r{layer.rank}", run.id)
+        folder = run_folder(Path(o.output) / "distil" / f"{name}-r{result.rank}", run.id)
         files = {path.name: path.read_bytes() for path in source.glob(TRAINING)}
         figures = result.figures()
         place = save(predictor, folder / "predictor", metrics=figures, data={"run": run.id}, files=files)
         report = predictor_report(result)
         for file in report.save(folder / "predictor_report"):
             run.log_artifact(file)
-        run.log_params({"rank": layer.rank, "verdict": result.verdict})
+        run.log_params({"rank": result.rank, "verdict": result.verdict})
         run.log_metrics(figures)
         run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
         run.note(report.markdown())

@@ -78,8 +78,8 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
     y, about, kind, sequences = target.y, vectors.provenance, target.kind, vectors.sequences
     assert y is not None
     data = EmbeddingDataModule.of(vectors, split, y)
-    name = o.head.name or Path(str(o.labels.source)).name.partition(".")[0]
-    place = Path(o.output) / "teachers" / name
+    place = Path(o.output) / "teachers" / (o.head.name or Path(str(o.labels.source)).name.partition(".")[0])
+    name = place.name
     log.info("Teacher %s, %s of %d classes: %s", name, kind, len(target.classes), proteins.groups.description)
     params = {"teacher": name, "backbone": about.get("backbone", "unknown"), **task, "task": kind}
     with start_run("teacher", f"{name} {kind}", params=params, tags=lineage({**about, "digest": data.digest})) as run:
@@ -90,7 +90,6 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
             models[TRAINED] = module.predictor(target.classes)
             notes.append(words)
         for one, model in models.items():
-            model.eval().requires_grad_(False)
             if not all(value.isfinite().all() for value in model.state_dict().values()):
                 raise InputError(f"Expected vectors that a {one} can be fitted to but its weights are NaN; scale them.")
         x, kept = data.rows("val"), list(models)[-1]
@@ -99,11 +98,13 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
             off = [(one**2 if kind == "regression" else one != 0).reshape(len(x), -1).mean(1) for one in decided]
             gain = clearly_better(*off, group[split.val])
             kept = TRAINED if gain.low > 0 else LINEAR
-            verdict = (
+            words = (
                 "clearly fewer: it is the teacher" if gain.low > 0 else "not clearly fewer: THE PROBE IS THE TEACHER"
             )
-            shares = f"{off[1].mean():.3f} by the trained head, {off[0].mean():.3f} by the linear probe"
-            notes.append(f"Errors on the validation groups: {shares}, {verdict}.")
+            shares = [f"{one.mean():.3f}" for one in off]
+            notes.append(
+                f"Errors on the validation groups: linear probe {shares[0]}, trained head {shares[1]}, {words}."
+            )
         rows = [
             predictions(one, model, data.rows("test"), "matrix" if one == TRAINED else "reference")
             for one, model in models.items()

@@ -15,9 +15,8 @@ from distil_rank.evaluation.labelled import LabelledData
 from distil_rank.evaluation.probes import decide
 from distil_rank.evaluation.representations import Representation, Role
 from distil_rank.evaluation.task import Target
-from distil_rank.lowrank.low_rank import parameter_count
 from distil_rank.lowrank.predictor import Predictor
-from distil_rank.measure.calibration import calibration_error, conformal_scores, fit_temperature, overlap, reliability
+from distil_rank.measure.calibration import agreement, calibration_error, conformal_scores, fit_temperature, reliability
 from distil_rank.measure.statistics import Interval, estimate, mean, resample_counts
 
 TEACHER, STUDENT = "teacher", "student"  # their names in the evaluation
@@ -110,10 +109,9 @@ class PredictorResult:
         curve: what students of each rank retain on the validation proteins.
     """
 
-    kind: str
     classes: Sequence[str]
     rank: int
-    parameters: tuple[int, int]
+    parameters: Sequence[int]
     share: float
     retained: Interval
     probability_error: float | None
@@ -150,28 +148,22 @@ def measure_student(
     target, groups, kind = proteins.target, proteins.groups, student.kind
     test = groups.evaluated
     x, target = torch.from_numpy(proteins.embeddings.x[test]), target.subset(test)
-    ours, theirs = (
-        student.read_out(student(x)),
-        student.read_out(teacher(x) * teacher.temperature / student.temperature),
-    )
-    decided = [decide(kind, model(x).double().numpy()) for model in (student, teacher)]
-    hard = [torch.from_numpy(np.eye(len(student.classes))[one] if kind == "classification" else one) for one in decided]
-    agree = overlap(hard[0].reshape(len(x), -1), hard[1].reshape(len(x), -1), kind)
+    ours, theirs = (model(x) * model.temperature for model in (student, teacher))
     number = np.unique(groups.number[test], return_inverse=True)[1]
-    same = mean(agree.numpy(), number)
-    n, m, rank = student.in_features, int(student.layer.out_features), int(student.layer.rank)  # type: ignore[arg-type]
+    same = mean(agreement(ours, theirs, kind).numpy(), number)
+    p, q = (student.read_out(one / student.temperature) for one in (ours, theirs))
+    rank = getattr(student.layer, "rank", min(teacher.layer.weight.shape))  # type: ignore[arg-type]
     rows = [predictions(TEACHER, teacher, x, "reference"), predictions(STUDENT, student, x, "student")]
     assert target.y is not None
     return PredictorResult(
-        kind=kind,
         classes=student.classes,
         rank=rank,
-        parameters=(parameter_count(n, m), parameter_count(n, m, rank)),
+        parameters=tuple(sum(one.numel() for one in model.layer.parameters()) for model in (teacher, student)),
         share=share,
         retained=estimate(same, resample_counts(len(same.sums))),
-        probability_error=None if kind == "regression" else float((ours - theirs).abs().mean()),
+        probability_error=None if kind == "regression" else float((p - q).abs().mean()),
         evaluation=evaluate(proteins.target, groups, rows, proteins.labels, proteins.notes),
         trust=measure_trust(student, x, target, number),
-        decisions=[target.y.tolist(), decided[0].tolist()],
+        decisions=[target.y.tolist(), decide(kind, ours.double().numpy()).tolist()],
         curve=curve,
     )

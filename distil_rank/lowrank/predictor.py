@@ -95,6 +95,7 @@ class Predictor(nn.Module):
         self.register_buffer("spread", torch.ones(n, device=device))
         self.register_buffer("distances", torch.zeros(101, device=device))
         self.provenance: dict[str, Any] = {}
+        self.eval().requires_grad_(False)
 
     @property
     def in_features(self) -> int:

@@ -201,17 +201,18 @@ def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
 def draw_predictor(result: PredictorResult, path: Path) -> None:
     """What each rank retains, what is taken for what, and calibration."""
     true, predicted = result.decisions
-    panels = {"regression": 2, "multilabel": 2, "classification": 3}[result.kind]
+    panels = {"regression": 2, "multilabel": 2, "classification": 3}[result.evaluation.task]
     with picture(path, 1, panels, (4.2, 3.6)) as axes:
         ranks, decisions, trust = axes[0, 0], axes[0, 1], axes[0, -1]
         for key, name in {"closed_form": "closed form", "retained": OURS}.items():
-            points = [(point["rank"], max(point[key], 0)) for point in result.curve if point[key] is not None]
-            ranks.plot(*zip(*points, strict=True), color=COLOURS.get(key, COLOURS[OURS]), marker="o", ms=4, label=name)
+            known = [point for point in result.curve if point[key] is not None]
+            at, shares = [point["rank"] for point in known], [max(point[key], 0) for point in known]
+            ranks.plot(at, shares, color=COLOURS.get(key, COLOURS[OURS]), marker="o", ms=4, label=name)
         reference_line(ranks, "asked for", result.share, CHOSEN, "--")
         ranks.plot(result.rank, result.retained.value, "*", color=CHOSEN, ms=12, label="on untouched groups")
         ranks.set(title="predictions retained", xlabel="rank", xscale="log", ylim=(0, 1.03))
         ranks.legend(loc="lower right")
-        if result.kind == "regression":
+        if result.evaluation.task == "regression":
             decisions.plot(true, predicted, ".", color=FRONT)
             decisions.axline((true[0], true[0]), slope=1, color="#000000", lw=1)
             decisions.set(title="predicted values", xlabel="true", ylabel="predicted")
@@ -220,7 +221,7 @@ def draw_predictor(result: PredictorResult, path: Path) -> None:
         trust.plot([0, 1], [0, 1], color="#999999", lw=1)
         trust.scatter(said, came, [5 + 2 * count for count in proteins], FRONT)
         trust.set(title="calibration (area: proteins)", xlabel="probability", ylabel="share that came true")
-        if result.kind == "classification":
+        if result.evaluation.task == "classification":
             order = range(len(result.classes))
             counts = Counter(zip(true, predicted, strict=True))
             shares = [[counts[k, other] / max(true.count(k), 1) for other in order] for k in order]

@@ -133,7 +133,7 @@ def predictor_report(result: PredictorResult) -> Report:
     """A predictor: what the student retains of its teacher, its scores, and how far they can be trusted."""
     trust, (dense, small), evaluation = result.trust, result.parameters, result.evaluation
     title = f"{100 * trust.confidence:.0f} % {'sets' if trust.by_class or trust.reliability else 'intervals'}"
-    gain = "." if small < dense else ", NO FEWER: this layer cannot be made smaller without changing predictions."
+    gain = "." if small < dense else ", NO FEWER: no smaller one gives these predictions."
     lines = [
         f"Rank {result.rank} retains {number(result.retained.value)} {_ends(result.retained)} of the teacher's "
         f"predictions on {evaluation.evaluated:,} untouched proteins: {result.verdict.upper()} at {result.share:g}.",

@@ -10,7 +10,7 @@ from distil_rank.data.files import Embeddings
 from distil_rank.data.split import Split
 from distil_rank.evaluation.probes import decide, fit_linear
 from distil_rank.evaluation.task import Target
-from distil_rank.measure.calibration import overlap
+from distil_rank.measure.calibration import agreement, expected_agreement
 from distil_rank.options.training import HeadOptions
 from distil_rank.training.head import smallest_student, train_head
 
@@ -63,20 +63,30 @@ def test_numbers_come_out_in_their_own_units():
 def test_the_student_has_the_lowest_rank_that_decides_alike(trained):
     data, _, module, _ = trained
     teacher = module.predictor(("in", "out"))
-    student, curve = smallest_student(teacher, data, None, 0.99, {"max_steps": 30})
-    assert [point["rank"] for point in curve] == [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32]
-    assert student.rank < 32
+    student, curve = smallest_student(teacher, data, None, 0.95, {"max_steps": 30})
+    assert [point["rank"] for point in curve] == [1, 2, 3, 4, 6, 8, 12]
+    assert student.rank <= 12
     with torch.no_grad():
         x = data.rows("test")
         ours, theirs = (teacher.head(layer(x)) for layer in (student, teacher.layer))
-        assert (ours.argmax(1) == theirs.argmax(1)).double().mean() > 0.95
+        assert (ours.argmax(1) == theirs.argmax(1)).double().mean() > 0.9
 
 
-def test_probabilities_tell_more_than_a_count_of_equal_decisions():
-    """No decision of a hundred differs, and yet some of a thousand would."""
-    theirs = torch.stack([torch.linspace(0.2, 6, 100), torch.zeros(100)], 1)
-    ours = theirs + torch.tensor([0.1, 0.0])
-    assert (ours.argmax(1) == theirs.argmax(1)).all()
-    assert 0.98 < overlap(ours.softmax(-1), theirs.softmax(-1), "classification").mean() < 0.999
+def test_a_layer_that_no_smaller_one_can_stand_in_for_stays(trained):
+    data, _, module, _ = trained
+    teacher = module.predictor(("in", "out"))
+    student, _ = smallest_student(teacher, data, None, 1 + 1e-9, {"max_steps": 1})
+    assert student is teacher.layer
+
+
+def test_expected_agreement_tells_more_than_a_count_of_equal_decisions():
+    """No decision of a hundred differs, and yet one of a thousand would."""
+    dice = torch.Generator().manual_seed(0)
+    margin = torch.linspace(0.2, 6, 100)
+    theirs = torch.stack([margin, torch.zeros(100)], 1)
+    ours = theirs + torch.stack([torch.zeros(100), 0.08 * torch.randn(100, generator=dice)], 1)
+    ours[-1, 1] += 1.0  # a large change where the margin is large
+    assert agreement(ours, theirs, "classification").mean() == 1
+    assert 0.99 < expected_agreement(ours, theirs, "classification") < 1
     numbers = torch.arange(4.0)[:, None]
-    assert overlap(numbers + 1, numbers, "regression").mean() == pytest.approx(1 - 1 / 1.25)
+    assert expected_agreement(numbers + 1, numbers, "regression") == pytest.approx(1 - 1 / 1.25)
