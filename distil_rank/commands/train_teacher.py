@@ -96,7 +96,7 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
         if o.head.keep == "auto":
             decided = [decide(kind, model(x).double().numpy()) - y[split.val] for model in models.values()]
             off = [(one**2 if kind == "regression" else one != 0).reshape(len(x), -1).mean(1) for one in decided]
-            gain = clearly_better(*off, group[split.val])
+            gain = clearly_better(off[0], off[1], group[split.val])
             kept = TRAINED if gain.low > 0 else LINEAR
             words = (
                 "clearly fewer: it is the teacher" if gain.low > 0 else "not clearly fewer: THE PROBE IS THE TEACHER"

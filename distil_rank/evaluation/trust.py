@@ -152,7 +152,7 @@ def measure_student(
     number = np.unique(groups.number[test], return_inverse=True)[1]
     same = mean(agreement(ours, theirs, kind).numpy(), number)
     p, q = (student.read_out(one / student.temperature) for one in (ours, theirs))
-    rank = getattr(student.layer, "rank", min(teacher.layer.weight.shape))  # type: ignore[arg-type]
+    rank = int(getattr(student.layer, "rank", min(teacher.layer.weight.shape)))  # type: ignore[arg-type]
     rows = [predictions(TEACHER, teacher, x, "reference"), predictions(STUDENT, student, x, "student")]
     assert target.y is not None
     return PredictorResult(
