@@ -80,6 +80,7 @@ def logistic(x: np.ndarray, columns: np.ndarray) -> Solve:
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
+                warnings.filterwarnings("ignore", "The number of unique classes")  # --task decides
                 model.fit(x, side)
             if one and len(present) == 2:  # of the second class against the first
                 weight[:, present], offset[present] = model.coef_.T * [-0.5, 0.5], model.intercept_ * [-0.5, 0.5]
