@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -139,18 +137,6 @@ def test_several_labels_are_predicted_from_several_layers(predictors):
     p = predictor.predict(np.hstack([load_matrix(f"my_store:{layer}").x[:1] for layer in (1, 2)]))
     assert predictor.classes == ("base", "greasy", "other")
     assert p.predicted[0] == "|".join(np.array(predictor.classes)[p.probabilities[0] > 0.5])
-
-
-def test_the_folder_predicts_with_torch_numpy_and_safetensors_alone(predictors):
-    program = f"""
-import sys
-for name in ("lightning", "mlflow", "scipy", "sklearn", "esm", "pandas", "pyarrow", "matplotlib"):
-    sys.modules[name] = None
-import numpy as np, distil_rank as dr
-print(dr.load({str(predictors / "classes")!r}).predict(np.zeros((2, 32), np.float32)).predicted)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert len(eval(done.stdout)) == 2
 
 
 def test_teacher_student_and_predictions_are_linked_and_the_model_answers(predictors, predictions, place):
