@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from script import run, save_markdown
-from torch import nn
 
-from distil_rank.commands.labelled_student import distil_predictor
-from distil_rank.commands.labelled_teacher import PredictionTask, open_task, train_labelled_teacher
+from distil_rank.commands.distil import distil_predictor
+from distil_rank.commands.train_teacher import train_from_labels
+from distil_rank.compression.saved import read_manifest
 from distil_rank.data.files import load_matrix, sample
+from distil_rank.evaluation.labelled import open_to_predict
 from distil_rank.evaluation.probes import fit_linear
 from distil_rank.evaluation.representations import AMINO_ACIDS
 from distil_rank.evaluation.trust import Trust, calibrate, measure_trust
@@ -56,7 +57,7 @@ def one_split(name: str, source: str, labels: str, keep: Any) -> tuple[list[str]
         head=HeadOptions(keep=keep, name=name),
         output=str(OUTPUT),
     )
-    evaluation = train_labelled_teacher(options)
+    evaluation = train_from_labels(options)
     lines = []
     for entry in evaluation.entries:
         cells = [
@@ -71,7 +72,7 @@ def one_split(name: str, source: str, labels: str, keep: Any) -> tuple[list[str]
     r: Mapping[str, Any] = json.loads((folder.parent / "predictor_report.json").read_text())
     dense, small = r["parameters"]
     error = "–" if r["probability_error"] is None else f"{r['probability_error']:.4f}"
-    kept = json.loads((OUTPUT / "teachers" / name / "manifest.json").read_text())["kept"]
+    kept = read_manifest(OUTPUT / "teachers" / name)["data"]["kept"]
     retained = f"{r['retained']['value']:.4f} [{r['retained']['low']:.3f}, {r['retained']['high']:.3f}]"
     return (
         lines,
@@ -79,23 +80,20 @@ def one_split(name: str, source: str, labels: str, keep: Any) -> tuple[list[str]
     )
 
 
-def trust_of(task: PredictionTask) -> Trust:
+def trust_of(source: str, labels: str, seed: int) -> Trust:
     """A linear probe of one split, calibrated and measured."""
-    target, split = task.proteins.target, task.data.split_rows
-    probe = fit_linear(target, np.asarray(task.proteins.embeddings.x), split.train, [(split.train, split.val)])
-    layer = nn.Linear(task.data.dim, len(probe.bias)).requires_grad_(False)
-    layer.load_state_dict({"weight": torch.from_numpy(probe.weight), "bias": torch.from_numpy(probe.bias)})
-    predictor = Predictor(layer, target.kind, target.classes).eval()
-    calibrate(predictor, task.data.rows("val"), task.y[split.val], task.proteins.groups.number[split.val])
-    number = np.unique(task.proteins.groups.number[task.test], return_inverse=True)[1]
-    return measure_trust(predictor, task.data.rows("test"), target.subset(task.test), number)
+    proteins, split = open_to_predict(source, {"source": labels}, seed=seed)
+    x, target, group = np.asarray(proteins.embeddings.x), proteins.target, proteins.groups.number
+    assert target.y is not None
+    linear, _ = fit_linear(target, x, target.y, split.train, [(split.train, split.val)])
+    predictor = Predictor.linear(*linear, target.kind, target.classes)
+    calibrate(predictor, torch.from_numpy(x[split.val]), target.y[split.val], group[split.val])
+    return measure_trust(predictor, torch.from_numpy(x[split.test]), target.subset(split.test), group[split.test])
 
 
 def many_splits(name: str, source: str, labels: str, splits: int) -> str:
     """Coverage and calibration error, means over splits."""
-    settings = {"source": source, "labels": {"source": labels}, "task": "auto", "groups": None}
-    settings |= {"val_fraction": 0.2, "test_fraction": 0.2}
-    trusts = [trust_of(open_task({**settings, "seed": seed})) for seed in range(splits)]
+    trusts = [trust_of(source, labels, seed) for seed in range(splits)]
     coverage = np.array([one.coverage.value for one in trusts])
     cells = f"{coverage.mean():.3f} | {coverage.min():.3f} to {coverage.max():.3f}"
     if trusts[0].calibration_error is None:

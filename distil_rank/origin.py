@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+from distil_rank.errors import InputError
+
+MUST_AGREE = ("dim", "weights_sha256", "layer", "pooling")  # for one to take what was fitted to others
+
 
 @dataclass(frozen=True)
 class VectorOrigin:
@@ -61,3 +65,11 @@ long=None, max_length=None, calibration_sha256=None, fallback=None)
                 )
                 return f"{key} {mine} where the other has {theirs}"
         return None
+
+    def check(self, facts: Mapping[str, Any], what: str, whose: str) -> None:
+        """Raises `InputError` unless vectors that `facts` tell of, those of `what`, agree with these, those `whose`."""
+        if difference := self.difference(VectorOrigin.of(facts), MUST_AGREE):
+            raise InputError(
+                f"Expected vectors like those that {whose} but those of {what} differ ({difference}); use the "
+                "backbone, layer and pooling that belong together."
+            )

@@ -26,7 +26,7 @@ BROUGHT = {
 import distil_rank
 from distil_rank.lowrank.predictor import Predictor
 layer = distil_rank.LowRankLinear(8, 8, rank=2)
-distil_rank.save(Predictor(layer, "classification", ["a", "b"], "tanh", 9, 9), "results/predictors/labels")
+distil_rank.save(Predictor(layer, "classification", ["a", "b"], "tanh", 9), "results/predictors/labels")
 """,
 }
 

@@ -110,8 +110,14 @@ dr.compress(model, {"0": 3}, data=torch.randn(200, 12) @ torch.randn(12, 12))
 dr.save(model[0], sys.argv[1])
 x = torch.randn(4, 12)
 assert torch.equal(dr.load(sys.argv[1])(x), model[0](x))
+
+from distil_rank.lowrank.predictor import Predictor
+
+dr.save(Predictor(dr.LowRankLinear(12, 12, 2), "classification", "abc", "tanh", calibration=1), sys.argv[1])
+result = dr.load(sys.argv[1]).predict(x.numpy())
+assert len(result.predicted) == len(result.sets) == 4 and result.probabilities.shape == (4, 3)
 """
 
 
-def test_the_public_names_and_a_student_need_torch_numpy_and_safetensors_alone(tmp_path):
+def test_the_public_names_a_student_and_a_predictor_need_torch_numpy_and_safetensors_alone(tmp_path):
     subprocess.run([sys.executable, "-c", SMALL_INSTALL, str(tmp_path / "student")], check=True)

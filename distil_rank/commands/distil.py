@@ -1,38 +1,54 @@
 """Distil one teacher as an MLflow run, which keeps the student and its report."""
 
+from __future__ import annotations
+
+import copy
 import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from distil_rank.commands.labelled_student import distil_predictor
-from distil_rank.commands.labelled_teacher import is_labelled_teacher
-from distil_rank.commands.train_teacher import check_rank_fits, make_teacher, open_data
+from distil_rank.artefact import MANIFEST
+from distil_rank.commands.train_teacher import TRAINING, check_rank_fits, make_teacher, open_data
 from distil_rank.compression.own_layer import load_head
-from distil_rank.compression.saved import save
+from distil_rank.compression.saved import load, read_manifest, save
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.errors import InputError
+from distil_rank.evaluation.labelled import open_to_predict
 from distil_rank.evaluation.results import OURS, Result, TeacherResult
+from distil_rank.evaluation.trust import calibrate, measure_student
 from distil_rank.lowrank.low_rank import tensor_digest
+from distil_rank.lowrank.predictor import Predictor
 from distil_rank.measure.metrics import lost
-from distil_rank.options.training import DistilOptions
-from distil_rank.report.tables import comparison_report
+from distil_rank.options.training import DataOptions, DistilOptions, StudentOptions
+from distil_rank.report.tables import comparison_report, predictor_report
 from distil_rank.report.writer import link, run_folder
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage
-from distil_rank.tracking.training import RunLogger, log_student, register_student
+from distil_rank.tracking.training import RunLogger, log_predictor, log_student, register_student
 from distil_rank.training.experiment import run_experiment
+from distil_rank.training.head import smallest_student
 
 log = logging.getLogger(__name__)
 
 RANK = 64  # by default, as in the original
+SHARE = 0.999  # of the predictions of a teacher from labels, by default
+SERVED = """from mlflow.models import set_model
+
+from distil_rank.commands.predict import predict_sequences
+from distil_rank.tracking.training import ServedPredictor
+
+set_model(ServedPredictor(predict_sequences))
+"""  # MLflow runs this file to load the model: nothing is pickled
 
 
 def distil(options: DistilOptions) -> Result | Path:
     """Distil one teacher and report what is retained; of one that was trained from labels make a predictor."""
-    if is_labelled_teacher(options.teacher.kind):
+    if (Path(options.teacher.kind) / MANIFEST).is_file():
         return distil_predictor(options)
     result = distil_teacher(open_data(options.data), options)
     comparison_report(result).show()
@@ -102,6 +118,59 @@ def distil_teacher(
         kind = {"rank": outcome.rank, "teacher": lineage_key, "data": data.digest}
         register_student(run, uri, {"r2": metrics["r2"], **kind})
     return result
+
+
+def distil_predictor(o: DistilOptions) -> Path:
+    """Distil a teacher from labels at the lowest rank that retains its predictions; returns the predictor's folder."""
+    kind, source = o.teacher.kind, Path(o.teacher.kind)
+    if o.data != DataOptions() or o.distil != StudentOptions() or o.head or o.ckpt_path:
+        raise InputError(
+            f"Expected --rank, --trainer and --seeds alone for {kind}, which knows its data and head, but "
+            "got options of --data, --distil, --head or --ckpt_path; leave them out."
+        )
+    facts, teacher = read_manifest(kind)["data"], load(kind)
+    if not isinstance(teacher, Predictor) or not isinstance(teacher.layer, torch.nn.Linear) or "task" not in facts:
+        raise InputError(f"Expected a teacher that was trained from labels in {kind} but it holds a student.")
+    proteins, split = open_to_predict(**facts["task"])
+    data = EmbeddingDataModule.of(proteins.embeddings, split, proteins.target.y)
+    if data.digest != facts["digest"]:
+        raise InputError(
+            f"Expected vectors, labels and groups as {kind} was trained on but {data.source} has others now; "
+            "train it again."
+        )
+    y, groups = proteins.target.y, proteins.groups.number
+    assert y is not None
+    name, about, full = source.name, proteins.embeddings.provenance, min(teacher.layer.weight.shape)
+    rank, share = (o.rank, SHARE) if isinstance(o.rank, int) else (None, o.rank or SHARE)
+    if isinstance(share, str) or (rank or 1) > full:
+        raise InputError(f"Expected --rank as a share below 1, or up to {full}, the layer's own, but got {o.rank}.")
+    params: dict[str, Any] = {"teacher": name, "backbone": about.get("backbone", "unknown"), "task": teacher.kind}
+    params |= {"rank_requested": rank or share, "source": facts["task"]["source"]}
+    tags = {**lineage({**about, "digest": data.digest}), "teacher_run": facts["run"]}
+    with start_run("distil", f"{name} predictor", params=params, tags=tags) as run:
+        layer, curve = smallest_student(teacher, data, rank, share, o.trainer, o.seeds[0], RunLogger(run))
+        predictor = copy.deepcopy(teacher)
+        predictor.layer = layer
+        calibrate(predictor, data.rows("val"), y[split.val], groups[split.val])
+        result = measure_student(teacher, predictor, proteins, share, curve)
+        folder = run_folder(Path(o.output) / "distil" / f"{name}-r{result.rank}", run.id)
+        files = {path.name: path.read_bytes() for path in source.glob(TRAINING)}
+        figures = result.figures()
+        place = save(predictor, folder / "predictor", metrics=figures, data={"run": run.id}, files=files)
+        report = predictor_report(result)
+        for file in report.save(folder / "predictor_report"):
+            run.log_artifact(file)
+        run.log_params({"rank": result.rank, "verdict": result.verdict})
+        run.log_metrics(figures)
+        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
+        run.note(report.markdown())
+        if proteins.embeddings.sequences is not None and about.get("backbone"):
+            example = [proteins.embeddings.sequences[row] for row in split.test[:2]]
+            log_predictor(run, place, SERVED, example, figures)
+        latest = link(Path(o.output) / "predictors" / name, place)
+    report.show()
+    log.info("Predictor: %s (make predict MODEL=%s FASTA=new.fasta).", place, latest)
+    return place
 
 
 def save_report(result: Result, stem: Path, picture: str, run: Run) -> None:

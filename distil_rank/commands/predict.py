@@ -14,15 +14,12 @@ import numpy as np
 import yaml
 
 from distil_rank.artefact import write_atomically
-from distil_rank.commands.labelled_student import TRAINING
+from distil_rank.commands.train_teacher import TRAINING
 from distil_rank.compression.saved import load, read_manifest
-from distil_rank.data.files import Embeddings
+from distil_rank.data.files import Embeddings, layer_names
 from distil_rank.data.mmseqs import best_hits, mmseqs_binary
-from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.run import embed, options_like
 from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.store import open_storage
-from distil_rank.embedding.store import read_manifest as read_store_manifest
 from distil_rank.errors import InputError
 from distil_rank.evaluation.labelled import load_vectors
 from distil_rank.lowrank.predictor import Predictor
@@ -50,8 +47,8 @@ def predict(options: PredictOptions) -> Path:
             facts = {**predictor.provenance, "dim": facts["dim"]}
         predictor.check_origin(facts, str(o.data))
     params = {"model": o.model, "fasta": o.fasta, "data": o.data, "confidence": o.confidence}
-    made_by = {"student_run": str(manifest["data"]["run"])} if "run" in manifest["data"] else {}
-    tags, name = {**lineage(predictor.provenance), **made_by}, f"{Path(o.model).name} {len(proteins.ids):,}"
+    tags = {**lineage(predictor.provenance), "student_run": str(manifest["data"].get("run"))}
+    name = f"{Path(o.model).name} {len(proteins.ids):,}"
     with start_run("predict", name, params=params, tags=tags) as run:
         records = predictions(predictor, proteins, Path(o.model), o.confidence)
         text = io.StringIO(newline="")
@@ -89,11 +86,10 @@ def embed_new(predictor: Predictor, fasta: str | Path) -> Embeddings:
             "give vectors of the same kind with --data."
         )
     proteins, cleaning = read_proteins(fasta)
-    counts = cleaning.counts
-    if not proteins or counts["nucleotides"] * 2 > counts["records"]:
-        what = f"{counts['nucleotides']:,} of {counts['records']:,} records look like DNA or RNA"
+    foreign, records = cleaning.counts["nucleotides"], cleaning.counts["records"]
+    if not proteins or foreign * 2 > records:
         raise InputError(
-            f"Expected new proteins in {fasta} but {what if proteins else 'there is none'}; translate first."
+            f"Expected new proteins in {fasta} but {foreign:,} of {records:,} records look like DNA or RNA; translate."
         )
     with TemporaryDirectory(prefix="distil-rank-") as folder:
         store = Path(folder) / "new"
@@ -104,12 +100,8 @@ def embed_new(predictor: Predictor, fasta: str | Path) -> Embeddings:
 
 
 def _at_layer(source: str, layer: Any) -> str:
-    """A store of several layers at the predictor's; anything else as it is."""
-    path, named = split_source(source)
-    if named is None and layer is not None and (Path(path) / "manifest.json").is_file():
-        layers = (read_store_manifest(open_storage(path)) or {}).get("layers", [])
-        return f"{source}:{layer}" if layers else source
-    return source
+    """A source of several layers at the predictor's; anything else as it is."""
+    return f"{source}:{layer}" if layer is not None and layer_names(source) else source
 
 
 def predictions(predictor: Predictor, proteins: Embeddings, folder: Path, confidence: float) -> list[dict[str, Any]]:
@@ -145,9 +137,7 @@ def predict_sequences(folder: str, sequences: list[str]) -> list[dict[str, Any]]
         fasta = Path(place) / "sequences.fasta"
         fasta.write_text("".join(f">{number}\n{one}\n" for number, one in enumerate(sequences)))
         proteins = embed_new(predictor, fasta)
-    records = predictions(predictor, proteins, Path(folder), 0.9)
-    by_id = {record["id"]: record for record in records}
-    missing = [number for number in range(len(sequences)) if str(number) not in by_id]
-    if missing:
-        raise InputError(f"Expected residues in every sequence but number {missing[0] + 1} has none; remove it.")
-    return [by_id[str(number)] for number in range(len(sequences))]
+    records = {record["id"]: record for record in predictions(predictor, proteins, Path(folder), 0.9)}
+    if len(records) < len(sequences):
+        raise InputError(f"Expected residues in {len(sequences)} sequences but only {len(records)} have some.")
+    return [records[str(number)] for number in range(len(sequences))]

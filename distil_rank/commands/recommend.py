@@ -167,7 +167,8 @@ def _predictor_command(o: RecommendOptions, problem: Problem, layer: str | None)
     several = len(problem.layers) > 1 and layer is not None
     groups = "" if o.groups is None else f" GROUPS={o.groups}"
     source = f"{path}:{layer}" if several else problem.source
-    return f"make train-teacher LABELS={labels.partition(',')[0]} DATA={source}{groups}"
+    column = "" if o.labels.column is None else f' ARGS="--labels.column {o.labels.column}"'
+    return f"make train-teacher LABELS={labels.partition(',')[0]} DATA={source}{groups}{column}"
 
 
 def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:

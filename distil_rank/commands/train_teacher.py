@@ -15,22 +15,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from distil_rank.commands.labelled_teacher import train_labelled_teacher
 from distil_rank.compression.own_layer import load_linear
+from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
+from distil_rank.data.files import LABELLED, find_source
+from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import Evaluation
+from distil_rank.evaluation.evaluate import Evaluation, evaluate
+from distil_rank.evaluation.labelled import LabelledData, open_to_predict
+from distil_rank.evaluation.probes import decide, fit_linear
+from distil_rank.evaluation.representations import NO_MMSEQS, Representation, best_hit, composition, nearest_neighbour
 from distil_rank.evaluation.results import TeacherCheck
+from distil_rank.evaluation.trust import calibrate, predictions
+from distil_rank.lowrank.predictor import Predictor
 from distil_rank.lowrank.solvers import choose_rank
+from distil_rank.measure.statistics import clearly_better
 from distil_rank.options.training import BUILT_IN, DataOptions, LabelledTeacherOptions, TeacherOptions
+from distil_rank.origin import VectorOrigin
+from distil_rank.report.tables import evaluation_report
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
 from distil_rank.tracking.training import RunLogger
 from distil_rank.training.callbacks import Progress
 from distil_rank.training.experiment import trainer_options
+from distil_rank.training.head import train_head
 from distil_rank.training.teacher import TeacherModule, check_teacher, random_teacher, spectral_teacher
 
 log = logging.getLogger(__name__)
+
+TRAINED, LINEAR = "trained head", "linear probe"
+TRAINING = "training.fasta"  # in the folder of a predictor: what new proteins are compared with
 
 
 @dataclass(frozen=True)
@@ -47,10 +61,86 @@ class Teacher:
 def train_teacher(options: LabelledTeacherOptions) -> Teacher | Evaluation:
     """Make the dense layer that is to be distilled, from labels or without, check that it is worth it, and save it."""
     if options.labels.source is not None:
-        return train_labelled_teacher(options)
+        return train_from_labels(options)
     teacher = make_teacher(open_data(options.data), options.teacher, options.trainer, options.output)
     print(f"Teacher: {teacher.path}")
     return teacher
+
+
+def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
+    """Train a head, keep it where it clearly beats the linear probe, and report both on untouched groups."""
+    task: dict[str, Any] = {"source": find_source(o.data.source, LABELLED), "labels": asdict(o.labels)}
+    task |= {"kind": o.task, "groups": o.groups, "seed": o.data.seed}
+    proteins, split = open_to_predict(**task)
+    target, vectors, notes, group = proteins.target, proteins.embeddings, list(proteins.notes), proteins.groups.number
+    y, about, kind, sequences = target.y, vectors.provenance, target.kind, vectors.sequences
+    assert y is not None
+    data = EmbeddingDataModule.of(vectors, split, y)
+    place = Path(o.output) / "teachers" / (o.head.name or Path(str(o.labels.source)).name.partition(".")[0])
+    name = place.name
+    log.info("Teacher %s, %s of %d classes: %s", name, kind, len(target.classes), proteins.groups.description)
+    params = {"teacher": name, "backbone": about.get("backbone", "unknown"), **task, "task": kind}
+    with start_run("teacher", f"{name} {kind}", params=params, tags=lineage({**about, "digest": data.digest})) as run:
+        linear, words = fit_linear(target, vectors.x, y, split.train, [(split.train, split.val)])
+        models, notes = {LINEAR: Predictor.linear(*linear, kind, target.classes)}, [*notes, f"Linear probe: {words}."]
+        if o.head.keep != "linear":
+            module, words = train_head(data, kind, max(len(target.classes), 1), o.head, o.data.seed, RunLogger(run))
+            models[TRAINED] = module.predictor(target.classes)
+            notes.append(words)
+        for one, model in models.items():
+            if not all(value.isfinite().all() for value in model.state_dict().values()):
+                raise InputError(f"Expected vectors that a {one} can be fitted to but its weights are NaN; scale them.")
+        x, kept = data.rows("val"), list(models)[-1]
+        if o.head.keep == "auto":
+            decided = [decide(kind, model(x).double().numpy()) - y[split.val] for model in models.values()]
+            off = [(one**2 if kind == "regression" else one != 0).reshape(len(x), -1).mean(1) for one in decided]
+            gain = clearly_better(off[0], off[1], group[split.val])
+            kept = TRAINED if gain.low > 0 else LINEAR
+            words = (
+                "clearly fewer: it is the teacher" if gain.low > 0 else "not clearly fewer: THE PROBE IS THE TEACHER"
+            )
+            shares = [f"{one.mean():.3f}" for one in off]
+            notes.append(
+                f"Errors on the validation groups: linear probe {shares[0]}, trained head {shares[1]}, {words}."
+            )
+        rows = [
+            predictions(one, model, data.rows("test"), "matrix" if one == TRAINED else "reference")
+            for one, model in models.items()
+        ]
+        rows += _baselines(proteins, o.head.alignment, notes)
+        evaluation = evaluate(target, proteins.groups, rows, proteins.labels, notes)
+
+        teacher, files = models[kept], dict[str, bytes]()
+        teacher.mean, teacher.spread = data.moments.mean.float(), data.moments.std.float()
+        teacher.provenance = {**VectorOrigin.of(about).facts(), "source": about.get("source")}
+        calibrate(teacher, x, y[split.val], group[split.val])
+        if sequences is not None:
+            files[TRAINING] = "".join(f">{vectors.ids[row]}\n{sequences[row]}\n" for row in split.train).encode()
+        scores = {key.replace(" ", "_"): one.value for key, one in evaluation.entry(kept).scores.items()}
+        facts = {"task": task, "digest": data.digest, "run": run.id, "kept": kept}
+        save(teacher, place, metrics=scores, data=facts, files=files)
+        report = evaluation_report(evaluation, f"Next: make distil TEACHER={place}")
+        report.save(place / "evaluation")
+        run.log_params({"kept": kept, "metric": evaluation.headline})
+        run.log_metrics(scores)
+        run.log_artifact(place)
+        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
+        run.note(report.markdown())
+    report.show()
+    return evaluation
+
+
+def _baselines(proteins: LabelledData, aligned: bool, notes: list[str]) -> list[Representation]:
+    """What needs no training, and no embedding."""
+    y, sequences = proteins.target.y, proteins.embeddings.sequences
+    assert y is not None
+    rows = [nearest_neighbour(proteins.embeddings.x, y)]
+    if sequences is None:
+        notes.append("No sequences in the data: not compared with composition and MMseqs2.")
+        return rows
+    if aligned and mmseqs_binary() is None:
+        notes.append(NO_MMSEQS)
+    return [*rows, composition(sequences), *[best_hit(sequences, y)] * (aligned and mmseqs_binary() is not None)]
 
 
 def open_data(options: DataOptions) -> EmbeddingDataModule:

@@ -64,7 +64,7 @@ def save(
     """
     places = model.named_modules(remove_duplicate=False)
     students = {name: module for name, module in places if isinstance(module, Student)}
-    if not students:
+    if not students and not isinstance(model, Predictor):
         raise InputError(f"Expected a student layer or a model that holds one but got {type(model).__name__} without.")
     first_name: dict[Student, str] = {}
     layers: dict[str, dict[str, Any]] = {}
@@ -124,7 +124,7 @@ def load(path: str | Path, rank: int | None = None, into: nn.Module | None = Non
         state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
         layers, whole = manifest["layers"], manifest["whole_model"]
         own = {name: _empty(description) for name, description in layers.items() if "same_as" not in description}
-        top = max(student.rank for student in own.values())
+        top = max((student.rank for student in own.values()), default=0)
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= top):
             raise InputError(f"Expected `rank` in [1, {top}], up to that of {path}, but got {rank!r}.")
         students = {name: own[description.get("same_as", name)] for name, description in layers.items()}

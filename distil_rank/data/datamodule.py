@@ -95,10 +95,13 @@ class EmbeddingDataModule(LightningDataModule):
         self._ready = False
 
     @classmethod
-    def of(cls, embeddings: Embeddings, split: Split, labels: Tensor | None = None, batch_size: int = 64) -> Self:
+    def of(cls, embeddings: Embeddings, split: Split, labels: np.ndarray | None = None) -> Self:
         """Vectors that are read and split already; with `labels (N, …)` batches are pairs `(x, labels)`."""
-        data = cls(str(embeddings.provenance.get("source", "memory")), batch_size=batch_size)
-        data.embeddings, data.split_rows, data.labels, data._ready = embeddings, split, labels, True
+        data = cls(str(embeddings.provenance.get("source", "memory")))
+        data.embeddings, data.split_rows, data._ready = embeddings, split, True
+        if labels is not None:
+            values = torch.from_numpy(labels)
+            data.labels = values.float() if values.is_floating_point() else values
         return data
 
     def prepare_data(self) -> None:
@@ -172,11 +175,12 @@ class EmbeddingDataModule(LightningDataModule):
 
     @torch.no_grad()
     def with_targets(self, teacher: nn.Module) -> Self:
-        """The same data, whose training batches are pairs `(x, teacher(x))`, computed once for all epochs.
+        """The same vectors, whose training batches are pairs `(x, teacher(x))`, computed once for all epochs.
 
         Outputs that would take more than `MAX_TARGET_BYTES` are left to each training step.
         """
         paired = copy(self)
+        paired.labels = None
         first = teacher(self.rows("train", np.arange(1)))
         if 4 * first.shape[1] * len(self.split_rows.train) <= MAX_TARGET_BYTES:
             paired.targets = torch.cat([teacher(x) for x in self.stream("train")])
@@ -213,12 +217,14 @@ class EmbeddingDataModule(LightningDataModule):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the vectors and the split, its first 16 hexadecimal digits."""
+        """SHA-256 over the vectors, the split and the labels, its first 16 hexadecimal digits."""
         sha = hashlib.sha256()
         for start in range(0, len(self.embeddings.x), STREAM_ROWS):
             sha.update(np.ascontiguousarray(self.embeddings.x[start : start + STREAM_ROWS]).tobytes())
         for rows in (self.split_rows.train, self.split_rows.val, self.split_rows.test):
             sha.update(rows.astype(np.int64).tobytes())
+        if self.labels is not None:
+            sha.update(self.labels.numpy().tobytes())
         return sha.hexdigest()[:16]
 
     def description(self) -> DataDescription:

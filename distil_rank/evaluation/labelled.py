@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from distil_rank.options.evaluation import LabelOptions, TaskKind
 MOST_CLUSTERED = 20_000  # proteins that are set apart by MMseqs2 clusters where nobody asks for them
 UNLABELLED = "augmented copies"  # in place of labels
 OWN_CLUSTERS = "clusters.tsv"  # in the folder of a store
+FRACTIONS = (0.6, 0.2, 0.2)  # of the proteins to train a prediction, to choose and calibrate it, and to evaluate it
 
 
 @dataclass(frozen=True)
@@ -96,23 +97,24 @@ def subset(data: Embeddings, rows: np.ndarray) -> Embeddings:
 
 def open_to_predict(
     source: str,
-    labels: LabelOptions,
+    labels: Mapping[str, Any],
     kind: TaskKind = "auto",
     groups: str | None = None,
-    fractions: tuple[float, float] = (0.2, 0.2),
     seed: int = 0,
 ) -> tuple[LabelledData, Split]:
     """Vectors and labels to learn a prediction from, in training, validation and test groups.
 
-    Small classes and levels of a hierarchy are classes here. Those of one group alone are left out, for none of their
-    proteins could be predicted from others; every other class has a group in training.
+    `labels` are fields of `LabelOptions`. Small classes and levels of a hierarchy are classes here. Those of one group
+    alone are left out, for none of their proteins could be predicted from others; every other class has a group in
+    training.
 
     Raises:
         InputError: as `open_labelled`; or fewer than two classes, or labels, have two groups.
     """
-    proteins = open_labelled(source, labels, kind, groups, seed=seed)
+    options = LabelOptions(**labels)
+    proteins = open_labelled(source, options, kind, groups, seed=seed)
     if proteins.target.kind == "retrieval":
-        proteins = open_labelled(source, labels, "classification", groups, seed=seed)
+        proteins = open_labelled(source, options, "classification", groups, seed=seed)
     target, number, notes = proteins.target, proteins.groups.number, list(proteins.notes)
     assert target.y is not None
     member = np.zeros((len(number), 0), dtype=bool)
@@ -131,13 +133,11 @@ def open_to_predict(
                 f"NOTE: {len(lonely):,} of {len(several):,} classes are of one group each and CANNOT BE PREDICTED: "
                 f"left out, with {len(number) - len(rows):,} proteins ({examples(lonely)})"
             )
-            member, number, target = member[rows][:, several], number[rows], target.subset(rows)
-            names = tuple(np.array(target.classes)[several].tolist())
+            member, number = member[rows][:, several], number[rows]
             y = member.argmax(axis=1) if target.kind == "classification" else member.astype(int)
-            target = replace(target, y=y, classes=names)
-            data = subset(proteins.embeddings, rows)
-            proteins = replace(proteins, embeddings=data, rows=proteins.rows[rows], target=target)
-    split = split_groups(number, (1 - sum(fractions), *fractions), seed, least=2)
+            target = Target(target.kind, y=y, classes=tuple(np.array(target.classes)[several].tolist()))
+            proteins = replace(proteins, embeddings=subset(proteins.embeddings, rows), rows=proteins.rows[rows])
+    split = split_groups(number, FRACTIONS, seed, least=2)
     for one in member.T:
         if not one[split == 0].any():  # its smallest group goes to training
             of_class = np.unique(number[one])
@@ -146,7 +146,7 @@ def open_to_predict(
     words = proteins.groups.description.partition(":")[0]
     words = f"{words}: trained on {sizes[0]} groups, chosen and calibrated on {sizes[1]}, evaluated on {sizes[2]}"
     own = Groups(np.unique(number, return_inverse=True)[1], split != 2, words)
-    return replace(proteins, groups=own, notes=tuple(notes)), Split.of(split, words)
+    return replace(proteins, target=target, groups=own, notes=tuple(notes)), Split.of(split, words)
 
 
 def unlabelled(source: str, data: Embeddings, groups: str | None, fit_fraction: float, seed: int) -> LabelledData:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from operator import itemgetter
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -28,6 +25,7 @@ from distil_rank.measure.statistics import Statistic, macro_f1, matthews, mean, 
 from distil_rank.options.evaluation import Kind
 
 FOLDS = 3
+CERTAIN = 10.0  # logit of a class or label that all rows have
 PENALTIES = range(-5, -1)  # powers of ten, of the vectors' variance for each row: tried at first
 FURTHEST = range(-10, 4)  # beyond these nothing changes: rows are interpolated, or the most frequent class is taken
 METRICS = {
@@ -36,56 +34,60 @@ METRICS = {
     "regression": ("spearman", "r2"),
 }
 CHOSEN_BY = {"classification": "mcc", "multilabel": "macro_f1", "regression": "r2"}  # in the cross-validation
-PROBES = ("ridge", "logistic")
-Model = tuple[np.ndarray, np.ndarray]  # weight (d, K) and bias (K,): outputs are `x @ weight + bias`
-Solve = Callable[[float], Model]  # with this penalty
+Linear = tuple[np.ndarray, np.ndarray]  # weights (d, K) and offsets (K,): outputs are x W + b
+Solve = Callable[[float], Linear]  # fitted with this penalty
+Probe = Callable[[np.ndarray, np.ndarray], Solve]  # of vectors (N, d) and columns (N, K)
 
 
-def ridge(x: np.ndarray, y: np.ndarray) -> Solve:
+def ridge(x: np.ndarray, columns: np.ndarray) -> Solve:
     """Ridge regression `(N, d)` to `(N, K)` in closed form: one decomposition serves all penalties.
 
-    With centred rows and `X Xᵀ = U S Uᵀ` the weight is `Xᵀ U (S + N λ)⁻¹ Uᵀ y`, or the same from `Xᵀ X`, whichever is
-    smaller (Hastie, Tibshirani and Friedman 2009, 3.4.1 and 18.3.5).
+    With centred rows and `X Xᵀ = U S Uᵀ` the weights are `Xᵀ U (S + N λ)⁻¹ Uᵀ Y`, or the same from `Xᵀ X`, whichever
+    is smaller (Hastie, Tibshirani and Friedman 2009, 3.4.1 and 18.3.5).
 
-    >>> x = y = np.array([[-1.0], [1.0]])
-    >>> ridge(x, y)(1.0)[0].tolist()  # Σ x y / (Σ x² + N λ) = 2 / (2 + 2)
+    >>> x = np.array([[-1.0], [1.0]])
+    >>> ridge(x, x)(1.0)[0].tolist()  # Σ x y / (Σ x² + N λ) = 2 / (2 + 2)
     [[0.5]]
     """
-    mean, offset = x.mean(axis=0), y.mean(axis=0)
-    x, y = x - mean, y - offset
+    mean, offset = x.mean(axis=0), columns.mean(axis=0)
+    x, columns = x - mean, columns - offset
     if len(x) < x.shape[1]:
         values, vectors = np.linalg.eigh(x @ x.T)
-        left, right = x.T @ vectors, vectors.T @ y
+        left, right = x.T @ vectors, vectors.T @ columns
     else:
         values, left = np.linalg.eigh(x.T @ x)
-        right = left.T @ (x.T @ y)
+        right = left.T @ (x.T @ columns)
 
-    def solve(penalty: float) -> Model:
-        weight = left @ (right / (values.clip(0) + len(x) * penalty)[:, None])
+    def solve(penalty: float) -> Linear:
+        weight = left / (values.clip(0) + len(x) * penalty) @ right
         return weight, offset - mean @ weight
 
     return solve
 
 
-def logistic(x: np.ndarray, y: np.ndarray, classes: int) -> Solve:
-    """Logistic regression by scikit-learn of classes `(N,)`, some of which may be absent, or of each label `(N, L)`."""
+def logistic(x: np.ndarray, columns: np.ndarray) -> Solve:
+    """Logistic regression by scikit-learn of classes, where one column of each row is 1, or of each column above 0."""
+    one = (columns.max(axis=1) == 1).all() and (columns.sum(axis=1) == 1).all()
+    sides = [columns.argmax(axis=1)] if one else (columns > 0).T.astype(int)
 
-    def solve(penalty: float) -> Model:
-        if y.ndim == 2:  # each label has it, or has it not; ±10 where all rows do the same
-            weights, biases = zip(*(logistic(x, label, 2)(penalty) for label in y.T), strict=True)
-            bias = np.nan_to_num(np.diff(biases)[:, 0], posinf=10, neginf=-10)
-            return np.diff(weights)[..., 0].T, bias
-        weight, bias, present = np.zeros((x.shape[1], classes)), np.full(classes, -np.inf), np.unique(y)
-        bias[present] = 0
-        if len(present) > 1:
-            model: Any = LogisticRegression(C=1 / (len(x) * penalty), max_iter=200, tol=1e-5)
+    def solve(penalty: float) -> Linear:
+        model = LogisticRegression(C=1 / (len(x) * penalty), max_iter=200, tol=1e-5)
+        weight, offset = np.zeros((x.shape[1], columns.shape[1])), np.full(columns.shape[1], -CERTAIN)
+        for k, side in enumerate(sides):
+            present = np.unique(side)
+            if len(present) < 2:  # a class or label that all have, or none
+                offset[present if one else k] = CERTAIN if one or present[0] else -CERTAIN
+                continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged ranks the same
                 warnings.filterwarnings("ignore", "The number of unique classes")  # --task decides
-                model.fit(x, y)
-            sides = np.array([[-0.5], [0.5]]) if len(present) == 2 else 1  # of two it has the second against the first
-            weight[:, present], bias[present] = (sides * model.coef_).T, np.ravel(sides * model.intercept_[:, None])
-        return weight, bias
+                model.fit(x, side)
+            if one and len(present) == 2:  # of the second class against the first
+                weight[:, present], offset[present] = model.coef_.T * [-0.5, 0.5], model.intercept_ * [-0.5, 0.5]
+            else:
+                place = present if one else [k]
+                weight[:, place], offset[place] = model.coef_.T, model.intercept_
+        return weight, offset
 
     return solve
 
@@ -107,61 +109,6 @@ def choose_penalty(score: Callable[[float], float]) -> tuple[float, float]:
         scores[wider] = score(10.0**wider)
 
 
-class LinearProbe(NamedTuple):
-    """A linear model of a target: `outputs = x Wᵀ + b` are logits of the classes or labels, or the value."""
-
-    weight: np.ndarray  # (K, d)
-    bias: np.ndarray  # (K,)
-    name: str  # of the model and its penalty
-
-
-def fit_linear(
-    target: Target,
-    x: np.ndarray,
-    fit: np.ndarray,
-    folds: Sequence[tuple[np.ndarray, np.ndarray]],
-    probes: Sequence[str] = PROBES,
-) -> LinearProbe:
-    """Ridge or logistic regression of `x (N, d)` as one linear layer; of values ridge alone.
-
-    Args:
-        target: of the same N proteins.
-        x: vectors, which go in as they are, with one scale for all columns.
-        fit: rows to fit on.
-        folds: rows to fit on and rows to predict, which decide on penalty and probe; of equals the stronger penalty,
-            and ridge.
-        probes: to choose from.
-    """
-    assert target.y is not None
-    y, kind, z = target.y, target.kind, x - x[fit].mean(axis=0, dtype=np.float64)
-    z /= (scale := float(np.sqrt((z[fit] ** 2).sum(axis=1).mean())) or 1.0)
-    sides = np.eye(len(target.classes))[y] if kind == "classification" else y.reshape(len(y), -1)
-    held = np.concatenate([test for _, test in folds])
-
-    def solver(probe: str, rows: np.ndarray) -> Solve:
-        if probe == "logistic":
-            return logistic(z[rows], y[rows], len(target.classes))
-        return ridge(z[rows], sides[rows] - 0.5 * (kind == "multilabel"))
-
-    best = list[tuple[float, float, str]]()
-    for probe in probes[:1] if kind == "regression" else probes:
-        solvers = [solver(probe, train) for train, _ in folds]
-
-        def score(penalty: float, solvers: list[Solve] = solvers) -> float:
-            models = [(*solve(penalty), z[test]) for solve, (_, test) in zip(solvers, folds, strict=True)]
-            predicted = np.concatenate([decide(kind, new @ weight + bias) for weight, bias, new in models])
-            statistics = task_statistics(target, predicted, y[held], np.zeros(len(held), dtype=int))
-            value = statistics[CHOSEN_BY[kind]].value
-            return value if np.isfinite(value) else -np.inf
-
-        penalty, value = choose_penalty(score)
-        best.append((value, penalty, probe))
-    _, penalty, probe = max(best, key=itemgetter(0))
-    weight, bias = solver(probe, fit)(penalty)
-    offset = x[fit].mean(axis=0, dtype=np.float64) @ weight
-    return LinearProbe(weight.T / scale, bias - offset / scale, f"{probe}, {penalty:.0e}")
-
-
 class ProbeTrial:
     """A linear model on top of the vectors, fitted on the fit groups and measured on the others.
 
@@ -174,7 +121,7 @@ class ProbeTrial:
     def __init__(self, target: Target, groups: Groups, seed: int, quick: bool = False) -> None:
         assert target.y is not None
         fit = groups.fit
-        self.probes = PROBES[:1] if quick else PROBES
+        self.probes = (ridge,) if quick else (ridge, logistic)
         self.target, self.groups, self.seed, self.notes = target, groups, seed, list[str]()
         self.metrics, self.y_fit, self.y = METRICS[target.kind], target.y[fit], target.y[~fit]
         self.group = np.unique(groups.number[~fit], return_inverse=True)[1]  # of the evaluated rows, numbered from 0
@@ -202,12 +149,9 @@ class ProbeTrial:
         if isinstance(rows, np.ndarray):
             unknown = {name: mean(np.full(len(rows), np.nan), self.group) for name in self.metrics if "1nn" in name}
             return task_statistics(self.target, rows, self.y, self.group) | unknown
-        fit, number, y = self.groups.fit, self.groups.number, self.target.y.copy()  # type: ignore[union-attr]
-        y[fit] = y_fit = self.y_fit if y_fit is None else y_fit
-        some, parts = np.flatnonzero(fit), GroupKFold(min(FOLDS, len(np.unique(number[fit]))))
-        folds = [(some[train], some[test]) for train, test in parts.split(some, groups=number[fit])]
-        probe = fit_linear(replace(self.target, y=y), rows[1].numpy(), some, folds, self.probes)
-        predicted = decide(self.target.kind, rows[1][~fit].numpy() @ probe.weight.T + probe.bias)
+        fit = self.groups.fit
+        y_fit = self.y_fit if y_fit is None else y_fit
+        predicted = self._predict(rows[1].numpy().astype(np.float64), y_fit)
         if self.target.kind == "regression":
             return self.measure(predicted)
         unit = F.normalize(rows[1]).numpy()
@@ -231,6 +175,21 @@ class ProbeTrial:
         dice = np.random.default_rng(self.seed)
         by_chance = self.measure(dice.permutation(rows) if isinstance(rows, np.ndarray) else rows, dice.permutation(y))
         return {CHANCE: by_chance, MAJORITY: same}
+
+    def _predict(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Of the evaluated rows, by the probe and penalty that do best in a cross-validation over the other groups."""
+        fit = self.groups.fit
+        number = self.groups.number[fit]
+        folds = list(GroupKFold(min(FOLDS, len(np.unique(number)))).split(y, groups=number))
+        (weight, offset), _ = fit_linear(self.target, x[fit], y, np.arange(len(y)), folds, self.probes)
+        return decide(self.target.kind, x[~fit] @ weight + offset)
+
+
+def as_columns(target: Target, y: np.ndarray) -> np.ndarray:
+    """What is regressed on, `(N, K)`: 0 or 1 of classes, −½ or ½ of labels, or values."""
+    if target.kind == "classification":
+        return np.eye(len(target.classes))[y]
+    return y - 0.5 if target.kind == "multilabel" else y[:, None]
 
 
 def task_statistics(target: Target, predicted: np.ndarray, y: np.ndarray, group: np.ndarray) -> dict[str, Statistic]:
@@ -256,3 +215,42 @@ def decide(kind: Kind, outputs: np.ndarray) -> np.ndarray:
     if kind == "regression":
         return outputs[:, 0]
     return outputs.argmax(axis=1) if kind == "classification" else (outputs > 0).astype(int)
+
+
+def fit_linear(
+    target: Target,
+    x: np.ndarray,
+    y: np.ndarray,
+    fit: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    probes: Sequence[Probe] = (ridge, logistic),
+) -> tuple[Linear, str]:
+    """A linear model to logits of the classes or labels, or values; and the name of the probe with its penalty.
+
+    Args:
+        target: what is predicted.
+        x: vectors `(N, d)`, with one scale for all columns.
+        y: the target's numbers for them.
+        fit: rows to fit on.
+        folds: rows to fit on and rows whose score decides on probe and penalty; of equals the stronger penalty.
+        probes: to choose from, in this order where they are equal.
+    """
+    centre = x[fit].mean(axis=0, dtype=np.float64)
+    scale = float(np.sqrt(((x[fit] - centre) ** 2).sum(axis=1).mean())) or 1.0
+    z, columns, best = (x - centre) / scale, as_columns(target, y), list[tuple[float, float, Probe]]()
+    tested = np.concatenate([test for _, test in folds])
+    for probe in probes if target.kind != "regression" else (ridge,):
+        parts = [(test, probe(z[train], columns[train])) for train, test in folds]
+
+        def score(penalty: float, parts: list[tuple[np.ndarray, Solve]] = parts) -> float:
+            models = [(test, *solve(penalty)) for test, solve in parts]
+            predicted = decide(target.kind, np.vstack([z[test] @ weight + offset for test, weight, offset in models]))
+            together = np.zeros(len(tested), dtype=int)
+            value = task_statistics(target, predicted, y[tested], together)[CHOSEN_BY[target.kind]].value
+            return value if np.isfinite(value) else -np.inf
+
+        penalty, value = choose_penalty(score)
+        best.append((value, penalty, probe))
+    _, penalty, probe = max(best, key=lambda one: one[0])
+    weight, offset = probe(z[fit], columns[fit])(penalty)
+    return (weight / scale, offset - centre @ weight / scale), f"{probe.__name__}, {penalty:.0e}"

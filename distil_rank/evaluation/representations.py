@@ -15,10 +15,11 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, mmseqs_search
+from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, best_hits, mmseqs_search
 from distil_rank.errors import InputError
 from distil_rank.evaluation.retrieval import Scores
 from distil_rank.lowrank.moments import Moments
@@ -134,6 +135,30 @@ def alignment_scores(sequences: Sequence[str]) -> Scores:
         return torch.from_numpy(np.where(block > 0, block, -np.inf).astype(np.float32))
 
     return scores
+
+
+def nearest_neighbour(x: np.ndarray, y: np.ndarray) -> Representation:
+    """The label of the fit protein whose centred vector has the smallest angle to each other protein's."""
+
+    def make(fit: np.ndarray) -> np.ndarray:
+        unit = F.normalize(torch.from_numpy(x - x[fit].mean(axis=0)))
+        return y[fit][(unit[torch.from_numpy(~fit)] @ unit[torch.from_numpy(fit)].T).argmax(1).numpy()]
+
+    return Representation("nearest neighbour", "baseline", None, make)
+
+
+def best_hit(sequences: Sequence[str], y: np.ndarray) -> Representation:
+    """The label of MMseqs2's best hit among the fit proteins; where it finds none, the mean, or the most frequent."""
+
+    def make(fit: np.ndarray) -> np.ndarray:
+        queries, targets = ([sequences[row] for row in np.flatnonzero(side).tolist()] for side in (~fit, fit))
+        hit, _ = best_hits(queries, targets)
+        rows, counts = np.unique(y[fit], axis=0, return_counts=True)
+        answers = y[fit][hit]
+        answers[hit < 0] = y[fit].mean() if y.dtype.kind == "f" else rows[counts.argmax()]
+        return answers
+
+    return Representation(f"{ALIGNMENT} best hit", "baseline", None, make)
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:

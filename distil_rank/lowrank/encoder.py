@@ -16,7 +16,6 @@ from distil_rank.origin import VectorOrigin
 CODE_TYPES: tuple[CodeType, ...] = get_args(CodeType)
 LEVELS = 127  # of int8, symmetric
 SCALE_QUANTILE = 0.9999  # of a number's absolute value, which int8 still holds without clipping
-ORIGIN = ("dim", "weights_sha256", "layer", "pooling")  # in which vectors must agree with those that were fitted to
 BIT_WEIGHTS = 2 ** torch.arange(8, dtype=torch.uint8)
 
 
@@ -109,11 +108,7 @@ class CodeEncoder(nn.Module):
     def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
         """Raises `InputError` unless fitted to vectors like those that `facts` tell of; `what` is whose they are."""
         mine = VectorOrigin.of({**self.provenance, "dim": self.in_features})
-        if difference := mine.difference(VectorOrigin.of(facts), ORIGIN):
-            raise InputError(
-                f"Expected vectors like those that this encoder was fitted to but those of {what} differ "
-                f"({difference}); use the encoder and the store that belong together."
-            )
+        mine.check(facts, what, "this encoder was fitted to")
 
     def forward(self, x: Tensor) -> Tensor:
         """Queries of unit length: `(…, n)` → `(…, r)`."""

@@ -37,6 +37,12 @@ class Moments(NamedTuple):
             raise ValueError("Expected at least one row to take moments of but got none.")
         return sums.moments()
 
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each dimension, `(d,)`, no less than a thousandth of the typical one."""
+        std = self.covariance.diagonal().clamp_min(0).sqrt()
+        return std.clamp_min(1e-3 * float(std.mean()) or 1.0)
+
 
 class MomentSums(NamedTuple):
     """Plain float64 sums over rows, from which `Moments` follow; memory is O(d²) whatever the number of rows.

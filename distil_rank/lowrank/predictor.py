@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.lowrank.encoder import ORIGIN
 from distil_rank.options.evaluation import Kind
 from distil_rank.origin import VectorOrigin
 
@@ -48,8 +47,7 @@ class Predictor(nn.Module):
     the level that the true classes of enough validation proteins reached; an interval is as wide as enough validation
     residuals (split conformal prediction: Vovk, Gammerman and Shafer 2005; Sadinle, Lei and Wasserman 2019). Proteins
     of a group are alike, so that groups are what new proteins are exchangeable with: each of G validation groups weighs
-    1 / (G + 1), and infinity the rest (Dunn, Wasserman and Ramdas 2023). Sets then hold the truth of a protein of a new
-    group at least at the confidence; too few groups give every class, or the whole line.
+    1 / (G + 1), and the largest possible score the rest (Dunn, Wasserman and Ramdas 2023).
 
     Args:
         layer: the student, `LowRankLinear`, or a dense layer.
@@ -57,9 +55,10 @@ class Predictor(nn.Module):
         classes: names of the classes or labels.
         activation: behind the layer, before a linear layer of its own; without one the layer's outputs are the result.
         calibration: number of conformal scores.
-        distances: number of validation distances.
 
     Attributes:
+        scores, weights: the conformal scores, ascending, and their weights.
+        distances: percentiles of the validation vectors' distances, from 0 to 100.
         provenance: of the vectors and the training, plain JSON; saved with the predictor.
     """
 
@@ -77,7 +76,6 @@ class Predictor(nn.Module):
         classes: Sequence[str] = (),
         activation: str | None = None,
         calibration: int = 0,
-        distances: int = 0,
         device: str | None = None,
     ) -> None:
         super().__init__()
@@ -95,8 +93,9 @@ class Predictor(nn.Module):
         self.register_buffer("weights", torch.zeros(calibration, device=device))
         self.register_buffer("mean", torch.zeros(n, device=device))
         self.register_buffer("spread", torch.ones(n, device=device))
-        self.register_buffer("distances", torch.zeros(distances, device=device))
+        self.register_buffer("distances", torch.zeros(101, device=device))
         self.provenance: dict[str, Any] = {}
+        self.eval().requires_grad_(False)
 
     @property
     def in_features(self) -> int:
@@ -107,34 +106,37 @@ class Predictor(nn.Module):
         """What builds an empty one, for a manifest."""
         shape = [self.layer.in_features, self.layer.out_features]
         facts = {"kind": self.kind, "classes": list(self.classes), "activation": self.activation, "shape": shape}
-        sizes = {"calibration": len(self.scores), "distances": len(self.distances)}
-        return {**facts, **sizes, "provenance": self.provenance}
+        return {**facts, "calibration": len(self.scores), "provenance": self.provenance}
 
     @classmethod
     def empty(cls, description: Mapping[str, Any]) -> Self:
         """A predictor of the right shape without numbers, whose layer is dense."""
-        options = {key: description[key] for key in ("kind", "classes", "activation", "calibration", "distances")}
+        options = {key: description[key] for key in ("kind", "classes", "activation", "calibration")}
         inputs, outputs = map(int, description["shape"])
         layer = nn.Linear(inputs, outputs, device="meta")
         predictor = cls(layer, device="meta", **options)
         predictor.provenance = dict(description["provenance"])
         return predictor
 
+    @classmethod
+    def linear(cls, weight: np.ndarray, offset: np.ndarray, kind: Kind, classes: Sequence[str]) -> Self:
+        """Of one layer alone, `x W + b` with `W (n, K)`."""
+        predictor = cls(nn.Linear(*weight.shape), kind, classes)
+        predictor.layer.load_state_dict({"weight": torch.from_numpy(weight.T), "bias": torch.from_numpy(offset)})
+        return predictor
+
     def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
         """Raises `InputError` unless made for vectors like those that `facts` tell of; `what` is whose they are."""
-        mine = VectorOrigin.of({**self.provenance, "dim": self.in_features})
-        if difference := mine.difference(VectorOrigin.of(facts), ORIGIN):
-            raise InputError(
-                f"Expected vectors like those that the predictor learned from but those of {what} differ "
-                f"({difference}); use the backbone, layer and pooling that it was trained with."
-            )
+        VectorOrigin.of({**self.provenance, "dim": self.in_features}).check(facts, what, "this predictor learned from")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the classes or labels, or values: `(N, n)` → `(N, K)`."""
         return self.head(self.layer(x)) / self.temperature
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Of the classes, which exclude one another, or of the labels, which do not."""
+    def read_out(self, logits: Tensor) -> Tensor:
+        """Probabilities of the classes, which exclude one another, or of the labels, which do not; values as are."""
+        if self.kind == "regression":
+            return logits
         return logits.softmax(-1) if self.kind == "classification" else logits.sigmoid()
 
     def distance(self, x: Tensor) -> Tensor:
@@ -142,16 +144,20 @@ class Predictor(nn.Module):
         return (((x - self.mean) / self.spread) ** 2).mean(-1).sqrt()
 
     def threshold(self, confidence: float) -> float:
-        """The conformal score that stays inside at this confidence; infinite where there are too few groups.
+        """The conformal score that stays inside at this confidence.
+
+        It is interpolated between scores, so that the confidence is met on average however few the groups are; the
+        score of a class ends at 1, that of a value nowhere.
 
         >>> predictor = Predictor(nn.Linear(2, 1), "regression", calibration=9)
         >>> predictor.scores, predictor.weights = torch.arange(1.0, 10.0), torch.full((9,), 0.1)
-        >>> predictor.threshold(0.8), predictor.threshold(0.95)
-        (8.0, inf)
+        >>> round(predictor.threshold(0.85), 3), predictor.threshold(0.95)
+        (8.5, inf)
         """
-        order = self.scores.argsort()
-        inside = self.weights[order].double().cumsum(0) >= confidence - 1e-6
-        return float(self.scores[order][inside][0]) if inside.any() else math.inf
+        reached = self.weights.double().cumsum(0).tolist()
+        if self.kind == "regression" and confidence > reached[-1] + 1e-6:
+            return math.inf
+        return float(np.interp(confidence, [*reached, 1], [*self.scores.tolist(), max(1, self.scores[-1])]))
 
     @torch.no_grad()
     def predict(self, vectors: np.ndarray | Tensor, confidence: float = 0.9) -> Predictions:
@@ -167,20 +173,17 @@ class Predictor(nn.Module):
             raise InputError("Expected finite vectors to predict from but got NaN or infinity.")
         if not 0 < confidence < 1:
             raise InputError(f"Expected a confidence between 0 and 1 but got {confidence}.")
-        output, limit = self(x), self.threshold(confidence)
-        order = self.distances.sort().values
-        distance = (torch.searchsorted(order, self.distance(x)) / max(len(order), 1)).numpy()
+        p, limit = self.read_out(self(x)), self.threshold(confidence)
+        distance = (torch.searchsorted(self.distances, self.distance(x)) / len(self.distances)).numpy()
         if self.kind == "regression":
-            values = output[:, 0].double().numpy()
+            values = p[:, 0].double().numpy()
             return Predictions(values.tolist(), None, None, values - limit, values + limit, distance)
-        p = self.probabilities(output)
         within = (1 - p <= limit).tolist()
         if self.kind == "classification":
             predicted = [self.classes[k] for k in p.argmax(-1).tolist()]
         else:
-            predicted = [self._names(row) for row in (p > 0.5).tolist()]
-        sets = [tuple(name for name, inside in zip(self.classes, row, strict=True) if inside) for row in within]
-        return Predictions(predicted, p.numpy(), sets, None, None, distance)
+            predicted = ["|".join(self._names(row)) for row in (p > 0.5).tolist()]
+        return Predictions(predicted, p.numpy(), list(map(self._names, within)), None, None, distance)
 
-    def _names(self, row: list[bool]) -> str:
-        return "|".join(name for name, yes in zip(self.classes, row, strict=True) if yes)
+    def _names(self, row: list[bool]) -> tuple[str, ...]:
+        return tuple(name for name, yes in zip(self.classes, row, strict=True) if yes)

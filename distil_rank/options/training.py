@@ -137,25 +137,19 @@ class StudentOptions:
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How a teacher is trained from labels: Linear(d, d), activation, dropout, Linear(d, classes or targets).
+    """How a teacher is trained from labels: Linear(d, d), tanh, dropout, Linear(d, classes or targets).
 
     Attributes:
         keep: auto keeps the trained head only where it clearly beats the linear probe on the validation groups.
-        activation: Behind the layer.
-        seconds: Limit of the search over learning rate, dropout and weight decay.
+        seconds: Limit of the search over learning rate, dropout and the first biases.
         epochs: At most; training stops early by the validation loss.
-        val_fraction: Share of the proteins to choose and to calibrate on.
-        test_fraction: Share of the proteins for the report alone.
         alignment: Compare with MMseqs2's best hit too, where it is installed.
         name: Of the folder in results/teachers; by default that of the labels' file.
     """
 
     keep: Literal["auto", "trained", "linear"] = "auto"
-    activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
     seconds: float = 120.0
     epochs: int = 200
-    val_fraction: float = 0.2
-    test_fraction: float = 0.2
     alignment: bool = True
     name: str | None = None
 
@@ -163,8 +157,6 @@ class HeadOptions:
         """Raises `InputError` for values out of range."""
         check_range("--head.seconds", self.seconds, 1)
         check_range("--head.epochs", self.epochs, 1)
-        for name in ("val_fraction", "test_fraction"):
-            check_range(f"--head.{name}", getattr(self, name), 0.01, 0.49)
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise InputError(f"Expected --head.name without folders but got {self.name!r}.")
 
@@ -220,8 +212,8 @@ class LabelledTeacherOptions(TrainTeacherOptions):
                 raise InputError("Expected --labels.source with --task or --groups but got none; name the labels.")
         elif self.data != DataOptions(self.data.source, seed=self.data.seed) or self.teacher != TeacherOptions():
             raise InputError(
-                "Expected of --data and --teacher no more than --data.source and --data.seed with labels; --groups and "
-                "--head.val_fraction say how proteins are split."
+                "Expected of --data and --teacher no more than --data.source and --data.seed with labels; --groups "
+                "says how proteins are split."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -197,63 +198,39 @@ def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
         ax.margins(x=0.12)
 
 
-def draw_scores(evaluation: Evaluation, path: Path) -> None:
-    """The headline of each model and baseline with its interval."""
-    entries, headline = evaluation.entries[::-1], evaluation.headline
-    with picture(path, 1, 1, (6.5, 0.8 + 0.35 * len(entries))) as axes:
-        _scores(axes[0, 0], evaluation)
-        axes[0, 0].set_title(evaluation_title(evaluation), loc="left")
-        axes[0, 0].set_xlabel(headline)
-
-
-def _scores(ax: Axes, evaluation: Evaluation) -> None:
-    entries = evaluation.entries[::-1]
-    for y, entry in enumerate(entries):
-        score, colour = entry.scores[evaluation.headline], ROLE_COLOURS[entry.role]
-        ax.plot([score.low, score.high], [y, y], color=colour, lw=3, alpha=0.6)
-        ax.plot(score.value, y, "o", color=colour)
-    ax.set_yticks(range(len(entries)), [entry.name for entry in entries])
-
-
 def draw_predictor(result: PredictorResult, path: Path) -> None:
-    """Scores, what each rank retains, calibration, and what is taken for what."""
-    with picture(path, 1, 4, (4.2, 3.6)) as axes:
-        scores, ranks, trust, confusion = axes[0]
-        _scores(scores, result.evaluation)
-        scores.set(title="scores on untouched groups", xlabel=result.evaluation.headline)
-        for key, colour, marker in (("closed_form", "#000000", "o"), ("retained", COLOURS[OURS], "s")):
-            name = key.replace("_", " ").replace("retained", "trained through the head")
-            known = [(point["rank"], max(point[key], 0)) for point in result.curve if point[key] is not None]
-            ranks.plot(*zip(*known, strict=True), color=colour, marker=marker, ms=4, label=name)
+    """What each rank retains, what is taken for what, and calibration."""
+    true, predicted = result.decisions
+    panels = {"regression": 2, "multilabel": 2, "classification": 3}[result.evaluation.task]
+    with picture(path, 1, panels, (4.2, 3.6)) as axes:
+        ranks, decisions, trust = axes[0, 0], axes[0, 1], axes[0, -1]
+        for key, name in {"closed_form": "closed form", "retained": OURS}.items():
+            known = [point for point in result.curve if point[key] is not None]
+            at, shares = [point["rank"] for point in known], [max(point[key], 0) for point in known]
+            ranks.plot(at, shares, color=COLOURS.get(key, COLOURS[OURS]), marker="o", ms=4, label=name)
         reference_line(ranks, "asked for", result.share, CHOSEN, "--")
         ranks.plot(result.rank, result.retained.value, "*", color=CHOSEN, ms=12, label="on untouched groups")
         ranks.set(title="predictions retained", xlabel="rank", xscale="log", ylim=(0, 1.03))
         ranks.legend(loc="lower right")
-        if result.values:
-            true, predicted = result.values
-            confusion.plot(true, predicted, ".", color=FRONT)
-            confusion.axline((true[0], true[0]), slope=1, color="#000000", lw=1)
-            confusion.set(title="predicted values", xlabel="true", ylabel="predicted")
-            errors = sorted(abs(a - b) for a, b in zip(true, predicted, strict=True))
-            trust.plot(errors, [(i + 1) / len(errors) for i in range(len(errors))], color=FRONT)
-            trust.axvline(result.trust.size / 2, color=CHOSEN, ls="--", lw=1, label="half the interval")
-            trust.set(title="errors", xlabel="absolute error", ylabel="share of proteins")
-            trust.legend()
+        if result.evaluation.task == "regression":
+            decisions.plot(true, predicted, ".", color=FRONT)
+            decisions.axline((true[0], true[0]), slope=1, color="#000000", lw=1)
+            decisions.set(title="predicted values", xlabel="true", ylabel="predicted")
             return
-        bins = [bin for bin in result.trust.reliability if bin[2]]
+        said, came, proteins = zip(*[bin for bin in result.trust.reliability if bin[2]], strict=True)
         trust.plot([0, 1], [0, 1], color="#999999", lw=1)
-        trust.scatter([bin[0] for bin in bins], [bin[1] for bin in bins], [5 + 2 * bin[2] for bin in bins], FRONT)
+        trust.scatter(said, came, [5 + 2 * count for count in proteins], FRONT)
         trust.set(title="calibration (area: proteins)", xlabel="probability", ylabel="share that came true")
-        if len(result.confusion) > 1:
-            rows = [[count / max(sum(row), 1) for count in row] for row in result.confusion]
-            confusion.imshow(rows, cmap="Blues", vmin=0, vmax=1)
-            confusion.grid(False)
-            if len(rows) <= MOST_NAMES:
-                confusion.set_xticks(range(len(rows)), result.classes, rotation=90, fontsize=6)
-                confusion.set_yticks(range(len(rows)), result.classes, fontsize=6)
-            confusion.set(title="share of each class", xlabel="predicted", ylabel="true")
-        else:
-            confusion.set_axis_off()
+        if result.evaluation.task == "classification":
+            order = range(len(result.classes))
+            counts = Counter(zip(true, predicted, strict=True))
+            shares = [[counts[k, other] / max(true.count(k), 1) for other in order] for k in order]
+            decisions.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+            decisions.grid(False)
+            if len(order) <= MOST_NAMES:
+                decisions.set_xticks(order, result.classes, rotation=90, fontsize=6)
+                decisions.set_yticks(order, result.classes, fontsize=6)
+            decisions.set(title="share of each class", xlabel="predicted", ylabel="true")
 
 
 def evaluation_title(evaluation: Evaluation) -> str:

@@ -19,7 +19,6 @@ from distil_rank.recommendation.search import SCHEMA, Confirmed, Recommendation
 from distil_rank.report import pictures
 from distil_rank.report.writer import Report, Table, number
 
-PREDICTOR_SCHEMA = 1
 EVALUATION_SCHEMA = 1  # of the JSON; a comparison and a recommendation have their own
 NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10", "function")
 COLUMNS = {
@@ -35,6 +34,12 @@ EVALUATION_METHOD = (
     "Evaluated on groups that nothing was fitted on. Intervals are 95 % percentile intervals of a paired bootstrap "
     "over groups (2000 samples, the same for every row). Retained: score ÷ the full vector's; ≈ marks a tie with it: "
     "the interval holds 1."
+)
+PREDICTION_METHOD = (
+    "Trained head and linear probe are fitted on training groups and chosen on validation groups; nearest neighbour, "
+    "MMseqs2's best hit (where it finds none, the most frequent answer), composition and majority have both. The "
+    "scores are of the other groups. Intervals are 95 % percentile intervals of a paired bootstrap over groups. "
+    "Retained: score ÷ that of the first row."
 )
 CODE_METRICS = {
     "variance": "principal components",
@@ -110,60 +115,46 @@ def comparison_notes(result: Result) -> list[str]:
     return [*lines, f"Machine: {result.machine}."]
 
 
-def evaluation_report(evaluation: Evaluation) -> Report:
-    """Each representation with its bytes, scores and what it retains of the full vector's."""
-    data, draw = {"schema": EVALUATION_SCHEMA, **asdict(evaluation)}, partial(pictures.draw_evaluation, evaluation)
-    notes = [f"Groups: {evaluation.groups}.", *evaluation.notes]
-    return Report([evaluation_table(evaluation)], notes, EVALUATION_METHOD, data=data, draw=draw)
+def evaluation_report(evaluation: Evaluation, following: str | None = None) -> Report:
+    """Each representation with its bytes, scores and what it retains of the full vector's.
 
-
-PREDICTION_METHOD = (
-    "Trained head and linear probe are fitted on training groups and chosen on validation groups; nearest neighbour, "
-    "MMseqs2's best hit, composition and majority have both. The scores are of the other groups. Intervals are 95 % "
-    "percentile intervals of a paired bootstrap over groups. Retained: score ÷ that of the first row."
-)
-
-
-def prediction_report(evaluation: Evaluation, following: str) -> Report:
-    """A teacher beside what needs no training; `following` is what to type next."""
-    data, notes = {"schema": EVALUATION_SCHEMA, **asdict(evaluation)}, [f"Groups: {evaluation.groups}."]
-    draw = partial(pictures.draw_scores, evaluation)
-    table, last = evaluation_table(evaluation), Table("", ["what to type next"], [[following]])
-    return Report([table], [*notes, *evaluation.notes], PREDICTION_METHOD, last, data, draw)
+    Or a teacher from labels beside what needs no training, where `following` is what to type next.
+    """
+    data, notes = (
+        {"schema": EVALUATION_SCHEMA, **asdict(evaluation)},
+        [f"Groups: {evaluation.groups}.", *evaluation.notes],
+    )
+    table = [evaluation_table(evaluation)]
+    if following is not None:
+        return Report(table, notes, PREDICTION_METHOD, Table("", ["what to type next"], [[following]]), data)
+    return Report(table, notes, EVALUATION_METHOD, data=data, draw=partial(pictures.draw_evaluation, evaluation))
 
 
 def predictor_report(result: PredictorResult) -> Report:
     """A predictor: what the student retains of its teacher, its scores, and how far they can be trusted."""
-    trust, dense, small = result.trust, *result.parameters
+    trust, (dense, small), evaluation = result.trust, result.parameters, result.evaluation
+    title = f"{100 * trust.confidence:.0f} % {'sets' if trust.by_class or trust.reliability else 'intervals'}"
+    gain = "." if small < dense else ", NO FEWER: no smaller one gives these predictions."
     lines = [
         f"Rank {result.rank} retains {number(result.retained.value)} {_ends(result.retained)} of the teacher's "
-        f"predictions on {result.evaluation.evaluated:,} untouched proteins: {result.verdict.upper()} at "
-        f"{result.share:g}.",
-        f"Its layer has {small:,} parameters where the teacher's has {dense:,}: {dense / small:.1f}x"
-        + ("." if small < dense else ", NO FEWER: this layer cannot be made smaller without changing predictions."),
+        f"predictions on {evaluation.evaluated:,} untouched proteins: {result.verdict.upper()} at {result.share:g}.",
+        f"Its layer has {small:,} parameters where the teacher's has {dense:,}: {dense / small:.1f}x{gain}",
+        f"{title} hold the truth for {trust.coverage.value:.3f} {_ends(trust.coverage)}; their mean size is "
+        f"{number(trust.size, 2)}.",
     ]
-    what = "intervals" if result.kind == "regression" else "sets"
-    extent = "wide on average" if result.kind == "regression" else "classes on average"
-    lines.append(
-        f"{100 * trust.confidence:.0f} % {what} hold the truth for {trust.coverage.value:.3f} {_ends(trust.coverage)}; "
-        f"{number(trust.size, 2)} {extent}."
-    )
     if trust.calibration_error is not None:
         lines.append(
-            f"Calibration error {trust.before:.3f} before and {trust.calibration_error:.3f} after temperature "
-            f"{trust.temperature:.2f}; probabilities differ from the teacher's by {number(result.probability_error)} "
-            "on average."
+            f"Calibration error {trust.before:.3f} before and {trust.calibration_error:.3f} after temperature scaling; "
+            f"probabilities differ from the teacher's by {number(result.probability_error)} on average."
         )
-    classes = [[name, f"{share:.2f}"] for name, share in trust.by_class.items()]
-    tables = [evaluation_table(result.evaluation)]
-    tables += (
-        [Table(f"Truths inside the {100 * trust.confidence:.0f} % sets, by class", ["class", "inside"], classes)]
-        if classes
-        else []
-    )
-    notes, headline = [f"Groups: {result.evaluation.groups}.", *result.evaluation.notes], [[line] for line in lines]
-    data, draw = {"schema": PREDICTOR_SCHEMA, **asdict(result)}, partial(pictures.draw_predictor, result)
-    answer = Table("", ["what it retains, and how far it can be trusted"], headline)
+    rows = [[name, f"{share:.2f}"] for name, share in trust.by_class.items()]
+    tables = [
+        evaluation_table(evaluation),
+        *[Table(f"{title} by class", ["class", "truths inside"], rows)] * bool(rows),
+    ]
+    answer = Table("", ["what it retains, and how far it can be trusted"], [[line] for line in lines])
+    data, draw = {"schema": EVALUATION_SCHEMA, **asdict(result)}, partial(pictures.draw_predictor, result)
+    notes = [f"Groups: {evaluation.groups}.", *evaluation.notes]
     return Report(tables, notes, PREDICTION_METHOD, answer, data, draw)
 
 

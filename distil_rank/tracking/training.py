@@ -6,7 +6,8 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,21 +74,17 @@ def log_student(run: Run, layer: nn.Module, example: np.ndarray, metrics: Mappin
     with torch.inference_mode():
         width = layer(torch.from_numpy(rows)).shape[1]
     inputs, outputs = (Schema([TensorSpec(np.dtype(np.float32), (-1, size))]) for size in (rows.shape[1], width))
-    client, params = run.client, run.client.get_run(run.id).data.params
-    model_id = client.create_logged_model(run.experiment_id, "student", source_run_id=run.id, params=params).model_id
-    with tempfile.TemporaryDirectory() as folder:
+    with _logged_model(run, "student", metrics or {}) as (path, model):
         mlflow.pytorch.save_model(
             layer,
-            f"{folder}/model",
-            mlflow_model=Model(run_id=run.id, model_id=model_id),
+            path,
+            mlflow_model=model,
             signature=ModelSignature(inputs, outputs),
             input_example=rows,
-            pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "torch", "numpy")],
+            pip_requirements=_requirements("mlflow", "torch", "numpy"),
             serialization_format="pt2",
         )
-        client.log_model_artifacts(model_id, f"{folder}/model")
-    _finish(run, model_id, metrics or {})
-    return f"models:/{model_id}"
+    return f"models:/{model.model_id}"
 
 
 class ServedPredictor(PythonModel):
@@ -118,32 +115,38 @@ def log_predictor(run: Run, folder: Path, code: str, example: list[str], metrics
         example: some sequences.
         metrics: figures to show beside it.
     """
-    client, params = run.client, run.client.get_run(run.id).data.params
-    model_id = client.create_logged_model(run.experiment_id, "predictor", source_run_id=run.id, params=params).model_id
-    with tempfile.TemporaryDirectory() as name:
-        script = Path(name) / "served.py"
+    with _logged_model(run, "predictor", metrics) as (path, model):
+        script = Path(path).with_name("served.py")
         script.write_text(code)
         mlflow.pyfunc.save_model(
-            f"{name}/model",
+            path,
             python_model=str(script),
             artifacts={"predictor": str(folder.resolve())},
-            mlflow_model=Model(run_id=run.id, model_id=model_id),
+            mlflow_model=model,
             signature=ModelSignature(Schema([ColSpec("string", "sequence")])),
             input_example=pd.DataFrame({"sequence": example}),
-            pip_requirements=[f"{package}=={version(package)}" for package in ("distil-rank", "mlflow", "torch")],
+            pip_requirements=_requirements("distil-rank", "mlflow", "torch"),
         )
-        client.log_model_artifacts(model_id, f"{name}/model")
-    _finish(run, model_id, metrics)
-    return f"models:/{model_id}"
+    return f"models:/{model.model_id}"
 
 
-def _finish(run: Run, model_id: str, metrics: Mapping[str, float]) -> None:
-    """Mark a model as ready and as its run's output, with figures beside it."""
-    run.client.finalize_logged_model(model_id, "READY")
-    run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step=0)])
+@contextmanager
+def _logged_model(run: Run, name: str, metrics: Mapping[str, float]) -> Iterator[tuple[str, Model]]:
+    """A place to save a model in, and what MLflow calls it; then it is a ready output of the run, with its figures."""
+    client, params = run.client, run.client.get_run(run.id).data.params
+    model_id = client.create_logged_model(run.experiment_id, name, source_run_id=run.id, params=params).model_id
+    with tempfile.TemporaryDirectory() as folder:
+        yield f"{folder}/model", Model(run_id=run.id, model_id=model_id)
+        client.log_model_artifacts(model_id, f"{folder}/model")
+    client.finalize_logged_model(model_id, "READY")
+    client.log_outputs(run.id, [LoggedModelOutput(model_id, step=0)])
     now = int(time.time() * 1000)
     figures = [Metric(key, rounded(value), now, 0, model_id=model_id) for key, value in metrics.items()]
-    run.client.log_batch(run.id, metrics=figures)
+    client.log_batch(run.id, metrics=figures)
+
+
+def _requirements(*packages: str) -> list[str]:
+    return [f"{package}=={version(package)}" for package in packages]
 
 
 def register_student(run: Run, model_uri: str, tags: Mapping[str, object]) -> str:

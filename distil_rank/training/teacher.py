@@ -52,29 +52,27 @@ class TeacherModule(LightningModule):
             self.layer = nn.Linear(self.trainer.datamodule.dim, self.trainer.datamodule.dim)  # type: ignore[attr-defined]
         h: Any = self.hparams
         if h.noise_scale == "relative":
-            variance = self.trainer.datamodule.moments.covariance.diagonal()  # type: ignore[attr-defined]
-            self.std = variance.clamp_min(0).sqrt().float()
+            self.std = self.trainer.datamodule.moments.std.float()  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, d)` → `(…, d)`."""
         return self.layer(x)
 
-    def denoising_loss(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, x: Any, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error against the clean input `(N, d)`, with noise from torch's generator or another one."""
         h: Any = self.hparams
         noise = torch.randn(x.shape, generator=generator, device=None if generator else x.device).to(x)
         return F.mse_loss(self(x + h.noise * self.std * noise), x)
 
-    def training_step(self, x: Tensor, batch_index: int) -> Tensor:
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """The loss of one batch."""
-        loss = self.denoising_loss(x)
+        loss = self.loss(batch)
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, x: Tensor, batch_index: int) -> None:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
         """The same on validation rows, with the same noise in every epoch, so that epochs can be compared."""
-        generator = torch.Generator().manual_seed(batch_index)
-        self.log("val/loss", self.denoising_loss(x, generator), batch_size=len(x))
+        self.log("val/loss", self.loss(batch, torch.Generator().manual_seed(batch_index)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam at a constant rate."""
@@ -130,7 +128,7 @@ def check_teacher(
         return TeacherCheck(rank)
     mean = moments.mean.to(heldout)
     variance = (heldout - mean).double().square().sum()
-    std = moments.covariance.diagonal().clamp_min(0).sqrt()
+    std = moments.std
     generator = torch.Generator().manual_seed(0)
     corrupted = heldout + noise * (std.to(heldout) if relative else 1.0) * torch.randn(
         heldout.shape, generator=generator

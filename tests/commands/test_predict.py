@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -141,18 +139,6 @@ def test_several_labels_are_predicted_from_several_layers(predictors):
     assert p.predicted[0] == "|".join(np.array(predictor.classes)[p.probabilities[0] > 0.5])
 
 
-def test_the_folder_predicts_with_torch_numpy_and_safetensors_alone(predictors):
-    program = f"""
-import sys
-for name in ("lightning", "mlflow", "scipy", "sklearn", "esm", "pandas", "pyarrow", "matplotlib"):
-    sys.modules[name] = None
-import numpy as np, distil_rank as dr
-print(dr.load({str(predictors / "classes")!r}).predict(np.zeros((2, 32), np.float32)).predicted)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert len(eval(done.stdout)) == 2
-
-
 def test_teacher_student_and_predictions_are_linked_and_the_model_answers(predictors, predictions, place):
     client = mlflow.MlflowClient(f"sqlite:///{place / 'mlruns' / 'mlflow.db'}")
     [prediction] = client.search_runs(
@@ -160,7 +146,7 @@ def test_teacher_student_and_predictions_are_linked_and_the_model_answers(predic
     )
     student = client.get_run(prediction.data.tags["student_run"])
     teacher = client.get_run(student.data.tags["teacher_run"])
-    assert teacher.data.params["kept"] == "trained" and student.data.metrics["retained"] > 0.9
+    assert teacher.data.params["kept"] == "trained head" and student.data.metrics["retained"] > 0.9
     assert {"predictor_report.png", "predictor_report.md"} < {
         file.path for file in client.list_artifacts(student.info.run_id)
     }
@@ -182,8 +168,8 @@ def test_what_does_not_fit_is_one_line(predictors, capsys, tmp_path):
     assert "layer 1 where the other has 2" in refused(capsys, *model, "--data", "my_store:2")
     np.savez("wide.npz", embeddings=np.ones((3, 8), dtype=np.float32))
     assert "dim 32 where the other has 8" in refused(capsys, *model, "--data", "wide.npz")
-    teacher = ["predict", "--model", "results/teachers/classes", "--data", "my_store"]
-    assert "'distil-rank' in" in refused(capsys, *teacher)
+    twice = ["distil", "--teacher.kind", str(predictors / "classes"), *BRIEF]
+    assert "it holds a student" in refused(capsys, *twice)
     teacher = ["train-teacher", "--data.source", "my_store:1", *QUICK]
     Path("others.tsv").write_text("id\tlabel\nP1\ta\nP2\tb\n")
     assert "give a table whose ids are the data's" in refused(capsys, *teacher, "--labels.source", "others.tsv")

@@ -70,11 +70,13 @@ def test_bytes_are_no_gain_where_nothing_is_stored(workplace, capsys):
     lines = [f"{name},{'hot' if row[0] + row[1] > 0.5 else 'cold'}" for name, row in zip(ids, data, strict=True)]
     (workplace / "a.csv").write_text("id,label\n" + "\n".join(lines))
     command = ["recommend", "--data", "a.npz", "--labels.source", "a.csv", "--groups", "none", "--weigh", "best"]
+    command += ["--labels.column", "label"]
     assert main([*command, "--keep", "0.8"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "less)" not in printed and "majority 0.000" in printed and " bytes" not in printed
     assert ": best." in printed and "Next: make code DATA=a.npz" in printed
-    assert "make train-teacher LABELS=a.csv DATA=a.npz GROUPS=none" in printed
+    offer = 'make train-teacher LABELS=a.csv DATA=a.npz GROUPS=none ARGS="--labels.column label"'
+    assert offer in printed
 
 
 def test_another_precision_has_a_store_of_its_own(workplace, monkeypatch):

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from distil_rank.errors import InputError
-from distil_rank.evaluation.probes import METRICS, ProbeTrial, choose_penalty, decide, logistic, ridge
+from distil_rank.evaluation.probes import METRICS, ProbeTrial, choose_penalty, ridge
 from distil_rank.evaluation.representations import full_vector
 from distil_rank.evaluation.task import Groups, Target, make_target
 from distil_rank.options.evaluation import LabelOptions
@@ -70,25 +70,10 @@ def test_ridge_is_scikit_learns_at_every_penalty_whichever_side_is_longer():
         x, new = rng.normal(size=(30, width)) + 2, rng.normal(size=(9, width))
         solve = ridge(x, y)
         for penalty in (1e-3, 0.1, 10.0):
-            (weight, bias), theirs = solve(penalty), Ridge(alpha=30 * penalty).fit(x, y).predict(new)
-            np.testing.assert_allclose(new @ weight + bias, theirs, atol=1e-8)
-
-
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("classes", [[0, 1], [0, 2, 3], [2]])
-def test_logistic_is_scikit_learns_whichever_classes_are_absent(classes):
-    x, y = correlated()
-    rows = np.isin(y, classes)
-    weight, bias = logistic(x[rows], y[rows], 4)(1e-2)
-    expected = np.full(400, classes[0])
-    if len(classes) > 1:
-        expected = LogisticRegression(C=100 / rows.sum(), max_iter=200, tol=1e-5).fit(x[rows], y[rows]).predict(x)
-    assert decide("classification", x @ weight + bias).tolist() == expected.tolist()
-    labels = np.stack([y > 0, y == 3, y >= 0, y < 0], 1).astype(int)
-    weight, bias = logistic(x, labels, 4)(1e-2)
-    one = LogisticRegression(C=100 / 400, max_iter=200, tol=1e-5).fit(x, labels[:, 1]).predict(x)
-    own = decide("multilabel", x @ weight + bias)
-    assert own[:, 1].tolist() == one.tolist() and own[:, 2].all() and not own[:, 3].any()
+            weight, offset = solve(penalty)
+            np.testing.assert_allclose(
+                new @ weight + offset, Ridge(alpha=30 * penalty).fit(x, y).predict(new), atol=1e-8
+            )
 
 
 def test_no_end_of_the_range_of_penalties_is_chosen():
