@@ -5,8 +5,6 @@ changes between a protein and its copies is noise for whoever looks for homologu
 covariance within families where nobody has labelled any.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

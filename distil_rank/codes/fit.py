@@ -3,8 +3,6 @@
 The noise of the metric comes from augmented copies or labels of the proteins that may be fitted on.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Search among codes: faiss finds candidates for float queries, their exact scores order them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from types import ModuleType

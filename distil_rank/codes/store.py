@@ -5,8 +5,6 @@ codes/
   encoder/                                                  the artefact that made the codes
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property

@@ -11,8 +11,6 @@ the cross-entropy of the two distributions over neighbours (Hinton, Vinyals and 
 (Bengio, Léonard and Courville 2013). No label is needed.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """What hits say: the label of a query by the vote of its hits, and clusters of proteins that hit one another."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Encoders: fitted, evaluated, saved and put to work on a store, as one MLflow run."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import asdict, replace

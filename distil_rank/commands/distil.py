@@ -1,7 +1,5 @@
 """Distil one teacher as an MLflow run, which keeps the student and its report."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import time

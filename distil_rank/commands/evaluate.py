@@ -1,7 +1,5 @@
 """Representations evaluated on a labelled task, as one MLflow run."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import asdict
 from pathlib import Path

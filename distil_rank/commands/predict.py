@@ -1,7 +1,5 @@
 """New proteins through a predictor: embedded as far as its layer, predicted, and how far they are from training."""
 
-from __future__ import annotations
-
 import csv
 import io
 import logging

@@ -1,7 +1,5 @@
 """The cheapest pipeline that retains a function, as one MLflow run with a child for each pipeline on the front."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

@@ -1,7 +1,5 @@
 """Search among codes and their proteins, as one MLflow run."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """MMseqs2: clusters of sequences, and alignments; what is kept is computed once for the same sequences."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import logging

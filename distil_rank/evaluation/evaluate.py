@@ -4,8 +4,6 @@ A task is a trial that representations are put to one after the other: a search 
 that is fitted on the others.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Vectors and labels of the same proteins, brought together from their files."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ those to fit on, and the better one there is taken. Columns have one scale betwe
 a rotation of the vectors would change what a probe makes of them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 

@@ -4,8 +4,6 @@ What has to be fitted (a mean, directions) is fitted on the rows of the fit grou
 embedding: amino-acid composition, and MMseqs2 search among the evaluated sequences.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ JSON is its serialisation; docs/report.md documents the keys, which are the name
 when a key changes its meaning or goes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from distil_rank.data.split import DataDescription

@@ -1,7 +1,5 @@
 """How far a predictor can be trusted: calibrated on validation proteins, measured on others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

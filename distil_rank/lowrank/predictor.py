@@ -1,7 +1,5 @@
 """The predictor: a student with the head behind it, and how far its answers can be trusted."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

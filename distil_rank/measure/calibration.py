@@ -1,7 +1,5 @@
 """How far predictions can be trusted: temperature, conformal scores, calibration error, and what a student retains."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar

@@ -3,8 +3,6 @@
 Encoders are fitted in closed form. Time is what was measured when the vectors were made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass

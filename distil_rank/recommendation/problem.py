@@ -3,8 +3,6 @@
 With labels every labelled task is to be retained. Without, a protein and its augmented copy are to find each other.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,8 +37,9 @@ SHARES = (0.5, 0.25, 0.25)  # of the proteins that go to each
 LEAST = 10  # groups in each: an interval over fewer says nothing
 LARGE = 10  # a class gets at most this share of a subset, or, where there are fewer classes, as much as others
 COPIES_NOTE = (
-    "No labels: a protein and its augmented copy are to find each other. Copies share their composition, which early "
-    "layers see best: layers before the middle are left out."
+    "NO LABELS: a protein and its augmented copy are to find each other, which composition alone can do: what is "
+    "retained of that tells little of your own task; give labels. Layers before the middle, which see composition best, "
+    "are left out."
 )
 Noise = Callable[[str | None, np.ndarray], Tensor]  # layer, rows to fit on (N,) bool -> (d, d)
 

@@ -1,7 +1,5 @@
 """The pictures of results. They are drawn from these alone, so a saved result can be drawn again later."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

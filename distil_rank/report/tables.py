@@ -1,7 +1,5 @@
 """Each result as a report: of a comparison, of an evaluation, of a recommendation."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Each run's files have a folder of their own, with a link `latest` beside it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -4,8 +4,6 @@ Runs go to a sqlite database under `mlruns/`, their artifacts beside it, or wher
 All calls go through our own client: MLflow's current run, tracking address and environment stay untouched.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """What runs need without MLflow: where they are kept, what their lists show, versions, and how a process was ended."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """What training leaves in MLflow: Lightning's metrics, and students as registered models."""
 
-from __future__ import annotations
-
 import copy
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """A teacher from labels: the dense layer with a head that predicts them; and the smallest student of both."""
 
-from __future__ import annotations
-
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
