@@ -108,6 +108,11 @@ class CodeIndex:
         low, centre, high = np.quantile(z, (0.1, 0.5, 0.9), axis=1)
         return np.stack([centre, np.maximum((high - low) / DECILES, self.encoder.rank**-0.5)])
 
+    @cached_property
+    def typical_spread(self) -> float:
+        """The spread that `background` tells of codes, the median of the same sample."""
+        return float(np.median(self.background(self._sample)[1]))
+
     def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Decoded codes, some thousands at a time: a code of them is the very same code again."""
         for start in range(0, len(rows), ROWS_AT_ONCE):

@@ -214,7 +214,11 @@ def decoy_scores(
 def all_scores(
     queries: Tensor, originals: np.ndarray, index: CodeIndex, alignments: Alignments | None, rows: np.ndarray
 ) -> np.ndarray:
-    """The evidence of decoys `(D, r)` with the targets `rows`, sorted, `(D, R)`; 0 with their own `originals`."""
+    """The evidence of decoys `(D, r)` with the targets `rows`, sorted, `(D, R)`; 0 with their own `originals`.
+
+    Cosines of reversed proteins spread a little wider than those of proteins. In units of that they would look less
+    surprising, and E-values be too low: the spread of a decoy is at most that of codes.
+    """
     others, evalue = originals[:, None] != rows, None
     if alignments is not None:
         alignments = alignments.where(alignments.target != originals[alignments.query])
@@ -224,7 +228,8 @@ def all_scores(
         columns = np.searchsorted(rows, alignments.target[seen])
         evalue[alignments.query[seen], columns] = alignments.column("evalue")[seen]
     cosine = (queries @ index.decoded(rows).T).numpy()
-    z = deviations(cosine, index.background(queries)[:, :, None])
+    centre, spread = index.background(queries)
+    z = deviations(cosine, np.stack([centre, spread.clip(max=index.typical_spread)])[:, :, None])
     return np.where(others, evidence(z, evalue, len(index.codes)), 0.0)
 
 

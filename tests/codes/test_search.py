@@ -29,13 +29,13 @@ def made():
     return CodeIndex(encoder.encode(rows).numpy(), encoder), encoder(rows[:QUERIES]), Alignments(query, target, columns)
 
 
-def dense(queries, index, alignments):
-    """The score of every pair."""
+def dense(queries, index, alignments, most=np.inf):
+    """The score of every pair; `most` is that of the spread."""
     evalue = np.full((len(queries), PROTEINS), np.nan)
     evalue[alignments.query, alignments.target] = alignments.column("evalue")
     z = np.arctanh((queries @ index.decoded(np.arange(PROTEINS)).T).numpy())  # the sample is all of them
     low, centre, high = np.quantile(z, (0.1, 0.5, 0.9), axis=1, keepdims=True)
-    spread = np.maximum((high - low) / (2 * norm.isf(0.1)), 16**-0.5)
+    spread = np.maximum((high - low) / (2 * norm.isf(0.1)), 16**-0.5).clip(max=most)
     return -norm.logsf((z - centre) / spread) - np.log(np.minimum(np.nan_to_num(evalue, nan=np.inf) / PROTEINS, 1))
 
 
@@ -68,7 +68,10 @@ def test_decoys_score_as_queries_do_except_with_their_originals(made):
     index, queries, alignments = made
     originals, rows = np.arange(QUERIES) + 7, np.arange(5, PROTEINS, 3)
     alignments = alignments.where(alignments.column("evalue") > search_module.SURE)  # nobody joins
-    expected = dense(queries, index, alignments)[:, rows]
+    every = index.decoded(np.arange(PROTEINS))
+    low, high = np.quantile(np.arctanh((every @ every.T).numpy().clip(max=0.99)), (0.1, 0.9), axis=1)
+    typical = float(np.median((high - low) / (2 * norm.isf(0.1))))
+    expected = dense(queries, index, alignments, typical)[:, rows]
     expected[originals[:, None] == rows] = 0
     assert np.allclose(all_scores(queries, originals, index, alignments, rows), expected, atol=1e-3)
 
