@@ -36,7 +36,7 @@ RESULTS = Path("results/search")
 DEPTH = 400  # hits of each query that are looked at
 STATED = (0.01, 0.1, 1.0, 10.0)
 # Rossmann-like folds and β-propellers, each with common ancestors across folds (Söding, Bioinformatics 21, 2005)
-ACROSS_FOLDS = ("c.2 c.3 c.4 c.5 c.27 c.28 c.30 c.31".split(), "b.66 b.67 b.68 b.69 b.70".split())
+ACROSS_FOLDS = (["c.2", "c.3", "c.4", "c.5", "c.27", "c.28", "c.30", "c.31"], ["b.66", "b.67", "b.68", "b.69", "b.70"])
 Figures = dict[str, np.ndarray]
 
 

@@ -69,7 +69,7 @@ def test_decoys_score_as_queries_do_except_with_their_originals(made):
     originals, rows = np.arange(QUERIES) + 7, np.arange(5, PROTEINS, 3)
     alignments = alignments.where(alignments.column("evalue") > search_module.SURE)  # nobody joins
     every = index.decoded(np.arange(PROTEINS))
-    low, high = np.quantile(np.arctanh((every @ every.T).numpy().clip(max=0.99)), (0.1, 0.9), axis=1)
+    low, high = np.quantile(np.arctanh((every @ every.T).numpy().clip(-0.99, 0.99)), (0.1, 0.9), axis=1)
     typical = float(np.median((high - low) / (2 * norm.isf(0.1))))
     expected = dense(queries, index, alignments, typical)[:, rows]
     expected[originals[:, None] == rows] = 0
