@@ -23,7 +23,7 @@ from script import run, save_markdown
 from distil_rank.codes.augment import embed_like
 from distil_rank.codes.fit import open_proteins
 from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.search import DecoyScores, Engines, all_scores, with_relatives
+from distil_rank.codes.search import DecoyScores, Engines, decoy_evidence, with_relatives
 from distil_rank.data.mmseqs import Alignments, mmseqs_search
 from distil_rank.evaluation.labelled import LabelledData
 from distil_rank.evaluation.retrieval import Relevance, retrieve
@@ -72,7 +72,7 @@ class Set:
         if encoder is not None:
             index, queries = CodeIndex(encoder.encode(self.x).numpy(), encoder, exact=True), encoder(self.x)
             aligned = None if alignments is None else self.aligned_decoys
-            decoys = DecoyScores.of(all_scores(encoder(self.decoys), self.chosen, index, aligned, np.arange(count)))
+            decoys = DecoyScores.of(decoy_evidence(encoder(self.decoys), self.chosen, index, aligned, np.arange(count)))
             if alignments is not None:
                 queries = with_relatives(queries, alignments, index, own=True)
         scores, false, fold = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -41,18 +40,20 @@ class CodeIndex:
         encoder: what made the codes.
         exact: whether every query looks at every code; by default up to `EXACT_BELOW` of them. Otherwise codes lie
             in inverted lists (Jégou, Douze and Schmid, TPAMI 2011), and as many are visited as `RECALL` takes.
-        seed: of the lists' centres, and of the sample that tells what is usual of a query.
+        seed: of the lists' centres and of the sample.
 
     Attributes:
         lists: number of inverted lists; 0 where every code is looked at.
         visited: lists that are visited for each query.
+        sample: some of the codes, decoded.
         recall: measured share of the exact neighbours that are then found; 1 where every code is looked at.
     """
 
     def __init__(self, codes: np.ndarray, encoder: CodeEncoder, exact: bool | None = None, seed: int = 0) -> None:
         faiss = import_faiss()
         self.codes, self.encoder = np.ascontiguousarray(codes), encoder
-        self.visited, self.recall, self.seed = 0, 1.0, seed
+        self.visited, self.recall = 0, 1.0
+        self.sample = self.decoded(np.sort(np.random.default_rng(seed).permutation(len(codes))[:SAMPLE]))
         inverted = not exact if exact is not None else len(codes) > EXACT_BELOW
         self.lists = max(1, round(LISTS_PER_ROOT * len(codes) ** 0.5)) if inverted else 0
         self.index = _empty_index(faiss, encoder, self._centres(faiss, seed) if inverted else None)
@@ -93,25 +94,15 @@ class CodeIndex:
             parts.append((queries[torch.from_numpy(query[part])] * self.decoded(target[part])).sum(1).numpy())
         return np.concatenate(parts)
 
-    @cached_property
-    def _sample(self) -> Tensor:
-        """Codes that stand for all of them, decoded."""
-        return self.decoded(np.sort(np.random.default_rng(self.seed).permutation(len(self.codes))[:SAMPLE]))
-
     def background(self, queries: Tensor) -> np.ndarray:
-        """What is usual of each query `(Q, r)`: centre and spread of artanh of its cosines with other codes, `(2, Q)`.
+        """What is usual of each query `(Q, r)`: centre and spread of artanh of its cosines with the sample, `(2, Q)`.
 
         From the median and the outer deciles, as a normal variable has them, which a few relatives do not change. The
         spread is at least that of random directions.
         """
-        z = torch.atanh((queries @ self._sample.T).clamp(-NEAREST, NEAREST)).numpy()
+        z = torch.atanh((queries @ self.sample.T).clamp(-NEAREST, NEAREST)).numpy()
         low, centre, high = np.quantile(z, (0.1, 0.5, 0.9), axis=1)
         return np.stack([centre, np.maximum((high - low) / DECILES, self.encoder.rank**-0.5)])
-
-    @cached_property
-    def typical_spread(self) -> float:
-        """The spread that `background` tells of codes, the median of the same sample."""
-        return float(np.median(self.background(self._sample)[1]))
 
     def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Decoded codes, some thousands at a time: a code of them is the very same code again."""

