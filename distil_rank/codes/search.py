@@ -78,12 +78,12 @@ def evidence(cosine: np.ndarray | None, background: np.ndarray, evalue: np.ndarr
     >>> evidence(np.array([0.0, 0.3]), np.array([0.0, 0.1]), np.array([np.nan, 1.0]), 100).round(1).tolist()
     [0.7, 11.5]
     """
-    surprise = np.float64(0.0)
+    parts = []
     if cosine is not None:
-        surprise = surprise - log_ndtr((background[0] - np.arctanh(cosine.clip(-NEAREST, NEAREST))) / background[1])
+        parts.append(-log_ndtr((background[0] - np.arctanh(cosine.clip(-NEAREST, NEAREST))) / background[1]))
     if evalue is not None:
-        surprise = surprise - np.log(np.clip(np.nan_to_num(evalue, nan=np.inf) / targets, 1e-300, 1))
-    return np.asarray(surprise)
+        parts.append(-np.log(np.clip(np.nan_to_num(evalue, nan=np.inf) / targets, 1e-300, 1)))
+    return np.sum(parts, axis=0)
 
 
 def with_relatives(queries: Tensor, alignments: Alignments, index: CodeIndex, own: bool = False) -> Tensor:
@@ -91,8 +91,8 @@ def with_relatives(queries: Tensor, alignments: Alignments, index: CodeIndex, ow
 
     What relatives have in common is what tells the remote ones (average query expansion: Chum et al., ICCV 2007).
     """
-    itself = own & (alignments.query == alignments.target)
-    sure = np.flatnonzero((alignments.column("evalue") <= SURE) & ~itself)
+    others = (alignments.query != alignments.target) | (not own)
+    sure = np.flatnonzero((alignments.column("evalue") <= SURE) & others)
     total = torch.zeros_like(queries)
     for part in np.array_split(sure, 1 + len(sure) // ROWS_AT_ONCE):
         total.index_add_(0, torch.from_numpy(alignments.query[part]), index.decoded(alignments.target[part]))

@@ -76,12 +76,8 @@ def search(options: SearchOptions) -> tuple[int, int]:
                 if labels is not None or options.cluster is not None:
                     collected.append(np.stack([hits.query, hits.target, hits.score, hits.evalue]))
         seconds, files = time.perf_counter() - started, [table]
-        metrics = {
-            "queries": len(names),
-            "hits": count,
-            "seconds": seconds,
-            "recall": engines.index.recall if engines.index else 1.0,
-        }
+        recall = engines.index.recall if engines.index else 1.0
+        metrics = {"queries": len(names), "hits": count, "seconds": seconds, "recall": recall}
         pairs = np.concatenate(collected, axis=1)
         if options.cluster is not None:
             files.append(table.with_name("clusters.tsv"))
@@ -223,11 +219,7 @@ def _members(labels: LabelTable, options: SearchOptions, store: CodeStore) -> tu
 
 
 def _vote_accuracy(
-    engines: Engines,
-    member: csr_array,
-    store: CodeStore,
-    options: SearchOptions,
-    most: float,
+    engines: Engines, member: csr_array, store: CodeStore, options: SearchOptions, most: float
 ) -> VoteAccuracy:
     """How good votes are on some labelled targets without their clusters, which profiles and joined queries know."""
     labelled = np.flatnonzero(np.diff(member.indptr))
