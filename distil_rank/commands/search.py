@@ -76,8 +76,12 @@ def search(options: SearchOptions) -> tuple[int, int]:
                 if labels is not None or options.cluster is not None:
                     collected.append(np.stack([hits.query, hits.target, hits.score, hits.evalue]))
         seconds, files = time.perf_counter() - started, [table]
-        recall = engines.index.recall if engines.index else 1.0
-        metrics = {"queries": len(names), "hits": count, "seconds": seconds, "recall": recall}
+        metrics = {
+            "queries": len(names),
+            "hits": count,
+            "seconds": seconds,
+            "recall": getattr(engines.index, "recall", 1.0),
+        }
         pairs = np.concatenate(collected, axis=1)
         if options.cluster is not None:
             files.append(table.with_name("clusters.tsv"))
