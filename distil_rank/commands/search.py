@@ -80,7 +80,7 @@ def search(options: SearchOptions) -> tuple[int, int]:
             "queries": len(names),
             "hits": count,
             "seconds": seconds,
-            "recall": getattr(engines.index, "recall", 1.0),
+            "recall": engines.index.recall if engines.index else 1.0,
         }
         pairs = np.concatenate(collected, axis=1)
         if options.cluster is not None:
