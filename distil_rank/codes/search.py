@@ -71,9 +71,8 @@ def evidence(cosine: np.ndarray | None, background: np.ndarray, evalue: np.ndarr
     """How surprising pairs are if they are not related, in nats; what was not found (NaN) is no surprise.
 
     Of a code it is `−ln P(Z > z)` of a normal Z: Fisher's transform `artanh` makes cosines of unrelated vectors normal
-    (Biometrika 10, 1915), and `CodeIndex.background` tells centre and spread of the query's. The decoys' own tail is
-    heavier, since some share a composition; to count it would leave too little of the codes' evidence. Of an alignment
-    it is `−ln(E / targets)` with its own E-value (Karlin and Altschul, PNAS 87, 1990). None is not looked for.
+    (Biometrika 10, 1915), here with the `CodeIndex.background` of the query. (The tail of decoys is heavier: to count
+    it would leave codes too little.) Of an alignment it is `−ln(E / targets)` (Karlin and Altschul, PNAS 87, 1990).
 
     >>> evidence(np.array([0.0, 0.3]), np.array([0.0, 0.1]), np.array([np.nan, 1.0]), 100).round(1).tolist()
     [0.7, 11.5]
@@ -91,8 +90,7 @@ def with_relatives(queries: Tensor, alignments: Alignments, index: CodeIndex, ow
 
     What relatives have in common is what tells the remote ones (average query expansion: Chum et al., ICCV 2007).
     """
-    others = (alignments.query != alignments.target) | (not own)
-    sure = np.flatnonzero((alignments.column("evalue") <= SURE) & others)
+    sure = np.flatnonzero((alignments.column("evalue") <= SURE) & ~(own & (alignments.query == alignments.target)))
     total = torch.zeros_like(queries)
     for part in np.array_split(sure, 1 + len(sure) // ROWS_AT_ONCE):
         total.index_add_(0, torch.from_numpy(alignments.query[part]), index.decoded(alignments.target[part]))
@@ -161,11 +159,7 @@ class DecoyScores:
         counted = 1 - np.searchsorted(self.below, scores) / len(self.below) * (1 - self.rate)
         tail = self.rate * genpareto.sf(np.maximum(scores - self.threshold, 0), self.shape, scale=self.scale)
         share = np.where(scores > self.threshold, tail, np.maximum(counted, self.rate))
-        return np.maximum(targets * share, self.least(targets))
-
-    def least(self, targets: int) -> float:
-        """The least E-value that this many scores can tell."""
-        return targets / self.count
+        return targets * np.maximum(share, 1 / self.count)
 
 
 def decoys_of(
@@ -229,7 +223,7 @@ class Engines:
     @property
     def least(self) -> float:
         """The least E-value that decoys can tell; 0 where none come from them."""
-        return 0.0 if self.decoys is None else self.decoys.least(self.targets)
+        return 0.0 if self.decoys is None else self.targets / self.decoys.count
 
     def search(self, queries: Tensor | None, count: int, k: int) -> Iterator[Hits]:
         """The k best hits of `count` queries, a block at a time; with codes queries are `(count, r)`."""

