@@ -17,13 +17,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from codes import fitted
+from codes import fitted, trained
 from script import run, save_markdown
 
 from distil_rank.codes.augment import embed_like
 from distil_rank.codes.fit import open_proteins
 from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.search import NEAREST, DecoyScores, Engines, Evidence
+from distil_rank.codes.search import DecoyScores, Engines, decoy_evidence, with_relatives
 from distil_rank.data.mmseqs import Alignments, mmseqs_search
 from distil_rank.evaluation.labelled import LabelledData
 from distil_rank.evaluation.retrieval import Relevance, retrieve
@@ -35,6 +35,8 @@ from distil_rank.options.evaluation import LabelOptions
 RESULTS = Path("results/search")
 DEPTH = 400  # hits of each query that are looked at
 STATED = (0.01, 0.1, 1.0, 10.0)
+# Rossmann-like folds and β-propellers, each with common ancestors across folds (Söding, Bioinformatics 21, 2005)
+ACROSS_FOLDS = (["c.2", "c.3", "c.4", "c.5", "c.27", "c.28", "c.30", "c.31"], ["b.66", "b.67", "b.68", "b.69", "b.70"])
 Figures = dict[str, np.ndarray]
 
 
@@ -44,6 +46,10 @@ class Set:
     def __init__(self, proteins: LabelledData, rows: np.ndarray, decoys: int) -> None:
         assert proteins.target.relevance is not None and proteins.embeddings.sequences is not None
         self.proteins, self.relevance = proteins, proteins.target.relevance.subset(rows)
+        fold = np.array(proteins.target.levels[-1], dtype=object)[rows]
+        for names in ACROSS_FOLDS:
+            fold[np.isin(fold, names)] = names[0]
+        self.ancestor = np.unique(fold, return_inverse=True)[1]
         self.x = torch.from_numpy(proteins.embeddings.x[rows])
         self.ids = [proteins.embeddings.ids[row] for row in rows]
         sequences = [proteins.embeddings.sequences[row] for row in rows]
@@ -52,34 +58,34 @@ class Set:
         about = proteins.embeddings.provenance
         store = embed_like(backwards, about, about["source"], Path("results/decoys"), "decoys")
         self.decoys = torch.from_numpy(np.array(store.embeddings()))
-        self.aligned = mmseqs_search(sequences, sequences, RESULTS / "alignments", keep=True)
-        self.aligned_decoys = mmseqs_search(backwards, sequences, RESULTS / "alignments", keep=True)
+        folder = RESULTS / "alignments"
+        self.aligned = mmseqs_search(sequences, sequences, folder, keep=True)
+        self.profiles = mmseqs_search(sequences, sequences, folder, keep=True, profiles=True)
+        self.aligned_decoys = mmseqs_search(backwards, sequences, folder, keep=True, profiles=True)
 
-    def search(self, encoder: CodeEncoder | None, aligned: bool) -> tuple[Figures, np.ndarray]:
-        """Figures of each query, and hits of another fold for each query at the stated E-values."""
-        count, index, decoys, evidence = len(self.x), None, None, Evidence(len(self.x))
-        queries, alignments = None, self.aligned if aligned else None
+    def search(self, encoder: CodeEncoder | None, alignments: Alignments | None) -> tuple[Figures, np.ndarray]:
+        """Figures of each query, and hits of another fold for each query at the stated E-values, `(2, STATED)`.
+
+        Behind them without those between `ACROSS_FOLDS`.
+        """
+        count, index, decoys, queries = len(self.x), None, None, None
         if encoder is not None:
             index, queries = CodeIndex(encoder.encode(self.x).numpy(), encoder, exact=True), encoder(self.x)
-            cosine = (encoder(self.decoys) @ index.decoded(np.arange(count)).T).numpy()
-            others = self.chosen[:, None] != np.arange(count)
-            z = np.arctanh(np.clip(cosine[others], -NEAREST, NEAREST).astype(np.float64))
-            evidence = Evidence(count, float(z.mean()), float(z.std()))
-            evalue = dense(self.aligned_decoys, cosine.shape) if aligned else None
-            decoys = DecoyScores.of(np.where(others, evidence(cosine, evalue), 0.0))
-        scores, false, fold = torch.full((count, count), -torch.inf), np.zeros(len(STATED)), self.relevance.levels[-1]
-        for hits in Engines(evidence, index, alignments, decoys, True).search(queries, count, DEPTH):
+            aligned = None if alignments is None else self.aligned_decoys
+            decoys = DecoyScores.of(decoy_evidence(encoder(self.decoys), self.chosen, index, aligned, np.arange(count)))
+            if alignments is not None:
+                queries = with_relatives(queries, alignments, index, own=True)
+        scores, false, fold = (
+            torch.full((count, count), -torch.inf),
+            np.zeros((2, len(STATED))),
+            self.relevance.levels[-1],
+        )
+        for hits in Engines(count, index, alignments, decoys, True).search(queries, count, DEPTH):
             scores[hits.query, hits.target] = torch.from_numpy(hits.score).float()
-            wrong = hits.evalue[fold[hits.query] != fold[hits.target]]
-            false += [(wrong <= stated).sum() for stated in STATED]
+            for row, kind in enumerate((fold, self.ancestor)):
+                wrong = hits.evalue[kind[hits.query] != kind[hits.target]]
+                false[row] += [(wrong <= stated).sum() for stated in STATED]
         return retrieve(lambda q, t: scores[torch.from_numpy(q)][:, torch.from_numpy(t)], self.relevance), false / count
-
-
-def dense(alignments: Alignments, shape: tuple[int, ...]) -> np.ndarray:
-    """E-values of all pairs; NaN where there is no alignment."""
-    table = np.full(shape, np.nan)
-    table[alignments.query, alignments.target] = alignments.column("evalue")
-    return table
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, group: np.ndarray) -> Interval:
@@ -97,14 +103,17 @@ def line(name: str, cells: list[str]) -> str:
 def folds(proteins: LabelledData, decoys: int) -> None:
     """The table of retrieval with paired differences over folds, and stated against observed false hits."""
     domains, fit = Set(proteins, proteins.groups.evaluated, decoys), fitted(proteins, "invariant")
-    named: dict[str, tuple[Figures, np.ndarray]] = {"MMseqs2": domains.search(None, True)}
+    named: dict[str, tuple[Figures, np.ndarray]] = {
+        "MMseqs2": domains.search(None, domains.aligned),
+        "MMseqs2, profiles": domains.search(None, domains.profiles),
+    }
     rivals: dict[str, tuple[str, ...]] = defaultdict(tuple)
     for rank in (64, 128):
-        encoder = fit.encoder(rank, "bit")
+        encoder = trained(proteins, fit, rank, "bit")
         name = f"{encoder.bytes_per_protein} bytes"
-        named[f"{name} alone"] = domains.search(encoder, False)
-        named[f"{name} and MMseqs2"] = domains.search(encoder, True)
-        rivals[f"{name} and MMseqs2"] = ("MMseqs2", f"{name} alone")
+        named[f"{name} alone"] = domains.search(encoder, None)
+        named[f"{name} and MMseqs2"] = domains.search(encoder, domains.profiles)
+        rivals[f"{name} and MMseqs2"] = ("MMseqs2", "MMseqs2, profiles", f"{name} alone")
     metrics = list(named["MMseqs2"][0])
     table, gains = [line("search", metrics), "|---" * (len(metrics) + 1) + "|"], []
     for name, (figures, _) in named.items():
@@ -113,14 +122,14 @@ def folds(proteins: LabelledData, decoys: int) -> None:
             ends = [difference(figures[one], named[rival][0][one], domains.relevance.levels[-1]) for one in metrics]
             gains.append(line(f"{name} less {rival}", [f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]" for x in ends]))
     save_markdown(RESULTS / "folds.md", table)
-    short = ("MMseqs2", "16 bytes alone", "8 bytes and MMseqs2", "16 bytes and MMseqs2")
+    short = ("MMseqs2", "MMseqs2, profiles", "16 bytes alone", "8 bytes and MMseqs2", "16 bytes and MMseqs2")
     save_markdown(
         RESULTS / "short.md",
         [*table[:2], *(one for one in table if one.startswith(tuple(f"| {name} |" for name in short)))],
     )
     save_markdown(RESULTS / "folds_gain.md", [*table[:2], *gains])
     head = ["search", *(f"stated {stated:g}" for stated in STATED)]
-    rows = [line(name, [f"{share:.3g}" for share in false]) for name, (_, false) in named.items()]
+    rows = [line(name, [f"{every:.3g} ({rest:.3g})" for every, rest in false.T]) for name, (_, false) in named.items()]
     save_markdown(RESULTS / "evalues.md", [line(head[0], head[1:]), "|---" * len(head) + "|", *rows])
 
 
@@ -136,11 +145,12 @@ def standard(proteins: LabelledData, rivals: str, decoys: int) -> None:
     extra = np.array([[0], [1], [1]])  # the published script counts the query itself at superfamily and fold
     levels = domains.relevance.names
     published = {name: np.stack([table[f"{name}_{level}"] for level in levels]) for name in ("foldseek", "prostt5")}
-    ours = {"MMseqs2": domains.search(None, True)[0]}
+    ours = {"MMseqs2": domains.search(None, domains.aligned)[0]}
+    ours["MMseqs2, profiles"] = domains.search(None, domains.profiles)[0]
     for rank, dtype in ((128, "bit"), (320, "float32")):
-        encoder = fit.encoder(rank, dtype)
-        ours[f"{encoder.bytes_per_protein:,} bytes alone"] = domains.search(encoder, False)[0]
-        ours[f"{encoder.bytes_per_protein:,} bytes and MMseqs2"] = domains.search(encoder, True)[0]
+        encoder = trained(proteins, fit, rank, dtype) if dtype == "bit" else fit.encoder(rank, dtype)
+        ours[f"{encoder.bytes_per_protein:,} bytes alone"] = domains.search(encoder, None)[0]
+        ours[f"{encoder.bytes_per_protein:,} bytes and MMseqs2"] = domains.search(encoder, domains.profiles)[0]
     for name, figures in ours.items():
         corrected = np.stack([figures[f"sens1fp {level}"][rows] for level in levels])
         published[name] = corrected * wholes / (wholes + extra)
@@ -150,7 +160,7 @@ def standard(proteins: LabelledData, rivals: str, decoys: int) -> None:
     for name, values in published.items():
         both = np.concatenate([values, values * (wholes + extra) / wholes])
         cells = [f"{np.nanmean(one):.3f}" for one in both]
-        if name not in ("foldseek", "prostt5", "MMseqs2"):
+        if name not in ("foldseek", "prostt5", "MMseqs2", "MMseqs2, profiles"):
             ends = [difference(one, other, group) for one, other in zip(values, published["foldseek"], strict=True)]
             cells = [f"{cell} ({x.low:+.3f} to {x.high:+.3f})" for cell, x in zip(cells, ends, strict=False)] + cells[
                 3:

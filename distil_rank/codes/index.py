@@ -23,6 +23,9 @@ ROUNDS = 8  # of k-means
 TRIALS = 256  # queries that the number of visited lists is chosen on
 DEPTH = 10  # neighbours that recall is about
 CANDIDATES = 4  # found for each one that is wanted, to be scored exactly, where faiss's own scores are rounded
+NEAREST = 0.99  # cosines above it count as this: of two equal codes it would be infinite evidence
+SAMPLE = 2000  # codes that tell what is usual of a query
+DECILES = 2.5631  # standard deviations of a normal variable between its two outer deciles
 QUERIES_AT_ONCE = 256
 ROWS_AT_ONCE = 65_536  # of decoding
 
@@ -35,11 +38,12 @@ class CodeIndex:
         encoder: what made the codes.
         exact: whether every query looks at every code; by default up to `EXACT_BELOW` of them. Otherwise codes lie
             in inverted lists (Jégou, Douze and Schmid, TPAMI 2011), and as many are visited as `RECALL` takes.
-        seed: of the lists' centres.
+        seed: of the lists' centres and of the sample.
 
     Attributes:
         lists: number of inverted lists; 0 where every code is looked at.
         visited: lists that are visited for each query.
+        sample: some of the codes, decoded.
         recall: measured share of the exact neighbours that are then found; 1 where every code is looked at.
     """
 
@@ -47,6 +51,7 @@ class CodeIndex:
         faiss = import_faiss()
         self.codes, self.encoder = np.ascontiguousarray(codes), encoder
         self.visited, self.recall = 0, 1.0
+        self.sample = self.decoded(np.sort(np.random.default_rng(seed).permutation(len(codes))[:SAMPLE]))
         inverted = not exact if exact is not None else len(codes) > EXACT_BELOW
         self.lists = max(1, round(LISTS_PER_ROOT * len(codes) ** 0.5)) if inverted else 0
         self.index = _empty_index(faiss, encoder, self._centres(faiss, seed) if inverted else None)
@@ -86,6 +91,16 @@ class CodeIndex:
             part = slice(start, start + ROWS_AT_ONCE)
             parts.append((queries[torch.from_numpy(query[part])] * self.decoded(target[part])).sum(1).numpy())
         return np.concatenate(parts)
+
+    def background(self, queries: Tensor) -> np.ndarray:
+        """What is usual of each query `(Q, r)`: centre and spread of artanh of its cosines with the sample, `(2, Q)`.
+
+        From the median and the outer deciles, as a normal variable has them, which a few relatives do not change. The
+        spread is at least that of random directions.
+        """
+        z = torch.atanh((queries @ self.sample.T).clamp(-NEAREST, NEAREST)).numpy()
+        low, centre, high = np.quantile(z, (0.1, 0.5, 0.9), axis=1)
+        return np.stack([centre, np.maximum((high - low) / DECILES, self.encoder.rank**-0.5)])
 
     def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Decoded codes, some thousands at a time: a code of them is the very same code again."""

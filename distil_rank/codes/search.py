@@ -1,8 +1,8 @@
 """Queries against a store of codes: hits by codes, by alignment or by both, with their scores, ranks and E-values.
 
 Alignment finds the nearest relatives, codes the remote ones. Each tells how unlikely a pair is without a relation, and
-independent evidence multiplies: the score of a pair is the sum of both surprises, in nats. Nothing in it is fitted to
-labels.
+independent evidence multiplies: the score of a pair is the sum of both surprises, in nats. What is surely aligned with
+a query helps to find more, in a profile and in a mean of codes. Nothing is fitted to labels.
 
 An E-value tells how many targets as near as this one a query without relatives would find. Decoys tell: proteins that
 have no relatives by construction, sent through the same backbone, encoder and engines as the queries. All that they
@@ -23,7 +23,7 @@ from scipy.stats import genpareto
 from torch import Tensor
 
 from distil_rank.codes.augment import embed_like
-from distil_rank.codes.index import CodeIndex
+from distil_rank.codes.index import NEAREST, ROWS_AT_ONCE, CodeIndex
 from distil_rank.codes.store import CodeStore
 from distil_rank.data.mmseqs import COLUMNS, Alignments, mmseqs_search
 from distil_rank.errors import InputError
@@ -32,7 +32,7 @@ TAIL = 0.002  # share of the decoys' scores that the tail is fitted to
 LEAST = 200  # scores in the tail, as far as there are any
 SAMPLED_TARGETS = 20_000  # that decoys are compared with
 BLOCK = 256  # of queries that are searched at once
-NEAREST = 0.99  # cosines above it count as this: of two equal codes it would be infinite evidence
+SURE = 0.001  # E-value of alignments whose targets join the query
 
 
 @dataclass(frozen=True)
@@ -67,34 +67,35 @@ class Hits:
         return replace(self, rank=rank).where(rank <= k)
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """How surprising a pair is if it is not related, in nats; what was not found is no surprise.
+def evidence(cosine: np.ndarray | None, background: np.ndarray, evalue: np.ndarray | None, targets: int) -> np.ndarray:
+    """How surprising pairs are if they are not related, in nats; what was not found (NaN) is no surprise.
 
     Of a code it is `−ln P(Z > z)` of a normal Z: Fisher's transform `artanh` makes cosines of unrelated vectors normal
-    (Biometrika 10, 1915), and decoys tell mean and spread. The decoys' own tail is heavier, since some share a
-    composition; to count it would leave too little of the codes' evidence. Of an alignment it
-    is `−ln(E / targets)` with its own E-value (Karlin and Altschul, PNAS 87, 1990).
+    (Biometrika 10, 1915), here with the `CodeIndex.background` of the query. (The tail of decoys is heavier: to count
+    it would leave codes too little.) Of an alignment it is `−ln(E / targets)` (Karlin and Altschul, PNAS 87, 1990).
+
+    >>> evidence(np.array([0.0, 0.3]), np.array([0.0, 0.1]), np.array([np.nan, 1.0]), 100).round(1).tolist()
+    [0.7, 11.5]
     """
+    parts = []
+    if cosine is not None:
+        parts.append(-log_ndtr((background[0] - np.arctanh(cosine.clip(-NEAREST, NEAREST))) / background[1]))
+    if evalue is not None:
+        parts.append(-np.log(np.clip(np.nan_to_num(evalue, nan=np.inf) / targets, 1e-300, 1)))
+    return np.sum(parts, axis=0)
 
-    targets: int
-    mean: float = 0.0
-    spread: float = 1.0
 
-    def __call__(self, cosine: np.ndarray | None, evalue: np.ndarray | None) -> np.ndarray:
-        """The evidence of cosines and alignments' E-values of the same pairs; NaN is not found, None not looked for.
+def with_relatives(queries: Tensor, alignments: Alignments, index: CodeIndex, own: bool = False) -> Tensor:
+    """Queries `(Q, r)`, each joined by the mean code of the targets that it is surely aligned with; of unit length.
 
-        >>> Evidence(100, 0.0, 0.1)(np.array([0.0, 0.3]), np.array([np.nan, 1.0])).round(1).tolist()
-        [0.7, 11.5]
-        """
-        parts = []
-        if cosine is not None:
-            z = (np.arctanh(np.clip(cosine, -NEAREST, NEAREST).astype(np.float64)) - self.mean) / self.spread
-            parts.append(-log_ndtr(-z))
-        if evalue is not None:
-            share = np.clip(np.nan_to_num(evalue, nan=np.inf) / self.targets, 1e-300, 1)
-            parts.append(-np.log(share))
-        return np.sum(parts, axis=0)
+    What relatives have in common is what tells the remote ones (average query expansion: Chum et al., ICCV 2007).
+    """
+    sure = np.flatnonzero((alignments.column("evalue") <= SURE) & ~(own & (alignments.query == alignments.target)))
+    total = torch.zeros_like(queries)
+    for part in np.array_split(sure, 1 + len(sure) // ROWS_AT_ONCE):
+        total.index_add_(0, torch.from_numpy(alignments.query[part]), index.decoded(alignments.target[part]))
+    count = np.bincount(alignments.query[sure], minlength=len(queries)).clip(min=1)
+    return F.normalize(queries + total / torch.from_numpy(count)[:, None], dim=1)
 
 
 def vectors_like(sequences: list[str], store: CodeStore, folder: Path, kind: str) -> Tensor:
@@ -158,42 +159,47 @@ class DecoyScores:
         counted = 1 - np.searchsorted(self.below, scores) / len(self.below) * (1 - self.rate)
         tail = self.rate * genpareto.sf(np.maximum(scores - self.threshold, 0), self.shape, scale=self.scale)
         share = np.where(scores > self.threshold, tail, np.maximum(counted, self.rate))
-        return np.maximum(targets * share, self.least(targets))
-
-    def least(self, targets: int) -> float:
-        """The least E-value that this many scores can tell."""
-        return targets / self.count
+        return targets * np.maximum(share, 1 / self.count)
 
 
-def evidence_of(
-    store: CodeStore, decoys: int, folder: Path, seed: int = 0, databases: Path | None = None, own: bool = False
-) -> tuple[Evidence, DecoyScores | None]:
-    """What counts as evidence, and the scores that so many reversed proteins of the store reach among its codes.
+def decoys_of(
+    store: CodeStore, index: CodeIndex, count: int, folder: Path, databases: Path | None, own: bool, seed: int = 0
+) -> DecoyScores:
+    """The scores that so many reversed proteins of the store reach among its codes.
 
     Read from its end a sequence has the same composition, repeats and low complexity, and no relative; its own original
     does not count as found, for that composition. With `databases`, alignments count beside the codes; `own` says that
-    queries are codes as well. Without decoys unrelated codes count as random directions.
+    queries are codes as well.
     """
-    dice, size = np.random.default_rng(seed), len(store)
-    if not decoys:
-        return Evidence(size, 0.0, store.encoder.rank**-0.5), None
-    chosen = np.sort(dice.permutation(size)[:decoys])
+    dice, encoder = np.random.default_rng(seed), store.encoder
+    chosen = np.sort(dice.permutation(len(store))[:count])
     backwards = [text[::-1] for text in store.proteins.take(chosen)["sequence"].to_pylist()]
-    vectors, encoder = vectors_like(backwards, store, folder, "decoys"), store.encoder
+    vectors, alignments = vectors_like(backwards, store, folder, "decoys"), None
     queries = F.normalize(encoder.decode(encoder.encode(vectors)), dim=1) if own else encoder(vectors)
-    rows = np.sort(dice.permutation(size)[:SAMPLED_TARGETS])
-    targets = F.normalize(encoder.decode(torch.from_numpy(store.embeddings()[rows])), dim=1)
-    cosine, others = (queries @ targets.T).numpy(), chosen[:, None] != rows
-    z = np.arctanh(np.clip(cosine[others], -NEAREST, NEAREST).astype(np.float64))
-    evidence, evalue = Evidence(size, float(z.mean()), float(z.std())), None
     if databases is not None:
-        found = mmseqs_search(backwards, store.sequences, databases, keep=True)
-        column = np.full(size, -1)
-        column[rows] = np.arange(len(rows))
-        seen = column[found.target] >= 0
-        evalue = np.full(cosine.shape, np.nan)
-        evalue[found.query[seen], column[found.target[seen]]] = found.column("evalue")[seen]
-    return evidence, DecoyScores.of(np.where(others, evidence(cosine, evalue), 0.0))
+        alignments = mmseqs_search(backwards, store.sequences, databases, keep=True, profiles=True)
+    rows = np.sort(dice.permutation(len(store))[:SAMPLED_TARGETS])
+    return DecoyScores.of(decoy_evidence(queries, chosen, index, alignments, rows))
+
+
+def decoy_evidence(
+    queries: Tensor, originals: np.ndarray, index: CodeIndex, alignments: Alignments | None, rows: np.ndarray
+) -> np.ndarray:
+    """The evidence of decoys `(D, r)` with the targets `rows`, sorted, `(D, R)`; 0 with their own `originals`.
+
+    Cosines of reversed proteins spread a little wider than those of proteins. In units of that they would look less
+    surprising, and E-values be too low: the spread of a decoy is at most the median of their originals' codes.
+    """
+    others, evalue = originals[:, None] != rows, None
+    if alignments is not None:
+        queries = with_relatives(queries, alignments, index)
+        seen, evalue = np.isin(alignments.target, rows), np.full(others.shape, np.nan)
+        places = alignments.query[seen], np.searchsorted(rows, alignments.target[seen])
+        evalue[places] = alignments.column("evalue")[seen]
+    background = index.background(queries)[:, :, None]
+    background[1] = background[1].clip(max=np.median(index.background(index.decoded(originals))[1]))
+    cosine = (queries @ index.decoded(rows).T).numpy()
+    return np.where(others, evidence(cosine, background, evalue, len(index.codes)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -201,14 +207,14 @@ class Engines:
     """What is searched with: codes, alignments made beforehand, or both.
 
     Attributes:
-        evidence: of a pair.
+        targets: that are searched.
         index: the codes; None without them.
         alignments: of the queries with the targets; None without them.
         decoys: what E-values come from; without codes they are MMseqs2's own.
         own: whether the queries are the targets, which then do not find themselves.
     """
 
-    evidence: Evidence
+    targets: int
     index: CodeIndex | None
     alignments: Alignments | None
     decoys: DecoyScores | None = None
@@ -217,7 +223,7 @@ class Engines:
     @property
     def least(self) -> float:
         """The least E-value that decoys can tell; 0 where none come from them."""
-        return 0.0 if self.decoys is None else self.decoys.least(self.evidence.targets)
+        return 0.0 if self.decoys is None else self.targets / self.decoys.count
 
     def search(self, queries: Tensor | None, count: int, k: int) -> Iterator[Hits]:
         """The k best hits of `count` queries, a block at a time; with codes queries are `(count, r)`."""
@@ -228,7 +234,7 @@ class Engines:
 
     def _hits(self, rows: np.ndarray, queries: Tensor | None, k: int) -> Hits:
         """The k best of consecutive queries: whatever is aligned, and the k nearest codes, hold them all."""
-        first, targets = rows[0], self.evidence.targets
+        first, targets = rows[0], self.targets
         keys, aligned = [np.empty(0, np.int64)], np.empty(0, np.int64)
         if self.index is not None and queries is not None:
             near = self.index.search(queries, k + self.own)[1]
@@ -241,15 +247,16 @@ class Engines:
         if self.own:
             pairs = pairs[pairs // targets + first != pairs % targets]
         query, target = np.divmod(pairs, targets)
-        alignment, cosine = np.full((len(pairs), len(COLUMNS)), np.nan), None
+        alignment, cosine, background = np.full((len(pairs), len(COLUMNS)), np.nan), None, np.empty(0)
         if self.alignments is not None and len(aligned):
             place = np.searchsorted(aligned, pairs).clip(max=len(aligned) - 1)
             found = aligned[place] == pairs
             alignment[found] = self.alignments.columns[low + place[found]]
         if self.index is not None and queries is not None:
             cosine = self.index.scores(queries, query, target)
+            background = self.index.background(queries)[:, query]
         evalue = alignment[:, COLUMNS.index("evalue")]
-        score = self.evidence(cosine, None if self.alignments is None else evalue)
+        score = evidence(cosine, background, None if self.alignments is None else evalue, targets)
         if self.index is not None:
             evalue = np.full(len(pairs), np.nan) if self.decoys is None else self.decoys.evalues(score, targets)
         cosine = np.full(len(pairs), np.nan) if cosine is None else cosine

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distil_rank.artefact import atomic_file, check_writable, write_atomically
 from distil_rank.codes.index import CodeIndex, import_faiss
-from distil_rank.codes.search import Engines, Hits, evidence_of, vectors_like
+from distil_rank.codes.search import Engines, Hits, decoys_of, vectors_like, with_relatives
 from distil_rank.codes.store import CodeStore, manifest_of
 from distil_rank.codes.votes import VoteAccuracy, members, set_cover, vote, vote_accuracy
 from distil_rank.data.labels import LabelTable, read_labels
@@ -129,11 +129,13 @@ def _prepared(options: SearchOptions, store: CodeStore, engine: str) -> tuple[li
         index = CodeIndex(store.embeddings(), store.encoder, options.exact, options.seed)
     if engine != "codes":
         databases = Path(options.output, DATABASES)
-        alignments = mmseqs_search(sequences, store.sequences, databases)
-    decoys = options.decoys if index is not None and _has_sequences(store) else 0
-    folder = Path(options.output, "decoys")
-    evidence, scores = evidence_of(store, decoys, folder, options.seed, databases, options.self)
-    return names, queries, Engines(evidence, index, alignments, scores, options.self)
+        alignments = mmseqs_search(sequences, store.sequences, databases, profiles=engine == "both")
+        if index is not None and queries is not None:
+            queries = with_relatives(queries, alignments, index, options.self)
+    scores, folder = None, Path(options.output, "decoys")
+    if index is not None and options.decoys and _has_sequences(store):
+        scores = decoys_of(store, index, options.decoys, folder, databases, options.self, options.seed)
+    return names, queries, Engines(len(store), index, alignments, scores, options.self)
 
 
 def _has_sequences(store: CodeStore) -> bool:
@@ -218,13 +220,9 @@ def _members(labels: LabelTable, options: SearchOptions, store: CodeStore) -> tu
 
 
 def _vote_accuracy(
-    engines: Engines,
-    member: csr_array,
-    store: CodeStore,
-    options: SearchOptions,
-    most: float,
+    engines: Engines, member: csr_array, store: CodeStore, options: SearchOptions, most: float
 ) -> VoteAccuracy:
-    """How good votes are on some labelled targets, as if no other protein of their cluster were there."""
+    """How good votes are on some labelled targets without their clusters, which profiles and joined queries know."""
     labelled = np.flatnonzero(np.diff(member.indptr))
     group = np.array(store.ids, dtype=object)
     if mmseqs_binary() is not None and _has_sequences(store) and len(labelled) <= MOST_CLUSTERED:

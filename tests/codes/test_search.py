@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import norm
 
 from distil_rank.codes import search as search_module
 from distil_rank.codes.fit import fit_metric
 from distil_rank.codes.index import CodeIndex
-from distil_rank.codes.search import Engines, Evidence
+from distil_rank.codes.search import Engines, decoy_evidence, evidence, with_relatives
 from distil_rank.codes.votes import members, set_cover, vote_accuracy
 from distil_rank.data.mmseqs import COLUMNS, Alignments
 
@@ -28,22 +29,29 @@ def made():
     return CodeIndex(encoder.encode(rows).numpy(), encoder), encoder(rows[:QUERIES]), Alignments(query, target, columns)
 
 
-def dense(queries, index, alignments, evidence):
-    """The score of every pair."""
+def part(alignments, chosen):
+    """Some of them."""
+    return Alignments(alignments.query[chosen], alignments.target[chosen], alignments.columns[chosen])
+
+
+def dense(queries, index, alignments, most=np.inf):
+    """The score of every pair; `most` is that of the spread."""
     evalue = np.full((len(queries), PROTEINS), np.nan)
     evalue[alignments.query, alignments.target] = alignments.column("evalue")
-    return evidence((queries @ index.decoded(np.arange(PROTEINS)).T).numpy(), evalue)
+    z = np.arctanh((queries @ index.decoded(np.arange(PROTEINS)).T).numpy())  # the sample is all of them
+    low, centre, high = np.quantile(z, (0.1, 0.5, 0.9), axis=1, keepdims=True)
+    spread = np.maximum((high - low) / (2 * norm.isf(0.1)), 16**-0.5).clip(max=most)
+    return -norm.logsf((z - centre) / spread) - np.log(np.minimum(np.nan_to_num(evalue, nan=np.inf) / PROTEINS, 1))
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_hits_are_the_best_of_all_pairs(made, own, monkeypatch):
     monkeypatch.setattr(search_module, "BLOCK", 7)
     index, queries, alignments = made
-    evidence = Evidence(PROTEINS, 0.01, 0.2)
-    expected = dense(queries, index, alignments, evidence)
+    expected = dense(queries, index, alignments)
     if own:
         expected[np.arange(QUERIES), np.arange(QUERIES)] = -np.inf
-    blocks = list(Engines(evidence, index, alignments, own=own).search(queries, QUERIES, 6))
+    blocks = list(Engines(PROTEINS, index, alignments, own=own).search(queries, QUERIES, 6))
     score, query = (np.concatenate([getattr(block, name) for block in blocks]) for name in ("score", "query"))
     rank, target = (np.concatenate([getattr(block, name) for block in blocks]) for name in ("rank", "target"))
     assert query.tolist() == np.repeat(np.arange(QUERIES), 6).tolist() and rank.tolist() == [*range(1, 7)] * QUERIES
@@ -53,7 +61,7 @@ def test_hits_are_the_best_of_all_pairs(made, own, monkeypatch):
 
 def test_alignment_alone_has_its_own_evalues(made):
     _, _, alignments = made
-    [hits] = Engines(Evidence(PROTEINS), None, alignments).search(None, QUERIES, PROTEINS)
+    [hits] = Engines(PROTEINS, None, alignments).search(None, QUERIES, PROTEINS)
     assert len(hits.query) == len(alignments.query) and np.isnan(hits.cosine).all()
     assert np.allclose(hits.evalue, np.exp(-hits.score) * PROTEINS) or (hits.evalue > PROTEINS).any()
     first = hits.where(hits.rank == 1)
@@ -61,13 +69,42 @@ def test_alignment_alone_has_its_own_evalues(made):
     assert np.array_equal(first.evalue, least)
 
 
+def test_decoys_score_as_queries_do_except_with_their_originals(made):
+    index, queries, alignments = made
+    originals, rows = np.arange(QUERIES) + 7, np.arange(5, PROTEINS, 3)
+    alignments = part(alignments, alignments.column("evalue") > search_module.SURE)  # nobody joins
+    every = index.decoded(np.arange(PROTEINS))
+    low, high = np.quantile(np.arctanh((every[originals] @ every.T).numpy().clip(-0.99, 0.99)), (0.1, 0.9), axis=1)
+    typical = float(np.median((high - low) / (2 * norm.isf(0.1))))
+    expected = dense(queries, index, alignments, typical)[:, rows]
+    expected[originals[:, None] == rows] = 0
+    assert np.allclose(decoy_evidence(queries, originals, index, alignments, rows), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_sure_relatives_join_the_query(made, own, monkeypatch):
+    monkeypatch.setattr(search_module, "ROWS_AT_ONCE", 5)
+    index, queries, alignments = made
+    joined = with_relatives(queries, alignments, index, own)
+    alone = 0
+    for row, query in enumerate(queries):
+        near = part(alignments, (alignments.query == row) & (alignments.column("evalue") <= search_module.SURE))
+        targets = [target for target in near.target if not (own and target == row)]
+        alone += not targets
+        relatives = index.decoded(np.array(targets)).mean(0) if targets else torch.zeros(16)
+        assert torch.allclose(joined[row], F.normalize(query + relatives, dim=0), atol=1e-5)
+    assert alone < QUERIES
+
+
 def test_evidence_of_unrelated_vectors_is_their_surprise():
     dice = np.random.default_rng(0)
-    rows = F.normalize(torch.from_numpy(dice.normal(size=(2000, 64))), dim=1)
-    cosine = (rows @ rows.T).numpy()[np.triu_indices(2000, 1)]
-    evidence = Evidence(2000, 0.0, 64**-0.5)(cosine, None)
+    rows = torch.from_numpy(dice.normal(size=(2000, 64)).astype(np.float32))
+    encoder = fit_metric(rows.numpy(), np.ones(2000, bool), "whitened").encoder(64, "bit")
+    index, queries = CodeIndex(encoder.encode(rows).numpy(), encoder), encoder(rows[:300])
+    cosine = (queries @ index.decoded(np.arange(2000)).T).numpy()[:, 300:]
+    surprise = evidence(cosine, index.background(queries)[:, :, None], None, 2000)
     for share in (0.1, 0.01, 0.001):
-        assert (evidence >= -np.log(share)).mean() == pytest.approx(share, rel=0.35)
+        assert (surprise >= -np.log(share)).mean() == pytest.approx(share, rel=0.35)
 
 
 def test_clusters_are_a_set_cover():
@@ -90,7 +127,7 @@ def test_votes_come_from_other_groups(made):
     index, _, _ = made
     labels = [[str(row // 10)] for row in range(PROTEINS)]  # two families of five share a label
     member, _ = members(labels)
-    engines = Engines(Evidence(PROTEINS, 0.0, 0.2), index, None)
+    engines = Engines(PROTEINS, index, None)
     rows = np.arange(0, PROTEINS, 3)
     family = np.arange(PROTEINS) // 5
     inside = vote_accuracy(engines, rows, member, np.arange(PROTEINS), 4, 10)

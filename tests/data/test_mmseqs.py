@@ -5,10 +5,11 @@ import stat
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distil_rank.data import mmseqs
-from distil_rank.data.mmseqs import mmseqs_clusters
+from distil_rank.data.mmseqs import mmseqs_clusters, mmseqs_search
 from distil_rank.errors import InputError
 
 
@@ -104,3 +105,21 @@ def test_a_cache_that_cannot_be_written_is_a_warning(counting_mmseqs, cache, cap
     cache.write_text("a file")
     assert mmseqs_clusters(["A" * 20, "C" * 20], ["a", "c"]) == ["a", "a"]
     assert "cannot be" in caplog.text
+
+
+@needs_mmseqs
+def test_profiles_find_relatives_of_relatives_and_the_better_alignment_counts(tmp_path):
+    dice, letters = np.random.default_rng(1), np.array(list("ACDEFGHIKLMNPQRSTVWY"))
+    chain = [dice.choice(letters, 150)]
+    for _ in range(5):  # each differs from the one before it in 35 % of its residues
+        chain.append(np.where(dice.random(150) < 0.35, dice.choice(letters, 150), chain[-1]))
+    targets = ["".join(one) for one in (*chain, *(dice.choice(letters, 150) for _ in range(20)))]
+    once, twice = (mmseqs_search(targets[:1], targets, tmp_path, keep=True, profiles=on) for on in (False, True))
+    pairs = dict(zip(twice.target, twice.column("evalue"), strict=True))
+    assert len(pairs) == len(twice.target)  # a pair has one alignment
+    first = dict(zip(once.target, once.column("evalue"), strict=True))
+    assert all(pairs[target] <= evalue for target, evalue in first.items())
+    remote = max(target for target, evalue in first.items() if evalue <= 0.001) + 1
+    assert pairs[remote] < 0.001 < first.get(remote, np.inf)
+    again = mmseqs_search(targets[:1], targets, tmp_path, profiles=True)  # what was kept
+    assert np.array_equal(again.columns, twice.columns)
