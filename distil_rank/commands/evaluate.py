@@ -8,19 +8,17 @@ import yaml
 
 from distil_rank.commands.embed import embed
 from distil_rank.compression.saved import load, read_manifest
-from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import Evaluation
 from distil_rank.evaluation.evaluate import evaluate as evaluate_task
 from distil_rank.evaluation.labelled import LabelledData, load_matching, open_labelled
 from distil_rank.evaluation.representations import (
-    NO_MMSEQS,
     Representation,
     alignment,
-    composition,
     full_vector,
     module_output,
     principal_components,
+    sequence_baselines,
 )
 from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import EvaluateOptions
@@ -43,15 +41,9 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     proteins = open_labelled(source, o.labels, o.task, o.groups, o.fit_fraction, o.seed)
     sequences, about = proteins.embeddings.sequences, proteins.embeddings.provenance
     representations, runs = _representations(o, proteins)
-    notes, searched = list(proteins.notes), o.alignment and proteins.target.kind == "retrieval"
-    if sequences is None:
-        notes.append("No sequences in the data: not compared with composition and MMseqs2.")
-    else:
-        representations.append(composition(sequences))
-        if searched and mmseqs_binary() is None:
-            notes.append(NO_MMSEQS)
-        elif searched:
-            representations.append(alignment(sequences))
+    searched = o.alignment and proteins.target.kind == "retrieval"
+    baselines, missing = sequence_baselines(sequences, alignment if searched else None)
+    representations, notes = [*representations, *baselines], [*proteins.notes, *missing]
 
     log.info("Evaluating %d representations: %s", len(representations), proteins.groups.description)
     place = Path(o.output) / "evaluate" / Path(proteins.source).stem

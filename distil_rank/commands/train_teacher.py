@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,11 @@ from distil_rank.compression.own_layer import load_linear
 from distil_rank.compression.saved import save
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.data.files import LABELLED, find_source
-from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import Evaluation, evaluate
-from distil_rank.evaluation.labelled import LabelledData, open_to_predict
+from distil_rank.evaluation.labelled import open_to_predict
 from distil_rank.evaluation.probes import decide, fit_linear
-from distil_rank.evaluation.representations import NO_MMSEQS, Representation, best_hit, composition, nearest_neighbour
+from distil_rank.evaluation.representations import best_hit, nearest_neighbour, sequence_baselines
 from distil_rank.evaluation.results import TeacherCheck
 from distil_rank.evaluation.trust import calibrate, predictions
 from distil_rank.lowrank.predictor import Predictor
@@ -77,10 +77,10 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
     assert y is not None
     data = EmbeddingDataModule.of(vectors, split, y)
     place = Path(o.output) / "teachers" / (o.head.name or Path(str(o.labels.source)).name.partition(".")[0])
-    name = place.name
-    log.info("Teacher %s, %s of %d classes: %s", name, kind, len(target.classes), proteins.groups.description)
-    params = {"teacher": name, "backbone": about.get("backbone", "unknown"), **task, "task": kind}
-    with start_run("teacher", f"{name} {kind}", params=params, tags=lineage({**about, "digest": data.digest})) as run:
+    log.info("Teacher %s, %s of %d classes: %s", place.name, kind, len(target.classes), proteins.groups.description)
+    params = {"teacher": place.name, "backbone": about.get("backbone", "unknown"), **task, "task": kind}
+    tags = lineage({**about, "digest": data.digest})
+    with start_run("teacher", f"{place.name} {kind}", params=params, tags=tags) as run:
         linear, words = fit_linear(target, vectors.x, y, split.train, [(split.train, split.val)])
         models, notes = {LINEAR: Predictor.linear(*linear, kind, target.classes)}, [*notes, f"Linear probe: {words}."]
         if o.head.keep != "linear":
@@ -107,18 +107,18 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
             predictions(one, model, data.rows("test"), "matrix" if one == TRAINED else "reference")
             for one, model in models.items()
         ]
-        rows += _baselines(proteins, o.head.alignment, notes)
-        evaluation = evaluate(target, proteins.groups, rows, proteins.labels, notes)
+        baselines, missing = sequence_baselines(sequences, partial(best_hit, y=y) if o.head.alignment else None)
+        rows += [nearest_neighbour(vectors.x, y), *baselines]
+        evaluation = evaluate(target, proteins.groups, rows, proteins.labels, [*notes, *missing])
 
-        teacher, files = models[kept], dict[str, bytes]()
+        teacher = models[kept]
         teacher.mean, teacher.spread = data.moments.mean.float(), data.moments.std.float()
         teacher.provenance = {**VectorOrigin.of(about).facts(), "source": about.get("source")}
         calibrate(teacher, x, y[split.val], group[split.val])
-        if sequences is not None:
-            files[TRAINING] = "".join(f">{vectors.ids[row]}\n{sequences[row]}\n" for row in split.train).encode()
+        fasta = "".join(f">{vectors.ids[row]}\n{sequences[row]}\n" for row in split.train) if sequences else ""
         scores = {key.replace(" ", "_"): one.value for key, one in evaluation.entry(kept).scores.items()}
         facts = {"task": task, "digest": data.digest, "run": run.id, "kept": kept}
-        save(teacher, place, metrics=scores, data=facts, files=files)
+        save(teacher, place, metrics=scores, data=facts, files={TRAINING: fasta.encode()} if fasta else {})
         report = evaluation_report(evaluation, f"Next: make distil TEACHER={place}")
         report.save(place / "evaluation")
         run.log_params({"kept": kept, "metric": evaluation.headline})
@@ -128,19 +128,6 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
         run.note(report.markdown())
     report.show()
     return evaluation
-
-
-def _baselines(proteins: LabelledData, aligned: bool, notes: list[str]) -> list[Representation]:
-    """What needs no training, and no embedding."""
-    y, sequences = proteins.target.y, proteins.embeddings.sequences
-    assert y is not None
-    rows = [nearest_neighbour(proteins.embeddings.x, y)]
-    if sequences is None:
-        notes.append("No sequences in the data: not compared with composition and MMseqs2.")
-        return rows
-    if aligned and mmseqs_binary() is None:
-        notes.append(NO_MMSEQS)
-    return [*rows, composition(sequences), *[best_hit(sequences, y)] * (aligned and mmseqs_binary() is not None)]
 
 
 def open_data(options: DataOptions) -> EmbeddingDataModule:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, best_hits, mmseqs_search
+from distil_rank.data.mmseqs import MMSEQS_INSTALLATION, best_hits, mmseqs_binary, mmseqs_search
 from distil_rank.errors import InputError
 from distil_rank.evaluation.retrieval import Scores
 from distil_rank.lowrank.moments import Moments
@@ -157,6 +157,17 @@ def best_hit(sequences: Sequence[str], y: np.ndarray) -> Representation:
         return answers
 
     return Representation(f"{ALIGNMENT} best hit", "baseline", None, make)
+
+
+def sequence_baselines(
+    sequences: Sequence[str] | None, align: Callable[[Sequence[str]], Representation] | None
+) -> tuple[list[Representation], list[str]]:
+    """Composition and, where it is asked for and MMseqs2 is installed, `align`; and notes on what is missing."""
+    if sequences is None:
+        return [], ["No sequences in the data: not compared with composition and MMseqs2."]
+    if align is None or mmseqs_binary() is None:
+        return [composition(sequences)], [] if align is None else [NO_MMSEQS]
+    return [composition(sequences), align(sequences)], []
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:
