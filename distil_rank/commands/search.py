@@ -130,6 +130,8 @@ def _prepared(options: SearchOptions, store: CodeStore, engine: str) -> tuple[li
     if engine != "codes":
         databases = Path(options.output, DATABASES)
         alignments = mmseqs_search(sequences, store.sequences, databases, profiles=engine == "both")
+        if options.self and engine == "both":
+            alignments = alignments.both_ways()
         if index is not None and queries is not None:
             queries = with_relatives(queries, alignments, index, options.self)
     scores, folder = None, Path(options.output, "decoys")

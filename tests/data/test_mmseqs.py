@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distil_rank.data import mmseqs
-from distil_rank.data.mmseqs import mmseqs_clusters, mmseqs_search
+from distil_rank.data.mmseqs import Alignments, mmseqs_clusters, mmseqs_search
 from distil_rank.errors import InputError
 
 
@@ -123,3 +123,12 @@ def test_profiles_find_relatives_of_relatives_and_the_better_alignment_counts(tm
     assert pairs[remote] < 0.001 < first.get(remote, np.inf)
     again = mmseqs_search(targets[:1], targets, tmp_path, profiles=True)  # what was kept
     assert np.array_equal(again.columns, twice.columns)
+
+
+def test_all_with_all_has_the_better_of_both_directions():
+    columns = np.array([[0.5, 9, 0, 0, 1, 9, 2, 10, 1e-3, 40], [0.6, 8, 0, 0, 2, 9, 3, 10, 1e-5, 50], [1] * 10])
+    both = Alignments(np.array([0, 1, 2]), np.array([1, 0, 3]), columns).both_ways()
+    assert both.query.tolist() == [0, 1, 2, 3] and both.target.tolist() == [1, 0, 3, 2]
+    assert both.column("evalue").tolist() == [1e-5, 1e-5, 1, 1]
+    assert both.columns[1].tolist() == columns[1].tolist()
+    assert both.columns[0].tolist() == [0.6, 8, 0, 0, 3, 10, 2, 9, 1e-5, 50]
