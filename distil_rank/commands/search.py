@@ -45,10 +45,11 @@ def search(options: SearchOptions) -> tuple[int, int]:
     """Write a table of the hits of proteins in a store of codes; numbers of queries and hits."""
     table = Path(options.out)
     check_writable(options.output)
-    labels = read_labels(options.labels) if options.labels.source else None
+    table_of_labels = read_labels(options.labels) if options.labels.source else None
     if options.engine != "alignment":
         import_faiss()
     store = CodeStore.open(options.codes)
+    labels = None if table_of_labels is None else _members(table_of_labels, options, store)
     encoder, (engine, notes) = store.encoder, _engine(options, store)
     facts = {"dtype": encoder.dtype, "bytes": encoder.bytes_per_protein, "targets": len(store), "engine": engine}
     tags = {"digest": store.digest, "encoder": store.manifest["code"]["sha256"]}
@@ -86,7 +87,7 @@ def search(options: SearchOptions) -> tuple[int, int]:
             notes.append(f"{metrics['clusters']:,} clusters at an E-value of {options.cluster:g}: {files[-1]}.")
         if labels is not None:
             files.append(table.with_name("votes.tsv"))
-            member, classes = _members(labels, options, store)
+            member, classes = labels
             metrics["votes"] = _write_votes(files[-1], pairs, member, names, classes)
             accuracy = _vote_accuracy(engines, member, store, options, most)
             metrics |= {"vote_right": accuracy.right.value, "vote_majority": accuracy.majority}
