@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.data.files import LABELLED, OWN_LABELS, find_source, load_matrix
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range
 from distil_rank.evaluation.labelled import (
     UNLABELLED,
     LabelledData,
@@ -56,9 +56,7 @@ class FittedMetric:
         At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance` and
         `whitened` it is ½: their directions are scaled as they should be.
         """
-        width = len(self.mean)
-        if not 1 <= rank <= width:
-            raise InputError(f"Expected `rank` in [1, {width}], the width of the vectors, but got {rank}.")
+        check_range("`rank`", rank, 1, len(self.mean))
         values, V = self.directions.values[:rank], self.directions.V[:, :rank]
         gain = GAIN if self.metric == "invariant" else 0.5
         floor = values[0] * torch.finfo(torch.float32).eps

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range
 from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.options.codes import CodeType
 from distil_rank.origin import VectorOrigin
@@ -44,8 +44,7 @@ class CodeEncoder(nn.Module):
         super().__init__()
         if dtype not in CODE_TYPES:
             raise InputError(f"Expected a type of code out of {', '.join(CODE_TYPES)} but got {dtype!r}.")
-        if not 1 <= rank <= in_features:
-            raise InputError(f"Expected `rank` in [1, {in_features}], the width of the vectors, but got {rank}.")
+        check_range("`rank`", rank, 1, in_features)
         self.dtype: CodeType = dtype
         self.register_buffer("mean", torch.zeros(in_features, device=device))
         self.register_buffer("weight", torch.zeros(rank, in_features, device=device))
@@ -133,8 +132,7 @@ class CodeEncoder(nn.Module):
 
     def truncate(self, rank: int) -> Self:
         """The nested encoder of a lower rank; only float32 and bits have one."""
-        if not 1 <= rank <= self.rank:
-            raise InputError(f"Expected `rank` in [1, {self.rank}], this encoder's own, but got {rank}.")
+        check_range("`rank`", rank, 1, self.rank)
         if rank < self.rank and self.dtype == "int8":
             raise InputError(f"Expected an encoder of float32 or bits to cut but got int8; fit it at {rank}.")
         scale = None if self.scale is None else self.scale[:rank]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_share
 from distil_rank.options.evaluation import Kind
 from distil_rank.origin import VectorOrigin
 
@@ -169,8 +169,7 @@ class Predictor(nn.Module):
             raise InputError(f"Expected vectors (N, {self.in_features}) to predict from but got {tuple(x.shape)}.")
         if not x.isfinite().all():
             raise InputError("Expected finite vectors to predict from but got NaN or infinity.")
-        if not 0 < confidence < 1:
-            raise InputError(f"Expected a confidence between 0 and 1 but got {confidence}.")
+        check_share("a confidence", confidence)
         p, limit = self.read_out(self(x)), self.threshold(confidence)
         distance = (torch.searchsorted(self.distances, self.distance(x)) / len(self.distances)).numpy()
         if self.kind == "regression":

@@ -12,7 +12,7 @@ from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CODE_TYPES
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import solve
-from distil_rank.options.codes import Metric
+from distil_rank.options.codes import CodeMetric
 
 
 def families(count=60, size=12, width=24, seed=0):
@@ -36,7 +36,7 @@ def test_the_invariant_metric_finds_what_variance_does_not():
     fit = group < 30
     noise, judged = group_noise(x, fit, group), torch.from_numpy(x[~fit])
     share = {}
-    for metric in get_args(Metric):
+    for metric in get_args(CodeMetric):
         found = fit_metric(x, fit, metric, noise).encoder(8)
         share[metric] = same_family_first(found(judged), found.decode(found.encode(judged)), group[~fit])
     assert share["variance"] < 0.3 < share["invariant"] > share["whitened"]
