@@ -19,7 +19,6 @@ from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, 
 from distil_rank.evaluation.results import (
     OURS,
     RECIPE,
-    ComparisonRow,
     Curve,
     ParameterCounts,
     ParetoPoint,
@@ -32,7 +31,7 @@ from distil_rank.lowrank.solvers import r2_curve, solve
 from distil_rank.measure.latency import LayerLatency, compare_layers
 from distil_rank.measure.metrics import r2
 from distil_rank.options.training import StudentOptions
-from distil_rank.training.callbacks import KeepIfBetter, LogFidelity, LogLatency, Progress, RecordCurve, SaveLast
+from distil_rank.training.callbacks import KeepIfBetter, LogFidelity, LogLatency, Progress, SaveLast
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -129,8 +128,10 @@ def run_experiment(
 
     held_out = HeldOut.of(data)
     seconds = {"closed_form": solving, RECIPE: recipe.seconds, OURS: ours.seconds + solving}
-    students = {RECIPE: recipe.students, OURS: ours.students}
-    rows = _compared(module, baselines, students, data, held_out, seconds)
+    single = {"constant": ConstantOutput(module.output_mean), **baselines}
+    methods = {**{method: [layer] for method, layer in single.items()}, RECIPE: recipe.students, OURS: ours.students}
+    function = function_retained(module.teacher, methods, data)
+    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
 
     n, m, reached = teacher.in_features, teacher.out_features, module.layer.rank
     predicted = float(r2_curve(module.spectrum[0])[reached - 1])
@@ -163,21 +164,6 @@ def run_experiment(
     return result, student
 
 
-def _compared(
-    module: DistilModule,
-    baselines: Mapping[str, nn.Module],
-    students: Mapping[str, Sequence[nn.Module]],
-    data: EmbeddingDataModule,
-    held_out: HeldOut,
-    seconds: Mapping[str, float],
-) -> list[ComparisonRow]:
-    """The constant, baselines and students on the same held-out rows."""
-    methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
-    methods |= {**{method: [layer] for method, layer in baselines.items()}, **students}
-    function = function_retained(module.teacher, methods, data)
-    return compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
-
-
 def train_students(
     module: DistilModule,
     baselines: Mapping[str, nn.Module],
@@ -190,22 +176,29 @@ def train_students(
 ) -> Trained:
     """Students of several seeds that start where a solved module stands; see `run_experiment` for the arguments."""
     started, start = time.perf_counter(), copy.deepcopy(module.layer)
-    curve, latency, keep = RecordCurve(), LogLatency(), KeepIfBetter()
+    fidelity, latency, keep = LogFidelity({"svd": baselines["svd"]}), LogLatency(), KeepIfBetter()
     saving = [] if checkpoints is None else [SaveLast(checkpoints)]
-    fidelity = LogFidelity({"svd": baselines["svd"]})
     first = Trainer(
         **trainer_options(trainer),
         logger=logger or False,
         enable_checkpointing=bool(saving),
-        callbacks=[fidelity, curve, latency, keep, Progress("distilling"), *saving],
+        callbacks=[fidelity, latency, keep, Progress("distilling"), *saving],
     )
     seed_everything(seeds[0], verbose=False)
     with torch.random.fork_rng(devices=[]):  # batches are those of a run without this look at the start
         first.validate(module, datamodule=data, verbose=False)
     if module.solved:
         note = "Not trained: the closed form already is the exact minimum of this loss."
-        return Trained([module.layer.eval()], curve.curve, time.perf_counter() - started, note)
-    _fit(first, module, data, ckpt_path)
+        return Trained([module.layer.eval()], fidelity.curve, time.perf_counter() - started, note)
+    try:
+        first.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)  # never unpickled
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        if ckpt_path is None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"Expected a checkpoint of this very student in {ckpt_path} but it does not fit: {reason}"
+        ) from error
     students = [module.cpu().layer.eval()]
     for seed in seeds[1:]:
         again = Trainer(
@@ -221,39 +214,26 @@ def train_students(
     if keep.better:
         gain = 100 * (1 - keep.best_loss / keep.start_loss)
         note = f"Training ({steps} steps) lowered the validation loss by {gain:.1f} % from the warm start."
-    return Trained(students, curve.curve, seconds, note, steps if keep.better else 0, latency.rows)
+    return Trained(students, fidelity.curve, seconds, note, steps if keep.better else 0, latency.rows)
 
 
 def train_recipes(
     module: DistilModule, baselines: Mapping[str, LowRankLinear], data: EmbeddingDataModule, seeds: Sequence[int]
 ) -> Trained:
     """The original's recipe: from the SVD, a fixed number of steps, the last step whatever it is."""
-    started, curve, students = time.perf_counter(), RecordCurve(), []
+    started, fidelity, students = time.perf_counter(), LogFidelity({}), []
     data = data.with_batches(ORIGINAL_BATCH, replacement=True, epoch_batches=ORIGINAL_STEPS)
     teacher, rank = module.teacher, module.layer.rank
     recipe = DistilModule(teacher, rank, **ORIGINAL)
     for number, seed in enumerate(seeds):
-        watched: dict[str, Any] = {"val_check_interval": 50, "callbacks": [LogFidelity({}), curve]}
+        watched: dict[str, Any] = {"val_check_interval": 50, "callbacks": [fidelity]}
         options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, **({"limit_val_batches": 0} if number else watched)}
         seed_everything(seed, verbose=False)
         LowRankLinear(teacher.in_features, teacher.out_features, rank)  # draws weights before batches, as the original
         recipe.start_from(module, baselines["svd"])
         Trainer(**options, logger=False, enable_checkpointing=False).fit(recipe, datamodule=data)
         students.append(recipe.cpu().layer.eval())
-    return Trained(students, curve.curve, (time.perf_counter() - started) / len(seeds))
-
-
-def _fit(trainer: Trainer, module: DistilModule, data: EmbeddingDataModule, ckpt_path: str | None) -> None:
-    """Train, or go on from a checkpoint, which is never unpickled."""
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        if ckpt_path is None:
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"Expected a checkpoint of this very student in {ckpt_path} but it does not fit: {reason}"
-        ) from error
+    return Trained(students, fidelity.curve, (time.perf_counter() - started) / len(seeds))
 
 
 @torch.no_grad()
