@@ -29,7 +29,7 @@ from distil_rank.lowrank.moments import Moments, MomentSums
 from distil_rank.lowrank.solvers import Directions, noise_directions
 from distil_rank.options.codes import AugmentationOptions, CodeMetric, CodeOptions, NoiseSource
 from distil_rank.options.evaluation import LabelOptions
-from distil_rank.origin import VectorOrigin
+from distil_rank.origin import vector_origin
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def copy_noise(originals: np.ndarray, copies: np.ndarray, owner: np.ndarray) -> 
 def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
     """What an encoder tells of the vectors it is for, out of what is known of them."""
     more = {key: about[key] for key in ("source", "digest") if about.get(key) is not None}
-    return {**VectorOrigin.of(about).facts(), **more}
+    return {**vector_origin(about), **more}
 
 
 def open_proteins(options: CodeOptions) -> LabelledData:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distil_rank.errors import InputError, check_range
 from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.options.codes import CodeType
-from distil_rank.origin import VectorOrigin
+from distil_rank.origin import check_origin
 
 CODE_TYPES: tuple[CodeType, ...] = get_args(CodeType)
 LEVELS = 127  # of int8, symmetric
@@ -45,6 +45,7 @@ class CodeEncoder(nn.Module):
         if dtype not in CODE_TYPES:
             raise InputError(f"Expected a type of code out of {', '.join(CODE_TYPES)} but got {dtype!r}.")
         check_range("`rank`", rank, 1, in_features)
+        self.in_features, self.rank = in_features, rank
         self.dtype: CodeType = dtype
         self.register_buffer("mean", torch.zeros(in_features, device=device))
         self.register_buffer("weight", torch.zeros(rank, in_features, device=device))
@@ -67,16 +68,6 @@ class CodeEncoder(nn.Module):
                 # laid out as `load` will have it: products of other strides differ in their last bits
                 setattr(encoder, name, value.detach().float().clone(memory_format=torch.contiguous_format))
         return encoder
-
-    @property
-    def in_features(self) -> int:
-        """n."""
-        return self.weight.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.weight.shape[0]
 
     @property
     def digest(self) -> str:
@@ -106,8 +97,7 @@ class CodeEncoder(nn.Module):
 
     def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
         """Raises `InputError` unless fitted to vectors like those that `facts` tell of; `what` is whose they are."""
-        mine = VectorOrigin.of({**self.provenance, "dim": self.in_features})
-        mine.check(facts, what, "this encoder was fitted to")
+        check_origin({**self.provenance, "dim": self.in_features}, facts, what, "this encoder was fitted to")
 
     def forward(self, x: Tensor) -> Tensor:
         """Queries of unit length: `(…, n)` → `(…, r)`."""
