@@ -1,5 +1,6 @@
 """The one exception that the command line turns into a clear line and exit code 2."""
 
+import math
 import pickle
 import struct
 import zipfile
@@ -18,6 +19,22 @@ class InputError(ValueError):
     The message is one line that says what was expected, what came, and what to do about it. Whatever is not the
     user's to mend (a bug) stays an ordinary exception with its traceback.
     """
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises `InputError` unless a number is in [low, high].
+
+    >>> check_range("--rank", 64, 1)
+    """
+    if not low <= value <= high:
+        limits = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise InputError(f"Expected {name} {limits} but got {value}.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raises `InputError` unless a number is in (0, 1)."""
+    if not 0 < value < 1:
+        raise InputError(f"Expected {name} between 0 and 1 but got {value}.")
 
 
 def examples(names: Iterable[object]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.data.files import LABELLED, OWN_LABELS, find_source, load_matrix
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range
 from distil_rank.evaluation.labelled import (
     UNLABELLED,
     LabelledData,
@@ -29,7 +29,7 @@ from distil_rank.lowrank.moments import Moments, MomentSums
 from distil_rank.lowrank.solvers import Directions, noise_directions
 from distil_rank.options.codes import AugmentationOptions, CodeMetric, CodeOptions, NoiseSource
 from distil_rank.options.evaluation import LabelOptions
-from distil_rank.origin import VectorOrigin
+from distil_rank.origin import vector_origin
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,7 @@ class FittedMetric:
         At a gain of ½ the noise has the same variance in every direction, at 0 the signal has. For `variance` and
         `whitened` it is ½: their directions are scaled as they should be.
         """
-        width = len(self.mean)
-        if not 1 <= rank <= width:
-            raise InputError(f"Expected `rank` in [1, {width}], the width of the vectors, but got {rank}.")
+        check_range("`rank`", rank, 1, len(self.mean))
         values, V = self.directions.values[:rank], self.directions.V[:, :rank]
         gain = GAIN if self.metric == "invariant" else 0.5
         floor = values[0] * torch.finfo(torch.float32).eps
@@ -145,7 +143,7 @@ def copy_noise(originals: np.ndarray, copies: np.ndarray, owner: np.ndarray) -> 
 def origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
     """What an encoder tells of the vectors it is for, out of what is known of them."""
     more = {key: about[key] for key in ("source", "digest") if about.get(key) is not None}
-    return {**VectorOrigin.of(about).facts(), **more}
+    return {**vector_origin(about), **more}
 
 
 def open_proteins(options: CodeOptions) -> LabelledData:

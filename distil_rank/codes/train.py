@@ -25,6 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from distil_rank.lowrank.encoder import CodeEncoder, int8_scale
 from distil_rank.measure.statistics import clearly_better
+from distil_rank.training.experiment import trainer_options
 
 log = logging.getLogger(__name__)
 
@@ -121,14 +122,8 @@ def train_encoder(
     seed_everything(seed, verbose=False)
     size = min(BATCH, len(rows))
     sampler = BatchSampler(RandomSampler(rows, num_samples=steps * size), size, drop_last=False)
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=logger,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    options = trainer_options({"max_steps": steps, "accelerator": "cpu"})
+    trainer = Trainer(**options, logger=logger, enable_checkpointing=False)
     module = EncoderModule(encoder, teacher)
     # a tensor is indexed as a data set is
     loader = DataLoader(cast("Dataset[Tensor]", rows), sampler=sampler, batch_size=None)

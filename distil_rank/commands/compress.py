@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -18,7 +19,7 @@ from distil_rank.compression.saved import save
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.measure.metrics import energy, residual
-from distil_rank.measure.statistics import estimate, group_sums, ratio, resample_counts
+from distil_rank.measure.statistics import estimate, ratio, resample_counts
 from distil_rank.options.compression import CompressOptions
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
@@ -55,7 +56,7 @@ def compress(options: CompressOptions) -> CompressionReport:
         with torch.no_grad():  # R² around the mean output of the rows that were fitted to, with its interval
             target, mean = dense(test), dense(student.input_mean)
             squares = residual(student(test), target), energy(target, mean)
-        lost, spread = (group_sums(rows.numpy(), data.proteins("test")) for rows in squares)
+        lost, spread = (np.bincount(data.proteins("test"), rows.numpy()) for rows in squares)
         share = estimate(ratio(lost, spread), resample_counts(len(lost)))
         r2 = {"value": 1 - share.value, "low": 1 - share.high, "high": 1 - share.low}
 

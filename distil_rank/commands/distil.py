@@ -28,12 +28,11 @@ from distil_rank.report.writer import link, run_folder
 from distil_rank.tracking.run import Run, start_run
 from distil_rank.tracking.run_store import lineage
 from distil_rank.tracking.training import RunLogger, log_predictor, log_student, register_student
-from distil_rank.training.experiment import run_experiment
+from distil_rank.training.experiment import RANK, run_experiment
 from distil_rank.training.head import smallest_student
 
 log = logging.getLogger(__name__)
 
-RANK = 64  # by default, as in the original
 SHARE = 0.999  # of the predictions of a teacher from labels, by default
 SERVED = """from mlflow.models import set_model
 
@@ -81,19 +80,9 @@ def distil_teacher(
             shape = (rows, about.dim)
             name = f"{Path(about.source).stem} {split}"  # MLflow takes two of one name and digest for the same
             run.log_dataset(shape, name=name, digest=about.digest, context=split, source=about.source)
+        checkpoints = Path(options.output) / "checkpoints" / f"{teacher.name}-r{options.rank}"
         outcome, student = run_experiment(
-            teacher.name,
-            teacher.layer,
-            teacher.check,
-            data,
-            options.rank,
-            options.distil,
-            head,
-            options.trainer,
-            options.seeds,
-            logger=RunLogger(run),
-            checkpoints=Path(options.output) / "checkpoints" / f"{teacher.name}-r{options.rank}",
-            ckpt_path=options.ckpt_path,
+            teacher.name, teacher.layer, teacher.check, data, options, head, RunLogger(run), checkpoints
         )
         outcome = replace(outcome, run_id=run.id)
         result = Result(data=about, teachers=[outcome], seconds=time.perf_counter() - started)

@@ -31,7 +31,7 @@ from distil_rank.lowrank.predictor import Predictor
 from distil_rank.lowrank.solvers import choose_rank
 from distil_rank.measure.statistics import clearly_better
 from distil_rank.options.training import BUILT_IN, DataOptions, LabelledTeacherOptions, TeacherOptions
-from distil_rank.origin import VectorOrigin
+from distil_rank.origin import vector_origin
 from distil_rank.report.tables import evaluation_report
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
@@ -113,7 +113,7 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
 
         teacher = models[kept]
         teacher.mean, teacher.spread = data.moments.mean.float(), data.moments.std.float()
-        teacher.provenance = {**VectorOrigin.of(about).facts(), "source": about.get("source")}
+        teacher.provenance = {**vector_origin(about), "source": about.get("source")}
         calibrate(teacher, x, y[split.val], group[split.val])
         fasta = "".join(f">{vectors.ids[row]}\n{sequences[row]}\n" for row in split.train) if sequences else ""
         scores = {key.replace(" ", "_"): one.value for key, one in evaluation.entry(kept).scores.items()}

@@ -2,12 +2,12 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -130,17 +130,10 @@ class EmbeddingDataModule(LightningDataModule):
         if digests is not None and "rows_train" in data.provenance and data.clusters is None and h.split == "auto":
             self.split_rows = split_pair(digests, data.provenance["rows_train"])
         else:
-            self.split_rows = make_split(
-                data.ids,
-                data.sequences,
-                data.clusters,
-                method=h.split,
-                val_fraction=h.val_fraction,
-                test_fraction=h.test_fraction,
-                seed=h.seed,
-                groups=digests,
-            )
-        if min(len(self.split_rows.train), len(self.split_rows.val), len(self.split_rows.test)) < 2:
+            fractions = (h.val_fraction, h.test_fraction)
+            columns = (data.ids, data.sequences, data.clusters)
+            self.split_rows = make_split(*columns, h.split, *fractions, h.seed, groups=digests)
+        if min(len(getattr(self.split_rows, split)) for split in get_args(SplitName)) < 2:
             raise InputError(
                 f"Expected enough rows in {self.source} for train, validation and test but got {len(data.ids)} in all; "
                 "give more proteins or larger fractions."
@@ -196,24 +189,27 @@ class EmbeddingDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches; the sampler draws from torch's global generator."""
         h: Any = self.hparams
-        rows = self._of_split("train")
         number = h.epoch_batches * h.batch_size if h.replacement and h.epoch_batches else None
-        return _loader(rows, RandomSampler(rows, h.replacement, number), h.batch_size)
+        return self._loader(
+            "train", h.batch_size, partial(RandomSampler, replacement=h.replacement, num_samples=number)
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches in order."""
-        rows = self._of_split("val")
-        return _loader(rows, SequentialSampler(rows), STREAM_ROWS)
+        return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches in order."""
-        rows = self._of_split("test")
-        return _loader(rows, SequentialSampler(rows), STREAM_ROWS)
+        return self._loader("test")
 
-    def _of_split(self, split: SplitName) -> Rows:
+    def _loader(
+        self, split: SplitName, batch_size: int = STREAM_ROWS, order: Callable[[Rows], Sampler[int]] = SequentialSampler
+    ) -> DataLoader[Batch]:
+        """Whole batches, each gathered by one indexing operation."""
         indices = getattr(self.split_rows, split)
         labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        return Rows(self.embeddings.x, indices, self.targets if split == "train" and labels is None else labels)
+        rows = Rows(self.embeddings.x, indices, self.targets if split == "train" and labels is None else labels)
+        return DataLoader(rows, None, sampler=BatchSampler(order(rows), batch_size, drop_last=False))
 
     @cached_property
     def digest(self) -> str:
@@ -229,24 +225,10 @@ class EmbeddingDataModule(LightningDataModule):
 
     def description(self) -> DataDescription:
         """Where the data come from, how many rows there are, how they were split, and which backbone made them."""
-        provenance = self.embeddings.provenance
-        parts = self.split_rows
-        return DataDescription(
-            source=self.source,
-            digest=self.digest,
-            dim=self.dim,
-            rows={"train": len(parts.train), "val": len(parts.val), "test": len(parts.test)},
-            split=parts.method,
-            backbone=provenance.get("backbone", "unknown"),
-            pooling=provenance.get("pooling", "unknown"),
-            fallback=provenance.get("fallback"),
-            embedding_run=provenance.get("embedding_run"),
-        )
-
-
-def _loader(rows: Rows, sampler: Sampler[int], batch_size: int) -> DataLoader[Batch]:
-    """Whole batches, each gathered by one indexing operation."""
-    return DataLoader(rows, None, sampler=BatchSampler(sampler, batch_size, drop_last=False))
+        known = ("backbone", "pooling", "fallback", "embedding_run")
+        about = {key: value for key, value in self.embeddings.provenance.items() if key in known}
+        rows = {split: len(getattr(self.split_rows, split)) for split in get_args(SplitName)}
+        return DataDescription(self.source, self.digest, self.dim, rows, self.split_rows.method, **about)
 
 
 def split_pair(digests: Sequence[bytes], rows_train: int) -> Split:
@@ -263,15 +245,9 @@ def split_pair(digests: Sequence[bytes], rows_train: int) -> Split:
     return Split.of(np.array(number), "given with the data")
 
 
-def synthetic_embeddings(
-    rows: int = 2000, dim: int = 1280, strong: int = 100, scale: float = 5.0, seed: int = 42
-) -> Embeddings:
-    """Gaussian rows whose first `strong` coordinates are `scale` times as large (the original project's stand-in)."""
-    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
-    x[:, :strong] *= scale
-    note = "SYNTHETIC DATA, NOT PROTEINS"
-    return Embeddings(
-        [f"synthetic{i}" for i in range(rows)],
-        x.numpy(),
-        provenance={"backbone": "none (Gaussian noise)", "fallback": note},
-    )
+def synthetic_embeddings(seed: int) -> Embeddings:
+    """2,000 Gaussian rows whose first 100 coordinates are 5 times as large (the original project's stand-in)."""
+    x = torch.randn(2000, 1280, generator=torch.Generator().manual_seed(seed))
+    x[:, :100] *= 5
+    provenance = {"backbone": "none (Gaussian noise)", "fallback": "SYNTHETIC DATA, NOT PROTEINS"}
+    return Embeddings([f"synthetic{i}" for i in range(len(x))], x.numpy(), provenance=provenance)

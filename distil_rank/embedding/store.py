@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 EMBEDDINGS, CODES = "distil-rank embeddings", "distil-rank codes"  # a manifest's `format`: what the shards hold
 VERSION = 1
 PROVENANCE = "provenance.json"  # {"extractions": [{"versions", "machine", "computed", "seconds", "run", …}, …], …}
-# the fields of `VectorOrigin` that stored rows depend on, in the order in which digests take them
+# what of `VECTOR_ORIGIN` stored rows depend on, in the order in which digests take them
 SETTINGS = ("weights_sha256", "dim", "layer", "pooling", "precision", "long", "max_length")
 
 

@@ -23,9 +23,9 @@ from distil_rank.lowrank.solvers import refit_bias, solve
 from distil_rank.measure import metrics
 from distil_rank.measure.statistics import (
     Interval,
+    difference,
     estimate,
     interval,
-    is_tie,
     ratio,
     resample_counts,
     resampled_quantile,
@@ -142,7 +142,7 @@ def compare(
                 for key, one in _intervals(averages[name], counts).items()
             },
             share_of_optimum=(1 - lost[name].value) / (1 - best.value),
-            ties_with_optimum=is_tie(lost[name], best, counts),
+            ties_with_optimum=0 in difference(lost[name], best, counts),
             seeds=len(modules) if name in TRAINED else 0,
             seconds=(seconds or {}).get(name),
             function_retained=(function or {}).get(name),

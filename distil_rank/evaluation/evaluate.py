@@ -17,7 +17,7 @@ from distil_rank.evaluation.representations import CHANCE, COMPOSITION, Represen
 from distil_rank.evaluation.retrieval import Relevance, Scores, inner_product, retrieve
 from distil_rank.evaluation.task import Groups, Target
 from distil_rank.measure.progress import progress
-from distil_rank.measure.statistics import Interval, Statistic, clearly_above, estimate, mean, resample_counts, retained
+from distil_rank.measure.statistics import Interval, Statistic, difference, estimate, mean, resample_counts, retained
 
 MAX_QUERIES = 10_000  # evaluated proteins that are searched with at most; every one is a target
 
@@ -95,7 +95,7 @@ def evaluate(
             reference |= statistics
             for name, trivial in trial.trivial(rows).items():
                 add(name, "chance", None, trivial)
-                if not clearly_above(reference[headline], trivial[headline], counts):
+                if not difference(reference[headline], trivial[headline], counts).low > 0:
                     words = f"the {one.name}'s {headline} is not clearly above {name}: there is no function to retain"
                     notes = [*notes, f"WARNING: {words}."]
     lines = [*notes, *trial.notes, *(one.note for one in representations if one.note)]

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range
 from distil_rank.lowrank.low_rank import tensor_digest
 from distil_rank.options.codes import CodeType
-from distil_rank.origin import VectorOrigin
+from distil_rank.origin import check_origin
 
 CODE_TYPES: tuple[CodeType, ...] = get_args(CodeType)
 LEVELS = 127  # of int8, symmetric
@@ -44,8 +44,8 @@ class CodeEncoder(nn.Module):
         super().__init__()
         if dtype not in CODE_TYPES:
             raise InputError(f"Expected a type of code out of {', '.join(CODE_TYPES)} but got {dtype!r}.")
-        if not 1 <= rank <= in_features:
-            raise InputError(f"Expected `rank` in [1, {in_features}], the width of the vectors, but got {rank}.")
+        check_range("`rank`", rank, 1, in_features)
+        self.in_features, self.rank = in_features, rank
         self.dtype: CodeType = dtype
         self.register_buffer("mean", torch.zeros(in_features, device=device))
         self.register_buffer("weight", torch.zeros(rank, in_features, device=device))
@@ -68,16 +68,6 @@ class CodeEncoder(nn.Module):
                 # laid out as `load` will have it: products of other strides differ in their last bits
                 setattr(encoder, name, value.detach().float().clone(memory_format=torch.contiguous_format))
         return encoder
-
-    @property
-    def in_features(self) -> int:
-        """n."""
-        return self.weight.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.weight.shape[0]
 
     @property
     def digest(self) -> str:
@@ -107,8 +97,7 @@ class CodeEncoder(nn.Module):
 
     def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
         """Raises `InputError` unless fitted to vectors like those that `facts` tell of; `what` is whose they are."""
-        mine = VectorOrigin.of({**self.provenance, "dim": self.in_features})
-        mine.check(facts, what, "this encoder was fitted to")
+        check_origin({**self.provenance, "dim": self.in_features}, facts, what, "this encoder was fitted to")
 
     def forward(self, x: Tensor) -> Tensor:
         """Queries of unit length: `(…, n)` → `(…, r)`."""
@@ -133,8 +122,7 @@ class CodeEncoder(nn.Module):
 
     def truncate(self, rank: int) -> Self:
         """The nested encoder of a lower rank; only float32 and bits have one."""
-        if not 1 <= rank <= self.rank:
-            raise InputError(f"Expected `rank` in [1, {self.rank}], this encoder's own, but got {rank}.")
+        check_range("`rank`", rank, 1, self.rank)
         if rank < self.rank and self.dtype == "int8":
             raise InputError(f"Expected an encoder of float32 or bits to cut but got int8; fit it at {rank}.")
         scale = None if self.scale is None else self.scale[:rank]

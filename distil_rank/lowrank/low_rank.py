@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
+from distil_rank.errors import check_range
 from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import Factors, Solver, check_rank, choose_rank, nested_r2, output_spectrum, solve
+from distil_rank.lowrank.solvers import Factors, Solver, choose_rank, nested_r2, output_spectrum, solve
 
 
 class LowRankLinear(nn.Module):
@@ -44,7 +44,7 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_rank(rank, torch.empty(out_features, in_features, device="meta"))
+        check_range("`rank`", rank, 1, min(in_features, out_features))
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         like = torch.empty(0, device=device, dtype=dtype)
         self.A = nn.Parameter(like.new_empty(rank, in_features))
@@ -143,8 +143,7 @@ class LowRankLinear(nn.Module):
         Raises:
             InputError: the rank is above this layer's.
         """
-        if not 1 <= rank <= self.rank:
-            raise InputError(f"Expected `rank` in [1, {self.rank}], this student's own, but got {rank}.")
+        check_range("`rank`", rank, 1, self.rank)
         bias: Tensor | None = self.bias
         if bias is not None and self.input_mean is not None:
             bias = bias + self.B[:, rank:] @ (self.A[rank:] @ self.input_mean)

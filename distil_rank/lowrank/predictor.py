@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_share
 from distil_rank.options.evaluation import Kind
-from distil_rank.origin import VectorOrigin
+from distil_rank.origin import check_origin
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid}
 
@@ -80,7 +80,8 @@ class Predictor(nn.Module):
         if kind not in ("classification", "multilabel", "regression") or (len(classes) < 1) != (kind == "regression"):
             raise InputError(f"Expected classes to predict, or values, but got {len(classes)} for a {kind}.")
         self.layer, self.kind, self.classes, self.activation = layer, kind, tuple(map(str, classes)), activation
-        n, m = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+        self.in_features = n = int(layer.in_features)  # type: ignore[arg-type]
+        m = int(layer.out_features)  # type: ignore[arg-type]
         self.head = nn.Sequential()
         if activation is not None:
             self.head = nn.Sequential(ACTIVATIONS[activation](), nn.Linear(m, max(len(classes), 1), device=device))
@@ -94,11 +95,6 @@ class Predictor(nn.Module):
         self.register_buffer("distances", torch.zeros(101, device=device))
         self.provenance: dict[str, Any] = {}
         self.eval().requires_grad_(False)
-
-    @property
-    def in_features(self) -> int:
-        """n, the width of the vectors."""
-        return int(self.layer.in_features)  # type: ignore[arg-type]
 
     def description(self) -> dict[str, Any]:
         """What builds an empty one, for a manifest."""
@@ -125,7 +121,7 @@ class Predictor(nn.Module):
 
     def check_origin(self, facts: Mapping[str, Any], what: str) -> None:
         """Raises `InputError` unless made for vectors like those that `facts` tell of; `what` is whose they are."""
-        VectorOrigin.of({**self.provenance, "dim": self.in_features}).check(facts, what, "this predictor learned from")
+        check_origin({**self.provenance, "dim": self.in_features}, facts, what, "this predictor learned from")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the classes or labels, or values: `(N, n)` → `(N, K)`."""
@@ -169,8 +165,7 @@ class Predictor(nn.Module):
             raise InputError(f"Expected vectors (N, {self.in_features}) to predict from but got {tuple(x.shape)}.")
         if not x.isfinite().all():
             raise InputError("Expected finite vectors to predict from but got NaN or infinity.")
-        if not 0 < confidence < 1:
-            raise InputError(f"Expected a confidence between 0 and 1 but got {confidence}.")
+        check_share("a confidence", confidence)
         p, limit = self.read_out(self(x)), self.threshold(confidence)
         distance = (torch.searchsorted(self.distances, self.distance(x)) / len(self.distances)).numpy()
         if self.kind == "regression":

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range
 from distil_rank.lowrank.moments import Moments
 
 Solver = Literal["svd", "svd_bias", "whitened_svd", "closed_form"]
@@ -53,14 +53,6 @@ class Directions(NamedTuple):
 
     values: Tensor
     V: Tensor
-
-
-def check_rank(rank: int, weight: Tensor) -> None:
-    """Raise `InputError` unless `rank` is in [1, min(m, n)] for a weight of shape `(m, n)`."""
-    if not 1 <= rank <= min(weight.shape):
-        raise InputError(
-            f"Expected `rank` in [1, {min(weight.shape)}] for a {tuple(weight.shape)} layer but got {rank}."
-        )
 
 
 def solve(
@@ -89,7 +81,7 @@ def solve(
     >>> torch.allclose(B @ A, torch.diag(torch.tensor([3.0, 2.0, 0.0], dtype=torch.float64)))
     True
     """
-    check_rank(rank, weight)
+    check_range("`rank`", rank, 1, min(weight.shape))
     weight = weight.detach().double()
     bias = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias.detach().double()
     bias = bias.to(weight.device)
@@ -270,6 +262,5 @@ def choose_rank(eigenvalues: Tensor, rank: int | float | str) -> int:
         if not 0 < rank < 1:
             raise InputError(f"Expected {what} but got {rank}.")
         return min(int((r2_curve(eigenvalues) < rank).sum()) + 1, k)
-    if not 1 <= rank <= k:
-        raise InputError(f"Expected `rank` in [1, {k}] but got {rank:g}.")
+    check_range("`rank`", int(rank), 1, k)
     return int(rank)

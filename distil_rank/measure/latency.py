@@ -79,20 +79,9 @@ def compare_layers(
             calls = {"dense": partial(dense, x), "student": partial(student, x)}
             timings = time_interleaved(calls, repeats=repeats, device=x.device).values()
             slow, fast = (1e6 * seconds for seconds in timings)
-            rows.append(
-                LayerLatency(
-                    batch=batch,
-                    threads=threads,
-                    device=str(x.device),
-                    repeats=repeats,
-                    dense_us=float(np.median(slow)),
-                    dense_p95_us=p95(slow),
-                    student_us=float(np.median(fast)),
-                    student_p95_us=p95(fast),
-                    ratio=float(np.median(slow) / np.median(fast)),
-                    paired_ratio=paired_ratio(slow, fast),
-                )
-            )
+            speed = [figure for one in (slow, fast) for figure in (float(np.median(one)), p95(one))]
+            speed += [speed[0] / speed[2], paired_ratio(slow, fast)]
+            rows.append(LayerLatency(batch, threads, str(x.device), repeats, *speed))
     return rows
 
 

@@ -12,8 +12,8 @@ between methods are paired: what makes a group hard for all of them cancels.
 >>> ours, theirs = ratio(error), ratio(error + 0.01)
 >>> estimate(ours, counts).high > estimate(theirs, counts).low  # apart from one another, they look alike
 True
->>> is_tie(ours, theirs, counts)
-False
+>>> difference(ours, theirs, counts).high < 0
+True
 """
 
 import math
@@ -94,21 +94,10 @@ def estimate(statistic: Statistic, counts: np.ndarray) -> Interval:
     return interval(statistic.value, statistic.resampled(counts))
 
 
-def is_tie(statistic: Statistic, other: Statistic, counts: np.ndarray) -> bool:
-    """Whether the interval of the paired difference of two methods holds 0."""
-    return 0 in interval(0, statistic.resampled(counts) - other.resampled(counts))
-
-
-def clearly_above(statistic: Statistic, other: Statistic, counts: np.ndarray) -> bool:
-    """Whether the interval of the paired difference of two methods lies above 0; what is undefined counts as 0.
-
-    >>> score = np.linspace(0, 1, 50)
-    >>> counts = resample_counts(groups=50)
-    >>> clearly_above(ratio(score), ratio(score - 0.1), counts), clearly_above(ratio(score), ratio(score), counts)
-    (True, False)
-    """
+def difference(statistic: Statistic, other: Statistic, counts: np.ndarray) -> Interval:
+    """The paired difference of two methods with its interval; what is undefined in a sample counts as 0."""
     gain = np.nan_to_num(statistic.resampled(counts)) - np.nan_to_num(other.resampled(counts))
-    return interval(0, gain).low > 0
+    return interval(statistic.value - other.value, gain)
 
 
 def clearly_better(before: np.ndarray, after: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval:
@@ -211,16 +200,6 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike | None = None) -> Statist
     above = np.asarray(numerator, dtype=np.float64)
     below = np.ones_like(above) if denominator is None else np.asarray(denominator, dtype=np.float64)
     return Statistic(np.stack([above, below], axis=1), lambda totals: totals[..., 0] / totals[..., 1])
-
-
-def group_sums(values: ArrayLike, group: ArrayLike) -> np.ndarray:
-    """Sums of the values of rows, `(rows,)`, over the groups that have rows, in the order of their numbers.
-
-    >>> group_sums([1.0, 2.0, 4.0], [7, 3, 7])
-    array([2., 5.])
-    """
-    number = np.unique(group, return_inverse=True)[1]
-    return np.bincount(number, weights=np.asarray(values, dtype=np.float64))
 
 
 def resampled_quantile(counts: np.ndarray, values: ArrayLike, quantile: float) -> np.ndarray:

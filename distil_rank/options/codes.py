@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distil_rank.artefact import check_writable
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range, check_share
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 CodeMetric = Literal["variance", "whitened", "invariant"]
@@ -34,13 +34,13 @@ class AugmentationOptions:
 
     def check(self) -> None:
         """Raises `InputError` for shares and numbers out of range."""
-        if not 0 < self.window <= 1 or not 0 <= self.substitutions <= 1:
-            rates = f"{self.window} and {self.substitutions}"
-            raise InputError(f"Expected a window in (0, 1] and substitutions in [0, 1] but got {rates}.")
+        if not 0 < self.window <= 1:
+            raise InputError(f"Expected --augmentation.window in (0, 1] but got {self.window}.")
+        check_range("--augmentation.substitutions", self.substitutions, 0, 1)
         if self.window == 1 and self.substitutions == 0:
             raise InputError("Expected copies that differ: lower the window of 1, or raise the substitutions of 0.")
-        if self.proteins < 1 or self.copies < 1:
-            raise InputError(f"Expected at least 1 protein and 1 copy but got {self.proteins} and {self.copies}.")
+        check_range("--augmentation.proteins", self.proteins, 1)
+        check_range("--augmentation.copies", self.copies, 1)
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,8 @@ class CodeOptions:
         check_writable(self.output)
         self.augmentation.check()
         for name, least in (("rank", 1), ("train", 0), ("regularisation", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"Expected --{name} of at least {least} but got {getattr(self, name)}.")
-        if not 0 < self.fit_fraction < 1:
-            raise InputError(f"Expected --fit_fraction between 0 and 1 but got {self.fit_fraction}.")
+            check_range(f"--{name}", getattr(self, name), least)
+        check_share("--fit_fraction", self.fit_fraction)
         if self.metric != "invariant" and self.noise != "copies":
             raise InputError(f"Expected --noise with the invariant metric only but got it with {self.metric}.")
         if self.metric == "whitened" and not self.regularisation:
@@ -149,10 +147,8 @@ class SearchOptions:
             raise InputError(
                 f"Expected one of --fasta, --queries and --self but got {' and '.join(sources) or 'none'}; name one."
             )
-        if self.hits < 1 or self.decoys < 0:
-            raise InputError(
-                f"Expected hits of at least 1 and decoys of at least 0 but got {self.hits}, {self.decoys}."
-            )
+        check_range("--hits", self.hits, 1)
+        check_range("--decoys", self.decoys, 0)
         for name in ("evalue", "cluster"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and (self.decoys or self.engine == "alignment")):

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from distil_rank.artefact import check_writable
-from distil_rank.errors import InputError
-from distil_rank.options.training import DataOptions, check_range, check_rank_option
+from distil_rank.errors import InputError, check_range
+from distil_rank.options.training import DataOptions, check_rank_option
 
 FORMAT = "distil-rank"  # of the folder that `distil_rank.save` writes
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range
 
 HUB_NAMES = (
     "esm2_t6_8M_UR50D",
@@ -91,9 +91,8 @@ class EmbedOptions:
                 allowed = ", ".join(get_args(kind))
                 raise InputError(f"Expected {name} to be one of {allowed} but got {getattr(self, name)!r}.")
         for name in ("max_length", "max_tokens", "devices", "num_nodes", "ray_cores"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise InputError(f"Expected {name} of at least 1 but got {number}.")
+            if (number := getattr(self, name)) is not None:
+                check_range(name, number, 1)
         check_layers(self.layer)
         if self.calibration is not None and "int8" not in self.precision:
             raise InputError(

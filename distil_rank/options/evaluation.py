@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from distil_rank.artefact import check_writable
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range, check_share
 from distil_rank.options.embed import Precision, check_backbone, check_exists
 
 Kind = Literal["retrieval", "classification", "multilabel", "regression"]
@@ -90,8 +90,7 @@ class TaskOptions:
         """What can be told of vectors and labels; `embeds` says whether proteins are to be embedded."""
         check_writable(self.output)
         self.labels.check()
-        if self.seed < 0:
-            raise InputError(f"Expected --seed of at least 0 but got {self.seed}.")
+        check_range("--seed", self.seed, 0)
         check_exists(self.data, self.data == "auto" or "://" in self.data or self.fasta is not None)
         if self.fasta is not None and self.fasta != "-" and not Path(self.fasta).is_file():
             raise InputError(f"Expected sequences at {self.fasta} but there is no such file; give a FASTA file.")
@@ -123,10 +122,8 @@ class EvaluateOptions(TaskOptions):
     def check(self) -> None:
         """Raises `InputError` for values out of range, files that are not there and options that contradict."""
         self._check(embeds=self.fasta is not None)
-        if min(self.ranks or [1]) < 1:
-            raise InputError(f"Expected --ranks of at least 1 but got {self.ranks}.")
-        if not 0 < self.fit_fraction < 1:
-            raise InputError(f"Expected --fit_fraction between 0 and 1 but got {self.fit_fraction}.")
+        check_range("--ranks", min(self.ranks or [1]), 1)
+        check_share("--fit_fraction", self.fit_fraction)
         for folder in self.students:
             if not any(Path(path, "manifest.json").is_file() for path in (folder, folder.rpartition(":")[0])):
                 raise InputError(f"Expected the folder of a saved student but got {folder}; distil and code make some.")
@@ -162,5 +159,4 @@ class RecommendOptions(TaskOptions):
         for name in ("max_bytes", "max_time"):
             if (limit := getattr(self, name)) is not None and not limit > 0:
                 raise InputError(f"Expected --{name} above 0 but got {limit}.")
-        if self.proteins < 1:
-            raise InputError(f"Expected --proteins of at least 1 but got {self.proteins}.")
+        check_range("--proteins", self.proteins, 1)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distil_rank.artefact import MANIFEST, check_writable
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_share
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class PredictOptions:
             raise InputError("Expected either --fasta or --data, proteins or their vectors; give one of them.")
         if self.fasta is not None and not Path(self.fasta).is_file():
             raise InputError(f"Expected sequences at {self.fasta} but there is no such file; give a FASTA file.")
-        if not 0 < self.confidence < 1:
-            raise InputError(f"Expected --confidence between 0 and 1 but got {self.confidence}.")
+        check_share("--confidence", self.confidence)
         if Path(self.output).is_dir():
             raise InputError(f"Expected a file at --output but {self.output} is a folder; name a file in it.")
         check_writable(Path(self.output).parent)

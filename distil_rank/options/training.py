@@ -6,21 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distil_rank.artefact import check_writable
-from distil_rank.errors import InputError
+from distil_rank.errors import InputError, check_range
 from distil_rank.options.embed import check_exists
 from distil_rank.options.evaluation import LabelOptions, TaskKind
 
 BUILT_IN = ("denoising", "random", "spectral")
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises `InputError` unless a number is in [low, high].
-
-    >>> check_range("--rank", 64, 1)
-    """
-    if not low <= value <= high:
-        upper = "" if high == float("inf") else f" and at most {high:g}"
-        raise InputError(f"Expected {name} of at least {low:g}{upper} but got {value:g}.")
 
 
 def check_rank_option(rank: float | str) -> None:

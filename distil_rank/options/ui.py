@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distil_rank.errors import InputError
+from distil_rank.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,5 @@ class UiOptions:
 
     def check(self) -> None:
         """Raises `InputError` for a port that there is not."""
-        if self.port is not None and not 0 <= self.port <= 65535:
-            raise InputError(f"Expected --port from 0 to 65535 but got {self.port}.")
+        if self.port is not None:
+            check_range("--port", self.port, 0, 65535)

@@ -22,7 +22,7 @@ from distil_rank.measure.statistics import (
     Interval,
     Statistic,
     chance_of_confirmation,
-    clearly_above,
+    difference,
     log_ratio,
     resample_counts,
     retained_with_confidence,
@@ -165,7 +165,7 @@ class Evaluator:
                 trivial = {which: statistics[name] for which, statistics in trial.trivial(full).items()}
             counts = resample_counts(trial.evaluated_groups)
             for which, statistic in trivial.items():
-                if not (reference.value > 0 and clearly_above(reference, statistic, counts)):
+                if not (reference.value > 0 and difference(reference, statistic, counts).low > 0):
                     raise InputError(
                         f"Expected a task that the full vector can do but its {name} on {task.name}, "
                         f"{reference.value:.3g}, is not clearly above {which}, {statistic.value:.3g}: there is no "

