@@ -190,6 +190,4 @@ def final_metrics(result: TeacherResult) -> dict[str, float]:
     metrics["share_of_optimum"] = ours.share_of_optimum
     if (speed_up := result.speed_up()) is not None:
         metrics["speed_up"] = speed_up
-    if ours.function_retained is not None:
-        metrics["function_retained"] = ours.function_retained.retained.value
     return metrics

@@ -22,33 +22,16 @@ METHOD_NOTE = (
 
 
 @dataclass(frozen=True)
-class Estimate(Interval):
-    """A held-out figure with its 95 % interval over proteins, and its standard deviation over seeds if several."""
-
-    std: float | None = None
-
-
-@dataclass(frozen=True)
-class FunctionRetained:
-    """The replacement's score on a labelled task over the teacher's."""
-
-    task: str
-    metric: str
-    retained: Interval
-
-
-@dataclass(frozen=True)
 class ComparisonRow:
     """One replacement of the teacher on the held-out rows."""
 
     method: str
     parameters: int
-    metrics: dict[str, Estimate]
+    metrics: dict[str, Interval]  # with 95 % intervals over proteins
     share_of_optimum: float
     ties_with_optimum: bool
     seeds: int = 0
     seconds: float | None = None
-    function_retained: FunctionRetained | None = None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from distil_rank.report import pictures
 from distil_rank.report.writer import Report, Table, number
 
 EVALUATION_SCHEMA = 1  # of the JSON; a comparison and a recommendation have their own
-NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10", "function")
+NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10")
 COLUMNS = {
     "r2": "R²",
     "centred_cosine": "cen. cos",
@@ -64,16 +64,12 @@ def teacher_table(teacher: TeacherResult) -> Table:
     """Every method on the same held-out rows."""
     seeds = max(row.seeds for row in teacher.comparison)
     trained = f" (trained rows: mean of {seeds} seeds)" if seeds > 1 else ""
-    labelled = any(row.function_retained for row in teacher.comparison)
     first, *others = COLUMNS.values()
-    head, rows = ["method", first, "95 %", *others, "optimum", *["function"] * labelled], []
+    head, rows = ["method", first, "95 %", *others, "optimum"], []
     for row in teacher.comparison:
         value, *values = (number(row.metrics[key].value) for key in COLUMNS)
         tie = " ≈" if row.ties_with_optimum and row.method != "closed_form" else ""
-        cells = [row.method, value, _ends(row.metrics["r2"]), *values, f"{100 * row.share_of_optimum:.1f} %{tie}"]
-        if labelled:
-            cells.append("–" if row.function_retained is None else number(row.function_retained.retained.value, 3))
-        rows.append(cells)
+        rows.append([row.method, value, _ends(row.metrics["r2"]), *values, f"{100 * row.share_of_optimum:.1f} %{tie}"])
     return Table(f"{teacher.teacher} teacher, rank {teacher.rank}{trained}", head, rows, NARROW)
 
 
@@ -104,10 +100,6 @@ def comparison_notes(result: Result) -> list[str]:
             f"rows, held-out {teacher.held_out_r2:.4f}{teacher.rank_note}. {teacher.training_note}"
             + (f" {teacher.held_out_note}." if teacher.held_out_note else "")
         )
-        function = next((row.function_retained for row in teacher.comparison if row.function_retained), None)
-        if function:
-            share = f"function is the share retained of the teacher's {function.metric}"
-            lines.append(f"{teacher.teacher}: {share}, {function.task}.")
         if teacher.check.warning:
             lines.append(f"WARNING: {teacher.check.warning}")
     return [*lines, f"Machine: {result.machine}."]

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
-from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, function_retained, solved_students
+from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, solved_students
 from distil_rank.evaluation.results import (
     OURS,
     RECIPE,
-    ComparisonRow,
     Curve,
     ParameterCounts,
     ParetoPoint,
@@ -129,8 +128,10 @@ def run_experiment(
 
     held_out = HeldOut.of(data)
     seconds = {"closed_form": solving, RECIPE: recipe.seconds, OURS: ours.seconds + solving}
-    students = {RECIPE: recipe.students, OURS: ours.students}
-    rows = _compared(module, baselines, students, data, held_out, seconds)
+    methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
+    methods |= {method: [layer] for method, layer in baselines.items()}
+    methods |= {RECIPE: recipe.students, OURS: ours.students}
+    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds)
 
     n, m, reached = teacher.in_features, teacher.out_features, module.layer.rank
     predicted = float(r2_curve(module.spectrum[0])[reached - 1])
@@ -161,21 +162,6 @@ def run_experiment(
     student = ours.students[0]
     student.provenance |= {"warm_start": options.warm_start, "trained_steps": ours.steps}
     return result, student
-
-
-def _compared(
-    module: DistilModule,
-    baselines: Mapping[str, nn.Module],
-    students: Mapping[str, Sequence[nn.Module]],
-    data: EmbeddingDataModule,
-    held_out: HeldOut,
-    seconds: Mapping[str, float],
-) -> list[ComparisonRow]:
-    """The constant, baselines and students on the same held-out rows."""
-    methods: dict[str, Sequence[nn.Module]] = {"constant": [ConstantOutput(module.output_mean)]}
-    methods |= {**{method: [layer] for method, layer in baselines.items()}, **students}
-    function = function_retained(module.teacher, methods, data)
-    return compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
 
 
 def train_students(
