@@ -10,7 +10,7 @@ from distil_rank.commands.distil import distil_teacher, final_metrics, save_repo
 from distil_rank.commands.train_teacher import check_rank_fits, open_data
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result
-from distil_rank.options.training import BenchmarkOptions, DistilOptions
+from distil_rank.options.training import BenchmarkOptions, DistilOptions, SweepOptions
 from distil_rank.report import pictures
 from distil_rank.report.tables import comparison_report
 from distil_rank.report.writer import publish, run_folder
@@ -27,21 +27,21 @@ def benchmark(options: BenchmarkOptions) -> Result:
         DistilOptions(o.data, replace(o.teacher, kind=kind), o.trainer, o.output, o.distil, o.rank, o.seeds)
         for kind in ("random", "denoising", "spectral")
     ]
-    result = distil_several("benchmark", children, open_data(o.data), Path(o.output))
-    comparison_report(result).show()
-    return result
+    return distil_several("benchmark", o, children, open_data(o.data))
 
 
-def distil_several(name: str, children: Sequence[DistilOptions], data: EmbeddingDataModule, output: Path) -> Result:
+def distil_several(
+    name: str, options: BenchmarkOptions | SweepOptions, children: Sequence[DistilOptions], data: EmbeddingDataModule
+) -> Result:
     """Several distillations as children of one run, and one report over all of them.
 
     Args:
         name: `benchmark` or `sweep`.
+        options: of the command.
         children: what to distil.
         data: set up already.
-        output: folder for results.
     """
-    started = time.perf_counter()
+    started, output = time.perf_counter(), Path(options.output)
     for child in children:
         check_rank_fits(data, child.rank, child.teacher)
     about = data.description()
@@ -60,7 +60,7 @@ def distil_several(name: str, children: Sequence[DistilOptions], data: Embedding
         parent.log_metrics({"children": len(results), **final_metrics(best)})
         folder = run_folder(output / name, parent.id)
         stem = "distil_rank" if name == "benchmark" else f"distil_rank_{name}"
-        save_report(result, folder / f"{stem}_summary", f"{stem}_final_report.png", parent)
+        save_report(result, options, folder / f"{stem}_summary", f"{stem}_final_report.png", parent)
         if name == "sweep":
             parent.log_artifact(pictures.sweep(result, folder / "distil_rank_sweep.png"))
             for one in results:
@@ -68,4 +68,5 @@ def distil_several(name: str, children: Sequence[DistilOptions], data: Embedding
                 curve = {f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}
                 parent.log_metrics(curve, one.rank)
         publish(folder, output)
+    comparison_report(result).show()
     return result

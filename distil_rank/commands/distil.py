@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from distil_rank.artefact import MANIFEST
 from distil_rank.commands.train_teacher import TRAINING, check_rank_fits, make_teacher, open_data
@@ -98,7 +97,7 @@ def distil_teacher(
         outcome = replace(outcome, run_id=run.id)
         result = Result(data=about, teachers=[outcome], seconds=time.perf_counter() - started)
         folder = run_folder(Path(options.output) / "distil" / f"{teacher.name}-r{outcome.rank}", run.id)
-        save_report(result, folder / "summary", "report.png", run)
+        save_report(result, options, folder / "summary", "report.png", run)
 
         digest = tensor_digest(teacher.layer.weight, teacher.layer.bias)
         student.provenance["teacher_sha256"] = digest
@@ -110,7 +109,6 @@ def distil_teacher(
         metrics = final_metrics(outcome)
         run.log_params({"rank": outcome.rank})
         run.log_metrics(metrics)
-        run.log_text(yaml.safe_dump(asdict(options)), "config.yaml")
         uri = log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": metrics["r2"]})
         lineage_key = f"{teacher.name} {digest[:16]}"  # layers of one name can differ
         kind = {"rank": outcome.rank, "teacher": lineage_key, "data": data.digest}
@@ -156,12 +154,9 @@ def distil_predictor(o: DistilOptions) -> Path:
         figures = result.figures()
         place = save(predictor, folder / "predictor", metrics=figures, data={"run": run.id}, files=files)
         report = predictor_report(result)
-        for file in report.save(folder / "predictor_report"):
-            run.log_artifact(file)
+        run.keep(o, report.save(folder / "predictor_report"), report.markdown())
         run.log_params({"rank": result.rank, "verdict": result.verdict})
         run.log_metrics(figures)
-        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
-        run.note(report.markdown())
         if proteins.embeddings.sequences is not None and about.get("backbone"):
             example = [proteins.embeddings.sequences[row] for row in split.test[:2]]
             log_predictor(run, place, SERVED, example, figures)
@@ -171,12 +166,10 @@ def distil_predictor(o: DistilOptions) -> Path:
     return place
 
 
-def save_report(result: Result, stem: Path, picture: str, run: Run) -> None:
+def save_report(result: Result, options: object, stem: Path, picture: str, run: Run) -> None:
     """Write JSON, Markdown and picture, and keep all three with the run."""
     report = comparison_report(result)
-    for path in report.save(stem, picture):
-        run.log_artifact(path)
-    run.note(report.markdown())
+    run.keep(options, report.save(stem, picture), report.markdown())
     log.info("Report: %s.md, and %s beside it", stem, picture)
 
 

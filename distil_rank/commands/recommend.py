@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from distil_rank.codes.store import ENCODER, write_codes
 from distil_rank.commands.embed import embed
@@ -92,9 +91,8 @@ def recommend(options: RecommendOptions) -> Recommendation:
             path = split_source(problem.source)[0]
             write_codes(Store.open(path if pipeline.layer is None else f"{path}:{pipeline.layer}"), place, encoder)
 
-        _log(run, result, [*files, recommended, *sorted(saved.iterdir())])
-        run.note(report.markdown())
-        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
+        _log(run, result)
+        run.keep(o, [*files, recommended, *sorted(saved.iterdir())], report.markdown())
         link(folder.parent / "latest", folder)
     report.show()
     log.info("Recommendation: %s", folder / "recommendation.md")
@@ -169,7 +167,7 @@ def _predictor_command(o: RecommendOptions, problem: Problem, layer: str | None)
     return f"make train-teacher LABELS={labels.partition(',')[0]} DATA={source}{groups}{column}"
 
 
-def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
+def _log(run: Run, result: Recommendation) -> None:
     """The parent says what was chosen; the cheapest of the front that retain enough, then the nearest, are children."""
     answer = result.answer
     confirmed, pipeline = answer.confirmed, answer.chosen.pipeline
@@ -178,8 +176,6 @@ def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
     words = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}"  # as much as the list has room for
     run.set_tags({"mlflow.runName": words})  # the list of runs then answers the question
     run.log_metrics({**_figures(confirmed), "pipelines": len(result.outcomes), "seconds": result.seconds})
-    for file in files:
-        run.log_artifact(file)
     for outcome in sorted(result.front, key=lambda one: max(result.keep - one.worst, 0.0))[:CHILDREN]:
         name = str(outcome.pipeline)
         params = {"choice": name, **asdict(outcome.pipeline)}

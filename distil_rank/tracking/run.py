@@ -10,14 +10,16 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import requests
+import yaml
 from filelock import FileLock
 from mlflow.data.dataset_source_registry import get_dataset_source_from_json
 from mlflow.data.meta_dataset import MetaDataset
@@ -96,9 +98,13 @@ class Run:
         """Keep a file with the run."""
         self.client.log_artifact(self.id, str(path))
 
-    def log_text(self, text: str, file: str) -> None:
-        """Keep a text as an artifact of this name."""
-        self.client.log_text(self.id, text, file)
+    def keep(self, options: Any, files: Iterable[Path], markdown: str) -> None:
+        """Keep what each command leaves: its options, as `config.yaml`, its files and its note."""
+        config = options if isinstance(options, Mapping) else asdict(options)
+        self.client.log_text(self.id, yaml.safe_dump(config), "config.yaml")
+        for path in files:
+            self.log_artifact(path)
+        self.note(markdown)
 
     def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
         """Record the rows that went in, `(N, n)`, by name, digest and location; not the rows themselves.
