@@ -33,27 +33,24 @@ def benchmark(options: BenchmarkOptions) -> Result:
 def distil_several(
     name: str, options: BenchmarkOptions | SweepOptions, children: Sequence[DistilOptions], data: EmbeddingDataModule
 ) -> Result:
-    """Several distillations as children of one run, and one report over all of them.
+    """Distil `children` on the same data, which are set up already, as children of one run, with one report.
 
-    Args:
-        name: `benchmark` or `sweep`.
-        options: of the command.
-        children: what to distil.
-        data: set up already.
+    The name is that of the command: `benchmark` or `sweep`.
     """
     started, output = time.perf_counter(), Path(options.output)
     for child in children:
         check_rank_fits(data, child.rank, child.teacher)
     about = data.description()
-    experiment = "sweep" if name == "sweep" else "distil"
     teachers = " ".join(dict.fromkeys(child.teacher.kind for child in children))
     params = {"backbone": about.backbone, "teacher": teachers}
     title = f"{name} {about.dim}-d {Path(about.source).stem}"
-    with start_run(experiment, title, params=params, tags=lineage(asdict(about))) as parent:
+    with start_run(
+        "sweep" if name == "sweep" else "distil", title, params=params, tags=lineage(asdict(about))
+    ) as parent:
         results = []
         for number, child in enumerate(children, 1):
             log.info("%s: %d of %d", name, number, len(children))
-            results += distil_teacher(data, child, parent, experiment).teachers
+            results += distil_teacher(data, child, parent).teachers
         result = Result(data=about, teachers=results, seconds=time.perf_counter() - started)
         best = max(results, key=lambda teacher: teacher.row(OURS).metrics["r2"].value)
         parent.log_params({"best": f"{best.teacher} r{best.rank}", "rank": best.rank})

@@ -45,14 +45,9 @@ def code(options: CodeOptions) -> None:
     source = find_source(options.data, LABELLED)
     encoder = own_encoder(options.codes)
     if options.encoder is not None:
-        own, encoder = encoder, load_encoder(options.encoder)
-        if own is None:
-            encoder.check_origin(manifest_of(Store.open(source)), source)
-            write_encoder(encoder, options.codes, data=encoder.provenance)
-        elif own.digest != encoder.digest:
-            raise InputError(
-                f"Expected codes of this encoder in {options.codes} but they are of another; name another folder."
-            )
+        encoder = load_encoder(options.encoder)
+        encoder.check_origin(manifest_of(Store.open(source)), source)
+        write_encoder(encoder, options.codes, data=encoder.provenance)
     elif encoder is not None:
         before = encoder.provenance.get("asked", {})
         for name, value in deciding.items():

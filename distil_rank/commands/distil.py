@@ -52,16 +52,10 @@ def distil(options: DistilOptions) -> Result | Path:
     return result
 
 
-def distil_teacher(
-    data: EmbeddingDataModule, options: DistilOptions, parent: Run | None = None, experiment: str = "distil"
-) -> Result:
-    """One teacher, its students and their report, as one MLflow run.
+def distil_teacher(data: EmbeddingDataModule, options: DistilOptions, parent: Run | None = None) -> Result:
+    """One teacher, its students and their report, as one MLflow run, which may be part of another.
 
-    Args:
-        data: set up already.
-        options: all others.
-        parent: the run that this one is part of.
-        experiment: MLflow experiment.
+    The data are set up already.
     """
     started = time.perf_counter()
     options = replace(options, rank=options.rank or RANK)
@@ -75,6 +69,7 @@ def distil_teacher(
     params |= {"data": data.hparams, "distil": asdict(options.distil)}
     title = f"{teacher.name} r{options.rank} {options.distil.warm_start} {about.dim}-d {Path(about.source).stem}"
     tags = {**lineage(asdict(about)), "teacher_run": teacher.run_id}
+    experiment = parent.experiment if parent else "distil"
     with start_run(experiment, title, params=params, tags=tags, parent=parent) as run:
         for split, rows in about.rows.items():
             shape = (rows, about.dim)

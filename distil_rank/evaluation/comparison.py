@@ -14,7 +14,7 @@ from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow
 from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
 from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import refit_bias, solve
+from distil_rank.lowrank.solvers import SOLVERS, solve
 from distil_rank.measure import metrics
 from distil_rank.measure.statistics import (
     Interval,
@@ -73,14 +73,7 @@ def solved_students(
     teacher: nn.Linear, moments: Moments, rank: int, spectrum: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, LowRankLinear]:
     """One student per solver; `spectrum` is `output_spectrum(teacher.weight, moments)`, if it is at hand."""
-    weight, bias = teacher.weight, teacher.bias
-    svd = solve(weight, bias, rank, "svd")
-    solved = {
-        "svd": svd,
-        "svd_bias": refit_bias(svd, weight, bias, moments.mean),  # one decomposition for both
-        "whitened_svd": solve(weight, bias, rank, "whitened_svd", moments),
-        "closed_form": solve(weight, bias, rank, "closed_form", moments, spectrum),
-    }
+    solved = {one: solve(teacher.weight, teacher.bias, rank, one, moments, spectrum) for one in SOLVERS}
     return {solver: LowRankLinear.from_factors(factors, moments.mean) for solver, factors in solved.items()}
 
 

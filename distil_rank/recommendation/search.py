@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
 from distil_rank.evaluation.evaluate import RetrievalTrial, Trial, headline_of, make_trial
-from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, alignment_scores, composition_rows
+from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, Sides, alignment, composition
 from distil_rank.evaluation.task import Groups
 from distil_rank.measure.progress import progress
 from distil_rank.measure.statistics import (
@@ -210,17 +211,16 @@ class Evaluator:
         ratios = [log_ratio(*pair) for pair in pairs]
         return all(ratio is None or abs(ratio[0]) <= ratio[1] for ratio in ratios)
 
-    def baselines(self, alignment: bool) -> list[Baseline]:
+    def baselines(self, aligned: bool) -> list[Baseline]:
         """What composition, what is trivial and, where it is wanted and can be, MMseqs2 score on the first task."""
         sequences, one = self.fitted.problem.sequences, self.trials[0]
         scores = dict(one.trivial)
         if sequences is not None:
-            rows = composition_rows(sequences, self.fitted.problem.split == FIT)[0][one.rows]
-            scores[COMPOSITION] = one.trial.measure((rows, rows))[one.metric]
-            if alignment and isinstance(one.trial, RetrievalTrial) and mmseqs_binary() is not None:
-                scores[ALIGNMENT] = one.trial.measure(alignment_scores([sequences[row] for row in one.rows]))[
-                    one.metric
-                ]
+            rows, _ = cast(Sides, composition(sequences).make(self.fitted.problem.split == FIT))
+            scores[COMPOSITION] = one.trial.measure((rows[one.rows], rows[one.rows]))[one.metric]
+            if aligned and isinstance(one.trial, RetrievalTrial) and mmseqs_binary() is not None:
+                search = alignment([sequences[row] for row in one.rows]).make(np.zeros(len(one.rows), dtype=bool))
+                scores[ALIGNMENT] = one.trial.measure(search)[one.metric]
         return [Baseline(name, score.value, score.value / one.reference.value) for name, score in scores.items()]
 
 

@@ -38,6 +38,7 @@ from distil_rank.tracking.run_store import (
     artifact_location,
     default_tracking_uri,
     exit_on_signals,
+    list_view,
     versions,
     was_interrupted,
     without_credentials,
@@ -247,8 +248,8 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, location: str | None)
         )
     tags = {"mlflow.experimentKind": "custom_model_development"}  # the user interface then shows runs, not traces
     if name in RUN_LISTS:
-        tags["mlflow.note.content"] = RUN_LISTS[name].note
-        tags[f"mlflow.sharedViewState.{VIEW}"] = RUN_LISTS[name].view()
+        tags["mlflow.note.content"], columns = RUN_LISTS[name]
+        tags[f"mlflow.sharedViewState.{VIEW}"] = list_view(columns)
     for key, value in tags.items():
         if entry.tags.get(key) != value:
             client.set_experiment_tag(entry.experiment_id, key, value)
