@@ -38,8 +38,8 @@ LEAST = 10  # groups in each: an interval over fewer says nothing
 LARGE = 10  # a class gets at most this share of a subset, or, where there are fewer classes, as much as others
 COPIES_NOTE = (
     "NO LABELS: a protein and its augmented copy are to find each other, which composition alone can do: what is "
-    "retained of that tells little of your own task; give labels. Layers before the middle, which see composition "
-    "best, are left out."
+    "retained of that tells little of your own task; give labels. Early layers, which see composition best, are left "
+    "out: those before the middle."
 )
 Noise = Callable[[str | None, np.ndarray], Tensor]  # layer, rows to fit on (N,) bool -> (d, d)
 
