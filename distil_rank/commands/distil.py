@@ -71,10 +71,9 @@ def distil_teacher(data: EmbeddingDataModule, options: DistilOptions, parent: Ru
     tags = {**lineage(asdict(about)), "teacher_run": teacher.run_id}
     experiment = parent.experiment if parent else "distil"
     with start_run(experiment, title, params=params, tags=tags, parent=parent) as run:
-        for split, rows in about.rows.items():
-            shape = (rows, about.dim)
+        for split in about.rows:
             name = f"{Path(about.source).stem} {split}"  # MLflow takes two of one name and digest for the same
-            run.log_dataset(shape, name=name, digest=about.digest, context=split, source=about.source)
+            run.log_dataset(about.dim, name=name, digest=about.digest, context=split, source=about.source)
         outcome, student = run_experiment(
             teacher.name,
             teacher.layer,
@@ -174,7 +173,7 @@ def final_metrics(result: TeacherResult) -> dict[str, float]:
     metrics = {name: estimate.value for name, estimate in ours.metrics.items()}
     metrics |= lost(metrics)
     metrics |= {f"svd_{name}": estimate.value for name, estimate in result.row("svd").metrics.items()}
-    metrics |= {"predicted_r2": result.predicted_r2, "parameter_ratio": result.parameters.ratio}
+    metrics |= {"predicted_r2": result.predicted_r2, "parameter_ratio": result.parameters["ratio"]}
     metrics["share_of_optimum"] = ours.share_of_optimum
     if (speed_up := result.speed_up()) is not None:
         metrics["speed_up"] = speed_up

@@ -65,16 +65,6 @@ class ParetoPoint:
 
 
 @dataclass(frozen=True)
-class ParameterCounts:
-    """Of the dense layer and of its replacement; below `break_even_rank` the replacement is the smaller one."""
-
-    dense: int
-    student: int
-    ratio: float
-    break_even_rank: float
-
-
-@dataclass(frozen=True)
 class TeacherCheck:
     """Whether a layer is worth distilling; the denoising figures are None unless it is a denoiser."""
 
@@ -94,7 +84,7 @@ class TeacherResult:
     rank_requested: int | float | str
     rank_note: str
     shape: tuple[int, int]
-    parameters: ParameterCounts
+    parameters: dict[str, float]  # dense, student, ratio, and the break_even_rank below which the student is smaller
     predicted_r2: float
     held_out_r2: float
     held_out_note: str | None

@@ -183,8 +183,7 @@ class Evaluator:
 
     def full(self, costs: Costs) -> Outcome:
         """The full vector, which retains all."""
-        references = [one.reference for one in self.trials]
-        return self._outcome(full_pipeline(self.fitted.problem), costs, LEVEL, references)
+        return self._outcome(full_pipeline(self.fitted.problem), costs, LEVEL, [one.reference for one in self.trials])
 
     def _outcome(self, pipeline: Pipeline, costs: Costs, level: float, own: Sequence[Statistic]) -> Outcome:
         shares = [

@@ -81,7 +81,7 @@ def summary_table(result: Result) -> Table:
         speed_up = teacher.speed_up()
         pairs = [f"{number(svd[key].value, n)} → {number(ours[key].value, n)}" for key, n in SUMMARY.items()]
         speed = "–" if speed_up is None else f"{speed_up:.1f}x"
-        rows.append([teacher.teacher, str(teacher.rank), *pairs, f"{teacher.parameters.ratio:.2f}x", speed])
+        rows.append([teacher.teacher, str(teacher.rank), *pairs, f"{teacher.parameters['ratio']:.2f}x", speed])
     head = ["teacher", "rank", "R²: SVD → ours", "cosine", "rel. MSE", "parameters", "speed-up"]
     return Table("Plain SVD beside Distil-Rank", head, rows, NARROW)
 
@@ -110,11 +110,8 @@ def evaluation_report(evaluation: Evaluation, following: str | None = None) -> R
 
     Or a teacher from labels beside what needs no training, where `following` is what to type next.
     """
-    data, notes = (
-        {"schema": EVALUATION_SCHEMA, **asdict(evaluation)},
-        [f"Groups: {evaluation.groups}.", *evaluation.notes],
-    )
-    table = [evaluation_table(evaluation)]
+    data, table = {"schema": EVALUATION_SCHEMA, **asdict(evaluation)}, [evaluation_table(evaluation)]
+    notes = [f"Groups: {evaluation.groups}.", *evaluation.notes]
     if following is not None:
         return Report(table, notes, PREDICTION_METHOD, Table("", ["what to type next"], [[following]]), data)
     return Report(table, notes, EVALUATION_METHOD, data=data, draw=partial(pictures.draw_evaluation, evaluation))

@@ -10,7 +10,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -107,13 +107,13 @@ class Run:
             self.log_artifact(path)
         self.note(markdown)
 
-    def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
-        """Record the rows that went in, `(N, n)`, by name, digest and location; not the rows themselves.
+    def log_dataset(self, width: int, *, name: str, digest: str, context: str, source: str) -> None:
+        """Record the rows that went in, `(N, width)`, by name, digest and location; not the rows themselves.
 
         A server takes 36 characters of the digest.
         """
         origin = get_dataset_source_from_json(json.dumps({"uri": source}), "local")
-        schema = Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))])
+        schema = Schema([TensorSpec(np.dtype(np.float32), (-1, width))])
         dataset = MetaDataset(origin, name=name, digest=digest[:36], schema=schema)  # type: ignore[abstract]
         context_tag = [InputTag("mlflow.data.context", context)]
         self.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), context_tag)])

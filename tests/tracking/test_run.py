@@ -31,7 +31,7 @@ def test_a_run_keeps_what_it_is_given(project, tmp_path):
             run.log_metrics({"val/r2": step / 10}, step)
         run.log_metrics({"test/r2": 0.5})
         run.keep({"a": 1}, [tmp_path / "figure.png"], "**bold**")
-        run.log_dataset((10, 4), name="sample", digest="d" * 16, context="test", source="data/sample.arrow")
+        run.log_dataset(4, name="sample", digest="d" * 16, context="test", source="data/sample.arrow")
         assert client(project).get_run(run.id).info.status == "RUNNING"
 
     retained = client(project).get_run(run.id)

@@ -104,7 +104,7 @@ def test_a_remote_server_keeps_everything(tmp_path, layer, rows, monkeypatch):
         with start_run("distil", "remote", params={"rank": 3}, tags={}, root=tmp_path / "project") as run:
             run.log_metrics({"test/r2": 0.5})
             run.keep({"a": 1}, [], "")
-            run.log_dataset((5, 12), name="sample", digest="d" * 64, context="test", source="data")
+            run.log_dataset(12, name="sample", digest="d" * 64, context="test", source="data")
             uri = register_student(run, log_student(run, layer, rows), {"r2": 0.5})
         client = MlflowClient(address)
         retained = client.get_run(run.id)
