@@ -62,7 +62,15 @@ def own_encoder(store: Location) -> CodeEncoder | None:
 
 
 def write_encoder(encoder: CodeEncoder, store: Location, **about: Any) -> None:
-    """Puts an encoder into a store of codes; `about` is what `save` takes of its data and its metrics."""
+    """Puts an encoder into a store of codes, if it has none; `about` is what `save` takes of its data and its metrics.
+
+    Raises:
+        InputError: the store has another one.
+    """
+    if (present := own_encoder(store)) is not None:
+        if present.digest != encoder.digest:
+            raise InputError(f"Expected codes of this encoder in {store} but they are of another; name another folder.")
+        return
     with tempfile.TemporaryDirectory() as folder:
         files = sorted(save(encoder, folder, **about).iterdir(), key=lambda file: file.name == MANIFEST)
         for file in files:  # the manifest last

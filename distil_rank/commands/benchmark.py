@@ -10,7 +10,7 @@ from distil_rank.commands.distil import distil_teacher, final_metrics, save_repo
 from distil_rank.commands.train_teacher import check_rank_fits, open_data
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.evaluation.results import OURS, Result
-from distil_rank.options.training import BenchmarkOptions, DistilOptions
+from distil_rank.options.training import BenchmarkOptions, DistilOptions, SweepOptions
 from distil_rank.report import pictures
 from distil_rank.report.tables import comparison_report
 from distil_rank.report.writer import publish, run_folder
@@ -27,40 +27,37 @@ def benchmark(options: BenchmarkOptions) -> Result:
         DistilOptions(o.data, replace(o.teacher, kind=kind), o.trainer, o.output, o.distil, o.rank, o.seeds)
         for kind in ("random", "denoising", "spectral")
     ]
-    result = distil_several("benchmark", children, open_data(o.data), Path(o.output))
-    comparison_report(result).show()
-    return result
+    return distil_several("benchmark", o, children, open_data(o.data))
 
 
-def distil_several(name: str, children: Sequence[DistilOptions], data: EmbeddingDataModule, output: Path) -> Result:
-    """Several distillations as children of one run, and one report over all of them.
+def distil_several(
+    name: str, options: BenchmarkOptions | SweepOptions, children: Sequence[DistilOptions], data: EmbeddingDataModule
+) -> Result:
+    """Distil `children` on the same data, which are set up already, as children of one run, with one report.
 
-    Args:
-        name: `benchmark` or `sweep`.
-        children: what to distil.
-        data: set up already.
-        output: folder for results.
+    The name is that of the command: `benchmark` or `sweep`.
     """
-    started = time.perf_counter()
+    started, output = time.perf_counter(), Path(options.output)
     for child in children:
         check_rank_fits(data, child.rank, child.teacher)
     about = data.description()
-    experiment = "sweep" if name == "sweep" else "distil"
     teachers = " ".join(dict.fromkeys(child.teacher.kind for child in children))
     params = {"backbone": about.backbone, "teacher": teachers}
     title = f"{name} {about.dim}-d {Path(about.source).stem}"
-    with start_run(experiment, title, params=params, tags=lineage(asdict(about))) as parent:
+    with start_run(
+        "sweep" if name == "sweep" else "distil", title, params=params, tags=lineage(asdict(about))
+    ) as parent:
         results = []
         for number, child in enumerate(children, 1):
             log.info("%s: %d of %d", name, number, len(children))
-            results += distil_teacher(data, child, parent, experiment).teachers
+            results += distil_teacher(data, child, parent).teachers
         result = Result(data=about, teachers=results, seconds=time.perf_counter() - started)
         best = max(results, key=lambda teacher: teacher.row(OURS).metrics["r2"].value)
         parent.log_params({"best": f"{best.teacher} r{best.rank}", "rank": best.rank})
         parent.log_metrics({"children": len(results), **final_metrics(best)})
         folder = run_folder(output / name, parent.id)
         stem = "distil_rank" if name == "benchmark" else f"distil_rank_{name}"
-        save_report(result, folder / f"{stem}_summary", f"{stem}_final_report.png", parent)
+        save_report(result, options, folder / f"{stem}_summary", f"{stem}_final_report.png", parent)
         if name == "sweep":
             parent.log_artifact(pictures.sweep(result, folder / "distil_rank_sweep.png"))
             for one in results:
@@ -68,4 +65,5 @@ def distil_several(name: str, children: Sequence[DistilOptions], data: Embedding
                 curve = {f"rank/{key}": ours[key].value for key in ("r2", "knn_overlap")}
                 parent.log_metrics(curve, one.rank)
         publish(folder, output)
+    comparison_report(result).show()
     return result

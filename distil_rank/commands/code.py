@@ -1,6 +1,5 @@
 """Encoders: fitted, evaluated, saved and put to work on a store, as one MLflow run."""
 
-import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,14 +45,9 @@ def code(options: CodeOptions) -> None:
     source = find_source(options.data, LABELLED)
     encoder = own_encoder(options.codes)
     if options.encoder is not None:
-        own, encoder = encoder, load_encoder(options.encoder)
-        if own is None:
-            encoder.check_origin(manifest_of(Store.open(source)), source)
-            write_encoder(encoder, options.codes, data=encoder.provenance)
-        elif own.digest != encoder.digest:
-            raise InputError(
-                f"Expected codes of this encoder in {options.codes} but they are of another; name another folder."
-            )
+        encoder = load_encoder(options.encoder)
+        encoder.check_origin(manifest_of(Store.open(source)), source)
+        write_encoder(encoder, options.codes, data=encoder.provenance)
     elif encoder is not None:
         before = encoder.provenance.get("asked", {})
         for name, value in deciding.items():
@@ -113,7 +107,6 @@ def _fitted(
 
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)
-        files = report.save(folder / "evaluation")
         headline, entry = evaluation.headline, evaluation.entries[-1]
         intervals: dict[str, Any] = {name: asdict(interval) for name, interval in entry.scores.items()}
         intervals["retained"] = {name: asdict(interval) for name, interval in entry.retained.items()}
@@ -123,10 +116,7 @@ def _fitted(
             metrics |= {"retained": share.value, "retained_low": share.low, "retained_high": share.high}
         run.log_params({"headline": headline, "encoder": encoder.digest})
         run.log_metrics({**metrics, "bytes": encoder.bytes_per_protein})
-        run.log_text(json.dumps(asdict(options), indent=2), "config.yaml")  # JSON is YAML
-        for file in [*files, *sorted(saved.iterdir())]:
-            run.log_artifact(file)
-        run.note(report.markdown())
+        run.keep(options, [*report.save(folder / "evaluation"), *sorted(saved.iterdir())], report.markdown())
         publish(folder, place)
     log.info("Encoder: %s (distil_rank.load reads it).", place / ENCODER)
     report.show()

@@ -6,9 +6,6 @@ from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import torch
-import yaml
 from torch import nn
 
 from distil_rank.commands.train_teacher import open_data
@@ -17,9 +14,8 @@ from distil_rank.compression.compress import compress as compress_model
 from distil_rank.compression.own_layer import load_linear
 from distil_rank.compression.saved import save
 from distil_rank.errors import InputError
+from distil_rank.evaluation.comparison import HeldOut, compare
 from distil_rank.lowrank.low_rank import LowRankLinear
-from distil_rank.measure.metrics import energy, residual
-from distil_rank.measure.statistics import estimate, ratio, resample_counts
 from distil_rank.options.compression import CompressOptions
 from distil_rank.tracking.run import start_run
 from distil_rank.tracking.run_store import lineage
@@ -53,27 +49,20 @@ def compress(options: CompressOptions) -> CompressionReport:
             raise InputError(f"Expected a rank that saves something but {row.note}; ask for a lower one.")
         assert row.predicted_r2 is not None and row.dense_us is not None and row.student_us is not None
 
-        with torch.no_grad():  # R² around the mean output of the rows that were fitted to, with its interval
-            target, mean = dense(test), dense(student.input_mean)
-            squares = residual(student(test), target), energy(target, mean)
-        lost, spread = (np.bincount(data.proteins("test"), rows.numpy()) for rows in squares)
-        share = estimate(ratio(lost, spread), resample_counts(len(lost)))
-        r2 = {"value": 1 - share.value, "low": 1 - share.high, "high": 1 - share.low}
-
-        folder = save(student, o.output, metrics={"held_out_r2": r2, "layers": [asdict(row)]}, data=asdict(about))
+        (measured,) = compare(dense, {"closed_form": [student]}, dense(student.input_mean), HeldOut.of(data))
+        r2 = measured.metrics["r2"]
+        metrics = {"held_out_r2": asdict(r2), "layers": [asdict(row)]}
+        folder = save(student, o.output, metrics=metrics, data=asdict(about))
         run.log_params({"rank": row.rank})
         figures = {
-            "r2": r2["value"],
-            "one_minus_r2": 1 - r2["value"],
+            "r2": r2.value,
+            "one_minus_r2": 1 - r2.value,
             "predicted_r2": row.predicted_r2,
             "speed_up": row.dense_us / row.student_us,
         }
         run.log_metrics({**figures, "parameter_ratio": row.dense_parameters / row.parameters})
-        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
-        run.note(str(report))
-        for path in sorted(folder.iterdir()):
-            run.log_artifact(path)
-        log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2["value"]})
+        run.keep(o, sorted(folder.iterdir()), str(report))
+        log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2.value})
     print(report)
     log.info("Saved: %s (distil_rank.load reads it; `export` turns it into ONNX and others).", folder)
     return report

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from distil_rank.artefact import MANIFEST
 from distil_rank.commands.train_teacher import TRAINING, check_rank_fits, make_teacher, open_data
@@ -52,16 +51,10 @@ def distil(options: DistilOptions) -> Result | Path:
     return result
 
 
-def distil_teacher(
-    data: EmbeddingDataModule, options: DistilOptions, parent: Run | None = None, experiment: str = "distil"
-) -> Result:
-    """One teacher, its students and their report, as one MLflow run.
+def distil_teacher(data: EmbeddingDataModule, options: DistilOptions, parent: Run | None = None) -> Result:
+    """One teacher, its students and their report, as one MLflow run, which may be part of another.
 
-    Args:
-        data: set up already.
-        options: all others.
-        parent: the run that this one is part of.
-        experiment: MLflow experiment.
+    The data are set up already.
     """
     started = time.perf_counter()
     options = replace(options, rank=options.rank or RANK)
@@ -75,11 +68,11 @@ def distil_teacher(
     params |= {"data": data.hparams, "distil": asdict(options.distil)}
     title = f"{teacher.name} r{options.rank} {options.distil.warm_start} {about.dim}-d {Path(about.source).stem}"
     tags = {**lineage(asdict(about)), "teacher_run": teacher.run_id}
+    experiment = parent.experiment if parent else "distil"
     with start_run(experiment, title, params=params, tags=tags, parent=parent) as run:
-        for split, rows in about.rows.items():
-            shape = (rows, about.dim)
+        for split in about.rows:
             name = f"{Path(about.source).stem} {split}"  # MLflow takes two of one name and digest for the same
-            run.log_dataset(shape, name=name, digest=about.digest, context=split, source=about.source)
+            run.log_dataset(about.dim, name=name, digest=about.digest, context=split, source=about.source)
         checkpoints = Path(options.output) / "checkpoints" / f"{teacher.name}-r{options.rank}"
         outcome, student = run_experiment(
             teacher.name, teacher.layer, teacher.check, data, options, head, RunLogger(run), checkpoints
@@ -87,7 +80,7 @@ def distil_teacher(
         outcome = replace(outcome, run_id=run.id)
         result = Result(data=about, teachers=[outcome], seconds=time.perf_counter() - started)
         folder = run_folder(Path(options.output) / "distil" / f"{teacher.name}-r{outcome.rank}", run.id)
-        save_report(result, folder / "summary", "report.png", run)
+        save_report(result, options, folder / "summary", "report.png", run)
 
         digest = tensor_digest(teacher.layer.weight, teacher.layer.bias)
         student.provenance["teacher_sha256"] = digest
@@ -99,7 +92,6 @@ def distil_teacher(
         metrics = final_metrics(outcome)
         run.log_params({"rank": outcome.rank})
         run.log_metrics(metrics)
-        run.log_text(yaml.safe_dump(asdict(options)), "config.yaml")
         uri = log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": metrics["r2"]})
         lineage_key = f"{teacher.name} {digest[:16]}"  # layers of one name can differ
         kind = {"rank": outcome.rank, "teacher": lineage_key, "data": data.digest}
@@ -145,12 +137,9 @@ def distil_predictor(o: DistilOptions) -> Path:
         figures = result.figures()
         place = save(predictor, folder / "predictor", metrics=figures, data={"run": run.id}, files=files)
         report = predictor_report(result)
-        for file in report.save(folder / "predictor_report"):
-            run.log_artifact(file)
+        run.keep(o, report.save(folder / "predictor_report"), report.markdown())
         run.log_params({"rank": result.rank, "verdict": result.verdict})
         run.log_metrics(figures)
-        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
-        run.note(report.markdown())
         if proteins.embeddings.sequences is not None and about.get("backbone"):
             example = [proteins.embeddings.sequences[row] for row in split.test[:2]]
             log_predictor(run, place, SERVED, example, figures)
@@ -160,12 +149,10 @@ def distil_predictor(o: DistilOptions) -> Path:
     return place
 
 
-def save_report(result: Result, stem: Path, picture: str, run: Run) -> None:
+def save_report(result: Result, options: object, stem: Path, picture: str, run: Run) -> None:
     """Write JSON, Markdown and picture, and keep all three with the run."""
     report = comparison_report(result)
-    for path in report.save(stem, picture):
-        run.log_artifact(path)
-    run.note(report.markdown())
+    run.keep(options, report.save(stem, picture), report.markdown())
     log.info("Report: %s.md, and %s beside it", stem, picture)
 
 
@@ -175,10 +162,8 @@ def final_metrics(result: TeacherResult) -> dict[str, float]:
     metrics = {name: estimate.value for name, estimate in ours.metrics.items()}
     metrics |= lost(metrics)
     metrics |= {f"svd_{name}": estimate.value for name, estimate in result.row("svd").metrics.items()}
-    metrics |= {"predicted_r2": result.predicted_r2, "parameter_ratio": result.parameters.ratio}
+    metrics |= {"predicted_r2": result.predicted_r2, "parameter_ratio": result.parameters["ratio"]}
     metrics["share_of_optimum"] = ours.share_of_optimum
     if (speed_up := result.speed_up()) is not None:
         metrics["speed_up"] = speed_up
-    if ours.function_retained is not None:
-        metrics["function_retained"] = ours.function_retained.retained.value
     return metrics

@@ -39,11 +39,7 @@ def embed(options: EmbedOptions) -> EmbedSummary:
         if options.backbone == "auto" and about.get("backbone"):
             settings["backbone"] = about["backbone"]
         StoreWriter(settings["store"], CODES).check_folder()  # before the encoder goes there
-        present = own_encoder(settings["store"])
-        if present is None:
-            write_encoder(encoder, settings["store"])
-        elif present.digest != encoder.digest:
-            raise InputError(f"Expected another store than {settings['store']}, whose codes are of another encoder.")
+        write_encoder(encoder, settings["store"])
 
     name = f"{settings['backbone']} {settings['pooling']} {Path(options.fasta).name}"
     requested = {f"{key}_requested" if key in ("backbone", "precision") else key: settings[key] for key in settings}

@@ -1,10 +1,7 @@
 """Representations evaluated on a labelled task, as one MLflow run."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
-
-import yaml
 
 from distil_rank.commands.embed import embed
 from distil_rank.compression.saved import load, read_manifest
@@ -56,10 +53,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         evaluation = evaluate_task(target, groups, representations, proteins.labels, notes, o.metric, o.seed)
         folder = run_folder(place, run.id)
         report = evaluation_report(evaluation)
-        for file in report.save(folder / "evaluation"):
-            run.log_artifact(file)
-        run.note(report.markdown())
-        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
+        run.keep(o, report.save(folder / "evaluation"), report.markdown())
         _log_figures(run, evaluation)
         publish(folder, place)
     report.show()

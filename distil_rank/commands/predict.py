@@ -3,13 +3,11 @@
 import csv
 import io
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import yaml
 
 from distil_rank.artefact import write_atomically
 from distil_rank.commands.train_teacher import TRAINING
@@ -55,9 +53,8 @@ def predict(options: PredictOptions) -> Path:
         writer.writerows(records)
         Path(o.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(o.output, text.getvalue().encode())
-        run.log_artifact(Path(o.output))
         run.log_metrics({"proteins": len(records)})
-        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
+        run.keep(o, [Path(o.output)], f"Predictions of {len(records):,} proteins")
     columns = [name for name in records[0] if not name.startswith("p(")]
     rows = [[str(record[name])[:40] for name in columns] for record in records[:SHOWN]]
     Table(f"The first {len(rows)} of {len(records):,} predictions", columns, rows, columns[:2:-1]).show()

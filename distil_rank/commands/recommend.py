@@ -3,36 +3,26 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import numpy as np
-import yaml
 
 from distil_rank.codes.store import ENCODER, write_codes
 from distil_rank.commands.embed import embed
 from distil_rank.commands.evaluate import metric_name
 from distil_rank.compression.saved import save
 from distil_rank.data.files import LABELLED, OWN_LABELS, find_source, sample
-from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.embedding.extraction import default_store
 from distil_rank.embedding.layers import split_source
 from distil_rank.embedding.store import Store
-from distil_rank.evaluation.representations import NO_MMSEQS
-from distil_rank.measure.statistics import LEVEL
 from distil_rank.options.embed import EmbedOptions
-from distil_rank.options.evaluation import Answer, RecommendOptions
+from distil_rank.options.evaluation import RecommendOptions
 from distil_rank.recommendation.pipelines import Fitted, layer_costs
-from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, Problem, open_problem, subset_of
+from distil_rank.recommendation.problem import CONFIRM, VALIDATE, Problem, open_problem, subset_of
 from distil_rank.recommendation.search import (
-    QUERIES,
-    Confirmed,
-    Costs,
     Evaluator,
     Outcome,
     Recommendation,
-    pareto_front,
+    confirm,
     search_pipelines,
     within_limits,
 )
@@ -66,7 +56,7 @@ def recommend(options: RecommendOptions) -> Recommendation:
     costs, words = layer_costs(problem)
     pipelines = within_limits(problem, o.max_bytes, o.max_time, costs)
     fitted = Fitted(problem)
-    validation = Evaluator(fitted, VALIDATE, o.metric, QUERIES, o.seed)
+    validation = Evaluator(fitted, VALIDATE, o.metric, seed=o.seed)
     confirmation = Evaluator(fitted, CONFIRM, o.metric, seed=o.seed)
     about = problem.about[problem.last]
     params: dict[str, object] = {"source": problem.source, "tasks": ", ".join(task.name for task in problem.tasks)}
@@ -75,13 +65,19 @@ def recommend(options: RecommendOptions) -> Recommendation:
     title = f"{Path(problem.source).stem} keep {o.keep:g}"
     with start_run("recommend", title, params=params, tags=lineage(about)) as run:
         outcomes, answers = search_pipelines(validation, pipelines, costs, o.keep)
-        result = _confirmed(o, confirmation, costs, outcomes, answers, [*notes, words], started)
-
-        folder = run_folder(output / "recommend", run.id)
+        result = confirm(confirmation, costs, outcomes, answers, o.keep, o.weigh, o.alignment)
+        pipeline, latest = result.answer.chosen.pipeline, output / "recommend" / "latest"
+        result = replace(
+            result,
+            notes=(*result.notes, *notes, words),
+            seconds=time.perf_counter() - started,
+            next=_next_command(latest, problem, pipeline.layer),
+            predictor=_predictor_command(o, problem, pipeline.layer),
+        )
+        folder = run_folder(latest.parent, run.id)
         report = recommendation_report(result)
         files = report.save(folder / "recommendation")
-        place, pipeline = folder / "codes", result.answer.chosen.pipeline
-        encoder = fitted.encoder(pipeline)
+        place, encoder = folder / "codes", fitted.encoder(pipeline)
         encoder.provenance["asked"] = {"recommended": str(pipeline), "keep": o.keep}
         shares = zip(result.tasks, result.metrics, result.answer.confirmed.retained, strict=True)
         retained = {name: {"metric": metric, **asdict(share)} for name, metric, share in shares}
@@ -92,58 +88,12 @@ def recommend(options: RecommendOptions) -> Recommendation:
             path = split_source(problem.source)[0]
             write_codes(Store.open(path if pipeline.layer is None else f"{path}:{pipeline.layer}"), place, encoder)
 
-        _log(run, result, [*files, recommended, *sorted(saved.iterdir())])
-        run.note(report.markdown())
-        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
-        link(folder.parent / "latest", folder)
+        _log(run, result)
+        run.keep(o, [*files, recommended, *sorted(saved.iterdir())], report.markdown())
+        link(latest, folder)
     report.show()
     log.info("Recommendation: %s", folder / "recommendation.md")
     return result
-
-
-def _confirmed(
-    o: RecommendOptions,
-    evaluator: Evaluator,
-    costs: Costs,
-    outcomes: Sequence[Outcome],
-    answers: Mapping[Answer, Outcome],
-    notes: list[str],
-    started: float,
-) -> Recommendation:
-    """Look once at the confirmation groups, with all three answers."""
-    problem = evaluator.fitted.problem
-    pipelines = {one.pipeline for one in answers.values()}
-    level = 1 - (1 - LEVEL) / len(pipelines) / len(problem.tasks)  # Bonferroni: the intervals hold together
-    looks = {one: evaluator.outcome(one, costs, level) for one in pipelines}
-    confirmed = {name: Confirmed.of(one, looks[one.pipeline], o.keep) for name, one in answers.items()}
-    alignable = o.alignment and problem.sequences is not None and problem.tasks[0].target.kind == "retrieval"
-    if alignable and mmseqs_binary() is None:
-        notes.append(NO_MMSEQS)
-
-    splits = [problem.split == split for split in (FIT, VALIDATE, CONFIRM)]
-    shown = {one.pipeline: one for one in [*pareto_front(outcomes, problem.searched), *answers.values()]}
-    return Recommendation(
-        source=problem.source,
-        tasks=tuple(task.name for task in problem.tasks),
-        metrics=tuple(one.metric for one in evaluator.trials),
-        keep=o.keep,
-        headline=o.weigh,
-        answers=confirmed,
-        searched=problem.searched,
-        full=evaluator.full(costs),
-        front=tuple(sorted(shown.values(), key=lambda one: one.price)),
-        outcomes=tuple(outcomes),
-        costs=tuple(costs.values()),
-        baselines=tuple(evaluator.baselines(o.alignment)),
-        proteins=tuple(int(rows.sum()) for rows in splits),
-        groups=tuple(len(np.unique(problem.group[rows])) for rows in splits),
-        grouping=problem.groups,
-        noise=problem.noise_source,
-        seconds=time.perf_counter() - started,
-        next=_next_command(Path(o.output) / "recommend" / "latest", problem, answers[o.weigh].pipeline.layer),
-        predictor=_predictor_command(o, problem, confirmed[o.weigh].chosen.pipeline.layer),
-        notes=(*problem.notes, *notes),
-    )
 
 
 def _next_command(latest: Path, problem: Problem, layer: str | None) -> str:
@@ -169,7 +119,7 @@ def _predictor_command(o: RecommendOptions, problem: Problem, layer: str | None)
     return f"make train-teacher LABELS={labels.partition(',')[0]} DATA={source}{groups}{column}"
 
 
-def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
+def _log(run: Run, result: Recommendation) -> None:
     """The parent says what was chosen; the cheapest of the front that retain enough, then the nearest, are children."""
     answer = result.answer
     confirmed, pipeline = answer.confirmed, answer.chosen.pipeline
@@ -178,8 +128,6 @@ def _log(run: Run, result: Recommendation, files: Sequence[Path]) -> None:
     words = f"{confirmed.bytes} bytes retain {confirmed.worst:.3f}"  # as much as the list has room for
     run.set_tags({"mlflow.runName": words})  # the list of runs then answers the question
     run.log_metrics({**_figures(confirmed), "pipelines": len(result.outcomes), "seconds": result.seconds})
-    for file in files:
-        run.log_artifact(file)
     for outcome in sorted(result.front, key=lambda one: max(result.keep - one.worst, 0.0))[:CHILDREN]:
         name = str(outcome.pipeline)
         params = {"choice": name, **asdict(outcome.pipeline)}

@@ -93,10 +93,7 @@ def search(options: SearchOptions) -> tuple[int, int]:
             metrics |= {"vote_right": accuracy.right.value, "vote_majority": accuracy.majority}
             notes.append(f"{metrics['votes']:,} of {len(names):,} queries have a vote: {files[-1]}. {accuracy}")
         run.log_metrics(metrics)
-        for written in files:
-            if written.stat().st_size <= MAX_ARTEFACT:
-                run.log_artifact(written)
-        run.note("\n".join(notes))
+        run.keep(options, [path for path in files if path.stat().st_size <= MAX_ARTEFACT], "\n".join(notes))
     log.info("Hits: %s (%s of %s queries, %.2f s)", table, f"{count:,}", f"{len(names):,}", seconds)
     limit = f" with E-values up to {most:g}" if least or engines.index is None else ""  # a hit is then no more
     shown = f", the first {len(first)} here" if count > len(first) else ""

@@ -1,12 +1,9 @@
 """One teacher at several ranks: a parent run with a child for each."""
 
-from pathlib import Path
-
 from distil_rank.commands.benchmark import distil_several
 from distil_rank.commands.train_teacher import largest_rank, open_data
 from distil_rank.evaluation.results import Result
 from distil_rank.options.training import DistilOptions, SweepOptions
-from distil_rank.report.tables import comparison_report
 
 RANKS = (8, 16, 32, 64, 128)
 
@@ -16,6 +13,4 @@ def sweep(options: SweepOptions) -> Result:
     o, data = options, open_data(options.data)
     ranks = o.ranks or [rank for rank in RANKS if rank <= largest_rank(data, o.teacher)]
     children = [DistilOptions(o.data, o.teacher, o.trainer, o.output, o.distil, rank, o.seeds) for rank in ranks]
-    result = distil_several("sweep", children, data, Path(o.output))
-    comparison_report(result).show()
-    return result
+    return distil_several("sweep", o, children, data)

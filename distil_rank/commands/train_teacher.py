@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning import Trainer, seed_everything
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -123,9 +122,7 @@ def train_from_labels(o: LabelledTeacherOptions) -> Evaluation:
         report.save(place / "evaluation")
         run.log_params({"kept": kept, "metric": evaluation.headline})
         run.log_metrics(scores)
-        run.log_artifact(place)
-        run.log_text(yaml.safe_dump(asdict(o)), "config.yaml")
-        run.note(report.markdown())
+        run.keep(o, [place], report.markdown())
     report.show()
     return evaluation
 
@@ -192,9 +189,8 @@ def make_teacher(
         run.log_metrics(figures)
         if check.warning:
             run.set_tags({"warning": check.warning})
-        run.log_artifact(path)
-        run.log_text(yaml.safe_dump({"teacher": asdict(options), "data": dict(data.hparams)}), "config.yaml")
-        run.note(f"**{name}** teacher, {layer.out_features} × {layer.in_features}. Checked: `{figures}`")
+        words = f"**{name}** teacher, {layer.out_features} × {layer.in_features}. Checked: `{figures}`"
+        run.keep({"teacher": asdict(options), "data": dict(data.hparams)}, [path], words)
     log.info("Teacher %s: %s (effective rank %.0f).", name, path, check.effective_rank)
     return Teacher(name, layer, check, path, run.id)
 

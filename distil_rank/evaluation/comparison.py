@@ -1,4 +1,4 @@
-"""The comparison: every replacement of one teacher, on the same held-out rows, and on the data's own labels."""
+"""The comparison: every replacement of one teacher, on the same held-out rows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
-from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import evaluate
-from distil_rank.evaluation.labelled import own_labels
-from distil_rank.evaluation.representations import module_output
-from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow, Estimate, FunctionRetained
-from distil_rank.evaluation.task import Groups, make_target
+from distil_rank.evaluation.results import OURS, RECIPE, ComparisonRow
 from distil_rank.lowrank.low_rank import LowRankLinear, parameter_count
 from distil_rank.lowrank.moments import Moments
-from distil_rank.lowrank.solvers import refit_bias, solve
+from distil_rank.lowrank.solvers import SOLVERS, solve
 from distil_rank.measure import metrics
 from distil_rank.measure.statistics import (
     Interval,
@@ -30,12 +25,11 @@ from distil_rank.measure.statistics import (
     resample_counts,
     resampled_quantile,
 )
-from distil_rank.options.evaluation import LabelOptions
 
 log = logging.getLogger(__name__)
 
 NEIGHBOURS = 10
-MAX_ROWS = 10_000  # held-out rows to measure on at most (neighbours take quadratic time), and labelled ones of a split
+MAX_ROWS = 10_000  # held-out rows to measure on at most: neighbours take quadratic time
 TRAINED = (RECIPE, OURS)
 
 
@@ -79,14 +73,7 @@ def solved_students(
     teacher: nn.Linear, moments: Moments, rank: int, spectrum: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, LowRankLinear]:
     """One student per solver; `spectrum` is `output_spectrum(teacher.weight, moments)`, if it is at hand."""
-    weight, bias = teacher.weight, teacher.bias
-    svd = solve(weight, bias, rank, "svd")
-    solved = {
-        "svd": svd,
-        "svd_bias": refit_bias(svd, weight, bias, moments.mean),  # one decomposition for both
-        "whitened_svd": solve(weight, bias, rank, "whitened_svd", moments),
-        "closed_form": solve(weight, bias, rank, "closed_form", moments, spectrum),
-    }
+    solved = {one: solve(teacher.weight, teacher.bias, rank, one, moments, spectrum) for one in SOLVERS}
     return {solver: LowRankLinear.from_factors(factors, moments.mean) for solver, factors in solved.items()}
 
 
@@ -98,7 +85,6 @@ def compare(
     held_out: HeldOut,
     optimum: str = "closed_form",
     seconds: Mapping[str, float] | None = None,
-    function: Mapping[str, FunctionRetained] | None = None,
 ) -> list[ComparisonRow]:
     """Measure replacements of one teacher on the same held-out rows, with the same resamples of their proteins.
 
@@ -112,40 +98,27 @@ def compare(
         held_out: the rows.
         optimum: the method that `share_of_optimum` and the ties refer to.
         seconds: of each method, for the report.
-        function: what each method retains by the labels, for the report.
     """
     target = teacher(held_out.x)
-    runs = {
-        name: [_figures(module(held_out.x), target, mean, held_out.proteins) for module in modules]
-        for name, modules in candidates.items()
-    }
-    averages = {
-        name: {key: np.mean([run[key] for run in several], axis=0) for key in several[0]}
-        for name, several in runs.items()
-    }
+    averages = {}
+    for name, modules in candidates.items():
+        runs = [_figures(module(held_out.x), target, mean, held_out.proteins) for module in modules]
+        averages[name] = {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}
     lost = {name: ratio(figures["residual"], figures["variance"]) for name, figures in averages.items()}
     best, counts = lost[optimum], resample_counts(held_out.proteins.max() + 1)
     table = []
     for name, modules in candidates.items():
-        std: dict[str, float] = {}
-        if len(modules) > 1:
-            singles = [_intervals(run, counts[:2]) for run in runs[name]]  # for the values alone
-            std = {key: float(np.std([one[key].value for one in singles], ddof=1)) for key in singles[0]}
         parameters = sum(value.numel() for value in modules[0].state_dict().values())
         if isinstance(layer := modules[0], LowRankLinear):  # its buffers take no part in the forward pass
             parameters = parameter_count(layer.in_features, layer.out_features, layer.rank, layer.bias is not None)
         row = ComparisonRow(
             method=name,
             parameters=parameters,
-            metrics={
-                key: Estimate(one.value, one.low, one.high, std.get(key))
-                for key, one in _intervals(averages[name], counts).items()
-            },
+            metrics=_intervals(averages[name], counts),
             share_of_optimum=(1 - lost[name].value) / (1 - best.value),
             ties_with_optimum=0 in difference(lost[name], best, counts),
             seeds=len(modules) if name in TRAINED else 0,
             seconds=(seconds or {}).get(name),
-            function_retained=(function or {}).get(name),
         )
         table.append(row)
     return table
@@ -180,32 +153,3 @@ def _intervals(figures: Mapping[str, np.ndarray], counts: np.ndarray) -> dict[st
         "centred_cosine": estimate(ratio(figures["centred_cosine"]), counts),
         "knn_overlap": estimate(ratio(figures["knn_overlap"]), counts),
     }
-
-
-def function_retained(
-    teacher: nn.Module, candidates: Mapping[str, Sequence[nn.Module]], data: EmbeddingDataModule
-) -> dict[str, FunctionRetained]:
-    """Evaluate outputs on the labels of the test rows; what is fitted (means, probes) is fitted on the training rows.
-
-    Of several modules of a method, one for each seed, the first is evaluated. The result is empty where the data have
-    no labels, or none that make a task on these rows.
-    """
-    table, ids, clusters = own_labels(data.source, data.embeddings), data.embeddings.ids, data.embeddings.clusters
-    if table is None or len(set(ids)) < len(ids):
-        return {}
-    splits = (data.split_rows.train, data.split_rows.test)
-    fit, test = ([row for row in split if ids[row] in table.labels][:MAX_ROWS] for split in splits)
-    rows = np.array([*fit, *test], dtype=int)
-    group = np.unique([clusters[row] if clusters else ids[row] for row in rows], return_inverse=True)[1]
-    groups, x = Groups(group, np.arange(len(rows)) < len(fit), data.split_rows.method), data.embeddings.x[rows]
-    modules = {"teacher": teacher, **{method: several[0] for method, several in candidates.items()}}
-    try:
-        target = make_target([table.labels[ids[row]] for row in rows], LabelOptions())
-        evaluation = evaluate(target, groups, [module_output(name, module, x) for name, module in modules.items()])
-    except InputError as error:
-        log.info("Function retained is not measured: %s", error)
-        return {}
-    words = f"{target.kind} by the labels that come with the data, {len(test):,} test rows"
-    metric = evaluation.headline
-    shares = {entry.name: entry.retained[metric] for entry in evaluation.entries if metric in entry.retained}
-    return {method: FunctionRetained(words, metric, shares[method]) for method in candidates if method in shares}

@@ -192,7 +192,7 @@ def load_matching(path: str, ids: Sequence[str]) -> np.ndarray:
     return data.x[[row_of[one] for one in ids]]
 
 
-def own_labels(source: str, data: Embeddings, labels: LabelOptions = LabelOptions()) -> LabelTable | None:  # noqa: B008
+def own_labels(source: str, data: Embeddings, labels: LabelOptions) -> LabelTable | None:
     """The labels that come with the vectors: a table in the store's folder, or those of the data file; None without."""
     own = Path(split_source(source)[0]) / OWN_LABELS
     if own.is_file():

@@ -7,7 +7,6 @@ embedding: amino-acid composition, and MMseqs2 search among the evaluated sequen
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -96,43 +95,37 @@ def module_output(name: str, module: nn.Module, x: np.ndarray, note: str | None 
 
 
 def composition(sequences: Sequence[str]) -> Representation:
-    """Amino-acid composition and length."""
-    stored = 4.0 * (len(AMINO_ACIDS) + 1)
-    return Representation(COMPOSITION, "baseline", stored, partial(composition_rows, sequences))
-
-
-def composition_rows(sequences: Sequence[str], fit: np.ndarray) -> Sides:
     """Shares of the twenty amino acids and the logarithm of the length, each standardised on the fit rows."""
-    counts = np.array([[sequence.upper().count(letter) for letter in AMINO_ACIDS] for sequence in sequences])
-    lengths = np.maximum([len(sequence) for sequence in sequences], 1)[:, None]
-    features = np.hstack([counts / lengths, np.log(lengths)])
-    spread = features[fit].std(axis=0)
-    features = (features - features[fit].mean(axis=0)) / np.where(spread > 0, spread, 1)
-    rows = torch.from_numpy(features).float()
-    return rows, rows
+
+    def make(fit: np.ndarray) -> Sides:
+        counts = np.array([[sequence.upper().count(letter) for letter in AMINO_ACIDS] for sequence in sequences])
+        lengths = np.maximum([len(sequence) for sequence in sequences], 1)[:, None]
+        features = np.hstack([counts / lengths, np.log(lengths)])
+        spread = features[fit].std(axis=0)
+        features = (features - features[fit].mean(axis=0)) / np.where(spread > 0, spread, 1)
+        rows = torch.from_numpy(features).float()
+        return rows, rows
+
+    return Representation(COMPOSITION, "baseline", 4.0 * (len(AMINO_ACIDS) + 1), make)
 
 
 def alignment(sequences: Sequence[str]) -> Representation:
-    """MMseqs2's search among the evaluated sequences, for retrieval."""
+    """MMseqs2's search among the evaluated sequences, by bit score; −∞ where no alignment was found."""
 
     def make(fit: np.ndarray) -> Scores:
-        return alignment_scores([sequences[row] for row in np.flatnonzero(~fit).tolist()])
+        evaluated = [sequences[row] for row in np.flatnonzero(~fit).tolist()]
+        with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
+            found = mmseqs_search(evaluated, evaluated, Path(folder))
+        values = found.column("bits").astype(np.float32)
+        bits = csr_array((values, (found.query, found.target)), shape=(len(evaluated), len(evaluated)))
+
+        def scores(queries: np.ndarray, targets: np.ndarray) -> Tensor:
+            block = bits[queries][:, targets].toarray()
+            return torch.from_numpy(np.where(block > 0, block, -np.inf).astype(np.float32))
+
+        return scores
 
     return Representation(ALIGNMENT, "baseline", None, make)
-
-
-def alignment_scores(sequences: Sequence[str]) -> Scores:
-    """Scores of every sequence against every other by MMseqs2's bit score; −∞ where no alignment was found."""
-    with tempfile.TemporaryDirectory(prefix="distil-rank-") as folder:
-        found = mmseqs_search(sequences, sequences, Path(folder))
-    values = found.column("bits").astype(np.float32)
-    bits = csr_array((values, (found.query, found.target)), shape=(len(sequences), len(sequences)))
-
-    def scores(queries: np.ndarray, targets: np.ndarray) -> Tensor:
-        block = bits[queries][:, targets].toarray()
-        return torch.from_numpy(np.where(block > 0, block, -np.inf).astype(np.float32))
-
-    return scores
 
 
 def nearest_neighbour(x: np.ndarray, y: np.ndarray) -> Representation:

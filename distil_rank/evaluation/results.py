@@ -22,33 +22,16 @@ METHOD_NOTE = (
 
 
 @dataclass(frozen=True)
-class Estimate(Interval):
-    """A held-out figure with its 95 % interval over proteins, and its standard deviation over seeds if several."""
-
-    std: float | None = None
-
-
-@dataclass(frozen=True)
-class FunctionRetained:
-    """The replacement's score on a labelled task over the teacher's."""
-
-    task: str
-    metric: str
-    retained: Interval
-
-
-@dataclass(frozen=True)
 class ComparisonRow:
     """One replacement of the teacher on the held-out rows."""
 
     method: str
     parameters: int
-    metrics: dict[str, Estimate]
+    metrics: dict[str, Interval]  # with 95 % intervals over proteins
     share_of_optimum: float
     ties_with_optimum: bool
     seeds: int = 0
     seconds: float | None = None
-    function_retained: FunctionRetained | None = None
 
 
 @dataclass
@@ -82,16 +65,6 @@ class ParetoPoint:
 
 
 @dataclass(frozen=True)
-class ParameterCounts:
-    """Of the dense layer and of its replacement; below `break_even_rank` the replacement is the smaller one."""
-
-    dense: int
-    student: int
-    ratio: float
-    break_even_rank: float
-
-
-@dataclass(frozen=True)
 class TeacherCheck:
     """Whether a layer is worth distilling; the denoising figures are None unless it is a denoiser."""
 
@@ -111,7 +84,7 @@ class TeacherResult:
     rank_requested: int | float | str
     rank_note: str
     shape: tuple[int, int]
-    parameters: ParameterCounts
+    parameters: dict[str, float]  # dense, student, ratio, and the break_even_rank below which the student is smaller
     predicted_r2: float
     held_out_r2: float
     held_out_note: str | None

@@ -110,11 +110,9 @@ def open_problem(
     proteins = list(layers.values())[-1]
 
     several = labels.source is not None and not Path(labels.source).is_file()
-    sources = [replace(labels, source=part.strip()) for part in (labels.source or "").split(",")]
-    tables = [
-        (one, read_labels(one) if one.source is not None else own_labels(source, proteins, one))
-        for one in (sources if several else [labels])
-    ]
+    names = str(labels.source).split(",") if several else [labels.source]
+    every = [replace(labels, source=name and name.strip()) for name in names]
+    tables = [(one, own_labels(source, proteins, one) if one.source is None else read_labels(one)) for one in every]
     tasks = [label(source, proteins, table, one, kind, groups, 0.5, seed) for one, table in tables if table is not None]
     if not tasks:
         return _copy_problem(source, layers, groups, seed, folder / "copies")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
 from distil_rank.data.mmseqs import mmseqs_binary
 from distil_rank.errors import InputError
-from distil_rank.evaluation.evaluate import RetrievalTrial, Trial, headline_of, make_trial
-from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, alignment_scores, composition_rows
+from distil_rank.evaluation.evaluate import MAX_QUERIES, Trial, headline_of, make_trial
+from distil_rank.evaluation.representations import ALIGNMENT, COMPOSITION, NO_MMSEQS, Sides, alignment, composition
 from distil_rank.evaluation.task import Groups
 from distil_rank.measure.progress import progress
 from distil_rank.measure.statistics import (
@@ -29,10 +30,10 @@ from distil_rank.measure.statistics import (
 )
 from distil_rank.options.evaluation import Answer
 from distil_rank.recommendation.pipelines import Cost, Fitted, Pipeline, full_pipeline, grid
-from distil_rank.recommendation.problem import FIT, Problem
+from distil_rank.recommendation.problem import CONFIRM, FIT, VALIDATE, Problem
 
 SCHEMA = 2
-QUERIES = 2000  # validation proteins that each pipeline is searched with at most
+QUERIES = 2000  # validation proteins that each pipeline is searched with at most, by default
 ONE_SIDED = 0.90  # level of an interval whose lower end 95 % lie above
 LOOKS = 3  # at the confirmation groups, one for each answer
 LIKELY = 0.5  # more likely to be confirmed than not: only then is a pipeline an answer
@@ -111,8 +112,8 @@ class Recommendation:
     groups: tuple[int, ...]  # in each split
     grouping: str
     noise: str
-    seconds: float
-    next: str  # command to type
+    seconds: float = 0.0
+    next: str = ""  # command to type
     predictor: str | None = None  # for classes or numbers: the command that trains a predictor of them
     notes: tuple[str, ...] = ()
 
@@ -146,19 +147,20 @@ class Evaluator:
         fitted: Fitted,
         split: int,
         metric: str | None = None,
-        max_queries: int = 10_000,
+        max_queries: int | None = None,
         seed: int = 0,
         quick: bool = False,
     ) -> None:
         self.fitted, self.trials, problem = fitted, list[TaskTrial](), fitted.problem
-        self.options = (split, metric, max_queries, seed)
+        most = max_queries or (QUERIES if split == VALIDATE else MAX_QUERIES)
+        self.options = (split, metric, most, seed)
         self.statistics: dict[Pipeline, list[Statistic]] = {}
         for task in problem.tasks:
             own = problem.split[task.rows]
             inside = np.flatnonzero((own == split) | ((own == FIT) & (task.target.kind != "retrieval")))
             rows = task.rows[inside]
             groups = Groups(problem.group[rows], own[inside] == FIT, "")
-            trial = make_trial(task.target.subset(inside), groups, max_queries, seed, quick)
+            trial = make_trial(task.target.subset(inside), groups, most, seed, quick)
             name, full = headline_of(trial, metric), fitted.full(rows)
             reference, trivial = trial.measure(full)[name], {}
             if not quick:
@@ -181,8 +183,7 @@ class Evaluator:
 
     def full(self, costs: Costs) -> Outcome:
         """The full vector, which retains all."""
-        references = [one.reference for one in self.trials]
-        return self._outcome(full_pipeline(self.fitted.problem), costs, LEVEL, references)
+        return self._outcome(full_pipeline(self.fitted.problem), costs, LEVEL, [one.reference for one in self.trials])
 
     def _outcome(self, pipeline: Pipeline, costs: Costs, level: float, own: Sequence[Statistic]) -> Outcome:
         shares = [
@@ -210,17 +211,16 @@ class Evaluator:
         ratios = [log_ratio(*pair) for pair in pairs]
         return all(ratio is None or abs(ratio[0]) <= ratio[1] for ratio in ratios)
 
-    def baselines(self, alignment: bool) -> list[Baseline]:
-        """What composition, what is trivial and, where it is wanted and can be, MMseqs2 score on the first task."""
+    def baselines(self, aligned: bool) -> list[Baseline]:
+        """What composition, what is trivial and, where it is wanted, MMseqs2 score on the first task."""
         sequences, one = self.fitted.problem.sequences, self.trials[0]
         scores = dict(one.trivial)
         if sequences is not None:
-            rows = composition_rows(sequences, self.fitted.problem.split == FIT)[0][one.rows]
-            scores[COMPOSITION] = one.trial.measure((rows, rows))[one.metric]
-            if alignment and isinstance(one.trial, RetrievalTrial) and mmseqs_binary() is not None:
-                scores[ALIGNMENT] = one.trial.measure(alignment_scores([sequences[row] for row in one.rows]))[
-                    one.metric
-                ]
+            rows, _ = cast(Sides, composition(sequences).make(self.fitted.problem.split == FIT))
+            scores[COMPOSITION] = one.trial.measure((rows[one.rows], rows[one.rows]))[one.metric]
+            if aligned:
+                search = alignment([sequences[row] for row in one.rows]).make(np.zeros(len(one.rows), dtype=bool))
+                scores[ALIGNMENT] = one.trial.measure(search)[one.metric]
         return [Baseline(name, score.value, score.value / one.reference.value) for name, score in scores.items()]
 
 
@@ -305,6 +305,45 @@ def choose(
         "smallest": best(most(most(enough, smaller, 1), quicker, 0)),
         "best": best(enough),
     }
+
+
+def confirm(
+    evaluator: Evaluator,
+    costs: Costs,
+    outcomes: Sequence[Outcome],
+    answers: Mapping[Answer, Outcome],
+    keep: float,
+    headline: Answer,
+    aligned: bool,
+) -> Recommendation:
+    """Look once at the evaluator's groups, with all three answers, beside what needs no embedding."""
+    problem = evaluator.fitted.problem
+    pipelines = {one.pipeline for one in answers.values()}
+    level = 1 - (1 - LEVEL) / len(pipelines) / len(problem.tasks)  # Bonferroni: the intervals hold together
+    looks = {one: evaluator.outcome(one, costs, level) for one in pipelines}
+    aligned = aligned and problem.sequences is not None and problem.tasks[0].target.kind == "retrieval"
+    missing = aligned and mmseqs_binary() is None
+    splits = [problem.split == split for split in (FIT, VALIDATE, CONFIRM)]
+    shown = {one.pipeline: one for one in [*pareto_front(outcomes, problem.searched), *answers.values()]}
+    return Recommendation(
+        source=problem.source,
+        tasks=tuple(task.name for task in problem.tasks),
+        metrics=tuple(one.metric for one in evaluator.trials),
+        keep=keep,
+        headline=headline,
+        answers={name: Confirmed.of(one, looks[one.pipeline], keep) for name, one in answers.items()},
+        searched=problem.searched,
+        full=evaluator.full(costs),
+        front=tuple(sorted(shown.values(), key=lambda one: one.price)),
+        outcomes=tuple(outcomes),
+        costs=tuple(costs.values()),
+        baselines=tuple(evaluator.baselines(aligned and not missing)),
+        proteins=tuple(int(rows.sum()) for rows in splits),
+        groups=tuple(len(np.unique(problem.group[rows])) for rows in splits),
+        grouping=problem.groups,
+        noise=problem.noise_source,
+        notes=(*problem.notes, *[NO_MMSEQS] * missing),
+    )
 
 
 def pareto_front(outcomes: Sequence[Outcome], searched: bool = True) -> list[Outcome]:

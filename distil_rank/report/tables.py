@@ -18,7 +18,7 @@ from distil_rank.report import pictures
 from distil_rank.report.writer import Report, Table, number
 
 EVALUATION_SCHEMA = 1  # of the JSON; a comparison and a recommendation have their own
-NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10", "function")
+NARROW = ("rel. MSE", "cosine", "cos p5", "95 %", "cen. cos", "kNN@10")
 COLUMNS = {
     "r2": "R²",
     "centred_cosine": "cen. cos",
@@ -64,16 +64,12 @@ def teacher_table(teacher: TeacherResult) -> Table:
     """Every method on the same held-out rows."""
     seeds = max(row.seeds for row in teacher.comparison)
     trained = f" (trained rows: mean of {seeds} seeds)" if seeds > 1 else ""
-    labelled = any(row.function_retained for row in teacher.comparison)
     first, *others = COLUMNS.values()
-    head, rows = ["method", first, "95 %", *others, "optimum", *["function"] * labelled], []
+    head, rows = ["method", first, "95 %", *others, "optimum"], []
     for row in teacher.comparison:
         value, *values = (number(row.metrics[key].value) for key in COLUMNS)
         tie = " ≈" if row.ties_with_optimum and row.method != "closed_form" else ""
-        cells = [row.method, value, _ends(row.metrics["r2"]), *values, f"{100 * row.share_of_optimum:.1f} %{tie}"]
-        if labelled:
-            cells.append("–" if row.function_retained is None else number(row.function_retained.retained.value, 3))
-        rows.append(cells)
+        rows.append([row.method, value, _ends(row.metrics["r2"]), *values, f"{100 * row.share_of_optimum:.1f} %{tie}"])
     return Table(f"{teacher.teacher} teacher, rank {teacher.rank}{trained}", head, rows, NARROW)
 
 
@@ -85,7 +81,7 @@ def summary_table(result: Result) -> Table:
         speed_up = teacher.speed_up()
         pairs = [f"{number(svd[key].value, n)} → {number(ours[key].value, n)}" for key, n in SUMMARY.items()]
         speed = "–" if speed_up is None else f"{speed_up:.1f}x"
-        rows.append([teacher.teacher, str(teacher.rank), *pairs, f"{teacher.parameters.ratio:.2f}x", speed])
+        rows.append([teacher.teacher, str(teacher.rank), *pairs, f"{teacher.parameters['ratio']:.2f}x", speed])
     head = ["teacher", "rank", "R²: SVD → ours", "cosine", "rel. MSE", "parameters", "speed-up"]
     return Table("Plain SVD beside Distil-Rank", head, rows, NARROW)
 
@@ -104,10 +100,6 @@ def comparison_notes(result: Result) -> list[str]:
             f"rows, held-out {teacher.held_out_r2:.4f}{teacher.rank_note}. {teacher.training_note}"
             + (f" {teacher.held_out_note}." if teacher.held_out_note else "")
         )
-        function = next((row.function_retained for row in teacher.comparison if row.function_retained), None)
-        if function:
-            share = f"function is the share retained of the teacher's {function.metric}"
-            lines.append(f"{teacher.teacher}: {share}, {function.task}.")
         if teacher.check.warning:
             lines.append(f"WARNING: {teacher.check.warning}")
     return [*lines, f"Machine: {result.machine}."]
@@ -118,11 +110,8 @@ def evaluation_report(evaluation: Evaluation, following: str | None = None) -> R
 
     Or a teacher from labels beside what needs no training, where `following` is what to type next.
     """
-    data, notes = (
-        {"schema": EVALUATION_SCHEMA, **asdict(evaluation)},
-        [f"Groups: {evaluation.groups}.", *evaluation.notes],
-    )
-    table = [evaluation_table(evaluation)]
+    data, table = {"schema": EVALUATION_SCHEMA, **asdict(evaluation)}, [evaluation_table(evaluation)]
+    notes = [f"Groups: {evaluation.groups}.", *evaluation.notes]
     if following is not None:
         return Report(table, notes, PREDICTION_METHOD, Table("", ["what to type next"], [[following]]), data)
     return Report(table, notes, EVALUATION_METHOD, data=data, draw=partial(pictures.draw_evaluation, evaluation))

@@ -10,14 +10,16 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import requests
+import yaml
 from filelock import FileLock
 from mlflow.data.dataset_source_registry import get_dataset_source_from_json
 from mlflow.data.meta_dataset import MetaDataset
@@ -36,6 +38,7 @@ from distil_rank.tracking.run_store import (
     artifact_location,
     default_tracking_uri,
     exit_on_signals,
+    list_view,
     versions,
     was_interrupted,
     without_credentials,
@@ -96,17 +99,21 @@ class Run:
         """Keep a file with the run."""
         self.client.log_artifact(self.id, str(path))
 
-    def log_text(self, text: str, file: str) -> None:
-        """Keep a text as an artifact of this name."""
-        self.client.log_text(self.id, text, file)
+    def keep(self, options: Any, files: Iterable[Path], markdown: str) -> None:
+        """Keep what each command leaves: its options, as `config.yaml`, its files and its note."""
+        config = options if isinstance(options, Mapping) else asdict(options)
+        self.client.log_text(self.id, yaml.safe_dump(config), "config.yaml")
+        for path in files:
+            self.log_artifact(path)
+        self.note(markdown)
 
-    def log_dataset(self, shape: Sequence[int], *, name: str, digest: str, context: str, source: str) -> None:
-        """Record the rows that went in, `(N, n)`, by name, digest and location; not the rows themselves.
+    def log_dataset(self, width: int, *, name: str, digest: str, context: str, source: str) -> None:
+        """Record the rows that went in, `(N, width)`, by name, digest and location; not the rows themselves.
 
         A server takes 36 characters of the digest.
         """
         origin = get_dataset_source_from_json(json.dumps({"uri": source}), "local")
-        schema = Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))])
+        schema = Schema([TensorSpec(np.dtype(np.float32), (-1, width))])
         dataset = MetaDataset(origin, name=name, digest=digest[:36], schema=schema)  # type: ignore[abstract]
         context_tag = [InputTag("mlflow.data.context", context)]
         self.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), context_tag)])
@@ -241,8 +248,8 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, location: str | None)
         )
     tags = {"mlflow.experimentKind": "custom_model_development"}  # the user interface then shows runs, not traces
     if name in RUN_LISTS:
-        tags["mlflow.note.content"] = RUN_LISTS[name].note
-        tags[f"mlflow.sharedViewState.{VIEW}"] = RUN_LISTS[name].view()
+        tags["mlflow.note.content"], columns = RUN_LISTS[name]
+        tags[f"mlflow.sharedViewState.{VIEW}"] = list_view(columns)
     for key, value in tags.items():
         if entry.tags.get(key) != value:
             client.set_experiment_tag(entry.experiment_id, key, value)

@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,67 +20,53 @@ MODEL_TRAINING = "workflowType=machine_learning"  # in a page's address: not amo
 WIDTHS = {"choice": 220, "verdict": 120, "source": 180, "codes": 160, "fasta": 160}  # of columns of long words
 
 
-@dataclass(frozen=True)
-class RunList:
-    """What one experiment holds, and which columns its run list opens with."""
-
-    note: str
-    params: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
-
-    def view(self) -> str:
-        """The columns, in the form that MLflow's user interface keeps a view in."""
-        named = {f"params.`{name}`": name for name in self.params}
-        named |= {f"metrics.`{name}`": name for name in self.metrics}
-        widths = {column: WIDTHS.get(name, max(80, 30 + 7 * len(name))) for column, name in named.items()}  # in pixels
-        return json.dumps({"selectedColumns": list(named), "columnOrder": list(named), "columnWidths": widths})
-
-
-# No prefix: charts of curves come first.
-_FIDELITY = ("r2", "centred_cosine", "knn_overlap", "share_of_optimum", "cosine")
-_STUDENTS = ("children", *_FIDELITY, "speed_up", "parameter_ratio")
+# By experiment: what it holds, and the columns that its run list opens with, parameters before the bar and metrics
+# behind it; no prefix: charts of curves come first.
+_STUDENTS = (
+    "teacher rank backbone | children r2 centred_cosine knn_overlap share_of_optimum cosine speed_up parameter_ratio"
+)
 RUN_LISTS = {
-    "embed": RunList(
+    "embed": (
         "Protein sequences through ESM-2: what was read, with which weights, and how fast.",
-        params=("backbone", "pooling", "precision"),
-        metrics=("proteins", "computed", "residues_per_second", "seconds"),
+        "backbone pooling precision | proteins computed residues_per_second seconds",
     ),
-    "teacher": RunList(
+    "teacher": (
         "The dense layers to be compressed: trained denoisers, random and spectral-decay layers, layers of your own.",
-        params=("teacher", "backbone"),
-        metrics=("effective_rank", "denoising_r2", "noise_to_std"),
+        "teacher backbone | effective_rank denoising_r2 noise_to_std",
     ),
-    "distil": RunList(
+    "distil": (
         "Low-rank students beside the teachers they replace, on held-out proteins. A benchmark shows its best.",
-        params=("teacher", "rank", "backbone"),
-        metrics=_STUDENTS,
+        _STUDENTS,
     ),
-    "sweep": RunList(
+    "sweep": (
         "One teacher at many ranks: a sweep shows the best of its runs; open it to compare them.",
-        params=("teacher", "rank", "backbone"),
-        metrics=_STUDENTS,
+        _STUDENTS,
     ),
-    "evaluate": RunList(
+    "evaluate": (
         "Representations of the same proteins on labelled tasks: what each keeps of the full vector's function.",
-        params=("source", "task", "labels", "metric", "best"),
-        metrics=("full", "best", "retained", "retained_low", "best_bytes"),
+        "source task labels metric best | full best retained retained_low best_bytes",
     ),
-    "recommend": RunList(
+    "recommend": (
         "The cheapest pipeline that retains a function; open a run to compare it with others of the Pareto front.",
-        params=("choice", "verdict", "keep", "source"),
-        metrics=("retained", "retained_low", "bytes", "time"),
+        "choice verdict keep source | retained retained_low bytes time",
     ),
-    "code": RunList(
+    "code": (
         "Encoders of a few bytes a protein: what each retains of the full vector's function.",
-        params=("source", "metric", "rank", "dtype"),
-        metrics=("bytes", "score", "full", "retained", "retained_low"),
+        "source metric rank dtype | bytes score full retained retained_low",
     ),
-    "search": RunList(
+    "search": (
         "Searches of proteins among codes.",
-        params=("codes", "fasta", "targets", "bytes"),
-        metrics=("queries", "hits", "recall", "seconds"),
+        "codes fasta targets bytes | queries hits recall seconds",
     ),
 }
+
+
+def list_view(columns: str) -> str:
+    """Columns of `RUN_LISTS`, in the form that MLflow's user interface keeps a view in."""
+    params, metrics = (part.split() for part in columns.split("|"))
+    names = {**{f"params.`{name}`": name for name in params}, **{f"metrics.`{name}`": name for name in metrics}}
+    widths = {column: WIDTHS.get(name, max(80, 30 + 7 * len(name))) for column, name in names.items()}  # in pixels
+    return json.dumps({"selectedColumns": list(names), "columnOrder": list(names), "columnWidths": widths})
 
 
 def default_tracking_uri(root: Path = Path()) -> str:

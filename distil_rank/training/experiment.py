@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from distil_rank.data.datamodule import EmbeddingDataModule
 from distil_rank.errors import InputError
-from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, function_retained, solved_students
+from distil_rank.evaluation.comparison import ConstantOutput, HeldOut, compare, solved_students
 from distil_rank.evaluation.results import (
     OURS,
     RECIPE,
     Curve,
-    ParameterCounts,
     ParetoPoint,
     Spectrum,
     TeacherCheck,
@@ -123,8 +122,7 @@ def run_experiment(
     seconds = {"closed_form": solving, RECIPE: recipe.seconds, OURS: ours.seconds + solving}
     single = {"constant": ConstantOutput(module.output_mean), **baselines}
     methods = {**{method: [layer] for method, layer in single.items()}, RECIPE: recipe.students, OURS: ours.students}
-    function = function_retained(module.teacher, methods, data)
-    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds, function=function)
+    rows = compare(module.teacher, methods, module.output_mean, held_out, seconds=seconds)
 
     n, m, reached = teacher.in_features, teacher.out_features, module.layer.rank
     predicted = float(r2_curve(module.spectrum[0])[reached - 1])
@@ -140,7 +138,7 @@ def run_experiment(
         rank_requested=options.rank or RANK,
         rank_note=_rank_note(teacher, reached, predicted - measured, len(data.split_rows.train)),
         shape=(m, n),
-        parameters=ParameterCounts(dense, small, dense / small, break_even_rank(n, m)),
+        parameters={"dense": dense, "student": small, "ratio": dense / small, "break_even_rank": break_even_rank(n, m)},
         predicted_r2=predicted,
         held_out_r2=measured,
         held_out_note=held_out.note,

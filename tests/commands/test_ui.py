@@ -134,5 +134,5 @@ def test_a_remote_server_has_its_own_page(monkeypatch, capsys):
 def test_a_database_that_cannot_be_read_is_one_clear_error(project):
     (project / "mlruns" / "mlflow.db").write_text("not a database" * 100)
     ended = subprocess.run(serve(project), capture_output=True, text=True, timeout=120, check=False)
-    assert re.search(r"InputError: Expected MLflow to start at .* see .*ui\.log", ended.stderr)
+    assert re.search(r"InputError: Expected MLflow to run at .* see .*ui\.log", ended.stderr)
     assert "not a database" in (project / "mlruns" / "ui.log").read_text()

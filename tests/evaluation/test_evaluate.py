@@ -13,7 +13,6 @@ from distil_rank.evaluation.evaluate import evaluate, make_trial
 from distil_rank.evaluation.labelled import open_labelled
 from distil_rank.evaluation.representations import (
     alignment,
-    alignment_scores,
     composition,
     full_vector,
     module_output,
@@ -85,7 +84,7 @@ def test_a_better_baseline_is_named():
 def test_alignment_is_a_baseline(opened):
     rows = opened.groups.evaluated
     sequences = [opened.embeddings.sequences[row] for row in rows]
-    scores = alignment_scores(sequences)
+    scores = alignment(sequences).make(np.zeros(len(rows), dtype=bool))
     block = scores(np.arange(5), np.arange(len(rows)))
     assert block.shape == (5, len(rows)) and (block.argmax(1) == torch.arange(5)).all()  # each finds itself
     x = opened.embeddings.x

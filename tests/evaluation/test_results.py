@@ -15,9 +15,6 @@ from distil_rank.evaluation.results import (
     RECIPE,
     ComparisonRow,
     Curve,
-    Estimate,
-    FunctionRetained,
-    ParameterCounts,
     ParetoPoint,
     Result,
     Spectrum,
@@ -25,13 +22,14 @@ from distil_rank.evaluation.results import (
     TeacherResult,
 )
 from distil_rank.measure.latency import LayerLatency
+from distil_rank.measure.statistics import Interval
 from distil_rank.report.tables import comparison_report
 
 METRICS = ("r2", "centred_cosine", "knn_overlap", "cosine_p5", "cosine", "relative_mse")
 
 
 def comparison_row(method, r2=0.9, **options):
-    metrics = {name: Estimate(r2, r2 - 0.1, r2 + 0.1) for name in METRICS}
+    metrics = {name: Interval(r2, r2 - 0.1, r2 + 0.1) for name in METRICS}
     return ComparisonRow(method, 10, metrics, 1.0, False, **options)
 
 
@@ -47,7 +45,7 @@ def a_result(*comparison):
         rank_requested="auto",
         rank_note="",
         shape=(32, 32),
-        parameters=ParameterCounts(1056, 544, 1056 / 544, 16.0),
+        parameters={"dense": 1056, "student": 544, "ratio": 1056 / 544, "break_even_rank": 16.0},
         predicted_r2=0.9,
         held_out_r2=0.8,
         held_out_note=None,
@@ -68,14 +66,6 @@ def test_what_is_not_a_number_becomes_null(tmp_path):
     path = saved(result, tmp_path / "summary")
     content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert content["schema"] == 2 and content["teachers"][0]["comparison"][0]["metrics"]["r2"]["value"] is None
-
-
-def test_the_function_kept_on_a_labelled_task_is_a_column_and_a_note():
-    assert "function" not in comparison_report(a_result()).markdown()
-    retained = FunctionRetained("retrieval by superfamily", "mAP", Estimate(0.98, 0.95, 1.01))
-    result = a_result(comparison_row("svd"), comparison_row(OURS, function_retained=retained))
-    text = comparison_report(result).markdown()
-    assert "| function |" in text and "| 0.980 |" in text and "mAP, retrieval by superfamily" in text
 
 
 def test_the_documentation_names_every_key():

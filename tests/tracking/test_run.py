@@ -30,10 +30,8 @@ def test_a_run_keeps_what_it_is_given(project, tmp_path):
         for step in range(3):
             run.log_metrics({"val/r2": step / 10}, step)
         run.log_metrics({"test/r2": 0.5})
-        run.note("**bold**")
-        run.log_artifact(tmp_path / "figure.png")
-        run.log_text("a: 1", "config.yaml")
-        run.log_dataset((10, 4), name="sample", digest="d" * 16, context="test", source="data/sample.arrow")
+        run.keep({"a": 1}, [tmp_path / "figure.png"], "**bold**")
+        run.log_dataset(4, name="sample", digest="d" * 16, context="test", source="data/sample.arrow")
         assert client(project).get_run(run.id).info.status == "RUNNING"
 
     retained = client(project).get_run(run.id)
@@ -52,7 +50,7 @@ def test_a_run_keeps_what_it_is_given(project, tmp_path):
     assert mlflow.data.get_source(dataset).to_dict() == {"uri": "data/sample.arrow"}
     folder = project / "mlruns" / "artifacts" / "distil" / run.id / "artifacts"
     assert (folder / "figure.png").read_bytes() == b"png"
-    assert (folder / "config.yaml").read_text() == "a: 1"
+    assert (folder / "config.yaml").read_text() == "a: 1\n"
 
 
 def test_a_run_names_its_commit(project, monkeypatch):
@@ -98,7 +96,7 @@ def test_only_the_first_process_of_a_distributed_command_keeps_its_run(project, 
         second.setenv("LOCAL_RANK", "1")
         with start_run("embed", "on two devices", params={}, tags={}, root=project) as run:
             run.log_metrics({"proteins": 3})
-            run.log_text("a: 1", "config.yaml")
+            run.keep({"a": 1}, [], "")
     assert client(project).get_experiment_by_name("embed") is None
     assert {path.name for path in (project / "mlruns").iterdir()} == {"mlflow.db"}
 

@@ -103,8 +103,8 @@ def test_a_remote_server_keeps_everything(tmp_path, layer, rows, monkeypatch):
         (tmp_path / "project").mkdir()
         with start_run("distil", "remote", params={"rank": 3}, tags={}, root=tmp_path / "project") as run:
             run.log_metrics({"test/r2": 0.5})
-            run.log_text("a: 1", "config.yaml")
-            run.log_dataset((5, 12), name="sample", digest="d" * 64, context="test", source="data")
+            run.keep({"a": 1}, [], "")
+            run.log_dataset(12, name="sample", digest="d" * 64, context="test", source="data")
             uri = register_student(run, log_student(run, layer, rows), {"r2": 0.5})
         client = MlflowClient(address)
         retained = client.get_run(run.id)
@@ -113,5 +113,5 @@ def test_a_remote_server_keeps_everything(tmp_path, layer, rows, monkeypatch):
         version = client.get_model_version("distil-rank", "1")
         assert version.run_id == run.id
         place = client.download_artifacts(run.id, "config.yaml", str(tmp_path))
-        assert Path(place).read_text() == "a: 1"
+        assert Path(place).read_text() == "a: 1\n"
         assert not list((tmp_path / "project").iterdir())
