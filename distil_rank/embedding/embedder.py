@@ -223,11 +223,6 @@ class Embedder:
         """Whether one core is enough for a batch; independent of their number, on which no vector may depend."""
         return self.encoder.device.type == "cpu" and self.dim < WIDE
 
-    @property
-    def parallel_batches(self) -> int:
-        """Batches that `stream` computes at once."""
-        return torch.get_num_threads() if self._narrow else 1
-
     def stream(self, batches: Iterable[tuple[Name, list[str]]]) -> Iterator[tuple[Name, Embedded]]:
         """Embeds named batches and yields the vectors of each with its name, in order.
 
@@ -241,7 +236,7 @@ class Embedder:
         if isinstance(self.encoder, GpuEncoder):
             yield from self._overlapped(batches, self.encoder.device)
             return
-        threads = self.parallel_batches
+        threads = torch.get_num_threads() if self._narrow else 1  # batches at once
         keep_freed_memory()
         if threads == 1:
             yield from ((name, self.embed(texts)) for name, texts in batches)

@@ -20,13 +20,13 @@ from distil_rank.embedding.backbone import ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder
 from distil_rank.embedding.gpu import GpuEncoder, this_gpu
 from distil_rank.embedding.int8.quantisation import CalibrationEncoder
-from distil_rank.embedding.layers import LayerCost, layer_costs, parse_layers
+from distil_rank.embedding.layers import parse_layers
 from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.embedding.planning import SHARD_BYTES, Shard
 from distil_rank.embedding.precision import CALIBRATION, HEAD, choose, int8_encoder, store_calibration
 from distil_rank.embedding.sequences import CleaningReport, iter_records, uncompressed_name
 from distil_rank.embedding.storage import is_remote
-from distil_rank.embedding.store import CODES, EMBEDDINGS
+from distil_rank.embedding.store import CODES, EMBEDDINGS, layers_of
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
@@ -90,7 +90,7 @@ class Extraction:
     def embedder(self) -> Embedder:
         """The embedder with the store's settings."""
         manifest = self.writer.manifest
-        layers = manifest.get("layers") or [manifest["layer"]]
+        layers = layers_of(manifest)
         encoder, precision = self._compared, manifest["precision"]
         if precision == "int8" and encoder is None:  # after a restart, and in other processes
             calibration = store_calibration(self.writer, self.device)
@@ -256,11 +256,6 @@ class Extraction:
         """What a GPU computed with, as users are told it; nothing where this process computed none."""
         encoder = vars(self)["embedder"].encoder if "embedder" in vars(self) else None
         return {"kernels": encoder.kernels} if isinstance(encoder, GpuEncoder) else {}
-
-    def costs(self, computed: int, residues: int, seconds: float) -> list[LayerCost]:
-        """What stopping behind each layer costs, as measured while computing."""
-        clock, threads = self.embedder.encoder.clock, self.embedder.parallel_batches
-        return layer_costs(clock, self.backbone.num_layers, seconds, computed, residues, threads)
 
 
 def tokens_that_fit(memory: int, dim: int, copied: int = 0) -> int:

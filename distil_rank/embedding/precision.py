@@ -20,7 +20,6 @@ from distil_rank.embedding.backbone import ESM2Backbone
 from distil_rank.embedding.esm2 import FusedEncoder, has_bf16_units
 from distil_rank.embedding.gpu import GpuEncoder
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, has_int8_units
-from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import open_storage
@@ -256,10 +255,9 @@ def compare_bf16(
 
 
 def pooled(encoder: Encoder, backbone: Backbone, sequences: list[str]) -> Tensor:
-    """Means over residues, (sequences, dim); the encoder's clock starts anew."""
+    """Means over residues, (sequences, dim)."""
     tokens, lengths = backbone.tokens.pack(sequences)
     hidden = encoder(tokens, lengths).cpu()
-    encoder.clock = LayerClock(encoder.layer, encoder.device)
     first, after = len(backbone.tokens.before), len(backbone.tokens.after)
     return torch.stack([part[first : len(part) - after].mean(0) for part in hidden.split(lengths)])
 

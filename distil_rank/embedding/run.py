@@ -9,9 +9,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import torch
 
 from distil_rank.embedding.cluster import check_answers, compute_elastically
 from distil_rank.embedding.extraction import Extraction
-from distil_rank.embedding.layers import LayerCost, split_source
+from distil_rank.embedding.layers import layer_costs, split_source
 from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.storage import Location
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.store import Store, layers_of
 from distil_rank.errors import InputError, examples
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.embed import Accelerator, EmbedOptions
@@ -56,7 +56,6 @@ class EmbedSummary:
     pooling: str
     dim: int
     layers: str
-    layer_cost: str | None  # what stopping behind each layer costs; None where nothing was computed
     fallback: str | None  # the warning, where the default backbone was not available
     digest: str
 
@@ -118,20 +117,19 @@ def embed(
         computed, residues = _compute(extraction, shards, fabric)
         wait_for("all shards")
         seconds = time.perf_counter() - start
-        costs = [] if elastic or not computed else extraction.costs(computed, residues, seconds)
         if leads:
             writer.finish()
         if leads and computed:
+            last, depth = layers_of(writer.manifest)[-1], extraction.backbone.num_layers
+            costs = [] if elastic else layer_costs(last, depth, seconds, computed)  # of no one machine
             figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3), "run": run}
-            writer.record_extraction(
-                **environment(extraction.device), **figures | extraction.how, layer_costs=[asdict(one) for one in costs]
-            )
+            writer.record_extraction(**environment(extraction.device), **figures, **extraction.how, layer_costs=costs)
         wait_for("finished")
-        last = "".join(f":{layer}" for layer in writer.manifest.get("layers", [])[-1:])  # named: none is chosen
-        opened = Store.open(f"{writer.path}{last}", writer.content)  # before the lock is released
+        named = "".join(f":{layer}" for layer in writer.manifest.get("layers", [])[-1:])  # so that none is chosen
+        opened = Store.open(f"{writer.path}{named}", writer.content)  # before the lock is released
         wait_for("opened")
 
-    return _summary(opened, added, report, computed, residues, seconds, costs, extraction.how)
+    return _summary(opened, added, report, computed, residues, seconds, extraction.how)
 
 
 def _compute(extraction: Extraction, shards: list[Shard], fabric: Any) -> tuple[int, int]:
@@ -183,7 +181,6 @@ def _summary(
     computed: int,
     residues: int,
     seconds: float,
-    costs: Sequence[LayerCost],
     how: Mapping[str, str],
 ) -> EmbedSummary:
     manifest, skipped = store.manifest, store.skipped
@@ -205,8 +202,7 @@ def _summary(
         long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
         cleaning=str(report),
         precision_note="; ".join(notes) or None,
-        layers=", ".join(map(str, store.layers or [manifest["layer"]])),
-        layer_cost="; ".join(map(str, costs)) or None,
+        layers=", ".join(map(str, layers_of(manifest))),
         digest=store.digest,
         **{key: manifest[key] for key in ("backbone", "precision", "pooling", "dim", "fallback")},
     )

@@ -365,8 +365,7 @@ def claimed(device, monkeypatch):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("window", [None, 16])
-def test_nothing_waits_inside_a_batch(claimed, backbone, pooling, window, monkeypatch):
-    monkeypatch.setattr("distil_rank.embedding.layers.LayerClock.now", lambda self: None)
+def test_nothing_waits_inside_a_batch(claimed, backbone, pooling, window):
     encoder = GpuEncoder(backbone.model, torch.bfloat16, "cuda:0")
     one = Embedder(backbone, pooling, layers=[1, 2], window=window, max_tokens=40, encoder=encoder)
     with Waits() as waits:
