@@ -173,8 +173,6 @@ class Extraction:
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", writer.path)
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
-        if options.retry_skipped and (retried := writer.retry_skipped()):
-            logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
         return added, report
 
     def worker(self, cores: int, gpus: int) -> Callable[[], Callable[[Shard], tuple[int, int]]]:

@@ -186,9 +186,11 @@ def _summary(
     manifest, skipped = store.manifest, store.skipped
     notes = [note for note in (manifest.get("precision_note"), *how.values()) if note]
     if skipped:
+        files = ", ".join(shard["file"] for shard in manifest["shards"] if shard["skipped"])
         logger.warning(
-            "%s skipped for lack of memory: %s; try again with --retry_skipped on a device with more memory",
-            *(f"{len(skipped):,}", examples(skipped)),
+            "%s skipped for lack of memory: %s; to try them again, delete %s in %s and run the same command with more "
+            "memory",
+            *(f"{len(skipped):,}", examples(skipped), files, store.path),
         )
     return EmbedSummary(
         store=str(store.path),

@@ -133,35 +133,6 @@ class StoreWriter:
         joined = join_shards((Shard.of(entry, manifest) for entry in manifest["shards"]), together)
         return [shard for shard in joined if unfinished.intersection(part.file for part in shard.members or [shard])]
 
-    def retry_skipped(self) -> int:
-        """Makes skipped sequences pending again and returns their number; the caller holds the lock.
-
-        Killed at any moment, it loses no vector.
-        """
-        manifest = self.manifest
-        reopened, retried = [], 0
-        for entry in manifest["shards"]:
-            if not entry.get("skipped"):
-                continue
-            table = self.storage.table(entry["file"])
-            rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
-            if len(rows):
-                vectors = np.stack([vectors_of(table, name) for name in self._columns()])
-                self.write_part(Shard.of(entry, manifest), rows.tolist(), counts.tolist(), vectors)
-            retried += entry["skipped"]
-            reopened.append(entry["file"])
-            _reopen(entry)
-        self._write_manifest(manifest)
-        for file in reopened:
-            self.storage.delete(file)
-        folders = [name for name, size in self.storage.entries(PARTS).items() if size is None]
-        for part in (part for name in folders for part in self._parts(f"{PARTS}/{name}")):  # of shards in progress
-            table = self.storage.table(part)
-            if missing := len(_rows_of(table)) - len(np.unique(table["row"].to_numpy())):
-                retried += missing
-                self.storage.delete(part)
-        return retried
-
     def sequences(self, shard: Shard) -> dict[int, str]:
         """Row and sequence of the shard's distinct sequences, in order of the rows."""
         table = self.storage.lines(*shard.proteins, ["row", "sequence"])
@@ -248,7 +219,8 @@ class StoreWriter:
             if "sha256" in shard and sizes.get(file) != shard["bytes"]:
                 logger.warning("%s is missing or damaged: it is computed again", self.storage.where(file))
                 self.storage.delete(file)
-                _reopen(shard)
+                for key in ("vectors", "skipped", "bytes", "sha256"):
+                    shard.pop(key, None)
             table = None
             if "sha256" not in shard and file in sizes:
                 table = self._computed(file, Shard.of(shard, manifest).key, ["row"])
@@ -287,11 +259,6 @@ class StoreWriter:
 def _rows_of(part: pa.Table) -> list[int]:
     """The rows of a finished batch, including skipped sequences."""
     return list(json.loads(part.schema.metadata[b"rows"]))
-
-
-def _reopen(entry: dict[str, Any]) -> None:
-    for key in ("vectors", "skipped", "bytes", "sha256"):
-        entry.pop(key, None)
 
 
 def _table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[str, str]) -> pa.Table:

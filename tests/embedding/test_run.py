@@ -227,26 +227,20 @@ def test_a_protein_that_does_not_fit_is_skipped_with_a_warning(run, fasta, most_
     assert "1 skipped for lack of memory: d" in caplog.text
     assert Store.open(fasta.parent / "store").skipped == ["d"]
     assert run(fasta).computed == 0, "it is not tried again"
-    assert run(fasta, retry_skipped=True).computed == 1
-    assert Store.open(fasta.parent / "store").skipped == ["d"]
 
 
 @pytest.mark.parametrize("options", [{}, {"pooling": "residue"}, {"layer": "1,2"}])
-def test_a_skipped_protein_is_retried_on_request(run, fasta, most_residues, options):
+def test_a_skipped_protein_is_tried_again_when_the_named_file_is_deleted(run, fasta, most_residues, options, caplog):
     most_residues(30)
     expected = Store.open(run(fasta, **options).store).embeddings()
     shutil.rmtree(fasta.parent / "store")
     most_residues(5)
-    assert run(fasta, **options).skipped_ids == "a, c, d"
-    for residues, retried, computed, skipped in [
-        (30, False, 0, "a, c, d"),
-        (15, True, 2, "d"),
-        (30, True, 1, None),
-        (30, True, 0, None),
-    ]:
+    for residues, skipped in [(5, "a, c, d"), (15, "d"), (30, None)]:
         most_residues(residues)
-        summary = run(fasta, **options, retry_skipped=retried)
-        assert (summary.computed, summary.skipped_ids) == (computed, skipped)
+        assert run(fasta, **options).skipped_ids == skipped
+        if skipped:
+            assert f"delete vectors-00000.arrow in {fasta.parent / 'store'} and run" in caplog.text
+            (fasta.parent / "store" / "vectors-00000.arrow").unlink()
     store = Store.open(fasta.parent / "store")
     store.verify()
     np.testing.assert_allclose(store.embeddings(), expected, atol=1e-6)
