@@ -43,14 +43,12 @@ REPAID = 6e10  # residues x layers x dimensions from which ten seconds of compil
 
 
 class _Batch(NamedTuple):
-    """Sequences of one shard that go through the model together."""
+    """Sequences of one shard that go through the model together; an empty one says that the shard is complete."""
 
     shard: Shard
     rows: list[int]
     texts: list[str]
-    residues: int  # that the progress bar counts: with those computed by an earlier run
-    whole: bool = False  # whether it is all of the shard
-    last: bool = False  # whether the shard is complete after it
+    residues: int  # that the progress bar counts
 
 
 class Extraction:
@@ -215,39 +213,36 @@ class Extraction:
         return computed, residues
 
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
-        """The batches to compute of each shard; where they are several an empty one tells that it can be sealed."""
+        """The batches to compute of each shard, and an empty one, for what earlier runs have computed."""
         cut = self.writer.manifest["max_length"] if self.options.long == "truncate" else None
         for shard in shards:
-            if self.writer.is_sealed(shard):
-                yield _Batch(shard, [], [], shard.residues)
-                continue
-            texts = {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
-            rows, ready = list(texts), self.writer.done(shard)
-            batches = self.embedder.batches([len(text) for text in texts.values()])
-            whole = len(batches) == 1 and not ready
-            for batch in batches:
-                missing = [rows[i] for i in batch if rows[i] not in ready]
-                residues = sum(len(texts[rows[i]]) for i in batch)
-                yield _Batch(shard, missing, [texts[row] for row in missing], residues, whole)
-            if not whole:
-                yield _Batch(shard, [], [], 0, last=True)
+            rest = shard.residues
+            if not self.writer.is_sealed(shard):
+                texts = {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
+                rows, ready = list(texts), self.writer.done(shard)
+                for batch in self.embedder.batches([len(text) for text in texts.values()]):
+                    missing = [rows[i] for i in batch if rows[i] not in ready]
+                    if missing:
+                        residues = sum(len(texts[row]) for row in missing)
+                        yield _Batch(shard, missing, [texts[row] for row in missing], residues)
+                        rest -= residues
+            yield _Batch(shard, [], [], rest)
 
     def _write(self, batch: _Batch, result: Embedded) -> None:
-        if batch.rows:
-            vectors = result.layers.cpu().numpy()
-            owner = np.repeat(batch.rows, result.counts)
-            invalid = owner[~np.isfinite(vectors).all(axis=(0, 2))]
-            if len(invalid):
-                raise InputError(
-                    f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
-                    f"check the weights {self.backbone.name}, or use another store with --precision fp32."
-                )
-            if self.encoder is not None:
-                vectors = self.encoder.encode(torch.from_numpy(vectors[0])).numpy()
-            write = self.writer.write_whole if batch.whole else self.writer.write_part
-            write(batch.shard, batch.rows, result.counts, vectors)
-        if batch.last:
+        if not batch.rows:
             self.writer.seal(batch.shard)
+            return
+        vectors = result.layers.cpu().numpy()
+        owner = np.repeat(batch.rows, result.counts)
+        invalid = owner[~np.isfinite(vectors).all(axis=(0, 2))]
+        if len(invalid):
+            raise InputError(
+                f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
+                f"check the weights {self.backbone.name}, or use another store with --precision fp32."
+            )
+        if self.encoder is not None:
+            vectors = self.encoder.encode(torch.from_numpy(vectors[0])).numpy()
+        self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
 
     @property
     def how(self) -> dict[str, str]:

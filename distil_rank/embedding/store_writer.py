@@ -151,17 +151,16 @@ class StoreWriter:
         """Whether the shard's files are complete."""
         return all(self._computed(part.file, part.key, ["row"]) is not None for part in shard.members or [shard])
 
-    def _parts(self, folder: str) -> list[str]:
-        return [f"{folder}/{name}" for name in sorted(self.storage.entries(folder)) if name.endswith(".arrow")]
+    def _parts(self, shard: Shard) -> list[pa.Table]:
+        """Its finished batches."""
+        names = [
+            f"{shard.parts}/{name}" for name in sorted(self.storage.entries(shard.parts)) if name.endswith(".arrow")
+        ]
+        return [table for name in names if (table := self._computed(name, shard.key)) is not None]
 
     def done(self, shard: Shard) -> set[int]:
         """The rows of finished batches, including skipped sequences."""
-        rows: set[int] = set()
-        for part in self._parts(shard.parts):
-            table = self._computed(part, shard.key)
-            if table is not None:
-                rows.update(_rows_of(table))
-        return rows
+        return {row for part in self._parts(shard) for row in _rows_of(part)}
 
     def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
         """Writes one batch.
@@ -172,36 +171,24 @@ class StoreWriter:
             counts: Vectors of each; 0 for a skipped one.
             vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
         """
-        metadata = {"key": shard.key, "rows": json.dumps(rows)}
-        table = _table(np.repeat(rows, counts), self._named(vectors), metadata)
+        columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
+        table = _table(np.repeat(rows, counts), columns, {"key": shard.key, "rows": json.dumps(rows)})
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
         return [column_of(layer) for layer in self.manifest.get("layers", [])] or [column_of(None)]
 
-    def _named(self, vectors: np.ndarray) -> dict[str, np.ndarray]:
-        """Vectors, (layers, vectors, dim) or of one layer (vectors, dim), by the column that holds them."""
-        return dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
-
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them; `InputError` if one lacks."""
-        parts = [self.storage.table(part) for part in self._parts(shard.parts)]
+        parts = self._parts(shard)
         if not {row for part in parts for row in _rows_of(part)}.issuperset(range(*shard.rows)):
-            if self.is_sealed(shard):  # by the process that took the shard over from this one
+            if self.is_sealed(shard):  # by an earlier run, or by the process that took the shard over from this one
                 return
             raise InputError(
                 f"Expected all parts of {shard.file} in {self.path}/{PARTS} but some are missing; run again."
             )
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         vectors = {name: np.concatenate([vectors_of(part, name) for part in parts]) for name in self._columns()}
-        self._write_shard(shard, rows, vectors)
-        self.storage.delete_folder(shard.parts)
-
-    def write_whole(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
-        """Writes a shard that is one batch, without a part; arguments as of `write_part`."""
-        self._write_shard(shard, np.repeat(rows, counts), self._named(vectors))
-
-    def _write_shard(self, shard: Shard, rows: np.ndarray, vectors: dict[str, np.ndarray]) -> None:
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
         rows = rows[order]
         for one in reversed(shard.members or [shard]):  # the first, in whose folder the parts are, when all others are
@@ -210,6 +197,7 @@ class StoreWriter:
             own = slice(*np.searchsorted(rows, one.rows))
             columns = {name: column[order[own]] for name, column in vectors.items()}
             self.storage.write(one.file, _table(rows[own], columns, {"key": one.key}))
+        self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
         """Sets size and hash of complete shards, clears those of damaged ones."""
