@@ -73,6 +73,7 @@ class Extraction:
         store = default_store(options.fasta) if options.store is None else options.store
         self.writer = StoreWriter(store, EMBEDDINGS if encoder is None else CODES)
         self._compared: Encoder | None = None  # the encoder that `plan` made for its comparison
+        self.how: dict[str, str] = {}  # notes for users: how bf16 follows fp32, and with which kernels a GPU computed
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -102,6 +103,7 @@ class Extraction:
                 embedder.encoder.compile()
             where = torch.cuda.get_device_name(self.device)
             logger.info("computing in %s on %s, with %s", precision, where, embedder.encoder.kernels)
+            self.how["kernels"] = embedder.encoder.kernels
         return embedder
 
     @property
@@ -137,9 +139,8 @@ class Extraction:
 
         existing, backbone = writer.manifest, self.backbone
         layers = parse_layers(options.layer, backbone.num_layers, backbone.name)
-        wanted = ",".join(map(str, layers))
-        stored = ",".join(map(str, existing.get("layers") or [existing.get("layer")]))
-        if existing and wanted != stored:
+        wanted, stored = (",".join(map(str, some)) for some in (layers, layers_of(existing) if existing else layers))
+        if wanted != stored:
             raise InputError(
                 f"Expected layers {stored}, which the store {writer.path} was made with, but got {wanted}; "
                 f"use --layer {stored}, or {writer.another(f'layers-{wanted}')}."
@@ -166,8 +167,8 @@ class Extraction:
             writer.storage.write(CALIBRATION, choice.calibration.content())
         description = {"backbone": backbone.name, "fallback": backbone.fallback, **choice.notes}
         added = writer.plan(chain(head, proteins), settings, description, report)
-        if choice.bf16_cosine is not None:
-            writer.record(bf16_cosine=choice.bf16_cosine)
+        if choice.bf16 is not None:
+            self.how["bf16"] = choice.bf16
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", writer.path)
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
@@ -243,12 +244,6 @@ class Extraction:
         if self.encoder is not None:
             vectors = self.encoder.encode(torch.from_numpy(vectors[0])).numpy()
         self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
-
-    @property
-    def how(self) -> dict[str, str]:
-        """What a GPU computed with, as users are told it; nothing where this process computed none."""
-        encoder = vars(self)["embedder"].encoder if "embedder" in vars(self) else None
-        return {"kernels": encoder.kernels} if isinstance(encoder, GpuEncoder) else {}
 
 
 def tokens_that_fit(memory: int, dim: int, copied: int = 0) -> int:

@@ -52,7 +52,7 @@ class EmbedSummary:
     cleaning: str
     backbone: str
     precision: str
-    precision_note: str | None  # how int8 followed fp32, or why it is not used; with which kernels a GPU computed
+    precision_note: str | None  # how int8 or bf16 followed fp32, or why not used; with which kernels a GPU computed
     pooling: str
     dim: int
     layers: str
@@ -104,7 +104,7 @@ def embed(
     with ExitStack() as lock:
         if leads:
             try:
-                lock.enter_context(writer.lock())
+                lock.enter_context(writer.storage.lock())
                 added, report = extraction.plan()
             except InputError as error:
                 problem = error
@@ -129,7 +129,31 @@ def embed(
         opened = Store.open(f"{writer.path}{named}", writer.content)  # before the lock is released
         wait_for("opened")
 
-    return _summary(opened, added, report, computed, residues, seconds, extraction.how)
+    manifest, skipped = opened.manifest, opened.skipped
+    notes = [note for note in (manifest.get("precision_note"), *extraction.how.values()) if note]
+    if skipped:
+        files = ", ".join(shard["file"] for shard in manifest["shards"] if shard["skipped"])
+        logger.warning(
+            "%s skipped for lack of memory: %s; to try them again, delete %s in %s and run the same command with more "
+            "memory",
+            *(f"{len(skipped):,}", examples(skipped), files, opened.path),
+        )
+    return EmbedSummary(
+        store=str(opened.path),
+        proteins=len(opened),
+        added=added,
+        computed=computed,
+        residues=residues,
+        seconds=seconds,
+        skipped=len(skipped),
+        skipped_ids=", ".join(skipped) or None,
+        long=pc.sum(pc.not_equal(opened.proteins["notes"], "")).as_py(),
+        cleaning=str(report),
+        precision_note="; ".join(notes) or None,
+        layers=", ".join(map(str, layers_of(manifest))),
+        digest=opened.digest,
+        **{key: manifest[key] for key in ("backbone", "precision", "pooling", "dim", "fallback")},
+    )
 
 
 def _compute(extraction: Extraction, shards: list[Shard], fabric: Any) -> tuple[int, int]:
@@ -172,42 +196,6 @@ def _launched(request: EmbedOptions) -> Any:
         raise InputError(f"Expected devices and a strategy that Lightning knows but got: {reason}") from error
     fabric.launch()
     return fabric
-
-
-def _summary(
-    store: Store,
-    added: int,
-    report: CleaningReport,
-    computed: int,
-    residues: int,
-    seconds: float,
-    how: Mapping[str, str],
-) -> EmbedSummary:
-    manifest, skipped = store.manifest, store.skipped
-    notes = [note for note in (manifest.get("precision_note"), *how.values()) if note]
-    if skipped:
-        files = ", ".join(shard["file"] for shard in manifest["shards"] if shard["skipped"])
-        logger.warning(
-            "%s skipped for lack of memory: %s; to try them again, delete %s in %s and run the same command with more "
-            "memory",
-            *(f"{len(skipped):,}", examples(skipped), files, store.path),
-        )
-    return EmbedSummary(
-        store=str(store.path),
-        proteins=len(store),
-        added=added,
-        computed=computed,
-        residues=residues,
-        seconds=seconds,
-        skipped=len(skipped),
-        skipped_ids=", ".join(skipped) or None,
-        long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
-        cleaning=str(report),
-        precision_note="; ".join(notes) or None,
-        layers=", ".join(map(str, layers_of(manifest))),
-        digest=store.digest,
-        **{key: manifest[key] for key in ("backbone", "precision", "pooling", "dim", "fallback")},
-    )
 
 
 def options_like(manifest: Mapping[str, Any], store: Location | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ Parts and shards carry the key of what they were computed from; one with another
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,6 @@ class StoreWriter:
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         if manifest != self.manifest:
             self.storage.write("manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Takes the store's exclusive lock; see `Storage.lock`."""
-        return self.storage.lock()
 
     def another(self, value: object) -> str:
         """What to type for a store beside this one, named by what is different."""
@@ -113,15 +109,11 @@ class StoreWriter:
             if not (name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES):
                 raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {name}.")
 
-    def record(self, **entries: Any) -> None:
-        """Sets entries of the provenance; the caller holds the lock."""
-        before = read_provenance(self.storage)
-        if (content := {**before, **entries}) != before:
-            self.storage.write(PROVENANCE, json.dumps(content, indent=1).encode() + b"\n")
-
     def record_extraction(self, **entries: Any) -> None:
-        """Appends an extraction to the provenance."""
-        self.record(extractions=[*read_provenance(self.storage)["extractions"], entries])
+        """Appends an extraction to the provenance; the caller holds the lock."""
+        content = read_provenance(self.storage)
+        content["extractions"].append(entries)
+        self.storage.write(PROVENANCE, json.dumps(content, indent=1).encode() + b"\n")
 
     def pending(self, together: int = 0) -> list[Shard]:
         """The shards that the manifest does not list as finished, in order.

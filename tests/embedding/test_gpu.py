@@ -317,7 +317,7 @@ def test_several_devices_share_what_is_joined(card, tiny_esm2, tmp_path):
         fasta, tmp_path / "store", str(tiny_esm2.fair_esm), precision="bf16", max_tokens=500
     )
     one = extraction.Extraction(request, torch.device("cuda"))
-    with one.writer.lock():
+    with one.writer.storage.lock():
         one.plan()
     single = one.writer.pending()
     for devices in (0, 1, 2, 4):

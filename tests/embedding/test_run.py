@@ -283,17 +283,18 @@ def test_the_fallback_is_in_the_manifest_and_warned_of_every_time(run, fasta, ti
 
 
 def test_the_summary_is_of_the_store_before_another_process_plans(run, fasta, monkeypatch):
-    lock = StoreWriter.lock
+    lock = Storage.lock
 
     @contextmanager
     def followed_by_another(self):
         with lock(self):
             yield
         with lock(self):
-            retained = {key: self.manifest[key] for key in SETTINGS}
-            self.plan([Protein("late", "MKKK")], retained, {}, CleaningReport("late.fasta"))
+            writer = StoreWriter(self.location)
+            retained = {key: writer.manifest[key] for key in SETTINGS}
+            writer.plan([Protein("late", "MKKK")], retained, {}, CleaningReport("late.fasta"))
 
-    monkeypatch.setattr(StoreWriter, "lock", followed_by_another)
+    monkeypatch.setattr(Storage, "lock", followed_by_another)
     assert run(fasta).proteins == 4
 
 

@@ -20,7 +20,7 @@ SETTINGS = {"dim": 3, "pooling": "mean", "long": "truncate", "max_length": 5}
 
 def plan(path, proteins, **changed):
     writer = StoreWriter(path)
-    with writer.lock():
+    with writer.storage.lock():
         return writer, writer.plan(
             proteins, SETTINGS | changed, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta")
         )
@@ -287,10 +287,8 @@ def test_provenance_is_no_content(tmp_path):
     assert embedding_run(writer.storage) is None
     writer.record_extraction(computed=1, run="abc")
     writer.record_extraction(computed=2)
-    writer.record(bf16_cosine=0.9999)
     assert read_provenance(writer.storage) == {
         "extractions": [{"computed": 3}, {"computed": 1, "run": "abc"}, {"computed": 2}],
-        "bf16_cosine": 0.9999,
     }
     assert embedding_run(writer.storage) == "abc"
     assert writer.manifest == content and Store.open(path).digest == digest
@@ -313,7 +311,7 @@ def test_the_manifest_depends_on_content_only(tmp_path):
 
 
 def _hold(path, ready, release):
-    with StoreWriter(path).lock():
+    with StoreWriter(path).storage.lock():
         ready.set()
         release.wait(30)
 
