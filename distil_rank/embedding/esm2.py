@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from esm.model.esm2 import ESM2
 from torch import Tensor
 
-from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.model import Encoder
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training, which ESM-2's token dropout compensates for
@@ -80,7 +79,6 @@ class FusedEncoder(Encoder):
         exact = model.layers[0]
         self.frequencies = exact.self_attn.rot_emb.inv_freq.float().cpu().clone()  # of the rotary embedding
         self.first = self._first(exact)
-        self.clock = LayerClock(self.layer, self.device)
         return_freed_memory()
 
     def _convert(self, modules: Iterable[Any]) -> list[Any]:
@@ -150,20 +148,17 @@ class FusedEncoder(Encoder):
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: list[int]) -> Iterator[Tensor]:
         """Hidden states behind the embedding and each layer, (T, dim) float32; each is overwritten by the next."""
-        total, lap = len(tokens), self.clock.start()
+        total = len(tokens)
         padding = -total % ROWS if self.dtype != torch.float32 else 0
         if padding:  # as an extra sequence, dropped from what is returned
             tokens, lengths = F.pad(tokens, (0, padding)), [*lengths, padding]
         x = F.embedding(tokens, self.embedding)  # (T, C)
         rotations = self._rotations(lengths)
+        yield x[:total]
         for number, layer in enumerate(self.layers):
-            self.clock.lap(number, lap)
-            yield x[:total]
-            lap = None if lap is None else self.clock.now()
             projected = None if number else self._look_up(tokens)
             self._apply(layer, x, projected, rotations, lengths)
-        self.clock.lap(len(self.layers), lap)
-        yield x[:total]
+            yield x[:total]
 
     def _look_up(self, tokens: Tensor) -> Any:
         """The first layer's queries and keys, and values, of some tokens."""

@@ -20,13 +20,13 @@ from distil_rank.embedding.backbone import ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedded, Embedder
 from distil_rank.embedding.gpu import GpuEncoder, this_gpu
 from distil_rank.embedding.int8.quantisation import CalibrationEncoder
-from distil_rank.embedding.layers import LayerCost, layer_costs, parse_layers
+from distil_rank.embedding.layers import parse_layers
 from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.embedding.planning import SHARD_BYTES, Shard
 from distil_rank.embedding.precision import CALIBRATION, HEAD, choose, int8_encoder, store_calibration
 from distil_rank.embedding.sequences import CleaningReport, iter_records, uncompressed_name
 from distil_rank.embedding.storage import is_remote
-from distil_rank.embedding.store import CODES, EMBEDDINGS
+from distil_rank.embedding.store import CODES, EMBEDDINGS, layers_of
 from distil_rank.embedding.store_writer import StoreWriter
 from distil_rank.errors import InputError
 from distil_rank.lowrank.encoder import CodeEncoder
@@ -43,14 +43,12 @@ REPAID = 6e10  # residues x layers x dimensions from which ten seconds of compil
 
 
 class _Batch(NamedTuple):
-    """Sequences of one shard that go through the model together."""
+    """Sequences of one shard that go through the model together; an empty one says that the shard is complete."""
 
     shard: Shard
     rows: list[int]
     texts: list[str]
-    residues: int  # that the progress bar counts: with those computed by an earlier run
-    whole: bool = False  # whether it is all of the shard
-    last: bool = False  # whether the shard is complete after it
+    residues: int  # that the progress bar counts
 
 
 class Extraction:
@@ -75,6 +73,7 @@ class Extraction:
         store = default_store(options.fasta) if options.store is None else options.store
         self.writer = StoreWriter(store, EMBEDDINGS if encoder is None else CODES)
         self._compared: Encoder | None = None  # the encoder that `plan` made for its comparison
+        self.how: dict[str, str] = {}  # notes for users: how bf16 follows fp32, and with which kernels a GPU computed
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -90,7 +89,7 @@ class Extraction:
     def embedder(self) -> Embedder:
         """The embedder with the store's settings."""
         manifest = self.writer.manifest
-        layers = manifest.get("layers") or [manifest["layer"]]
+        layers = layers_of(manifest)
         encoder, precision = self._compared, manifest["precision"]
         if precision == "int8" and encoder is None:  # after a restart, and in other processes
             calibration = store_calibration(self.writer, self.device)
@@ -104,6 +103,7 @@ class Extraction:
                 embedder.encoder.compile()
             where = torch.cuda.get_device_name(self.device)
             logger.info("computing in %s on %s, with %s", precision, where, embedder.encoder.kernels)
+            self.how["kernels"] = embedder.encoder.kernels
         return embedder
 
     @property
@@ -139,9 +139,8 @@ class Extraction:
 
         existing, backbone = writer.manifest, self.backbone
         layers = parse_layers(options.layer, backbone.num_layers, backbone.name)
-        wanted = ",".join(map(str, layers))
-        stored = ",".join(map(str, existing.get("layers") or [existing.get("layer")]))
-        if existing and wanted != stored:
+        wanted, stored = (",".join(map(str, some)) for some in (layers, layers_of(existing) if existing else layers))
+        if wanted != stored:
             raise InputError(
                 f"Expected layers {stored}, which the store {writer.path} was made with, but got {wanted}; "
                 f"use --layer {stored}, or {writer.another(f'layers-{wanted}')}."
@@ -168,13 +167,11 @@ class Extraction:
             writer.storage.write(CALIBRATION, choice.calibration.content())
         description = {"backbone": backbone.name, "fallback": backbone.fallback, **choice.notes}
         added = writer.plan(chain(head, proteins), settings, description, report)
-        if choice.bf16_cosine is not None:
-            writer.record(bf16_cosine=choice.bf16_cosine)
+        if choice.bf16 is not None:
+            self.how["bf16"] = choice.bf16
         logger.info("%s: %s; %s new to %s", report.source, report, f"{added:,}", writer.path)
         if report.counts["nucleotides"]:
             logger.warning("%s sequences look like DNA or RNA, not protein", f"{report.counts['nucleotides']:,}")
-        if options.retry_skipped and (retried := writer.retry_skipped()):
-            logger.info("retrying %s sequences that did not fit into memory", f"{retried:,}")
         return added, report
 
     def worker(self, cores: int, gpus: int) -> Callable[[], Callable[[Shard], tuple[int, int]]]:
@@ -217,50 +214,36 @@ class Extraction:
         return computed, residues
 
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:
-        """The batches to compute of each shard; where they are several an empty one tells that it can be sealed."""
+        """The batches to compute of each shard, and an empty one, for what earlier runs have computed."""
         cut = self.writer.manifest["max_length"] if self.options.long == "truncate" else None
         for shard in shards:
-            if self.writer.is_sealed(shard):
-                yield _Batch(shard, [], [], shard.residues)
-                continue
-            texts = {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
-            rows, ready = list(texts), self.writer.done(shard)
-            batches = self.embedder.batches([len(text) for text in texts.values()])
-            whole = len(batches) == 1 and not ready
-            for batch in batches:
-                missing = [rows[i] for i in batch if rows[i] not in ready]
-                residues = sum(len(texts[rows[i]]) for i in batch)
-                yield _Batch(shard, missing, [texts[row] for row in missing], residues, whole)
-            if not whole:
-                yield _Batch(shard, [], [], 0, last=True)
+            rest = shard.residues
+            if not self.writer.is_sealed(shard):
+                texts = {row: text[:cut] for row, text in self.writer.sequences(shard).items()}
+                rows, ready = list(texts), self.writer.done(shard)
+                for batch in self.embedder.batches([len(text) for text in texts.values()]):
+                    missing = [rows[i] for i in batch if rows[i] not in ready]
+                    if missing:
+                        residues = sum(len(texts[row]) for row in missing)
+                        yield _Batch(shard, missing, [texts[row] for row in missing], residues)
+                        rest -= residues
+            yield _Batch(shard, [], [], rest)
 
     def _write(self, batch: _Batch, result: Embedded) -> None:
-        if batch.rows:
-            vectors = result.layers.cpu().numpy()
-            owner = np.repeat(batch.rows, result.counts)
-            invalid = owner[~np.isfinite(vectors).all(axis=(0, 2))]
-            if len(invalid):
-                raise InputError(
-                    f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
-                    f"check the weights {self.backbone.name}, or use another store with --precision fp32."
-                )
-            if self.encoder is not None:
-                vectors = self.encoder.encode(torch.from_numpy(vectors[0])).numpy()
-            write = self.writer.write_whole if batch.whole else self.writer.write_part
-            write(batch.shard, batch.rows, result.counts, vectors)
-        if batch.last:
+        if not batch.rows:
             self.writer.seal(batch.shard)
-
-    @property
-    def how(self) -> dict[str, str]:
-        """What a GPU computed with, as users are told it; nothing where this process computed none."""
-        encoder = vars(self)["embedder"].encoder if "embedder" in vars(self) else None
-        return {"kernels": encoder.kernels} if isinstance(encoder, GpuEncoder) else {}
-
-    def costs(self, computed: int, residues: int, seconds: float) -> list[LayerCost]:
-        """What stopping behind each layer costs, as measured while computing."""
-        clock, threads = self.embedder.encoder.clock, self.embedder.parallel_batches
-        return layer_costs(clock, self.backbone.num_layers, seconds, computed, residues, threads)
+            return
+        vectors = result.layers.cpu().numpy()
+        owner = np.repeat(batch.rows, result.counts)
+        invalid = owner[~np.isfinite(vectors).all(axis=(0, 2))]
+        if len(invalid):
+            raise InputError(
+                f"Expected finite vectors but {self.writer.ids(batch.shard, invalid[:1])[0]} has NaN or inf; "
+                f"check the weights {self.backbone.name}, or use another store with --precision fp32."
+            )
+        if self.encoder is not None:
+            vectors = self.encoder.encode(torch.from_numpy(vectors[0])).numpy()
+        self.writer.write_part(batch.shard, batch.rows, result.counts, vectors)
 
 
 def tokens_that_fit(memory: int, dim: int, copied: int = 0) -> int:

@@ -154,7 +154,7 @@ class GpuEncoder(FusedEncoder):
         self, tokens: Tensor, lengths: list[int], positions: Tensor | None = None, offsets: Tensor | None = None
     ) -> Iterator[Tensor]:
         """As in `FusedEncoder`; `positions` and `offsets` are as `placed` gives them, perhaps on the device already."""
-        lap, longest = self.clock.start(), max(lengths)
+        longest = max(lengths)
         if positions is None or offsets is None:
             positions, offsets = self.placed(lengths)
         tokens, positions, offsets = (part.to(self.device, non_blocking=True) for part in (tokens, positions, offsets))
@@ -162,13 +162,10 @@ class GpuEncoder(FusedEncoder):
             self._extend_tables(2 * longest)
         attend = partial(attend_at_once, offsets=offsets, longest=longest)
         x = F.embedding(tokens, self.embedding)
-        for number, layer in enumerate(self.layers):
-            self.clock.lap(number, lap)
-            yield x
-            lap = None if lap is None else self.clock.now()
-            x = self._behind(layer, x, positions, attend)
-        self.clock.lap(len(self.layers), lap)
         yield x
+        for layer in self.layers:
+            x = self._behind(layer, x, positions, attend)
+            yield x
 
     def _behind(self, layer: _PackedLayer, x: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """The hidden states behind a layer, (T, C)."""

@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.model import Backbone, Encoder, ResidueTokens
 from distil_rank.embedding.weight_files import hugging_face_files, sha256_of_files
 from distil_rank.errors import DAMAGE, InputError, examples
@@ -96,7 +95,6 @@ class TransformersEncoder(Encoder):
         self.model = copy.deepcopy(backbone.model, {id(one): one for one in theirs}).to(self.device, dtype)
         for number, block in enumerate(blocks_of(self.model, self.depth), start=1):
             block.register_forward_hook(partial(self._behind, number))
-        self.clock = LayerClock(self.layer, self.device)
         self._pass = threading.local()  # threads compute batches side by side
 
     @torch.no_grad()
@@ -109,7 +107,7 @@ class TransformersEncoder(Encoder):
         mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
         own = self._pass
         own.taken = mask.flatten().nonzero().flatten().to(self.device)  # found before: nothing waits for the device
-        own.kept, own.lap = {}, self.clock.start()
+        own.kept = {}
         with suppress(_Stop):
             result = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device, torch.long))
             own.kept[self.depth] = result.last_hidden_state.flatten(0, 1)[own.taken].float()
@@ -120,8 +118,6 @@ class TransformersEncoder(Encoder):
     def _behind(self, number: int, block: nn.Module, inputs: Any, output: Any) -> None:
         """Keeps a layer's states where they are wanted; ends the pass behind the last of these."""
         own = self._pass
-        self.clock.lap(number, own.lap)
-        own.lap = None if own.lap is None else self.clock.now()
         if number == self.depth:
             return
         if number in self.wanted:

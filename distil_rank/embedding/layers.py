@@ -3,20 +3,11 @@
 `4` is the output of layer 4, as fair-esm's `repr_layers=[4]` gives it. The last layer's has the model's final norm.
 """
 
-import threading
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from distil_rank.embedding.storage import Location, is_remote
 from distil_rank.errors import InputError
 from distil_rank.options.embed import check_layers
-
-SAMPLED = 20  # batches that are timed on a GPU
 
 
 def parse_layers(layers: int | str | None, depth: int, model: str = "the model") -> list[int]:
@@ -51,92 +42,15 @@ def split_source(source: Location) -> tuple[Location, int | None]:
     return kind(path), int(layer)
 
 
-class LayerClock:
-    """Adds up the seconds of each layer over batches and threads.
+def layer_costs(last: int, depth: int, seconds: float, sequences: int) -> list[dict[str, float]]:
+    """The time of a backbone that stops behind each layer, from a pass through the first `last` of `depth` layers.
 
-    On a CPU every batch counts. On a GPU, whose kernels run on their own, only the first `SAMPLED` do, by events in its
-    stream: nothing waits for them before `seconds` is read.
+    Layers do the same work, so that each has an equal part. The share is of the time of the full depth.
+
+    >>> layer_costs(2, 4, seconds=3.0, sequences=500)[0]
+    {'layer': 1, 'share': 0.25, 'seconds_per_1000': 3.0}
     """
-
-    def __init__(self, layers: int, device: torch.device):
-        self.samples = device.type == "cuda"
-        self._seconds = np.zeros(layers + 1)
-        self._laps: list[tuple[int, Any, Any]] = []  # layer, and the events before and behind it
-        self._device, self._batches, self._lock = device, 0, threading.Lock()
-
-    @property
-    def seconds(self) -> np.ndarray:
-        """Of each layer, (layers + 1,); the first entry is what comes before layer 1."""
-        with self._lock:
-            for layer, since, until in self._laps:
-                until.synchronize()
-                self._seconds[layer] += since.elapsed_time(until) / 1000
-            self._laps.clear()
-        return self._seconds
-
-    def start(self) -> Any:
-        """The time now; None where this batch is not to be timed."""
-        with self._lock:
-            self._batches += 1
-            return None if self.samples and self._batches > SAMPLED else self.now()
-
-    def now(self) -> Any:
-        """The time; on a GPU an event that has it when the device has done what it was told to."""
-        if not self.samples:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def lap(self, layer: int, since: Any) -> None:
-        """Adds the time since then to a layer."""
-        if since is None:
-            return
-        now = self.now()
-        with self._lock:
-            if self.samples:
-                self._laps.append((layer, since, now))
-            else:
-                self._seconds[layer] += now - since
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """The cost of a backbone that stops behind a layer."""
-
-    layer: int
-    seconds_per_1000: float  # of the proteins that were measured
-    residues_per_second: float
-    share: float  # of the time of the full depth
-    measured: bool  # the full depth; otherwise a layer that was not run is taken to cost what the average one did
-
-    def __str__(self) -> str:
-        about = "" if self.measured else "about "
-        return f"{self.layer}: {self.seconds_per_1000:.3g} s per 1,000 proteins, {about}{self.share:.2f} of full depth"
-
-
-def layer_costs(
-    clock: LayerClock, depth: int, seconds: float, sequences: int, residues: int, threads: int = 1
-) -> list[LayerCost]:
-    """The cost of stopping behind each layer that was run, in a model of some depth; nothing if nothing was computed.
-
-    Wall-clock time that no layer accounts for (tokenising, pooling, writing) is part of the cost at any depth.
-
-    >>> clock = LayerClock(3, torch.device("cpu"))
-    >>> clock.seconds[:] = 0.5, 1, 1, 1
-    >>> [(cost.layer, cost.share) for cost in layer_costs(clock, 4, 4.0, 1000, 250_000)]
-    [(1, 0.4), (2, 0.6), (3, 0.8)]
-    """
-    laps = clock.seconds / threads
-    if not laps.sum() > 0 or not sequences:
-        return []
-    if clock.samples:  # its layers' shares of the whole time
-        laps = laps * seconds / laps.sum()
-    upto = max(seconds - float(laps.sum()), 0.0) + laps.cumsum()
-    missing = depth - (len(laps) - 1)
-    typical = float(laps[2:].mean()) if len(laps) > 2 else float(laps[-1])
-    full = float(upto[-1]) + missing * typical
     return [
-        LayerCost(layer, 1000 * upto[layer] / sequences, residues / upto[layer], float(upto[layer] / full), not missing)
-        for layer in range(1, len(laps))
+        {"layer": layer, "share": layer / depth, "seconds_per_1000": 1000 * seconds / sequences * layer / last}
+        for layer in range(1, last + 1)
     ]

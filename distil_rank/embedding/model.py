@@ -9,8 +9,6 @@ import torch
 from esm import Alphabet
 from torch import Tensor
 
-from distil_rank.embedding.layers import LayerClock
-
 
 @dataclass(frozen=True, eq=False)
 class ResidueTokens:
@@ -69,7 +67,6 @@ class Encoder:
     device: torch.device
     layer: int  # the last that is computed
     depth: int  # of the whole model
-    clock: LayerClock  # what each layer took so far
 
     def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Hidden states behind the last computed layer, (T, dim) float32; those of the model's last have its norm.

@@ -20,7 +20,6 @@ from distil_rank.embedding.backbone import ESM2Backbone
 from distil_rank.embedding.esm2 import FusedEncoder, has_bf16_units
 from distil_rank.embedding.gpu import GpuEncoder
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, has_int8_units
-from distil_rank.embedding.layers import LayerClock
 from distil_rank.embedding.model import Backbone, Encoder
 from distil_rank.embedding.storage import Location
 from distil_rank.embedding.store import open_storage
@@ -86,7 +85,7 @@ class PrecisionChoice(NamedTuple):
     calibration: Calibration | None = None
     encoder: Encoder | None = None  # where it was made for the comparison
     notes: Mapping[str, Any] = {}  # entries of a new store's manifest: int8's figures, or why another is not used
-    bf16_cosine: float | None = None  # where it was compared
+    bf16: str | None = None  # how it follows fp32, where it was compared
 
 
 def choose(
@@ -119,37 +118,29 @@ def choose(
         return PrecisionChoice(requested)
     reasons = []
     if requested != "auto":
-        rounded = in_int8(options, bool(stored), device, backbone, sequences, layers[-1], as_stored)
+        rounded = int8_missing(device) or in_int8(options, bool(stored), backbone, sequences, layers[-1], as_stored)
         if isinstance(rounded, PrecisionChoice):
             return rounded
         reasons.append(rounded)
-    precision, encoder, cosine = native_precision(device), None, None
+    precision, encoder, compared = native_precision(device), None, None
     if precision == "bf16" and not stored:
         encoder, figures = compare_bf16(backbone, sequences, layers, device)
-        cosine = figures.worst_cosine
         if figures.suffices(MIN_BF16_COSINE):
-            logger.info("computing in bf16: %s", figures)
+            compared = f"bf16: {figures}"
+            logger.info("computing in %s", compared)
         else:
             precision, encoder = "fp32", None
             reasons.append(f"bf16 is too far from fp32: {figures}")
     notes = {"precision_note": f"{'; '.join(reasons)}: going on in {precision}"} if reasons else {}
     for note in notes.values():
         logger.warning(note)
-    return PrecisionChoice(precision, None, encoder, notes, cosine)
+    return PrecisionChoice(precision, None, encoder, notes, compared)
 
 
 def in_int8(
-    options: EmbedOptions,
-    stored: bool,
-    device: torch.device,
-    backbone: Backbone,
-    sequences: Sequence[str],
-    layer: int,
-    as_stored: bool,
+    options: EmbedOptions, stored: bool, backbone: Backbone, sequences: Sequence[str], layer: int, as_stored: bool
 ) -> PrecisionChoice | str:
     """int8 as `choose` was asked for it, or why not."""
-    if (reason := int8_missing(device)) is not None:
-        return reason
     if not isinstance(backbone, ESM2Backbone):
         return "int8 is there for ESM-2 alone"
     if stored:
@@ -256,10 +247,9 @@ def compare_bf16(
 
 
 def pooled(encoder: Encoder, backbone: Backbone, sequences: list[str]) -> Tensor:
-    """Means over residues, (sequences, dim); the encoder's clock starts anew."""
+    """Means over residues, (sequences, dim)."""
     tokens, lengths = backbone.tokens.pack(sequences)
     hidden = encoder(tokens, lengths).cpu()
-    encoder.clock = LayerClock(encoder.layer, encoder.device)
     first, after = len(backbone.tokens.before), len(backbone.tokens.after)
     return torch.stack([part[first : len(part) - after].mean(0) for part in hidden.split(lengths)])
 

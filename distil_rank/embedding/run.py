@@ -9,9 +9,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import torch
 
 from distil_rank.embedding.cluster import check_answers, compute_elastically
 from distil_rank.embedding.extraction import Extraction
-from distil_rank.embedding.layers import LayerCost, split_source
+from distil_rank.embedding.layers import layer_costs, split_source
 from distil_rank.embedding.planning import Shard
 from distil_rank.embedding.sequences import CleaningReport
 from distil_rank.embedding.storage import Location
-from distil_rank.embedding.store import Store
+from distil_rank.embedding.store import Store, layers_of
 from distil_rank.errors import InputError, examples
 from distil_rank.lowrank.encoder import CodeEncoder
 from distil_rank.options.embed import Accelerator, EmbedOptions
@@ -52,11 +52,10 @@ class EmbedSummary:
     cleaning: str
     backbone: str
     precision: str
-    precision_note: str | None  # how int8 followed fp32, or why it is not used; with which kernels a GPU computed
+    precision_note: str | None  # how int8 or bf16 followed fp32, or why not used; with which kernels a GPU computed
     pooling: str
     dim: int
     layers: str
-    layer_cost: str | None  # what stopping behind each layer costs; None where nothing was computed
     fallback: str | None  # the warning, where the default backbone was not available
     digest: str
 
@@ -105,7 +104,7 @@ def embed(
     with ExitStack() as lock:
         if leads:
             try:
-                lock.enter_context(writer.lock())
+                lock.enter_context(writer.storage.lock())
                 added, report = extraction.plan()
             except InputError as error:
                 problem = error
@@ -118,20 +117,43 @@ def embed(
         computed, residues = _compute(extraction, shards, fabric)
         wait_for("all shards")
         seconds = time.perf_counter() - start
-        costs = [] if elastic or not computed else extraction.costs(computed, residues, seconds)
         if leads:
             writer.finish()
         if leads and computed:
+            last, depth = layers_of(writer.manifest)[-1], extraction.backbone.num_layers
+            costs = [] if elastic else layer_costs(last, depth, seconds, computed)  # of no one machine
             figures = {"computed": computed, "residues": residues, "seconds": round(seconds, 3), "run": run}
-            writer.record_extraction(
-                **environment(extraction.device), **figures | extraction.how, layer_costs=[asdict(one) for one in costs]
-            )
+            writer.record_extraction(**environment(extraction.device), **figures, **extraction.how, layer_costs=costs)
         wait_for("finished")
-        last = "".join(f":{layer}" for layer in writer.manifest.get("layers", [])[-1:])  # named: none is chosen
-        opened = Store.open(f"{writer.path}{last}", writer.content)  # before the lock is released
+        named = "".join(f":{layer}" for layer in writer.manifest.get("layers", [])[-1:])  # so that none is chosen
+        opened = Store.open(f"{writer.path}{named}", writer.content)  # before the lock is released
         wait_for("opened")
 
-    return _summary(opened, added, report, computed, residues, seconds, costs, extraction.how)
+    manifest, skipped = opened.manifest, opened.skipped
+    notes = [note for note in (manifest.get("precision_note"), *extraction.how.values()) if note]
+    if skipped:
+        files = ", ".join(shard["file"] for shard in manifest["shards"] if shard["skipped"])
+        logger.warning(
+            "%s skipped for lack of memory: %s; to try them again, delete %s in %s and run the same command with more "
+            "memory",
+            *(f"{len(skipped):,}", examples(skipped), files, opened.path),
+        )
+    return EmbedSummary(
+        store=str(opened.path),
+        proteins=len(opened),
+        added=added,
+        computed=computed,
+        residues=residues,
+        seconds=seconds,
+        skipped=len(skipped),
+        skipped_ids=", ".join(skipped) or None,
+        long=pc.sum(pc.not_equal(opened.proteins["notes"], "")).as_py(),
+        cleaning=str(report),
+        precision_note="; ".join(notes) or None,
+        layers=", ".join(map(str, layers_of(manifest))),
+        digest=opened.digest,
+        **{key: manifest[key] for key in ("backbone", "precision", "pooling", "dim", "fallback")},
+    )
 
 
 def _compute(extraction: Extraction, shards: list[Shard], fabric: Any) -> tuple[int, int]:
@@ -174,42 +196,6 @@ def _launched(request: EmbedOptions) -> Any:
         raise InputError(f"Expected devices and a strategy that Lightning knows but got: {reason}") from error
     fabric.launch()
     return fabric
-
-
-def _summary(
-    store: Store,
-    added: int,
-    report: CleaningReport,
-    computed: int,
-    residues: int,
-    seconds: float,
-    costs: Sequence[LayerCost],
-    how: Mapping[str, str],
-) -> EmbedSummary:
-    manifest, skipped = store.manifest, store.skipped
-    notes = [note for note in (manifest.get("precision_note"), *how.values()) if note]
-    if skipped:
-        logger.warning(
-            "%s skipped for lack of memory: %s; try again with --retry_skipped on a device with more memory",
-            *(f"{len(skipped):,}", examples(skipped)),
-        )
-    return EmbedSummary(
-        store=str(store.path),
-        proteins=len(store),
-        added=added,
-        computed=computed,
-        residues=residues,
-        seconds=seconds,
-        skipped=len(skipped),
-        skipped_ids=", ".join(skipped) or None,
-        long=pc.sum(pc.not_equal(store.proteins["notes"], "")).as_py(),
-        cleaning=str(report),
-        precision_note="; ".join(notes) or None,
-        layers=", ".join(map(str, store.layers or [manifest["layer"]])),
-        layer_cost="; ".join(map(str, costs)) or None,
-        digest=store.digest,
-        **{key: manifest[key] for key in ("backbone", "precision", "pooling", "dim", "fallback")},
-    )
 
 
 def options_like(manifest: Mapping[str, Any], store: Location | None) -> dict[str, Any]:

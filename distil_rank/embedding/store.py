@@ -246,6 +246,11 @@ class Store:
         return table["row"].to_numpy(), vectors_of(table, column)
 
 
+def layers_of(manifest: dict[str, Any]) -> list[int]:
+    """The layers that a store holds, one or several, ascending."""
+    return manifest.get("layers") or [manifest["layer"]]
+
+
 def column_of(layer: int | None) -> str:
     """Name of the column with a layer's vectors; None is for a store of one layer."""
     return "embedding" if layer is None else f"embedding_{layer}"

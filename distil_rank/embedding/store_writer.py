@@ -13,7 +13,7 @@ Parts and shards carry the key of what they were computed from; one with another
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,6 @@ class StoreWriter:
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         if manifest != self.manifest:
             self.storage.write("manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Takes the store's exclusive lock; see `Storage.lock`."""
-        return self.storage.lock()
 
     def another(self, value: object) -> str:
         """What to type for a store beside this one, named by what is different."""
@@ -113,15 +109,11 @@ class StoreWriter:
             if not (name.startswith(".") or name.endswith(".arrow") or name in OWN_NAMES):
                 raise InputError(f"Expected an empty folder for the store at {self.path} but it holds {name}.")
 
-    def record(self, **entries: Any) -> None:
-        """Sets entries of the provenance; the caller holds the lock."""
-        before = read_provenance(self.storage)
-        if (content := {**before, **entries}) != before:
-            self.storage.write(PROVENANCE, json.dumps(content, indent=1).encode() + b"\n")
-
     def record_extraction(self, **entries: Any) -> None:
-        """Appends an extraction to the provenance."""
-        self.record(extractions=[*read_provenance(self.storage)["extractions"], entries])
+        """Appends an extraction to the provenance; the caller holds the lock."""
+        content = read_provenance(self.storage)
+        content["extractions"].append(entries)
+        self.storage.write(PROVENANCE, json.dumps(content, indent=1).encode() + b"\n")
 
     def pending(self, together: int = 0) -> list[Shard]:
         """The shards that the manifest does not list as finished, in order.
@@ -132,35 +124,6 @@ class StoreWriter:
         unfinished = {entry["file"] for entry in manifest["shards"] if "sha256" not in entry}
         joined = join_shards((Shard.of(entry, manifest) for entry in manifest["shards"]), together)
         return [shard for shard in joined if unfinished.intersection(part.file for part in shard.members or [shard])]
-
-    def retry_skipped(self) -> int:
-        """Makes skipped sequences pending again and returns their number; the caller holds the lock.
-
-        Killed at any moment, it loses no vector.
-        """
-        manifest = self.manifest
-        reopened, retried = [], 0
-        for entry in manifest["shards"]:
-            if not entry.get("skipped"):
-                continue
-            table = self.storage.table(entry["file"])
-            rows, counts = np.unique(table["row"].to_numpy(), return_counts=True)
-            if len(rows):
-                vectors = np.stack([vectors_of(table, name) for name in self._columns()])
-                self.write_part(Shard.of(entry, manifest), rows.tolist(), counts.tolist(), vectors)
-            retried += entry["skipped"]
-            reopened.append(entry["file"])
-            _reopen(entry)
-        self._write_manifest(manifest)
-        for file in reopened:
-            self.storage.delete(file)
-        folders = [name for name, size in self.storage.entries(PARTS).items() if size is None]
-        for part in (part for name in folders for part in self._parts(f"{PARTS}/{name}")):  # of shards in progress
-            table = self.storage.table(part)
-            if missing := len(_rows_of(table)) - len(np.unique(table["row"].to_numpy())):
-                retried += missing
-                self.storage.delete(part)
-        return retried
 
     def sequences(self, shard: Shard) -> dict[int, str]:
         """Row and sequence of the shard's distinct sequences, in order of the rows."""
@@ -180,17 +143,16 @@ class StoreWriter:
         """Whether the shard's files are complete."""
         return all(self._computed(part.file, part.key, ["row"]) is not None for part in shard.members or [shard])
 
-    def _parts(self, folder: str) -> list[str]:
-        return [f"{folder}/{name}" for name in sorted(self.storage.entries(folder)) if name.endswith(".arrow")]
+    def _parts(self, shard: Shard) -> list[pa.Table]:
+        """Its finished batches."""
+        names = [
+            f"{shard.parts}/{name}" for name in sorted(self.storage.entries(shard.parts)) if name.endswith(".arrow")
+        ]
+        return [table for name in names if (table := self._computed(name, shard.key)) is not None]
 
     def done(self, shard: Shard) -> set[int]:
         """The rows of finished batches, including skipped sequences."""
-        rows: set[int] = set()
-        for part in self._parts(shard.parts):
-            table = self._computed(part, shard.key)
-            if table is not None:
-                rows.update(_rows_of(table))
-        return rows
+        return {row for part in self._parts(shard) for row in _rows_of(part)}
 
     def write_part(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
         """Writes one batch.
@@ -201,36 +163,24 @@ class StoreWriter:
             counts: Vectors of each; 0 for a skipped one.
             vectors: (sum of counts, dim) float32; (layers, sum of counts, dim) for a store of several.
         """
-        metadata = {"key": shard.key, "rows": json.dumps(rows)}
-        table = _table(np.repeat(rows, counts), self._named(vectors), metadata)
+        columns = dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
+        table = _table(np.repeat(rows, counts), columns, {"key": shard.key, "rows": json.dumps(rows)})
         self.storage.write(f"{shard.parts}/{rows[0]}.arrow", table)
 
     def _columns(self) -> list[str]:
         return [column_of(layer) for layer in self.manifest.get("layers", [])] or [column_of(None)]
 
-    def _named(self, vectors: np.ndarray) -> dict[str, np.ndarray]:
-        """Vectors, (layers, vectors, dim) or of one layer (vectors, dim), by the column that holds them."""
-        return dict(zip(self._columns(), vectors if vectors.ndim == 3 else vectors[None], strict=True))
-
     def seal(self, shard: Shard) -> None:
         """Merges the shard's parts into its file, in order of the rows, and removes them; `InputError` if one lacks."""
-        parts = [self.storage.table(part) for part in self._parts(shard.parts)]
+        parts = self._parts(shard)
         if not {row for part in parts for row in _rows_of(part)}.issuperset(range(*shard.rows)):
-            if self.is_sealed(shard):  # by the process that took the shard over from this one
+            if self.is_sealed(shard):  # by an earlier run, or by the process that took the shard over from this one
                 return
             raise InputError(
                 f"Expected all parts of {shard.file} in {self.path}/{PARTS} but some are missing; run again."
             )
         rows = np.concatenate([part["row"].to_numpy() for part in parts])
         vectors = {name: np.concatenate([vectors_of(part, name) for part in parts]) for name in self._columns()}
-        self._write_shard(shard, rows, vectors)
-        self.storage.delete_folder(shard.parts)
-
-    def write_whole(self, shard: Shard, rows: list[int], counts: list[int], vectors: np.ndarray) -> None:
-        """Writes a shard that is one batch, without a part; arguments as of `write_part`."""
-        self._write_shard(shard, np.repeat(rows, counts), self._named(vectors))
-
-    def _write_shard(self, shard: Shard, rows: np.ndarray, vectors: dict[str, np.ndarray]) -> None:
         order = np.argsort(rows, kind="stable")  # stable: the residues of a sequence stay in order
         rows = rows[order]
         for one in reversed(shard.members or [shard]):  # the first, in whose folder the parts are, when all others are
@@ -239,6 +189,7 @@ class StoreWriter:
             own = slice(*np.searchsorted(rows, one.rows))
             columns = {name: column[order[own]] for name, column in vectors.items()}
             self.storage.write(one.file, _table(rows[own], columns, {"key": one.key}))
+        self.storage.delete_folder(shard.parts)
 
     def _record_finished(self, manifest: dict[str, Any]) -> None:
         """Sets size and hash of complete shards, clears those of damaged ones."""
@@ -248,7 +199,8 @@ class StoreWriter:
             if "sha256" in shard and sizes.get(file) != shard["bytes"]:
                 logger.warning("%s is missing or damaged: it is computed again", self.storage.where(file))
                 self.storage.delete(file)
-                _reopen(shard)
+                for key in ("vectors", "skipped", "bytes", "sha256"):
+                    shard.pop(key, None)
             table = None
             if "sha256" not in shard and file in sizes:
                 table = self._computed(file, Shard.of(shard, manifest).key, ["row"])
@@ -287,11 +239,6 @@ class StoreWriter:
 def _rows_of(part: pa.Table) -> list[int]:
     """The rows of a finished batch, including skipped sequences."""
     return list(json.loads(part.schema.metadata[b"rows"]))
-
-
-def _reopen(entry: dict[str, Any]) -> None:
-    for key in ("vectors", "skipped", "bytes", "sha256"):
-        entry.pop(key, None)
 
 
 def _table(rows: np.ndarray, columns: Mapping[str, np.ndarray], metadata: dict[str, str]) -> pa.Table:

@@ -52,7 +52,6 @@ class EmbedOptions:
         engine: What uses several devices; ray's workers may come and go.
         ray_address: HOST:PORT of a Ray cluster; by default one starts here.
         ray_cores: Cores of each worker; one beside a GPU, otherwise all.
-        retry_skipped: Compute again what was skipped for lack of memory.
         calibration: Store whose int8 calibration to use.
         code: Folder of an encoder, or store of its codes: writes codes.
     """
@@ -73,7 +72,6 @@ class EmbedOptions:
     engine: Engine = "lightning"
     ray_address: str | None = None
     ray_cores: int | None = None
-    retry_skipped: bool = False
     calibration: str | Path | None = None
     code: str | Path | None = None
 

@@ -1,6 +1,6 @@
 """What can be recommended, and what it costs: a layer of the backbone, a metric, a rank and a type of number.
 
-Encoders are fitted in closed form. Time is what was measured when the vectors were made.
+Encoders are fitted in closed form. Time is what making the vectors took, in equal parts for the layers.
 """
 
 from collections.abc import Mapping
@@ -113,7 +113,7 @@ class Fitted:
 
 
 def layer_costs(problem: Problem) -> tuple[dict[str | None, Cost], str]:
-    """Time of a backbone that stops behind each layer, by layer, as measured when the vectors were made.
+    """Time of a backbone that stops behind each layer, by layer: equal parts of what making the vectors took.
 
     It is empty where the vectors are no store of ours, or do not say; and in words where the times come from.
     """
@@ -131,5 +131,5 @@ def layer_costs(problem: Problem) -> tuple[dict[str | None, Cost], str]:
             if one["computed"] > most and all(0 < cost.share <= 1 for cost in costs.values()):
                 best, most = costs, one["computed"]  # the largest pass says most
     if not best:
-        return {}, "Time was not measured: the vectors do not say what each layer took when they were made."
-    return best, f"Time is what each layer took when {most:,} of the vectors were made."
+        return {}, "Time was not measured: the vectors do not say what they took when they were made."
+    return best, f"Time is what {most:,} of the vectors took when they were made, in equal parts for each layer."

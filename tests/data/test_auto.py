@@ -27,7 +27,7 @@ def test_auto_is_what_ships_unless_there_is_one_finished_store_of_the_users(tmp_
     def made(name: str, finished: bool = True) -> None:
         writer = StoreWriter(Path("embeddings") / name)
         settings = {"dim": 4, "pooling": "mean", "long": "window", "max_length": 9, "layer": 1}
-        with writer.lock():
+        with writer.storage.lock():
             writer.plan([Protein("a", "MK")], settings, {"backbone": "x", "fallback": None}, CleaningReport(""))
             (shard,) = writer.pending()
             writer.write_part(shard, [0], [1], X)

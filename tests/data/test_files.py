@@ -138,7 +138,7 @@ def test_fair_esms_folder_with_two_kinds_is_refused(tmp_path, other, got):
 def test_our_store(tmp_path, pooling):
     writer = StoreWriter(tmp_path / "s")
     settings = {"dim": 4, "pooling": pooling, "long": "window", "max_length": 9}
-    with writer.lock():
+    with writer.storage.lock():
         writer.plan(
             [Protein("a", "MK"), Protein("b", "MKV")], settings, {"backbone": "x", "fallback": None}, CleaningReport("")
         )
@@ -158,7 +158,7 @@ def test_our_store(tmp_path, pooling):
 def test_one_layer_of_our_store(tmp_path):
     writer = StoreWriter(tmp_path / "s")
     settings = {"dim": 4, "pooling": "mean", "long": "window", "max_length": 9, "layers": [1, 2]}
-    with writer.lock():
+    with writer.storage.lock():
         writer.plan([Protein("a", "MK")], settings, {"backbone": "x", "fallback": None}, CleaningReport(""))
         (shard,) = writer.pending()
         writer.write_part(shard, [0], [1], np.stack([X[:1], 2 * X[:1]]))

@@ -145,7 +145,7 @@ def test_a_killed_plan_leaves_nothing_behind_the_next(tmp_path):
     (tmp_path / "s" / ".unfinished-killed").mkdir(parents=True)
     writer = StoreWriter(tmp_path / "s")
     settings = {"dim": 3, "pooling": "mean", "long": "window", "max_length": 9}
-    with writer.lock():
+    with writer.storage.lock():
         writer.plan([Protein("a", "MK")], settings, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta"))
     assert sorted(file.name for file in (tmp_path / "s").iterdir()) == ["manifest.json", "proteins-00000.arrow"]
     assert json.loads((tmp_path / "s" / "manifest.json").read_text())["shards"][0]["rows"] == [0, 1]

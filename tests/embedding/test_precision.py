@@ -214,9 +214,11 @@ def test_nan_does_not_suffice():
 def test_bf16_is_compared_with_fp32(run, fasta, monkeypatch, caplog):
     monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
     with caplog.at_level(logging.INFO):
-        assert run(fasta).precision == "bf16"
+        summary = run(fasta)
+    assert summary.precision == "bf16" and "bf16: worst cosine 0.99" in summary.precision_note
     assert "computing in bf16: worst cosine 0.99" in caplog.text
-    assert 0.999 < read_provenance(Storage(fasta.parent / "store"))["bf16_cosine"] < 1
+    (extraction,) = read_provenance(Storage(fasta.parent / "store"))["extractions"]
+    assert extraction["bf16"].startswith("bf16: worst cosine 0.999")
     assert "going on in fp32" not in caplog.text
 
 

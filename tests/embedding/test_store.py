@@ -19,7 +19,7 @@ BY_SEQUENCE = {"MK": 1.0, "MKV": 2.0, "M": 3.0}
 def make(path, proteins=PROTEINS, settings=SETTINGS, skip=()):
     """A finished store whose vectors count from the sequence's number, one tenth a residue."""
     writer = StoreWriter(path)
-    with writer.lock():
+    with writer.storage.lock():
         writer.plan(proteins, settings, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta"))
         for shard in writer.pending():
             texts = writer.sequences(shard)
@@ -179,7 +179,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 def make_layers(path):
     """A finished store of layers 3 and 4, whose vectors are 3 and 4 times those of `make`."""
     writer = StoreWriter(path)
-    with writer.lock():
+    with writer.storage.lock():
         settings = SETTINGS | {"layers": [3, 4]}
         writer.plan(PROTEINS, settings, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta"))
         for shard in writer.pending():

@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ SETTINGS = {"dim": 3, "pooling": "mean", "long": "truncate", "max_length": 5}
 
 def plan(path, proteins, **changed):
     writer = StoreWriter(path)
-    with writer.lock():
+    with writer.storage.lock():
         return writer, writer.plan(
             proteins, SETTINGS | changed, {"backbone": "x", "fallback": None}, CleaningReport("in.fasta")
         )
@@ -231,55 +230,20 @@ def test_a_manifest_that_lost_its_last_shard_is_refused(tmp_path, monkeypatch):
         plan(tmp_path / "s", proteins("MK", "MV", "ML"))
 
 
-def skipped(path):
-    """A store of rows 0 to 2, of which 1 was skipped."""
-    writer, _ = plan(path, proteins("MK", "MV", "ML"))
+def test_a_skipped_sequence_is_tried_again_when_its_shard_was_deleted(tmp_path):
+    writer, _ = plan(tmp_path / "s", proteins("MK", "MV", "ML"))
     (shard,) = writer.pending()
     writer.write_part(shard, [0], [1], np.zeros((1, 3), np.float32))
     writer.write_part(shard, [1, 2], [0, 1], np.full((1, 3), 2, np.float32))
-    return writer, shard
-
-
-@pytest.mark.parametrize("killed_at", ["write_part", "_write_manifest", "unlink", None])
-def test_retrying_loses_nothing_when_killed(tmp_path, monkeypatch, killed_at):
-    writer, shard = skipped(tmp_path / "s")
+    assert writer.done(shard) == {0, 1, 2}
     writer.seal(shard)
     writer.finish()
-    with monkeypatch.context() as patch:
-        if killed_at:
-
-            def killed(*_, **__):
-                raise KeyboardInterrupt
-
-            patch.setattr(*(("pathlib.Path.unlink",) if killed_at == "unlink" else (StoreWriter, killed_at)), killed)
-        with pytest.raises(KeyboardInterrupt) if killed_at else nullcontext():
-            assert writer.retry_skipped() == 1
+    assert Store.open(tmp_path / "s").skipped == ["p1"]
+    (tmp_path / "s" / shard.file).unlink()
     plan(tmp_path / "s", proteins("MK", "MV", "ML"))
-    writer.retry_skipped()
-    (shard,) = writer.pending()
-    assert writer.done(shard) == {0, 2}
     fill(writer)
     store = Store.open(tmp_path / "s")
     assert (store.skipped, store.embeddings()[:, 0].tolist()) == ([], [0, 1, 2])
-    assert not (tmp_path / "s" / "parts").exists()
-
-
-def test_a_skipped_sequence_of_a_shard_in_progress_is_retried(tmp_path):
-    writer, shard = skipped(tmp_path / "s")
-    assert writer.done(shard) == {0, 1, 2}
-    assert writer.retry_skipped() == 1
-    assert writer.done(shard) == {0}, "its batch is computed again"
-
-
-def test_a_shard_that_was_skipped_whole_is_retried(tmp_path):
-    writer, _ = plan(tmp_path / "s", proteins("MK"))
-    (shard,) = writer.pending()
-    writer.write_part(shard, [0], [0], np.zeros((0, 3), np.float32))
-    writer.seal(shard)
-    writer.finish()
-    assert writer.retry_skipped() == 1
-    fill(writer)
-    assert len(Store.open(tmp_path / "s")) == 1
 
 
 def test_a_truncated_part_is_computed_again(tmp_path):
@@ -323,10 +287,8 @@ def test_provenance_is_no_content(tmp_path):
     assert embedding_run(writer.storage) is None
     writer.record_extraction(computed=1, run="abc")
     writer.record_extraction(computed=2)
-    writer.record(bf16_cosine=0.9999)
     assert read_provenance(writer.storage) == {
         "extractions": [{"computed": 3}, {"computed": 1, "run": "abc"}, {"computed": 2}],
-        "bf16_cosine": 0.9999,
     }
     assert embedding_run(writer.storage) == "abc"
     assert writer.manifest == content and Store.open(path).digest == digest
@@ -349,7 +311,7 @@ def test_the_manifest_depends_on_content_only(tmp_path):
 
 
 def _hold(path, ready, release):
-    with StoreWriter(path).lock():
+    with StoreWriter(path).storage.lock():
         ready.set()
         release.wait(30)
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from distil_rank.embedding.esm2 import WIDE, FusedEncoder, attend_sequentially, has_bf16_units, return_freed_memory
 from distil_rank.embedding.int8 import kernels
 from distil_rank.embedding.int8.quantisation import Calibration, CalibrationEncoder, Int8Layer
-from distil_rank.embedding.layers import LayerClock
 from distil_rank.errors import InputError
 
 HEADS = 5  # of a long sequence, at once in one thread
@@ -64,7 +63,6 @@ class Int8Encoder(FusedEncoder):
             Int8Layer.rounded(number, exact.exact_layer(module), calibration, self._low)
             for number, module in enumerate(exact.layers)
         ]
-        self.clock = LayerClock(self.layer, self.device)
         return_freed_memory()
 
     @torch.no_grad()
