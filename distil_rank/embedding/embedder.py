@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAST, LEAST = 4, 4  # a batch has a quarter of the tokens that are left, but not less than a quarter of the most
+RECOVERY = 8  # passes that fit into memory, after which twice as many tokens are tried; doubled when they do not fit
 OVERLAP = 4  # windows overlap by a quarter of their length, so that each residue has context on both sides in one
 
 
@@ -119,6 +120,7 @@ class Embedder:
         self.encoder = encoder or backbone.encoder(DTYPES[precision], device, self.layers)
         self.tokens, self.dim = backbone.tokens, backbone.dim
         self.pooling, self.window, self.max_tokens = pooling, window, max_tokens
+        self._most, self._passed, self._patience = max_tokens, 0, RECOVERY
 
     def batches(self, lengths: Sequence[int], tapered: bool = True) -> list[list[int]]:
         """Groups sequences of similar length, each group within `max_tokens` where it has more than one.
@@ -296,6 +298,9 @@ class Embedder:
             for total, part in zip(vectors, parts, strict=True):
                 for at, values in zip(rows.split(one.steps), part.split(one.steps), strict=True):
                     total.index_add_(0, at, values)
+            self._passed += 1
+            if self.max_tokens < self._most and self._passed % self._patience == 0:
+                self.max_tokens = min(2 * self.max_tokens, self._most)
             return
         except (MemoryError, RuntimeError) as error:
             full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -310,7 +315,7 @@ class Embedder:
             return
         tokens = int(pieces.length[group].sum()) + self.tokens.specials * len(group)
         if tokens // 2 < self.max_tokens:
-            self.max_tokens = tokens // 2
+            self.max_tokens, self._passed, self._patience = tokens // 2, 0, 2 * self._patience
             logger.warning("out of memory with %s tokens at once; continuing with half of them", f"{tokens:,}")
         self._add(pieces, group[: len(group) // 2], None, vectors, skipped)
         self._add(pieces, group[len(group) // 2 :], None, vectors, skipped)

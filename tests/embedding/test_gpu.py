@@ -12,7 +12,7 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distil_rank.embedding import extraction, gpu, planning
+from distil_rank.embedding import embedder, extraction, gpu, planning
 from distil_rank.embedding.backbone import ESM2Backbone, load_backbone
 from distil_rank.embedding.embedder import Embedder
 from distil_rank.embedding.esm2 import FusedEncoder, attend_sequentially
@@ -161,16 +161,20 @@ def short_of_memory(one, most_tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_batch_that_does_not_fit_is_halved_and_later_ones_are_smaller(device, backbone, pooling, monkeypatch, caplog):
+def test_a_batch_that_does_not_fit_is_halved_and_later_ones_grow_again(device, backbone, pooling, monkeypatch, caplog):
+    monkeypatch.setattr(embedder, "RECOVERY", 2)
     expected = streamed(on_gpu(backbone, pooling), [SEQUENCES])
     one = on_gpu(backbone, pooling, max_tokens=128)
     seen = short_of_memory(one, 70, monkeypatch)
     result = streamed(one, [SEQUENCES])
     assert F.cosine_similarity(result, expected, dim=-1).min() > 0.9995
     assert "out of memory with" in caplog.text and one.max_tokens < 70
+    for _ in range(40):
+        one.embed(["MKV"])
+    assert one.max_tokens == 128, "as much as at first is tried again"
     seen.clear()
     one.embed(["MKV"] * 20)  # 100 tokens
-    assert max(seen) <= 70
+    assert max(seen) == 100
 
 
 def test_one_sequence_that_does_not_fit_is_skipped(device, backbone, monkeypatch, caplog):
