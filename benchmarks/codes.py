@@ -1,8 +1,7 @@
-"""What codes retain of function, what they cost, and whether E-values hold: the tables of docs/codes.md.
+"""What codes retain of function, and what they cost: the tables of docs/codes.md.
 
     python benchmarks/codes.py scope --data STORE --early STORE:4 --fasta scope40.fa --folds folds.txt
     python benchmarks/codes.py kinases --data kinases.npz
-    python benchmarks/codes.py evalues --data STORE:4 --fasta scope40.fa --folds folds.txt
     python benchmarks/codes.py million --data STORE
 
 `scope`: SCOPe's domains (the header's second word is the label), embedded with the backbone of the sample: their last
@@ -19,14 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from script import run, save_markdown
 from torch import Tensor
 
-from distil_rank.codes.augment import embed_like
 from distil_rank.codes.fit import FittedMetric, fit_metric, noise_of, open_proteins
 from distil_rank.codes.index import CodeIndex, import_faiss
-from distil_rank.codes.search import DecoyScores
 from distil_rank.codes.train import train_encoder
 from distil_rank.data.files import load_matrix
 from distil_rank.data.mmseqs import mmseqs_binary
@@ -144,50 +140,6 @@ def kinases(data: str, labels: str) -> None:
     save_markdown(RESULTS / "kinases.md", lines)
 
 
-def evalues(proteins: LabelledData, decoys: int) -> None:
-    """Stated against observed false hits for each query among SCOPe's evaluated domains; false: another fold."""
-    import matplotlib.pyplot as plt
-
-    fit, evaluated = fitted(proteins, "invariant"), proteins.groups.evaluated
-    x, about = torch.from_numpy(proteins.embeddings.x[evaluated]), proteins.embeddings.provenance
-    fold = proteins.target.relevance.levels[-1][evaluated]
-    chosen = np.sort(np.random.default_rng(0).permutation(len(evaluated))[:decoys])
-    backwards = [proteins.embeddings.sequences[evaluated[row]][::-1] for row in chosen]
-    vectors = torch.from_numpy(
-        np.array(embed_like(backwards, about, about["source"], COPIES, "scope-decoys").embeddings())
-    )
-    stated = np.logspace(-2, 1, 13)
-    lines = ["| code | bytes | stated | observed |", "|---|---|---|---|"]
-    figure, ax = plt.subplots(figsize=(5, 4.5), layout="constrained")
-    for rank, dtype in ((64, "bit"), (128, "bit"), (64, "int8")):
-        encoder = fit.encoder(rank, dtype)
-        targets = F.normalize(encoder.decode(encoder.encode(x)), dim=1)
-        scores = (encoder(vectors) @ targets.T).numpy()[chosen[:, None] != np.arange(len(evaluated))]
-        observed = false_hits(encoder(x), targets, fold, DecoyScores.of(scores), stated)
-        name = f"{dtype}, rank {rank}"
-        ax.plot(stated, observed, "o-", ms=3, label=f"{name}, {encoder.bytes_per_protein} bytes")
-        for place in (0, 4, 8, 12):
-            lines.append(f"| {name} | {encoder.bytes_per_protein} | {stated[place]:.3g} | {observed[place]:.3g} |")
-    ax.plot(stated, stated, "k--", lw=1, label="as stated")
-    ax.set(xscale="log", yscale="log", xlabel="stated false hits for each query", ylabel="observed (another fold)")
-    ax.legend(fontsize=8)
-    save_markdown(RESULTS / "evalues.md", lines)
-    figure.savefig(RESULTS / "evalues.png", dpi=120)
-
-
-def false_hits(
-    queries: Tensor, targets: Tensor, fold: np.ndarray, decoys: DecoyScores, stated: np.ndarray
-) -> np.ndarray:
-    """Hits of another fold with an E-value up to each stated one, for each query."""
-    counts = np.zeros(len(stated))
-    for start in range(0, len(queries), 500):
-        part = slice(start, start + 500)
-        expected = decoys.evalues((queries[part] @ targets.T).numpy().astype(np.float64), len(targets) - 1)
-        expected = np.sort(expected[fold[part, None] != fold[None]])
-        counts += np.searchsorted(expected, stated, "right")
-    return counts / len(queries)
-
-
 def million(data: str, rows: int, queries: int, rounds: int) -> None:
     """A million codes of 16 bytes beside faiss's flat float32 index of the full vectors, in one process by turns."""
     source, dice = load_matrix(data).x, np.random.default_rng(0)
@@ -248,13 +200,12 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def main(
-    table: Literal["scope", "kinases", "evalues", "million"],
+    table: Literal["scope", "kinases", "million"],
     data: str = "data/sample",
     early: str = "",
     fasta: str = "",
     folds: str = "",
     labels: str = "labels_full",
-    decoys: int = 500,
     rows: int = 1_000_000,
     queries: int = 1000,
     rounds: int = 3,
@@ -268,7 +219,6 @@ def main(
         fasta: SCOPe's domains with their labels.
         folds: File of the folds to fit on.
         labels: Array of the .npz with group_family.
-        decoys: Domains read backwards.
         rows: Codes to search among.
         queries: To search with.
         rounds: Of the searches that take turns.
@@ -277,8 +227,6 @@ def main(
         scope(open_scope(data, fasta, folds), open_scope(early, fasta, folds))
     elif table == "kinases":
         kinases(data, labels)
-    elif table == "evalues":
-        evalues(open_scope(data, fasta, folds), decoys)
     else:
         million(data, rows, queries, rounds)
 

@@ -1,4 +1,4 @@
-"""Search by codes, by alignment and by both, beside structure search: the tables of docs/codes.md.
+"""Search by codes, by alignment and by both, beside structure search: the tables of docs/search.md.
 
     python benchmarks/search.py folds --data STORE:4 --labels scope40.fa --field 2 --folds_file folds.txt
     python benchmarks/search.py standard --data STORE:4 --labels labels.tsv --rivals rivals.tsv

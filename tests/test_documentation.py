@@ -75,7 +75,10 @@ HOLDS = {
 }
 
 # Commands of other pages that a page builds on.
-BUILT_ON = {"evaluate.md": ["make distil DATA=my_store"]}
+BUILT_ON = {
+    "evaluate.md": ["make distil DATA=my_store"],
+    "search.md": ["make code DATA=my_store RANK=8 DTYPE=bit CODES=my_codes"],
+}
 
 # What `my_store` is when a page begins: by default a store of all layers.
 MY_STORE = {"evaluate.md": "last_layer"}
