@@ -115,11 +115,6 @@ def lightning_options() -> dict[str, str]:
     return {name.arg: ast.unparse(value) for name, value in defaults if value is not None and name.arg not in fixed}
 
 
-def _usage() -> str:
-    lines = [f"  {name:<14} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join([f"usage: {PROG} [-q | -v] COMMAND [OPTIONS]   (COMMAND --help tells the options)", "", *lines])
-
-
 class _WithoutCredentials(logging.Formatter):
     """Messages, and tracebacks, without the passwords in addresses."""
 
@@ -169,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbosity = (arguments.count("-v") > 0) - (arguments.count("-q") > 0)
     arguments = [argument for argument in arguments if argument not in ("-v", "-q")]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+        print(f"usage: {PROG} [-q | -v] COMMAND [OPTIONS]   (COMMAND --help tells the options)\n")
+        print("\n".join(f"  {name:<14} {summary}" for name, (_, summary) in COMMANDS.items()))
         return 0
     name = arguments.pop(0)
     if name in ALIASES:

@@ -44,9 +44,8 @@ def distil_several(
     teachers = " ".join(dict.fromkeys(child.teacher.kind for child in children))
     params = {"backbone": about.backbone, "teacher": teachers}
     title = f"{name} {about.dim}-d {Path(about.source).stem}"
-    with start_run(
-        "sweep" if name == "sweep" else "distil", title, params=params, tags=lineage(asdict(about))
-    ) as parent:
+    experiment = "sweep" if name == "sweep" else "distil"
+    with start_run(experiment, title, params=params, tags=lineage(asdict(about))) as parent:
         results = []
         for number, child in enumerate(children, 1):
             log.info("%s: %d of %d", name, number, len(children))

@@ -54,13 +54,9 @@ def compress(options: CompressOptions) -> CompressionReport:
         metrics = {"held_out_r2": asdict(r2), "layers": [asdict(row)]}
         folder = save(student, o.output, metrics=metrics, data=asdict(about))
         run.log_params({"rank": row.rank})
-        figures = {
-            "r2": r2.value,
-            "one_minus_r2": 1 - r2.value,
-            "predicted_r2": row.predicted_r2,
-            "speed_up": row.dense_us / row.student_us,
-        }
-        run.log_metrics({**figures, "parameter_ratio": row.dense_parameters / row.parameters})
+        figures = {"r2": r2.value, "one_minus_r2": 1 - r2.value, "predicted_r2": row.predicted_r2}
+        figures["parameter_ratio"] = row.dense_parameters / row.parameters
+        run.log_metrics({**figures, "speed_up": row.dense_us / row.student_us})
         run.keep(o, sorted(folder.iterdir()), str(report))
         log_student(run, student, data.rows("test").numpy()[:4], metrics={"r2": r2.value})
     print(report)

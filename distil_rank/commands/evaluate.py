@@ -87,10 +87,10 @@ def _log_figures(run: Run, evaluation: Evaluation) -> None:
     metric = evaluation.headline
     figures: dict[str, float] = {"full": evaluation.entries[0].scores[metric].value}
     for entry in evaluation.entries:
-        scores = {f"{metric_name(entry.name)}/{metric_name(key)}": one.value for key, one in entry.scores.items()}
+        name = metric_name(entry.name)
+        figures |= {f"{name}/{metric_name(key)}": one.value for key, one in entry.scores.items()}
         if metric in entry.retained:
-            scores[f"{metric_name(entry.name)}/retained"] = entry.retained[metric].value
-        figures |= scores
+            figures[f"{name}/retained"] = entry.retained[metric].value
     others = [entry for entry in evaluation.entries if entry.role in ("student", "matrix")]
     if others:
         best = max(others, key=lambda entry: entry.scores[metric].value)

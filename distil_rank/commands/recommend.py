@@ -18,14 +18,7 @@ from distil_rank.options.embed import EmbedOptions
 from distil_rank.options.evaluation import RecommendOptions
 from distil_rank.recommendation.pipelines import Fitted, layer_costs
 from distil_rank.recommendation.problem import CONFIRM, VALIDATE, Problem, open_problem, subset_of
-from distil_rank.recommendation.search import (
-    Evaluator,
-    Outcome,
-    Recommendation,
-    confirm,
-    search_pipelines,
-    within_limits,
-)
+from distil_rank.recommendation.search import Evaluator, Outcome, Recommendation, search_and_confirm, within_limits
 from distil_rank.report.tables import configuration, recommendation_report
 from distil_rank.report.writer import link, run_folder
 from distil_rank.tracking.run import Run, start_run
@@ -64,8 +57,7 @@ def recommend(options: RecommendOptions) -> Recommendation:
     params |= {"max_bytes": o.max_bytes, "max_time": o.max_time}
     title = f"{Path(problem.source).stem} keep {o.keep:g}"
     with start_run("recommend", title, params=params, tags=lineage(about)) as run:
-        outcomes, answers = search_pipelines(validation, pipelines, costs, o.keep)
-        result = confirm(confirmation, costs, outcomes, answers, o.keep, o.weigh, o.alignment)
+        result = search_and_confirm(validation, confirmation, pipelines, costs, o.keep, o.weigh, o.alignment)
         pipeline, latest = result.answer.chosen.pipeline, output / "recommend" / "latest"
         result = replace(
             result,

@@ -307,20 +307,21 @@ def choose(
     }
 
 
-def confirm(
-    evaluator: Evaluator,
+def search_and_confirm(
+    validation: Evaluator,
+    confirmation: Evaluator,
+    pipelines: Sequence[Pipeline],
     costs: Costs,
-    outcomes: Sequence[Outcome],
-    answers: Mapping[Answer, Outcome],
     keep: float,
     headline: Answer,
     aligned: bool,
 ) -> Recommendation:
-    """Look once at the evaluator's groups, with all three answers, beside what needs no embedding."""
-    problem = evaluator.fitted.problem
-    pipelines = {one.pipeline for one in answers.values()}
-    level = 1 - (1 - LEVEL) / len(pipelines) / len(problem.tasks)  # Bonferroni: the intervals hold together
-    looks = {one: evaluator.outcome(one, costs, level) for one in pipelines}
+    """Search on one evaluator's groups, and look once at the other's, with all three answers."""
+    outcomes, answers = search_pipelines(validation, pipelines, costs, keep)
+    problem = confirmation.fitted.problem
+    chosen = {one.pipeline for one in answers.values()}
+    level = 1 - (1 - LEVEL) / len(chosen) / len(problem.tasks)  # Bonferroni: the intervals hold together
+    looks = {one: confirmation.outcome(one, costs, level) for one in chosen}
     aligned = aligned and problem.sequences is not None and problem.tasks[0].target.kind == "retrieval"
     missing = aligned and mmseqs_binary() is None
     splits = [problem.split == split for split in (FIT, VALIDATE, CONFIRM)]
@@ -328,16 +329,16 @@ def confirm(
     return Recommendation(
         source=problem.source,
         tasks=tuple(task.name for task in problem.tasks),
-        metrics=tuple(one.metric for one in evaluator.trials),
+        metrics=tuple(one.metric for one in confirmation.trials),
         keep=keep,
         headline=headline,
         answers={name: Confirmed.of(one, looks[one.pipeline], keep) for name, one in answers.items()},
         searched=problem.searched,
-        full=evaluator.full(costs),
+        full=confirmation.full(costs),
         front=tuple(sorted(shown.values(), key=lambda one: one.price)),
         outcomes=tuple(outcomes),
         costs=tuple(costs.values()),
-        baselines=tuple(evaluator.baselines(aligned and not missing)),
+        baselines=tuple(confirmation.baselines(aligned and not missing)),
         proteins=tuple(int(rows.sum()) for rows in splits),
         groups=tuple(len(np.unique(problem.group[rows])) for rows in splits),
         grouping=problem.groups,

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +109,12 @@ def without_credentials(text: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on; `"not installed"` where one is missing.
+    """Versions of Python and of the packages that results depend on.
 
     >>> "torch" in versions()
     True
     """
-    installed = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            installed[package] = "not installed"
-    return installed
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 
 
 def lineage(data: Mapping[str, Any]) -> dict[str, str]:

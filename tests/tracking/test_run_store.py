@@ -1,11 +1,9 @@
 import os
 import signal
 import threading
-from importlib.metadata import version
 
 import pytest
 
-from distil_rank.tracking import run_store
 from distil_rank.tracking.run_store import exit_on_signals, was_interrupted
 
 
@@ -41,10 +39,3 @@ def test_ctrl_c_is_found_behind_what_was_raised_from_it():
     except SystemExit as error:
         assert was_interrupted(error)
     assert not was_interrupted(SystemExit(1))
-
-
-def test_a_missing_package_is_said(monkeypatch):
-    monkeypatch.setattr(run_store, "PACKAGES", ("torch", "no-such-package"))
-    installed = run_store.versions()
-    assert installed["torch"] == version("torch")
-    assert installed["no-such-package"] == "not installed"
