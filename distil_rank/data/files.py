@@ -93,9 +93,7 @@ def load_matrix(path: str | Path) -> Embeddings:
             "FASTA by embed."
         )
     try:
-        embeddings = reader(Path(path) if reader is _read_store else file)
-        if reader is not _read_store:
-            embeddings = _layer_of(embeddings, layer, file)
+        embeddings = _read_store(path) if reader is _read_store else _layer_of(reader(file), layer, file)
     except (*DAMAGE, SafetensorError) as error:
         if isinstance(error, InputError):
             raise

@@ -183,8 +183,8 @@ def make_split(
     >>> split.method
     'exact duplicates only, 4 groups'
     """
-    if method in ("clusters", "mmseqs") and (clusters if method == "clusters" else sequences) is None:
-        needed = "clusters" if method == "clusters" else "sequences"
+    needed, column = ("clusters", clusters) if method == "clusters" else ("sequences", sequences)
+    if method in ("clusters", "mmseqs") and column is None:
         raise InputError(f"Expected {needed} for the split method `{method}` but got none: give them.")
     candidates, caveats = _candidates(method, sequences, clusters)
     upper = None if sequences is None else [sequence.upper() for sequence in sequences]

@@ -82,32 +82,32 @@ def solve(
     True
     """
     check_range("`rank`", rank, 1, min(weight.shape))
+    if solver not in SOLVERS:
+        raise InputError(f"Expected a solver out of {', '.join(SOLVERS)} but got {solver!r}.")
     weight = weight.detach().double()
-    bias = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias.detach().double()
-    bias = bias.to(weight.device)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(weight)
     if solver in ("svd", "svd_bias"):  # singular values shared evenly: neither factor dwarfs the other in training
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         root = S[:rank].sqrt()
-        by_svd = Factors(root[:, None] * Vh[:rank], U[:, :rank] * root, bias)
+        factors = Factors(root[:, None] * Vh[:rank], U[:, :rank] * root, bias)
     if solver == "svd":
-        return by_svd
+        return factors
     if moments is None:
         raise InputError(f"Expected moments of the layer's inputs for the solver {solver!r} but got none.")
     if len(moments.mean) != weight.shape[1]:
         raise InputError(
             f"Expected inputs of width {weight.shape[1]} for a {tuple(weight.shape)} layer but got {len(moments.mean)}."
         )
-    mean = moments.mean.to(weight)
-    if solver == "svd_bias":
-        return refit_bias(by_svd, weight, bias, mean)
     if solver == "whitened_svd":
-        second_moment = Moments(mean, moments.covariance + torch.outer(moments.mean, moments.mean), moments.rows)
+        second_moment = Moments(
+            moments.mean, moments.covariance + torch.outer(moments.mean, moments.mean), moments.rows
+        )
         Q = output_spectrum(weight, second_moment)[1][:, :rank]
         return Factors(Q.T @ weight, Q, bias)
     if solver == "closed_form":
         Q = (spectrum or output_spectrum(weight, moments))[1][:, :rank]
-        return refit_bias(Factors(Q.T @ weight, Q, bias), weight, bias, mean)
-    raise InputError(f"Expected a solver out of {', '.join(SOLVERS)} but got {solver!r}.")
+        factors = Factors(Q.T @ weight, Q, bias)
+    return refit_bias(factors, weight, bias, moments.mean)
 
 
 def refit_bias(factors: Factors, weight: Tensor, bias: Tensor | None, mean: Tensor) -> Factors:

@@ -84,7 +84,7 @@ def knn_overlap(student: Tensor, teacher: Tensor, k: int = 10, chunk: int = 1024
         raise ValueError(f"Expected at least 2 rows and 1 neighbour but got {rows} rows and k={k}.")
     k = min(k, rows - 1)
     # Without the large mean that all rows share, float32 has digits enough, at half the time
-    student, teacher = _centred(student).float(), _centred(teacher).float()
+    student, teacher = ((x.double() - x.double().mean(0)).float() for x in (student, teacher))
     blocks = []
     for start in range(0, rows, chunk):
         near = []
@@ -153,10 +153,6 @@ def lost(shares: Mapping[str, T]) -> dict[str, T]:
     near_one = ("r2", "cosine", "centred_cosine")
     named = {name: (f"one_minus_{name}", 1 - share) for name, share in shares.items() if name in near_one}
     return dict(named.get(item[0], item) for item in shares.items())
-
-
-def _centred(outputs: Tensor) -> Tensor:
-    return outputs.double() - outputs.double().mean(0)
 
 
 def _same_shape(student: Tensor, teacher: Tensor) -> None:

@@ -96,9 +96,6 @@ class EmbedOptions:
             raise InputError(
                 f"Expected --precision int8 or auto-int8 with --calibration but got {self.precision}; leave one out."
             )
-        self._check_devices()
-
-    def _check_devices(self) -> None:
         cores, several = os.cpu_count() or 1, self.devices > 1 or self.num_nodes > 1
         if self.accelerator == "cpu" and self.devices > cores:
             raise InputError(f"Expected at most {cores} devices, the cores of this machine, but got {self.devices}.")
@@ -106,13 +103,12 @@ class EmbedOptions:
             raise InputError(
                 f"Expected --strategy with several devices or nodes but got {self.strategy!r} with one; leave it out."
             )
-        if self.engine != "ray":
-            if self.ray_address is not None or self.ray_cores is not None:
-                raise InputError("Expected --ray_address and --ray_cores with --engine ray only; leave them out.")
-            return
-        if several:
+        ray = self.engine == "ray"
+        if not ray and (self.ray_address is not None or self.ray_cores is not None):
+            raise InputError("Expected --ray_address and --ray_cores with --engine ray only; leave them out.")
+        if ray and several:
             raise InputError("Expected no --devices or --num_nodes with --engine ray, which takes all that is free.")
-        if find_spec("ray") is None:
+        if ray and find_spec("ray") is None:
             raise InputError("Expected Ray for --engine ray but it is missing; pip install 'distil-rank[ray]'.")
 
 

@@ -76,12 +76,9 @@ class LabelTeacher(TeacherModule):
         share = (F.one_hot(y, h.outputs) if one else y.reshape(len(y), -1)).float().mean(0)
         share = share.clamp(1 / len(y), 1 - 1 / len(y))
         weights = share.rsqrt() / share.sqrt().sum() if one else ((1 - share) / share).sqrt()
-        moments = data.moments
-        statistics = {"mean": moments.mean.float(), "std": moments.std.float(), "weights": weights}
-        statistics |= {
-            "offset": y.mean() if numbers else torch.zeros(()),
-            "scale": y.std() if numbers else torch.ones(()),
-        }
+        mean, std = data.moments.mean.float(), data.moments.std.float()
+        offset, scale = (y.mean(), y.std()) if numbers else (torch.zeros(()), torch.ones(()))
+        statistics = {"mean": mean, "std": std, "weights": weights, "offset": offset, "scale": scale}
         for name, value in statistics.items():
             self.register_buffer(name, value)
 
