@@ -288,10 +288,6 @@ class Embedder:
         self, pieces: _Pieces, group: NDArray[np.int64], one: _Pass | None, vectors: Tensor, skipped: set[int]
     ) -> None:
         """Adds what a group of pieces gives, or its owners to those that do not fit into memory; packs what is None."""
-        if skipped and (lost := np.isin(pieces.owner[group], list(skipped))).any():
-            group, one = group[~lost], None
-        if not len(group):
-            return
         try:
             one = one or self._packed(pieces, group)
             parts, rows = self._pooled(one), self._moved(one.rows)

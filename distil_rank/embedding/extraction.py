@@ -201,16 +201,14 @@ class Extraction:
             tqdm(total=total, desc="embed", unit="residue", unit_scale=True, disable=hidden) as bar,
             ThreadPoolExecutor(max_workers=1) as pool,
         ):
-            writing: Future[None] | None = None
+            writing: Future[Any] = pool.submit(int)  # nothing yet
             for batch, result in self.embedder.stream((batch, batch.texts) for batch in self._batches(shards)):
-                if writing is not None:
-                    writing.result()
+                writing.result()
                 writing = pool.submit(self._write, batch, result)
                 computed += len(batch.rows)
                 residues += sum(map(len, batch.texts))
                 bar.update(batch.residues)
-            if writing is not None:
-                writing.result()
+            writing.result()
         return computed, residues
 
     def _batches(self, shards: list[Shard]) -> Iterator[_Batch]:

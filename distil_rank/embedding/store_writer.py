@@ -194,22 +194,19 @@ class StoreWriter:
     def _record_finished(self, manifest: dict[str, Any]) -> None:
         """Sets size and hash of complete shards, clears those of damaged ones."""
         sizes = self.storage.entries()
-        for shard in manifest["shards"]:
-            file = shard["file"]
-            if "sha256" in shard and sizes.get(file) != shard["bytes"]:
-                logger.warning("%s is missing or damaged: it is computed again", self.storage.where(file))
-                self.storage.delete(file)
-                for key in ("vectors", "skipped", "bytes", "sha256"):
-                    shard.pop(key, None)
-            table = None
-            if "sha256" not in shard and file in sizes:
-                table = self._computed(file, Shard.of(shard, manifest).key, ["row"])
-            if table is not None:
+        for entry in manifest["shards"]:
+            file, shard = entry["file"], Shard.of(entry, manifest)
+            if "sha256" in entry:
+                if sizes.get(file) != entry["bytes"]:
+                    logger.warning("%s is missing or damaged: it is computed again", self.storage.where(file))
+                    self.storage.delete(file)
+                    for key in ("vectors", "skipped", "bytes", "sha256"):
+                        entry.pop(key, None)
+            elif file in sizes and (table := self._computed(file, shard.key, ["row"])) is not None:
                 rows = table["row"].to_numpy()
-                shard["vectors"] = len(rows)
-                shard["skipped"] = shard["rows"][1] - shard["rows"][0] - len(np.unique(rows))
-                shard.update(self.storage.fingerprint(file))
-                self.storage.delete_folder(Shard.of(shard, manifest).parts)
+                skipped = shard.rows[1] - shard.rows[0] - len(np.unique(rows))
+                entry.update(vectors=len(rows), skipped=skipped, **self.storage.fingerprint(file))
+                self.storage.delete_folder(shard.parts)
 
     def _computed(self, name: str, key: str, columns: Sequence[str] | None = None) -> pa.Table | None:
         """What was computed for this key; a file with another key, or a damaged one, is deleted."""
