@@ -54,6 +54,10 @@ RUN_LISTS = {
         "Encoders of a few bytes a protein: what each retains of the full vector's function.",
         "source metric rank dtype | bytes score full retained retained_low",
     ),
+    "predict": (
+        "Predictions of new proteins: by which predictor, and for how many.",
+        "model fasta data confidence | proteins",
+    ),
     "search": (
         "Searches of proteins among codes.",
         "codes fasta targets bytes | queries hits recall seconds",
