@@ -47,7 +47,7 @@ def test_a_layer_that_does_not_fit_the_vectors(folder, capsys, command, layer, m
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["evaluate", "--ranks", "[0]"], "--ranks of at least 1 but got [0]"),
+        (["evaluate", "--ranks", "[0]"], "--ranks of at least 1 but got 0"),
         (["sweep", "--ranks", "[]"], "--ranks has none"),
         (["code", "--rank", "0"], "--rank of at least 1"),
         (["compress", "--rank", "0"], "a saved model at --model"),
