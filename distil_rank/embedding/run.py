@@ -129,8 +129,37 @@ def embed(
         opened = Store.open(f"{writer.path}{named}", writer.content)  # before the lock is released
         wait_for("opened")
 
+    return _summary(opened, added, report, computed, residues, seconds, extraction.how)
+
+
+def _compute(extraction: Extraction, shards: list[Shard], fabric: Any) -> tuple[int, int]:
+    """Computes shards on all devices of a request; the number of distinct sequences, and of their residues."""
+    request = extraction.options
+    if request.engine == "ray":
+        gpus = int(extraction.device.type == "cuda")
+        cores = request.ray_cores or (1 if gpus else os.cpu_count() or 1)
+        counts = compute_elastically(shards, extraction.worker(cores, gpus), request.ray_address, cores, gpus)
+    elif fabric is not None:
+        largest_first = sorted(shards, key=lambda shard: -shard.residues)  # so that every rank has about as much
+        extraction.compute(largest_first[fabric.global_rank :: fabric.world_size], progress=fabric.is_global_zero)
+        counts = [(shard.rows[1] - shard.rows[0], shard.residues) for shard in shards]
+    else:
+        counts = [extraction.compute(shards)]
+    return sum(rows for rows, _ in counts), sum(residues for _, residues in counts)
+
+
+def _summary(
+    opened: Store,
+    added: int,
+    report: CleaningReport,
+    computed: int,
+    residues: int,
+    seconds: float,
+    how: Mapping[str, str],
+) -> EmbedSummary:
+    """What a run came to, with a warning where proteins did not fit into memory."""
     manifest, skipped = opened.manifest, opened.skipped
-    notes = [note for note in (manifest.get("precision_note"), *extraction.how.values()) if note]
+    notes = [note for note in (manifest.get("precision_note"), *how.values()) if note]
     if skipped:
         files = ", ".join(shard["file"] for shard in manifest["shards"] if shard["skipped"])
         logger.warning(
@@ -154,22 +183,6 @@ def embed(
         digest=opened.digest,
         **{key: manifest[key] for key in ("backbone", "precision", "pooling", "dim", "fallback")},
     )
-
-
-def _compute(extraction: Extraction, shards: list[Shard], fabric: Any) -> tuple[int, int]:
-    """Computes shards on all devices of a request; the number of distinct sequences, and of their residues."""
-    request = extraction.options
-    if request.engine == "ray":
-        gpus = int(extraction.device.type == "cuda")
-        cores = request.ray_cores or (1 if gpus else os.cpu_count() or 1)
-        counts = compute_elastically(shards, extraction.worker(cores, gpus), request.ray_address, cores, gpus)
-    elif fabric is not None:
-        largest_first = sorted(shards, key=lambda shard: -shard.residues)  # so that every rank has about as much
-        extraction.compute(largest_first[fabric.global_rank :: fabric.world_size], progress=fabric.is_global_zero)
-        counts = [(shard.rows[1] - shard.rows[0], shard.residues) for shard in shards]
-    else:
-        counts = [extraction.compute(shards)]
-    return sum(rows for rows, _ in counts), sum(residues for _, residues in counts)
 
 
 def _device(request: EmbedOptions) -> torch.device:
